@@ -1,0 +1,220 @@
+"""Run folders and bundles on disk: the only readers and writers of reports and manifests.
+
+Both are plain files that a person can open and read; `docs/bundle.md` describes the bundle.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_ft.errors import BundleError, UsageError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Bundle",
+    "RunFolder",
+    "atomic_folder",
+    "file_sha256",
+    "kind_of",
+    "write_json",
+    "write_text",
+]
+
+FORMAT_VERSION = 1
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing: to a neighbour first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with neighbour.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        neighbour.replace(path)
+    finally:
+        neighbour.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON; NaN is refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise UsageError when `out` is there already: nothing is ever overwritten."""
+    if out.exists():
+        raise UsageError(f"{out} exists already: give another --out or remove it")
+
+
+@contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends well.
+
+    An interrupted or failed block leaves nothing under `out`.
+    """
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def kind_of(source: str) -> str:
+    """`bundle`, `run` or `model`: what a SOURCE argument names.
+
+    A folder with a manifest is a bundle, one with a report is a finished run, anything else is a model.
+    """
+    path = Path(source)
+    if (path / "manifest.json").is_file():
+        return "bundle"
+    if (path / "splits").is_dir() or (path / "report.json").is_file():
+        return "run"
+    return "model"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What `tune` leaves: adapter, tokenizer, splits, report, and the base's identity."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """A finished run.
+
+        Raises:
+            UsageError: the folder is not a run, or the run did not finish.
+        """
+        run = cls(path)
+        if not run.report_path.is_file():
+            raise UsageError(f"{path} holds no finished run (report.json is missing): run edge-ft tune again")
+        return run
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def adapter(self) -> Path:
+        """PEFT adapter folder (adapter_config.json, adapter_model.safetensors)."""
+        return self.path / "adapter"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder with tokenizer.json and its settings."""
+        return self.path / "tokenizer"
+
+    def split(self, name: str) -> Path:
+        """JSONL file with the rows of `train`, `validation` or `test`, as the user gave them."""
+        return self.path / "splits" / f"{name}.jsonl"
+
+    def report(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return _read_json(self.report_path)
+
+    def base(self) -> dict[str, Any]:
+        """Identity of the base: `model`, `path`, `content_sha256`, `format`, `block_size`, `codes_sha256`."""
+        return _read_json(self.path / "base.json")
+
+    def rendering(self) -> dict[str, Any]:
+        """What `edge_ft.data.Rendering.from_dict` takes."""
+        return _read_json(self.path / "rendering.json")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder with everything a device needs; opened only when every byte is as it was written."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> "Bundle":
+        """Read the manifest and hash every file it lists.
+
+        Raises:
+            BundleError: not a bundle, of another version, or a file that is missing, changed or unlisted.
+        """
+        manifest_path = path / "manifest.json"
+        if not manifest_path.is_file():
+            raise BundleError(f"{path} is not a bundle: it has no manifest.json (edge-ft export makes one)")
+        try:
+            manifest = _read_json(manifest_path)
+            version = manifest["format_version"]
+            files = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{manifest_path} cannot be read as a manifest ({error!r}): export it again") from error
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{path} is of bundle version {version}, this edge-ft reads version {FORMAT_VERSION}: "
+                "export it again or install the edge-ft that wrote it"
+            )
+        found = {
+            file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink()
+        } - {"manifest.json"}
+        if unlisted := sorted(found - files.keys()):
+            raise BundleError(f"{path} holds a file that its manifest does not list: {unlisted[0]}")
+        for name, (sha256, size) in files.items():
+            file = path / name
+            if name not in found:
+                raise BundleError(f"{path} lacks {name}, which its manifest lists: copy the bundle again")
+            if file.stat().st_size != size or file_sha256(file) != sha256:
+                raise BundleError(f"{file} is not the file that was exported (sha256 differs): copy the bundle again")
+        return cls(path, manifest)
+
+    @staticmethod
+    def seal(folder: Path, manifest: dict[str, Any]) -> None:
+        """Write `manifest` with the size and sha256 of every file that lies in `folder`."""
+        files = {
+            file.relative_to(folder).as_posix(): {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and file.name != "manifest.json"
+        }
+        write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, **manifest, "files": files})
+
+    @property
+    def task(self) -> str:
+        return str(self.manifest["task"])
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files that the manifest lists."""
+        return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
+
+    def graph(self, accuracy_level: int | None = None) -> Path:
+        """The ONNX file of an accuracy level; the manifest's `model` when None.
+
+        Raises:
+            BundleError: verification did not pass that level, so the bundle has no graph of it.
+        """
+        if accuracy_level is None:
+            return self.path / str(self.manifest["model"])
+        graphs: dict[str, str] = self.manifest["graphs"]
+        if str(accuracy_level) not in graphs:
+            raise BundleError(
+                f"{self.path} has no verified graph of accuracy level {accuracy_level}: it has {', '.join(graphs)}"
+            )
+        return self.path / graphs[str(accuracy_level)]
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

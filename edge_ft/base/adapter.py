@@ -1,0 +1,170 @@
+"""The one place that puts a PEFT LoRA adapter on a base, reads it back, or merges it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from edge_ft.base.quiet import quiet_libraries
+from edge_ft.config import TuneConfig, last_layers
+from edge_ft.errors import ModelError, UsageError, did_you_mean
+from edge_ft.families import Family
+
+__all__ = ["add_lora", "load_adapter", "lora_pairs", "merge_adapter", "trained_modules"]
+
+PEFT_TASKS = {"text-generation": "CAUSAL_LM", "text-classification": "SEQ_CLS"}
+
+
+def add_lora(model: nn.Module, family: Family, task: str, config: TuneConfig) -> Any:
+    """Wrap `model` with fresh LoRA layers; PEFT trains a classification head in full beside them.
+
+    Returns:
+        The `peft.PeftModel`.
+
+    Raises:
+        UsageError: target_modules or layers name nothing in this model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(config.seed)
+    lora = LoraConfig(
+        task_type=PEFT_TASKS[task],
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=_targets(model, family, config),
+    )
+    with quiet_libraries():
+        return get_peft_model(model, lora)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> Any:
+    """Put a saved PEFT adapter on `model`, frozen, as `PeftModel.from_pretrained` does.
+
+    Raises:
+        ModelError: not a LoRA adapter in safetensors, or not one of this model.
+    """
+    from peft import PeftModel
+
+    config = adapter_config(folder)
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    wanted = config.get("target_modules")
+    if isinstance(wanted, list) and not any(name.rpartition(".")[2] in known for name in wanted):
+        raise ModelError(f"{folder} adapts {', '.join(sorted(wanted)[:4])}, which this model does not have: give its own base")
+    try:
+        with quiet_libraries():
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"the adapter {folder} does not fit this model: {error}") from error
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a LoRA adapter whose weights are safetensors.
+
+    Raises:
+        ModelError: there is none, it is of another kind, or it needs something that would be dropped.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} is not a PEFT adapter: adapter_config.json cannot be read ({error})") from error
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{folder} is a {config.get('peft_type')} adapter: only LORA can be exported")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder} lacks adapter_model.safetensors (pickled weights are never loaded): save it again")
+    # These change the base itself or layers outside LoRA's: an export that left them out would ship another model.
+    for field in ("trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens"):
+        if config.get(field):
+            raise ModelError(f"{folder} uses {field}, which cannot be exported: train it without")
+    return config
+
+
+def trained_modules(folder: Path) -> list[str]:
+    """Names of modules that an adapter replaces in full (`modules_to_save`)."""
+    return list(adapter_config(folder).get("modules_to_save") or [])
+
+
+def lora_pairs(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """A [rank, in] and B [out, rank] of every adapted layer, the scaling of each folded into its B.
+
+    The scaling is PEFT's own per layer, so rank and alpha patterns and rsLoRA are in it.
+
+    Raises:
+        ModelError: a variant that A and B alone do not express (DoRA, LoRA biases, adapted embeddings).
+    """
+    from peft.tuners.lora import Linear
+
+    pairs = {}
+    prefix = "base_model.model."
+    for name, module in model.named_modules():
+        adapters = getattr(module, "lora_A", None)
+        embedding = getattr(module, "lora_embedding_A", None)
+        if not adapters and not embedding:
+            continue
+        for adapter in model.active_adapters:
+            variants = getattr(module, "lora_variant", {})
+            if adapter in variants:
+                raise ModelError(
+                    f"{name} uses {type(variants[adapter]).__name__.removesuffix('LinearVariant')}, "
+                    "which is more than A and B: export it with --lane merged"
+                )
+            if embedding and adapter in embedding:
+                raise ModelError(f"{name} is an adapted embedding, which the adapter lane cannot hold: use --lane merged")
+            if adapter not in adapters:
+                continue
+            if not isinstance(module, Linear) or module.lora_B[adapter].bias is not None:
+                raise ModelError(f"{name} is not a plain LoRA linear layer: export it with --lane merged")
+            scaled = module.lora_B[adapter].weight.detach() * module.scaling[adapter]
+            pairs[name.removeprefix(prefix)] = (
+                module.lora_A[adapter].weight.detach().float().cpu().numpy(),
+                scaled.float().cpu().numpy(),
+            )
+    return pairs
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """The float `model` with the adapter merged into its weights (every PEFT variant that can merge).
+
+    Raises:
+        ModelError: the adapter changes one of two tied weights, which would change the other unseen.
+    """
+    peft_model = load_adapter(model, folder)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    if any(hasattr(layer, "lora_A") or hasattr(layer, "modules_to_save") for layer in (head, embedding)) and getattr(
+        model.config, "tie_word_embeddings", False
+    ):
+        raise ModelError(f"{folder} adapts the embedding or the head of a model that ties them: this cannot be exported")
+    merged: nn.Module = peft_model.merge_and_unload(safe_merge=True)
+    return merged.eval()
+
+
+def _targets(model: nn.Module, family: Family, config: TuneConfig) -> list[str]:
+    """Full names of the linear layers to adapt."""
+    layers = len(model.get_submodule(family.layers))  # type: ignore[arg-type]
+    count = last_layers(config.layers)
+    if count is not None and count > layers:
+        raise UsageError(f"--layers {config.layers}: this model has {layers} layers")
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != family.head
+    ]
+    if config.target_modules != ("all-linear",):
+        endings = sorted({name.rpartition(".")[2] for name in linear})
+        for wanted in config.target_modules:
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in linear):
+                raise UsageError(
+                    f"--target-modules {wanted}: no linear layer ends with it{did_you_mean(wanted, endings)}; "
+                    f"there are {', '.join(endings)}"
+                )
+        linear = [
+            name for name in linear if any(name == end or name.endswith(f".{end}") for end in config.target_modules)
+        ]
+    if count is not None:
+        last = tuple(f"{family.layers}.{index}." for index in range(layers - count, layers))
+        linear = [name for name in linear if name.startswith(last)]
+    if not linear:
+        raise UsageError("--target-modules and --layers together leave nothing to train")
+    return linear

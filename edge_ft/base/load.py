@@ -1,0 +1,175 @@
+"""Find a base (hub id, folder or GGUF file), identify it, and load it in float or on the grid."""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from edge_ft.artifacts import atomic_folder, file_sha256, write_text
+from edge_ft.base.linear import quantize_model
+from edge_ft.base.quiet import quiet_libraries
+from edge_ft.config import Task
+from edge_ft.errors import ModelError, did_you_mean
+from edge_ft.families import Family, family_of
+
+__all__ = ["Base", "BaseFormat", "find_base", "load_model"]
+
+BaseFormat = Literal["int4", "fp32"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on disk: a folder with config.json, safetensors weights and a tokenizer."""
+
+    name: str
+    """As the user gave it."""
+    path: Path
+    family: Family
+    content_sha256: str
+    """Over config.json and every weight file."""
+    config: dict[str, Any]
+    """config.json"""
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the model has."""
+        return int(self.config.get("max_position_embeddings", 1024))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names that the checkpoint brings, in the order of its head; none for a headless one."""
+        names: dict[str, str] = self.config.get("id2label") or {}
+        return tuple(names[key] for key in sorted(names, key=int))
+
+    @property
+    def license(self) -> str | None:
+        """The `license:` of the model card's front matter, if it has one."""
+        card = self.path / "README.md"
+        found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+        return found[1] if found else None
+
+
+def find_base(model: str, task: Task | None = None) -> Base:
+    """Find the folder of a hub id, local folder, or GGUF file (converted once into the user's cache).
+
+    Raises:
+        ModelError: nothing there, no safetensors weights, or a family or task that is not supported.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        folder = _convert_gguf(path)
+    elif path.is_dir():
+        folder = path
+        if not (path / "config.json").is_file():
+            ggufs = sorted(path.glob("*.gguf"))
+            if len(ggufs) != 1:
+                found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
+                raise ModelError(f"{path} is not a model folder: it holds {found}; name the model file or its folder")
+            folder = _convert_gguf(ggufs[0])
+    else:
+        folder = _download(model)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    family = family_of(str(config.get("model_type")), task)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"{folder} holds no *.safetensors weights (pickled weights are never loaded): convert them first")
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *weights]:
+        digest.update(file_sha256(file).encode())
+    return Base(model, folder, family, digest.hexdigest(), config)
+
+
+def load_model(
+    base: Base,
+    task: Task,
+    base_format: BaseFormat = "fp32",
+    block_size: int = 32,
+    labels: tuple[str, ...] = (),
+    seed: int = 0,
+) -> nn.Module:
+    """The task model of a base in float32, frozen, its linear layers and embedding on the grid for `int4`.
+
+    A classification head that the checkpoint lacks is drawn from `seed`, and stays float.
+
+    Raises:
+        ModelError: the weights cannot be loaded.
+    """
+    from optimum.exporters.tasks import TasksManager
+
+    arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
+    if task == "text-classification" and labels:
+        arguments |= {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+            "ignore_mismatched_sizes": True,
+        }
+    model_class = TasksManager.get_model_class_for_task(task, framework="pt")
+    torch.manual_seed(seed)
+    try:
+        with quiet_libraries():
+            model: nn.Module = model_class.from_pretrained(base.path, **arguments)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{base.path} cannot be loaded as {task}: {error}") from error
+    model.eval().requires_grad_(False)
+    if base_format == "int4":
+        keep = () if base.family.decoder else (base.family.head,)
+        quantize_model(model, block_size, keep)
+    return model
+
+
+def _convert_gguf(file: Path) -> Path:
+    """A float folder made once from a GGUF file, kept in the user's cache under the file's hash."""
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    cache = Path(os.environ.get("EDGE_FT_CACHE", Path.home() / ".cache" / "edge-ft"))
+    folder = cache / f"gguf-{file_sha256(file)[:16]}"
+    if folder.is_dir():
+        return folder
+    try:
+        with quiet_libraries(), atomic_folder(folder) as temporary:
+            # The family is checked on the header, before hundreds of MB are converted.
+            family_of(AutoConfig.from_pretrained(file.parent, gguf_file=file.name).model_type, "text-generation")
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
+            # Dequantized weights are plain floats: left there, the entry would make the next load pack them again.
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
+            licence = GGUFReader(file).get_field("general.license")
+            if licence is not None:
+                write_text(temporary / "README.md", f"---\nlicense: {licence.contents()}\n---\n")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ModelError(f"{file} cannot be read as a GGUF model: {error}") from error
+    return folder
+
+
+def _download(model: str) -> Path:
+    """The local snapshot of a hub id."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    path = Path(model)
+    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.suffix == ".gguf"
+    if looks_like_path:
+        neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(f"there is no model at {model}{did_you_mean(path.name, neighbours)}")
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{model} is neither a local folder nor a model that the hub serves: {reason}") from error

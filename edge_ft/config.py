@@ -1,0 +1,321 @@
+"""What a user may choose, one frozen dataclass per command.
+
+The same classes are the command-line flags, the keys of `--config FILE.yaml` and the arguments of the
+Python API; a field's docstring is its `--help`.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edge_ft.errors import UsageError
+
+__all__ = [
+    "BenchConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "RowsConfig",
+    "RunConfig",
+    "Task",
+    "TuneConfig",
+    "VerifyConfig",
+    "as_plain",
+]
+
+Task = Literal["text-generation", "text-classification"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig:
+    """How columns of a file become what the model reads."""
+
+    prompt: str | None = None
+    """Template for the prompt, e.g. "{passage} {question}"; the text is taken exactly as written."""
+    completion: str | None = None
+    """Template for the answer to learn, e.g. "{answer}"."""
+    label: str | None = None
+    """Column that holds the class (text-classification)."""
+    chat_template: str | None = None
+    """auto (the model's own), none, or a jinja file; default auto, with --prompt none."""
+    max_length: int | None = None
+    """Longest sequence in tokens; default the model's limit, at most 1024. Longer rows are cut, and said."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_length is None or self.max_length >= 8, "--max-length must be at least 8 tokens")
+        _check(
+            self.completion is None or self.prompt is not None,
+            "--completion needs --prompt: give both templates",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(RowsConfig):
+    """Everything that `edge-ft tune` can be told."""
+
+    model: str
+    """Hub id, local folder, or a GGUF file (or a folder with one)."""
+    data: str
+    """JSONL, CSV or Parquet file, a folder saved by `datasets`, or a hub data set id."""
+    out: Path
+    """Run folder to write; must not exist."""
+    task: Task | None = None
+    """text-generation or text-classification; guessed from the model and the columns when absent."""
+    validation: str | None = None
+    """File with the validation rows; otherwise they are split off --data."""
+    test: str | None = None
+    """File with the test rows, read once at the end; otherwise they are split off --data."""
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of train, validation and test rows when they come from one file."""
+    rank: int = 8
+    """Rank of the LoRA update."""
+    alpha: float = 16.0
+    """LoRA scaling numerator: the update is alpha / rank times B A."""
+    dropout: float = 0.0
+    """Dropout on the LoRA input, 0 to 1."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Linear layers that get an adapter: all-linear, or name endings such as q_proj v_proj."""
+    layers: str = "all"
+    """all, or last:K to adapt only the last K transformer layers."""
+    base_format: Literal["int4", "fp32"] = "int4"
+    """What the frozen base is held in while training: the 4-bit codes that ship, or float."""
+    block_size: Literal[16, 32, 64, 128] = 32
+    """Weights per 4-bit scale."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after warm-up."""
+    warmup: float = 0.05
+    """Share of the steps in which the rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 switches clipping off."""
+    epochs: float = 2.0
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Optimizer steps; wins over --epochs."""
+    max_minutes: float | None = None
+    """Stop after so many minutes of training and validation."""
+    batch_size: int = 8
+    """Rows in one forward pass."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimizer step."""
+    eval_steps: int | None = None
+    """Steps between two looks at the validation rows; default five looks a run."""
+    patience: int | None = None
+    """Stop after so many looks without a better validation loss; default never."""
+    seed: int = 0
+    """Seed of the split, the order of rows, dropout and new weights."""
+    threads: int | None = None
+    """CPU threads; default all cores."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(
+            len(self.split) == 3 and abs(sum(self.split) - 1) < 1e-6 and min(self.split) >= 0,
+            f"--split {' '.join(map(str, self.split))} must be three shares that sum to 1",
+        )
+        _check(self.rank >= 1, "--rank must be at least 1")
+        _check(self.alpha > 0, "--alpha must be above 0")
+        _check(0 <= self.dropout < 1, "--dropout must be in [0, 1)")
+        _check(self.learning_rate > 0, "--learning-rate must be above 0")
+        _check(0 <= self.warmup <= 1, "--warmup is a share of the steps: 0 to 1")
+        _check(self.epochs > 0, "--epochs must be above 0")
+        _check(self.max_steps is None or self.max_steps >= 1, "--max-steps must be at least 1")
+        _check(self.max_minutes is None or self.max_minutes > 0, "--max-minutes must be above 0")
+        _check(self.batch_size >= 1, "--batch-size must be at least 1")
+        _check(self.gradient_accumulation >= 1, "--gradient-accumulation must be at least 1")
+        _check(self.eval_steps is None or self.eval_steps >= 1, "--eval-steps must be at least 1")
+        _check(self.patience is None or self.patience >= 1, "--patience must be at least 1")
+        _check(self.weight_decay >= 0, "--weight-decay cannot be negative")
+        _check(self.max_grad_norm >= 0, "--max-grad-norm cannot be negative")
+        _check(self.threads is None or self.threads >= 1, "--threads must be at least 1")
+        last_layers(self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(RowsConfig):
+    """Everything that `edge-ft export` can be told; the rows' fields matter only with --data."""
+
+    out: Path
+    """Bundle folder to write; must not exist."""
+    weights: Literal["int4", "fp32"] = "int4"
+    """Format of the weights that ship."""
+    lane: Literal["merged", "adapter"] = "merged"
+    """merged: the adapter goes into the weights; adapter: base codes untouched, A and B beside them."""
+    adapter: Path | None = None
+    """PEFT adapter to put on a model SOURCE; trained here or anywhere else."""
+    task: Task | None = None
+    """Task of a model SOURCE; a run folder knows its own."""
+    data: str | None = None
+    """Rows to score a model SOURCE on; a run folder brings its own validation and test rows."""
+    block_size: Literal[16, 32, 64, 128] | None = None
+    """Weights per 4-bit scale; default the run's, else 32."""
+    max_tax: float = 0.02
+    """Refuse when shipped - trained exceeds so many nats per target token."""
+    min_retained: float = 0.95
+    """Refuse when less than this share of (base - trained) is left in what ships."""
+    max_metric_drop: float = 0.02
+    """Refuse when the task metric (0 to 1) fell by more than this on the way."""
+    threads: int | None = None
+    """CPU threads; default all cores."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.max_tax >= 0, "--max-tax cannot be negative")
+        _check(self.max_metric_drop >= 0, "--max-metric-drop cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(RowsConfig):
+    """What `edge-ft verify` can be told: without --data only the files and the graph are checked."""
+
+    data: str | None = None
+    """Rows to score again; the scores must agree with the manifest's gate limits."""
+    max_tax: float = 0.02
+    """Refuse when the loss on --data exceeds the manifest's shipped loss by so many nats per token."""
+    threads: int | None = None
+    """CPU threads; default all cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(RowsConfig):
+    """What `edge-ft eval` can be told."""
+
+    data: str
+    """JSONL, CSV or Parquet file, a folder saved by `datasets`, or a hub data set id."""
+    task: Task | None = None
+    """Task of a plain model; runs and bundles know their own."""
+    adapter: str | None = None
+    """none: score a bundle or run without its adapter."""
+    base_format: Literal["int4", "fp32"] = "fp32"
+    """Grid on which a plain MODEL is scored; a run is scored on the one it was trained over."""
+    shots: int = 0
+    """Train examples put before each prompt (text-generation)."""
+    shots_from: str | None = None
+    """File to take the shots from; default the run's train rows."""
+    generate: bool = True
+    """Also generate answers and compare them (text-generation); costs most of the time."""
+    max_new_tokens: int = 64
+    """Longest generated answer in tokens."""
+    limit: int | None = None
+    """Score only the first so many rows."""
+    batch_size: int = 8
+    """Rows scored together."""
+    threads: int | None = None
+    """CPU threads; default all cores."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.shots >= 0, "--shots cannot be negative")
+        _check(self.limit is None or self.limit >= 1, "--limit must be at least 1")
+        _check(self.max_new_tokens >= 1, "--max-new-tokens must be at least 1")
+        _check(self.batch_size >= 1, "--batch-size must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How `edge-ft run` answers."""
+
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 is greedy; above it tokens are sampled."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this much probability."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that were already seen less likely (CTRL, arXiv:1909.05858)."""
+    seed: int = 0
+    """Seed of the sampling."""
+    stop: tuple[str, ...] = ()
+    """Strings at which the answer ends (they are not part of it)."""
+    system: str | None = None
+    """System message put before a chat."""
+    chat_template: str | None = None
+    """auto, none or a jinja file; default what the bundle was trained with."""
+    adapter: str | None = None
+    """none: answer with the base of an adapter-lane bundle."""
+    accuracy_level: Literal[1, 4] | None = None
+    """1: exact; 4: activations in int8, if the bundle's verification passed it; default the manifest's."""
+    threads: int | None = None
+    """CPU threads; default all cores."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_new_tokens >= 1, "--max-new-tokens must be at least 1")
+        _check(self.temperature >= 0, "--temperature cannot be negative")
+        _check(self.top_k >= 0, "--top-k cannot be negative")
+        _check(0 < self.top_p <= 1, "--top-p must be in (0, 1]")
+        _check(0 <= self.min_p <= 1, "--min-p must be in [0, 1]")
+        _check(self.repetition_penalty > 0, "--repetition-penalty must be above 0")
+        _check(self.threads is None or self.threads >= 1, "--threads must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What `edge-ft bench` measures, and the budgets that turn it into a gate."""
+
+    peers: tuple[Literal["torch"], ...] = ()
+    """Other engines to measure in turn with the bundles: torch (eager, float)."""
+    repeats: int = 5
+    """Fresh processes per subject, taken in turn A B A B."""
+    threads: int | None = None
+    """CPU threads of every subject; default all cores."""
+    memory_limit: int | None = None
+    """MB that a subject may use; not fitting is a result."""
+    prompt_tokens: int = 128
+    """Length of the prompt, or of the text to classify, in tokens."""
+    new_tokens: int = 32
+    """Tokens to decode."""
+    accuracy_level: Literal[1, 4] | None = None
+    """Graph of a bundle to measure; default the manifest's."""
+    max_ttft_ms: float | None = None
+    """Budget: median time to first token (classifiers: latency of one text), milliseconds."""
+    min_decode_tps: float | None = None
+    """Budget: median decoded tokens per second."""
+    max_rss_mb: float | None = None
+    """Budget: median peak resident memory, MB."""
+    max_size_mb: float | None = None
+    """Budget: size on disk, MB."""
+
+    def __post_init__(self) -> None:
+        _check(self.repeats >= 1, "--repeats must be at least 1")
+        _check(self.prompt_tokens >= 1, "--prompt-tokens must be at least 1")
+        _check(self.new_tokens >= 2, "--new-tokens must be at least 2")
+        _check(self.threads is None or self.threads >= 1, "--threads must be at least 1")
+        _check(self.memory_limit is None or self.memory_limit >= 1, "--memory-limit must be at least 1 MB")
+
+
+def last_layers(layers: str) -> int | None:
+    """The K of `last:K`, or None for `all`.
+
+    Raises:
+        UsageError: neither form.
+    """
+    if layers == "all":
+        return None
+    head, _, count = layers.partition(":")
+    _check(
+        head == "last" and count.isdigit() and int(count) >= 1,
+        f"--layers {layers}: give all, or last:K with K at least 1",
+    )
+    return int(count)
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A config as plain YAML/JSON values (paths as text, tuples as lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return {key: plain(value) for key, value in asdict(config).items()}
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise UsageError(message)

@@ -1,0 +1,51 @@
+"""Rows in, token ids and loss masks out: the same in training and at run time, without torch."""
+
+from edge_ft.data.audit import Finding, audit
+from edge_ft.data.batches import Batch, collate, eval_batches, train_batches
+from edge_ft.data.chat import render_chat
+from edge_ft.data.columns import Columns, Message, Record, find_columns, find_labels, guess_task, record
+from edge_ft.data.read import Row, column_names, read_rows
+from edge_ft.data.render import (
+    Example,
+    Rendering,
+    encode_continuation,
+    encode_example,
+    encode_prompt,
+    encode_rows,
+    make_rendering,
+    stop_ids,
+)
+from edge_ft.data.split import fingerprint, overlap, split_rows
+from edge_ft.data.tokenizer import TextTokenizer
+
+__all__ = [
+    "Batch",
+    "Columns",
+    "Example",
+    "Finding",
+    "Message",
+    "Record",
+    "Rendering",
+    "Row",
+    "TextTokenizer",
+    "audit",
+    "collate",
+    "column_names",
+    "encode_continuation",
+    "encode_example",
+    "encode_prompt",
+    "encode_rows",
+    "eval_batches",
+    "find_columns",
+    "find_labels",
+    "fingerprint",
+    "guess_task",
+    "make_rendering",
+    "overlap",
+    "read_rows",
+    "record",
+    "render_chat",
+    "split_rows",
+    "stop_ids",
+    "train_batches",
+]

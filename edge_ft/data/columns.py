@@ -1,0 +1,206 @@
+"""Which columns of a row are the prompt, the answer, the class or the chat."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edge_ft.config import RowsConfig, Task
+from edge_ft.data.read import Row
+from edge_ft.errors import DataError, did_you_mean
+
+__all__ = ["Columns", "Message", "Record", "find_columns", "find_labels", "guess_task", "record"]
+
+Kind = Literal["messages", "prompt_completion", "instruction", "text", "text_label", "template"]
+Message = dict[str, str]
+"""`{"role": "system" | "user" | "assistant", "content": text}`."""
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How a row becomes a record; `prompt` and `completion` are templates that name columns as `{column}`."""
+
+    kind: Kind
+    prompt: str | None = None
+    """Template of the prompt, or of the text to classify."""
+    completion: str | None = None
+    """Template of the text that carries the loss."""
+    label: str | None = None
+    """Column of the class (text-classification)."""
+
+    def fit(self, names: Sequence[str]) -> bool:
+        """Whether rows with the columns `names` have everything that is read of a row with its answer."""
+        if self.kind == "messages":
+            return "messages" in names
+        asked = _named(self.prompt) | _named(self.completion) | ({self.label} if self.label else set())
+        return asked <= set(names)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row as the model will be shown it; what a row for inference lacks is None."""
+
+    row: int
+    messages: list[Message] | None
+    prompt: str
+    completion: str | None
+    label: str | None
+
+
+def guess_task(names: Sequence[str], config: RowsConfig, decoder: bool) -> Task:
+    """text-classification for --label and for encoders, text-generation for decoders.
+
+    Raises:
+        DataError: an encoder, but no column that could hold the class.
+    """
+    if config.label is None and decoder:
+        return "text-generation"
+    _label_column(names, config)
+    return "text-classification"
+
+
+def find_columns(names: Sequence[str], config: RowsConfig, task: Task | None) -> Columns:
+    """Recognise the columns called `names`, or those that the user's templates name.
+
+    In --prompt and --completion `{column}` is the column's value, `{{` and `}}` are braces, and the escapes
+    `\\n`, `\\t` and `\\\\` are newline, tab and backslash, since a shell passes them on as two characters.
+
+    Raises:
+        DataError: a column that is named but missing, or no known set of columns.
+    """
+    prompt, completion = (text if text is None else _unescape(text) for text in (config.prompt, config.completion))
+    for flag, template in (("--prompt", prompt), ("--completion", completion)):
+        _check_template(template, flag, names)
+    if task == "text-classification" or (task is None and config.label is not None):
+        if completion is not None:
+            raise DataError("--completion is for text-generation: a class is named with --label")
+        label = _label_column(names, config)
+        return Columns("text_label", prompt or _text_template(names, label), None, label)
+    if config.label is not None:
+        raise DataError(f"--label {config.label} is for text-classification: give --completion to learn its text")
+    if prompt is not None:
+        return Columns("template", prompt, completion)
+    if "messages" in names:
+        return Columns("messages")
+    if "prompt" in names and "completion" in names:
+        return Columns("prompt_completion", "{prompt}", "{completion}")
+    if "instruction" in names and "output" in names:
+        return Columns("instruction", "{instruction}", "{output}")
+    if "text" in names and "label" in names:
+        return Columns("text_label", "{text}", "{label}")
+    if "text" in names:
+        return Columns("text", None, "{text}")
+    raise DataError(
+        f"the columns are {', '.join(names)}: name yours with --prompt and --completion, "
+        "or call them messages, prompt and completion, instruction and output, or text"
+    )
+
+
+def record(row: Row, columns: Columns, answer: bool = True) -> Record:
+    """The row's texts; with `answer` False (inference) a missing completion or label is None.
+
+    Raises:
+        DataError: a value that is missing, null or of the wrong kind; the message names the row.
+    """
+    if columns.kind == "messages":
+        messages = _messages(row)
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        return Record(row.number, messages, "", answers[-1] if answers else None, None)
+    prompt = "" if columns.prompt is None else _fill(columns.prompt, row)
+    if columns.kind == "instruction" and row.fields.get("input") not in (None, ""):
+        prompt += "\n\n" + _text("input", row)
+    completion = label = None
+    if columns.completion is not None and (answer or _named(columns.completion) <= row.fields.keys()):
+        completion = _fill(columns.completion, row)
+    if columns.label is not None and (answer or columns.label in row.fields):
+        label = _label(columns.label, row)
+    return Record(row.number, None, prompt, completion, label)
+
+
+def find_labels(rows: Sequence[Row], columns: Columns) -> tuple[str, ...]:
+    """The distinct classes in their order: whole numbers by value, then text by the alphabet."""
+    labels = {label for row in rows if (label := record(row, columns).label) is not None}
+    return tuple(sorted(labels, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
+
+
+def _label_column(names: Sequence[str], config: RowsConfig) -> str:
+    name = config.label or "label"
+    if name not in names:
+        raise DataError(
+            f"no column {name!r} holds the class{did_you_mean(name, list(names))}: "
+            f"name it with --label, the columns are {', '.join(names)}"
+        )
+    return name
+
+
+def _text_template(names: Sequence[str], label: str) -> str:
+    others = [name for name in names if name != label]
+    if "text" in others:
+        return "{text}"
+    if len(others) != 1:
+        raise DataError(f'which of {", ".join(names)} is the text to classify? Name it with --prompt "{{column}}"')
+    return "{" + others[0] + "}"
+
+
+# A template's parts: a doubled brace, a column in braces, a brace that belongs to neither.
+_PART = re.compile(r"(\{\{|\}\}|\{[^{}]*\}|[{}])")
+
+
+def _unescape(template: str) -> str:
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], template)
+
+
+def _check_template(template: str | None, flag: str, names: Sequence[str]) -> None:
+    for part in _PART.findall(template or ""):
+        if part in ("{", "}"):
+            raise DataError(f"{flag} has a lone {part}: write {{{{ and }}}} for braces that are text")
+        if part not in ("{{", "}}") and part[1:-1] not in names:
+            raise DataError(
+                f"{flag} names no column with {part}{did_you_mean(part[1:-1], list(names))}: "
+                f"the columns are {', '.join(names)}, and {{{{ and }}}} are braces that are text"
+            )
+
+
+def _named(template: str | None) -> set[str]:
+    """The columns that a template names."""
+    return {part[1:-1] for part in _PART.findall(template or "") if part not in ("{{", "}}")}
+
+
+def _fill(template: str, row: Row) -> str:
+    parts = _PART.split(template)
+    parts[1::2] = [part[0] if part in ("{{", "}}") else _text(part[1:-1], row) for part in parts[1::2]]
+    return "".join(parts)
+
+
+def _text(name: str, row: Row) -> str:
+    """The value of a column as text: numbers and booleans in Python's spelling, lists and objects as JSON."""
+    value = row.fields.get(name)
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN is how tables say null
+        state = "is null" if name in row.fields else "is missing"
+        raise DataError(f"row {row.number}: column {name!r} {state}: fill it in or leave the row out")
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def _label(name: str, row: Row) -> str:
+    value = _text(name, row).strip()
+    if not value or isinstance(row.fields[name], float | list | dict):
+        raise DataError(f"row {row.number}: the class in {name!r} is {value!r}: it must be text or a whole number")
+    return value
+
+
+def _messages(row: Row) -> list[Message]:
+    where = f"row {row.number}: messages"
+    value: Any = row.fields.get("messages")
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where} must be a list of {{role, content}} objects with at least one in it")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise DataError(f"{where} holds {json.dumps(message)[:60]}: role and content must both be text")
+        if message.get("role") not in ROLES:
+            raise DataError(f"{where} has the role {message.get('role')!r}: it must be one of {', '.join(ROLES)}")
+    return [{"role": message["role"], "content": message["content"]} for message in value]

@@ -1,0 +1,175 @@
+"""Every supported file becomes a list of numbered rows, or one sentence that says where it is broken."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_ft.errors import DataError, did_you_mean, require
+
+__all__ = ["Row", "column_names", "read_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record of the user's data."""
+
+    number: int
+    """Line of the file where the record starts, from 1; without lines its place in the list."""
+    fields: dict[str, Any]
+
+
+def column_names(rows: Sequence[Row]) -> list[str]:
+    """Every column that any row has, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.fields))
+
+
+def read_rows(source: str, split: str | None = None) -> list[Row]:
+    """Rows of a .jsonl, .json, .csv, .tsv or .parquet file, a folder saved by `datasets`, or a hub data set.
+
+    `split` picks one split of a folder or hub data set; default train.
+
+    Raises:
+        DataError: a source that is missing, empty or malformed; the message names the line.
+        MissingExtra: Parquet, saved folders and hub data sets need `edge-ft[train]`.
+    """
+    path = Path(source)
+    if path.is_file():
+        reader = READERS.get(path.suffix.lower())
+        if reader is None:
+            raise DataError(f"{path} is of no known format: give a file that ends in {', '.join(READERS)}")
+        rows = reader(path)
+    elif path.is_dir():
+        rows = _read_saved_folder(path, split)
+    # An id is NAME or OWNER/NAME; with an ending, or where OWNER is a folder, a mistyped path is likelier.
+    elif re.fullmatch(r"[\w-]+", source) or (
+        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
+        and path.suffix.lower() not in READERS
+        and not path.parent.is_dir()
+    ):
+        rows = _read_hub(source, split)
+    else:
+        neighbours = sorted(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else []
+        raise DataError(f"{source} does not exist{did_you_mean(path.name, neighbours)}")
+    if not rows:
+        raise DataError(f"{source} holds no rows")
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path} line {line} is not UTF-8 ({error.reason}): save the file as UTF-8") from error
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    # Not splitlines(): JSON strings may hold U+2028 and its kin unescaped.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} line {number} is not JSON ({error}): write one object a line") from error
+        rows.append(_row(number, fields, f"{path} line {number}"))
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    try:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}); a file with one object a line ends in .jsonl") from error
+    if not isinstance(content, list):
+        raise DataError(f"{path} holds one JSON {type(content).__name__}: it must be a list of objects")
+    return [_row(number, fields, f"{path} item {number}") for number, fields in enumerate(content, start=1)]
+
+
+def _row(number: int, fields: Any, where: str) -> Row:
+    if not isinstance(fields, dict):
+        raise DataError(f"{where} is a JSON {type(fields).__name__}: every row must be an object with named columns")
+    return Row(number, fields)
+
+
+def _read_csv(path: Path) -> list[Row]:
+    csv.field_size_limit(2**31 - 1)  # the module's default refuses texts over 128 KiB
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    # strict: a quote that never closes must not swallow the rest of the file
+    records = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    rows = []
+    line = 1
+    try:
+        for record in records:
+            start, line = line, records.line_num + 1
+            if not record:
+                continue
+            if header is None:
+                header = record
+                if twice := sorted({name for name in header if header.count(name) > 1}):
+                    raise DataError(f"{path} names the column {twice[0]!r} twice: rename one")
+            elif len(record) != len(header):
+                raise DataError(f"{path} line {start} has {len(record)} fields, its header has {len(header)}")
+            else:
+                rows.append(Row(start, dict(zip(header, record, strict=True))))
+    except csv.Error as error:
+        raise DataError(f"{path} line {line} is not CSV ({error}): quote the field, doubling quotes in it") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    arrow = require("pyarrow", "train")
+    parquet = require("pyarrow.parquet", "train")
+    try:
+        return _from_table(parquet.read_table(path).to_pylist())
+    except arrow.ArrowException as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error})") from error
+
+
+def _read_saved_folder(path: Path, split: str | None) -> list[Row]:
+    datasets = require("datasets", "train")
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is not a folder saved by datasets: give a data file, or what save_to_disk wrote"
+        ) from error
+    if isinstance(saved, datasets.DatasetDict):
+        name = split or "train"
+        if name not in saved:
+            raise DataError(f"{path} has no split {name!r}{did_you_mean(name, list(saved))}: it has {', '.join(saved)}")
+        saved = saved[name]
+    return _from_table(saved.to_list())
+
+
+def _read_hub(source: str, split: str | None) -> list[Row]:
+    datasets = require("datasets", "train")
+    try:
+        rows = datasets.load_dataset(source, split=split or "train").to_list()
+    except (OSError, ValueError, RuntimeError) as error:
+        near = did_you_mean(source, [file.name for file in Path().iterdir()])
+        raise DataError(f"{source} is no file here{near}, nor a hub data set that can be reached ({error})") from error
+    return _from_table(rows)
+
+
+def _from_table(records: list[dict[str, Any]]) -> list[Row]:
+    # Dates, decimals and bytes become text here, so that a row can always be written as JSON again.
+    return [Row(number, json.loads(json.dumps(fields, default=str))) for number, fields in enumerate(records, start=1)]
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,52 @@
+"""Shares of rows that never have a row in common, and a fingerprint of what they hold."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from edge_ft.data.read import Row
+
+__all__ = ["SplitName", "fingerprint", "overlap", "split_rows"]
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], seed: int) -> dict[SplitName, list[Row]]:
+    """Rows of train, validation and test; equal rows stay together, each split keeps the rows' order.
+
+    `shares` sum to 1. Every non-zero share gets rows as long as there are enough different ones, train first.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_content(row), []).append(row)
+    shuffled = list(groups.values())
+    wanted = {name: share * len(rows) for name, share in zip(SPLITS, shares, strict=True) if share > 0}
+    found: dict[SplitName, list[Row]] = {name: [] for name in SPLITS}
+    for index in np.random.default_rng(seed).permutation(len(shuffled)):
+        empty = [name for name in wanted if not found[name]]
+        name = empty[0] if empty else max(wanted, key=lambda name: wanted[name] - len(found[name]))
+        found[name] += shuffled[index]
+    return {name: sorted(rows, key=lambda row: row.number) for name, rows in found.items()}
+
+
+def overlap(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[int, int]]:
+    """Numbers of equal rows: (row of `first`, row of `second`)."""
+    numbers = {_content(row): row.number for row in reversed(first)}
+    return [(numbers[content], row.number) for row in second if (content := _content(row)) in numbers]
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """Hex sha256 of the rows' content in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_content(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _content(row: Row) -> str:
+    """Equal for rows whose fields are all equal, in whatever order they are written."""
+    return json.dumps(row.fields, sort_keys=True)

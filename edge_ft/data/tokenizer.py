@@ -1,0 +1,167 @@
+"""A model's tokenizer without transformers, in which a user's text never becomes a control token."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Encoding, Tokenizer
+
+from edge_ft.errors import DataError, ModelError
+
+__all__ = ["TextTokenizer"]
+
+CUT = "\ufdd0"
+"""Marks where a text must be tokenized in two parts: a noncharacter, which Unicode reserves for such use."""
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+
+
+class TextTokenizer:
+    """Text to token ids and back, as the model's own tokenizer.json says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # The library raises a bare Exception for every kind of broken file.
+        except Exception as error:
+            raise ModelError(f"{folder / 'tokenizer.json'} cannot be read as a tokenizer: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        config = _read_json(folder / "tokenizer_config.json")
+        named = _read_json(folder / "special_tokens_map.json") | config
+        self.special_tokens: dict[str, str] = {
+            name: text["content"] if isinstance(text, dict) else text
+            for name, text in named.items()
+            if name.endswith("_token") and isinstance(text, str | dict)
+        }
+        """Texts of `bos_token`, `eos_token`, ... as far as the model names them."""
+        generation_eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+        ends = [generation_eos] if isinstance(generation_eos, int) else list(generation_eos or [])
+        eos = self._id_of("eos_token")
+        self.eos_id: int | None = eos if eos is not None else next(iter(ends), None)
+        pad = self._id_of("pad_token")
+        self.pad_id: int = pad if pad is not None else self.eos_id or 0
+        self.stop_ids: frozenset[int] = frozenset(ends) | ({eos} if eos is not None else set())
+        self.chat_template: str | None = _chat_template(folder, config)
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.control_tokens: dict[int, str] = {
+            token_id: token.content for token_id, token in added.items() if token.special
+        }
+        """Special added tokens, id to text: what only templates and the project itself may write."""
+        self._unknown = self._id_of("unk_token")
+        around = self._tokenizer.encode("a", add_special_tokens=True)
+        inner = around.special_tokens_mask.index(0)
+        size = around.special_tokens_mask.count(0)
+        self._before, self._after = around.ids[:inner], around.ids[inner + size :]
+        bos = self._id_of("bos_token")
+        self.bos_id: int | None = bos if bos is not None and self._before == [bos] else None
+        """The id that the tokenizer itself puts in front of a text; None when it adds none."""
+
+    @classmethod
+    def load(cls, folder: Path) -> "TextTokenizer":
+        """The tokenizer of a model folder, run folder or bundle; its own truncation and padding are off.
+
+        Raises:
+            ModelError: tokenizer.json is missing or unreadable.
+        """
+        if not (folder / "tokenizer.json").is_file():
+            raise ModelError(f"{folder} has no tokenizer.json: save the model's fast tokenizer there")
+        return cls(folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a user's text: no special tokens are added and none are found in it."""
+        encoding = self._parse(text)
+        return self.encode_template(self.shield(text)) if self._controls(text, encoding) else encoding.ids
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of a rendered template: special tokens are read as such, except where `shield` cut them."""
+        return [token_id for part in text.split(CUT) for token_id in self._parse(part).ids]
+
+    def shield(self, text: str) -> str:
+        """The text with a cut inside each special token, so that `encode_template` finds only text in it.
+
+        The noncharacters U+FDD0 to U+FDEF, which mark such places, become U+FFFD.
+        """
+        text = re.sub("[\ufdd0-\ufdef]", "\ufffd", text)
+        found = self._controls(text, self._parse(text))
+        if not found:
+            return text
+        parts = []
+        begin = 0
+        for start, stop in found:
+            # Some special tokens take the blanks around them along: cut the token, not the blanks.
+            first = stop - len(text[start:stop].lstrip())
+            # A token of one character has no inside: it goes.
+            parts.append(text[begin : first + (stop - first > 1)])
+            begin = first + 1
+        # Parts are shielded again: a cut may have laid bare another token that overlaps.
+        return CUT.join(self.shield(part) for part in [*parts, text[begin:]])
+
+    def encode_classifier(self, text: str, max_length: int) -> tuple[list[int], int]:
+        """Ids of a text between the model's own [CLS] and [SEP], and how many tokens were cut off its end."""
+        body = self.encode(text)
+        room = max(max_length - len(self._before) - len(self._after), 0)
+        return [*self._before, *body[:room], *self._after], max(len(body) - room, 0)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def files(self) -> list[Path]:
+        """The text files that a run folder or bundle needs to load this tokenizer again."""
+        return [self.folder / name for name in FILES if (self.folder / name).is_file()]
+
+    def _id_of(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return None if text is None else self._tokenizer.token_to_id(text)
+
+    def _controls(self, text: str, encoding: Encoding) -> list[tuple[int, int]]:
+        """Where a special token was found in `text`; a word that the vocabulary lacks is none, although its id is."""
+        if self.control_tokens.keys().isdisjoint(encoding.ids):
+            return []
+        return [
+            (start, stop)
+            for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token_id in self.control_tokens
+            and (token_id != self._unknown or text[start:stop].strip() == self.control_tokens[token_id])
+        ]
+
+    def _parse(self, text: str) -> Encoding:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError as error:  # what the library says of half a surrogate pair
+            raise DataError("the text holds half of a surrogate pair, which is no character: remove it") from error
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        return next((item["template"] for item in template if item["name"] == "default"), None)
+    return template
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold one JSON object")
+    return content

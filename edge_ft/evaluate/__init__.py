@@ -1,0 +1,1 @@
+"""Scores of anything that gives log-probabilities or answers, and whether they are good enough to ship."""

@@ -1,0 +1,156 @@
+"""A score is a value between two bounds: 95% intervals over rows, never a number alone."""
+
+import math
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Metric",
+    "accuracy",
+    "bootstrap",
+    "exact_match",
+    "macro_f1",
+    "mean",
+    "paired_bootstrap",
+    "perplexity",
+    "proportion",
+    "token_f1",
+    "wilson",
+]
+
+Numbers = NDArray[np.floating[Any]] | NDArray[np.integer[Any]]
+
+
+class Metric(TypedDict):
+    """A value and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    values: Numbers, weights: Numbers | None = None, seed: int = 0, samples: int = 2000
+) -> tuple[float, float]:
+    """95% percentile interval of the weighted mean of `values` [rows], rows drawn with replacement."""
+    weights = np.ones(len(values)) if weights is None else weights
+    weighted = values * weights
+    means = [weighted[rows].sum(1) / weights[rows].sum(1) for rows in _resamples(len(values), seed, samples)]
+    return _bounds(np.concatenate(means))
+
+
+def paired_bootstrap(
+    first: Numbers, second: Numbers, weights: Numbers | None = None, seed: int = 0, samples: int = 2000
+) -> tuple[float, float]:
+    """95% percentile interval of the weighted mean of first - second, the same rows drawn of both."""
+    return bootstrap(first - second, weights, seed, samples)
+
+
+def wilson(hits: int, rows: int) -> tuple[float, float]:
+    """95% score interval of hits / rows (Wilson 1927), which stays sensible at 0 and 1."""
+    z = 1.959964
+    share = hits / rows
+    scale = 1 + z**2 / rows
+    centre = (share + z**2 / (2 * rows)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean(values: Numbers, weights: Numbers | None = None, seed: int = 0) -> Metric:
+    """Weighted mean of `values` [rows] with its bootstrap interval."""
+    low, high = bootstrap(values, weights, seed)
+    return Metric(value=float(np.average(values, weights=weights)), low=low, high=high)
+
+
+def proportion(hits: Sequence[bool] | NDArray[np.bool_]) -> Metric:
+    """Share of rows that are hits, with its Wilson interval."""
+    count = int(np.sum(hits))
+    low, high = wilson(count, len(hits))
+    return Metric(value=count / len(hits), low=low, high=high)
+
+
+def accuracy(predicted: NDArray[np.int64], gold: NDArray[np.int64]) -> Metric:
+    """Share of rows [rows] whose predicted class is the right one."""
+    return proportion(predicted == gold)
+
+
+def macro_f1(predicted: NDArray[np.int64], gold: NDArray[np.int64], classes: int, seed: int = 0) -> Metric:
+    """Mean of the classes' F1 with its bootstrap interval; class indices [rows].
+
+    Classes that occur in neither `predicted` nor `gold` do not count, as in scikit-learn.
+    """
+    pairs = gold * classes + predicted
+
+    def score(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Macro F1 of each resample; rows [samples, rows]."""
+        count = len(rows)
+        cells = pairs[rows] + np.arange(count)[:, None] * classes**2
+        confusion = np.bincount(cells.ravel(), minlength=count * classes**2).reshape(count, classes, classes)
+        right = np.diagonal(confusion, axis1=1, axis2=2)
+        seen = confusion.sum(1) + confusion.sum(2)  # [samples, classes] predicted + gold
+        f1 = 2 * right / np.maximum(seen, 1)
+        return np.asarray(f1.sum(1) / (seen > 0).sum(1))
+
+    value = float(score(np.arange(len(gold))[None])[0])
+    low, high = _bounds(np.concatenate([score(rows) for rows in _resamples(len(gold), seed, 2000)]))
+    return Metric(value=value, low=low, high=high)
+
+
+def perplexity(nll: float) -> float:
+    """exp of a mean loss in nats per token; the largest float where that overflows."""
+    return math.exp(min(nll, 709.0))
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """Whether an answer says what the reference says.
+
+    A reference that starts with a number ("9 apples", "$1,200.50", "-3") is matched by its numbers alone: the
+    first numbers of the answer must be its numbers, in order and by value, whatever words are around them.
+    Any other reference must be equal as SQuAD compares: without case, punctuation, articles and extra blanks.
+    """
+    if re.match(r"\W*\d", reference) and (wanted := _numbers(reference)):
+        return _numbers(answer)[: len(wanted)] == wanted
+    return _words(answer) == _words(reference)
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """F1 over the words that both have (SQuAD), 0 to 1; two empty texts agree."""
+    said, wanted = _words(answer), _words(reference)
+    if not said or not wanted:
+        return float(said == wanted)
+    shared = (Counter(said) & Counter(wanted)).total()
+    return 2 * shared / (len(said) + len(wanted))
+
+
+def _words(text: str) -> list[str]:
+    """Words after SQuAD's normalization: lower case, no ASCII punctuation, no articles."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _numbers(text: str) -> list[Decimal]:
+    """Values of the numbers in a text: "1,200" is one number, and the minus of "10-3" belongs to none."""
+    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+    found = re.findall(r"(?<![\w.])-?(?:\$ ?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?", text)
+    return [Decimal(re.sub(r"[$, ]", "", number)) for number in found if re.search(r"\d", number)]
+
+
+def _resamples(rows: int, seed: int, samples: int) -> Iterator[NDArray[np.int64]]:
+    """Row indices drawn with replacement, `samples` in all, in chunks [chunk, rows] of bounded memory."""
+    random = np.random.default_rng(seed)
+    chunk = max(1, 1_000_000 // rows)
+    for start in range(0, samples, chunk):
+        yield random.integers(rows, size=(min(chunk, samples - start), rows))
+
+
+def _bounds(estimates: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.percentile(estimates, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,99 @@
+"""Score examples with anything that gives log-probabilities: torch or ONNX, the same arithmetic."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_ft.data import Batch, Example, collate, eval_batches
+from edge_ft.evaluate.metrics import accuracy, macro_f1, mean, perplexity
+from edge_ft.progress import Progress, track
+
+__all__ = ["RowScores", "Scorer", "score", "summary"]
+
+
+class Scorer(Protocol):
+    """What scoring needs of a model."""
+
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """nll (nats) and the likeliest token or class, [batch, seq] (classifier: [batch, 1])."""
+
+    def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        """Greedy continuation of one prompt."""
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """One entry a row, in the order of the examples."""
+
+    nll: NDArray[np.float64]
+    """Summed over the row's targets, nats."""
+    tokens: NDArray[np.int64]
+    """Targets in the row (classifier: 1)."""
+    correct: NDArray[np.int64]
+    """Targets whose likeliest token or class is the right one."""
+    predicted: list[NDArray[np.int64]]
+    """Likeliest token or class of each target."""
+
+    @property
+    def mean_nll(self) -> float:
+        """Nats per target token."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of targets that were the likeliest."""
+        return float(self.correct.sum() / self.tokens.sum())
+
+    def agreement(self, other: "RowScores") -> float:
+        """Share of targets where both find the same likeliest token or class."""
+        pairs = zip(self.predicted, other.predicted, strict=True)
+        return float(sum(int((a == b).sum()) for a, b in pairs) / self.tokens.sum())
+
+
+def score(
+    scorer: Scorer,
+    examples: Sequence[Example],
+    *,
+    task: str,
+    pad_id: int,
+    batch_size: int,
+    progress: Progress,
+    stage: str,
+) -> RowScores:
+    """Score every example, in batches of similar length."""
+    count = len(examples)
+    nll = np.zeros(count)
+    tokens = np.zeros(count, np.int64)
+    correct = np.zeros(count, np.int64)
+    predicted: list[NDArray[np.int64]] = [np.zeros(0, np.int64)] * count
+    batches = eval_batches([len(example.input_ids) for example in examples], batch_size)
+    for indices in track(progress, stage, batches, len(batches)):
+        batch = collate([examples[index] for index in indices], pad_id, task)
+        losses, likeliest = scorer.token_nll(batch)
+        labels = batch["labels"].reshape(losses.shape[0], -1).copy()
+        if task == "text-generation":
+            labels[:, 0] = -100  # the first token is given, not predicted
+        for position, index in enumerate(indices):
+            at = labels[position] != -100
+            nll[index] = losses[position][at].sum()
+            tokens[index] = at.sum()
+            predicted[index] = likeliest[position][at]
+            correct[index] = (predicted[index] == labels[position][at]).sum()
+    return RowScores(nll, tokens, correct, predicted)
+
+
+def summary(
+    scores: RowScores, examples: Sequence[Example], task: str, labels: tuple[str, ...]
+) -> dict[str, Any]:
+    """`nll` (nats per target token), `perplexity`, and `metrics` with 95% intervals over rows."""
+    right = scores.correct / scores.tokens
+    if task == "text-generation":
+        metrics = {"token_accuracy": mean(right, scores.tokens)}
+    else:
+        gold = np.array([example.labels[0] for example in examples])
+        predicted = np.array([int(classes[0]) for classes in scores.predicted])
+        metrics = {"accuracy": accuracy(predicted, gold), "macro_f1": macro_f1(predicted, gold, len(labels))}
+    return {"nll": scores.mean_nll, "perplexity": perplexity(scores.mean_nll), "metrics": metrics}

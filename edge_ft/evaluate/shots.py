@@ -1,0 +1,42 @@
+"""Solved train examples in front of a prompt: what a model does without tuning."""
+
+from collections.abc import Sequence
+
+from edge_ft.data import Example, Message, Record, Rendering, Row, TextTokenizer, encode_example, record
+from edge_ft.errors import UsageError
+
+__all__ = ["with_shots"]
+
+
+def with_shots(
+    rendering: Rendering, tokenizer: TextTokenizer, rows: Sequence[Row], shots: Sequence[Row]
+) -> list[Example]:
+    """Examples whose prompts start with the solved `shots`; only the row's own answer is scored.
+
+    Raises:
+        UsageError: the rows have no prompt to put anything before.
+    """
+    if rendering.task != "text-generation":
+        raise UsageError("--shots is for text-generation")
+    solved = [record(row, rendering.columns) for row in shots]
+    examples = []
+    for row in rows:
+        asked = record(row, rendering.columns)
+        if rendering.chat_template is not None:
+            turns = [turn for shot in solved for turn in _turns(shot)]
+            combined = Record(row.number, [*turns, *_turns(asked)], "", None, None)
+        elif asked.messages is None:
+            before = "".join(f"{shot.prompt}{shot.completion}\n\n" for shot in solved)
+            combined = Record(row.number, None, before + asked.prompt, asked.completion, None)
+        else:
+            raise UsageError("--shots needs a chat template for rows of messages")
+        example = encode_example(rendering, tokenizer, combined)
+        example.labels[: example.prompt_length] = [-100] * example.prompt_length
+        examples.append(example)
+    return examples
+
+
+def _turns(example: Record) -> list[Message]:
+    if example.messages is not None:
+        return example.messages
+    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion or ""}]

@@ -1,0 +1,50 @@
+"""Bundles answer here, with onnxruntime, numpy and tokenizers alone."""
+
+from pathlib import Path
+
+from edge_ft.artifacts import Bundle
+from edge_ft.runtime.adapters import adapter_inputs
+from edge_ft.runtime.cache import KVCache
+from edge_ft.runtime.decode import Conversation, Generation, TextGenerator, Timings
+from edge_ft.runtime.encode import Classification, TextClassifier
+from edge_ft.runtime.session import open_session
+
+__all__ = [
+    "Classification",
+    "Conversation",
+    "Generation",
+    "KVCache",
+    "TextClassifier",
+    "TextGenerator",
+    "Timings",
+    "load",
+]
+
+
+def load(
+    bundle: Bundle | Path | str,
+    *,
+    threads: int | None = None,
+    accuracy_level: int | None = None,
+    adapter: str | None = None,
+) -> TextGenerator | TextClassifier:
+    """Get a bundle ready to answer.
+
+    Args:
+        bundle: A bundle, or its folder, of which every file is then hashed first.
+        threads: CPU threads; default all cores.
+        accuracy_level: 1 (exact) or 4 (activations in int8), where verification passed it; default the
+            manifest's choice.
+        adapter: "none" answers with the base of an adapter-lane bundle.
+
+    Raises:
+        BundleError: not a bundle, changed since it was written, or not runnable by this onnxruntime.
+        UsageError: an adapter that the bundle cannot bind.
+    """
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle.open(Path(bundle))
+    session = open_session(bundle.graph(accuracy_level), threads)
+    extra = adapter_inputs(bundle, session, adapter)
+    if bundle.task == "text-classification":
+        return TextClassifier(bundle, session, extra)
+    return TextGenerator(bundle, session, extra)

@@ -1,0 +1,145 @@
+"""What `edge-ft run` does with a bundle: answer one text, a file of rows, or a person who keeps asking."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from edge_ft.artifacts import refuse_existing
+from edge_ft.config import RunConfig
+from edge_ft.data import Message, Rendering, Row, read_rows, record
+from edge_ft.data.columns import fill_text
+from edge_ft.errors import DataError, UsageError
+from edge_ft.progress import Progress, track
+from edge_ft.runtime import TextClassifier, TextGenerator, load
+
+__all__ = ["answer_file", "answer_one", "converse"]
+
+
+def answer_one(bundle: Path, text: str, config: RunConfig, stream: TextIO | None) -> dict[str, Any]:
+    """Answer one prompt, or classify one text.
+
+    A text for a model that was trained with a --prompt template of one column is put into that template,
+    unless it has the template's form already.
+
+    Args:
+        stream: Where the answer is written as it comes; None writes nothing.
+
+    Returns:
+        `text`, `prompt_tokens`, `new_tokens`, `finish_reason` and `timings` (seconds), or `label`, `scores`,
+        `prompt_tokens` and `cut`.
+    """
+    opened = _open(bundle, config)
+    if isinstance(opened, TextClassifier):
+        found = opened.classify([text])[0]
+        if stream is not None:
+            for label, score in sorted(found.scores.items(), key=lambda pair: -pair[1])[:5]:
+                print(f"{score:7.2%}  {label}", file=stream)
+        return asdict(found)
+    prompt = fill_text(opened.rendering.columns, text)
+    pieces = opened.stream(prompt, config)
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            if stream is not None:
+                print(file=stream)
+            return asdict(end.value)
+        if stream is not None:
+            stream.write(piece)
+            stream.flush()
+
+
+def answer_file(
+    bundle: Path, source: Path, out: Path, config: RunConfig, progress: Progress
+) -> dict[str, Any]:
+    """Answer every row of a file into `out`: a JSON line for each row, in its order.
+
+    Returns:
+        `rows` and `seconds`.
+
+    Raises:
+        DataError: a row that has nothing to answer.
+        UsageError: `out` exists.
+    """
+    refuse_existing(out)
+    started = time.monotonic()
+    rows = read_rows(str(source))
+    opened = _open(bundle, config)
+    if isinstance(opened, TextClassifier):
+        texts = [_text(row, opened.rendering) for row in rows]
+        answers: Iterator[dict[str, Any]] = (asdict(found) for found in opened.classify(texts))
+    else:
+        prompts = [_prompt(row, opened.rendering) for row in rows]
+        answers = (asdict(opened.generate(prompt, config)) for prompt in prompts)
+    with _whole_file(out) as file:
+        for answer in track(progress, "answer", answers, len(rows)):
+            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+    return {"out": str(out), "rows": len(rows), "seconds": round(time.monotonic() - started, 3)}
+
+
+def converse(bundle: Path, config: RunConfig, source: TextIO, target: TextIO) -> None:
+    """Answer line after line, each turn going on from the cached tokens, until the input ends.
+
+    Raises:
+        UsageError: the bundle is a classifier, or has no chat template.
+    """
+    opened = _open(bundle, config)
+    if isinstance(opened, TextClassifier):
+        raise UsageError(f"{bundle} is a classifier: it cannot hold a conversation")
+    conversation = opened.chat(config)
+    while True:
+        target.write("> ")
+        target.flush()
+        line = source.readline()
+        if not line:
+            target.write("\n")
+            return
+        if not line.strip():
+            continue
+        for piece in conversation.stream(line.rstrip("\n")):
+            target.write(piece)
+            target.flush()
+        target.write("\n")
+
+
+def _open(bundle: Path, config: RunConfig) -> TextGenerator | TextClassifier:
+    return load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter)
+
+
+def _prompt(row: Row, rendering: Rendering) -> str | list[Message]:
+    """The question of a row: as in training where it has those columns, else its `messages` or `prompt`."""
+    if rendering.columns.fits(list(row.fields), answer=False):
+        asked = record(row, rendering.columns, answer=False)
+        if asked.messages is None:
+            return asked.prompt
+        answered = asked.messages[-1]["role"] == "assistant"
+        return asked.messages[:-1] if answered else asked.messages
+    return _text(row, rendering)
+
+
+def _text(row: Row, rendering: Rendering) -> str:
+    if rendering.columns.fits(list(row.fields), answer=False):
+        return record(row, rendering.columns, answer=False).prompt
+    for name in ("prompt", "text"):
+        if isinstance(row.fields.get(name), str):
+            return fill_text(rendering.columns, row.fields[name])
+    raise DataError(
+        f"row {row.number} has the columns {', '.join(row.fields)}: it needs those of the training rows, or prompt or text"
+    )
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[TextIO]:
+    """A file that takes its name when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    neighbour = path.with_name(f".{path.name}.tmp")
+    try:
+        with neighbour.open("w", encoding="utf-8") as file:
+            yield file
+        neighbour.replace(path)
+    finally:
+        neighbour.unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""The keys and values of one text, in buffers that the graph appends to in place.
+
+Past and present are bound to the same memory, so GroupQueryAttention writes the new positions where they
+belong and copies nothing. The buffers start empty and grow in steps: memory follows the text, not the
+longest text that the model could read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+__all__ = ["CacheShape", "KVCache"]
+
+_STEP = 256
+"""Positions that the buffers grow by."""
+_PREFILL = 512
+"""Most tokens in one run: attention scores take memory of prompt x run, not prompt x prompt."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a decoder stores for a token: `layers` times a key and a value of [kv_heads, head_dim]."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+
+class KVCache:
+    """The tokens that the model has read, and the run that makes it read more."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        shape: CacheShape,
+        extra_inputs: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> None:
+        self.ids: list[int] = []
+        self.capacity = 0
+        self._session = session
+        self._shape = shape
+        self._binding = session.io_binding()
+        self._buffers = {
+            f"{layer}.{kind}": np.zeros((1, shape.kv_heads, 0, shape.head_dim), np.float32)
+            for layer in range(shape.layers)
+            for kind in ("key", "value")
+        }
+        vocab = next(output.shape[-1] for output in session.get_outputs() if output.name == "logits")
+        self._logits = np.zeros((1, 1, vocab), np.float32)
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
+        for name, array in (extra_inputs or {}).items():
+            # `bind_cpu_input` knows no overridable initializers.
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the key and value buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def extend(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Read more tokens.
+
+        Args:
+            ids: At least one token.
+
+        Returns:
+            Logits [vocab] after the last of them; the next call overwrites this memory.
+        """
+        self._reserve(len(self.ids) + len(ids))
+        for start in range(0, len(ids), _PREFILL):
+            run = ids[start : start + _PREFILL]
+            self._binding.bind_cpu_input("input_ids", np.array([run], np.int64))
+            self._binding.bind_cpu_input("attention_mask", self._mask[:, : len(self.ids) + len(run)])
+            self._session.run_with_iobinding(self._binding)
+            self.ids.extend(run)
+        logits: NDArray[np.float32] = self._logits[0, 0]
+        return logits
+
+    def rewind(self, ids: Sequence[int]) -> int:
+        """Forget what `ids` does not begin with, and at least its last token, whose logits are wanted.
+
+        Returns:
+            How many tokens of `ids` are in the cache.
+        """
+        same = 0
+        for old, new in zip(self.ids, ids[:-1], strict=False):
+            if old != new:
+                break
+            same += 1
+        del self.ids[same:]
+        return same
+
+    def _reserve(self, length: int) -> None:
+        if length <= self.capacity:
+            return
+        self.capacity = -(-length // _STEP) * _STEP
+        self._mask = np.ones((1, self.capacity), np.int64)
+        used = len(self.ids)
+        size = (1, self._shape.kv_heads, self.capacity, self._shape.head_dim)
+        for name, old in self._buffers.items():
+            grown = np.zeros(size, np.float32)
+            grown[:, :, :used] = old[:, :, :used]
+            value = ort.OrtValue.ortvalue_from_numpy(grown)  # the same memory, not a copy
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            self._binding.bind_ortvalue_output(f"present.{name}", value)
+            self._buffers[name] = grown

@@ -1,0 +1,325 @@
+"""Text from a decoder bundle: generation, streaming, conversations, and scores of given tokens."""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edge_ft.artifacts import Bundle
+from edge_ft.config import RowsConfig, RunConfig
+from edge_ft.data import (
+    Batch,
+    Columns,
+    Message,
+    Rendering,
+    TextTokenizer,
+    encode_prompt,
+    make_rendering,
+    stop_ids,
+)
+from edge_ft.errors import UsageError
+from edge_ft.runtime.cache import CacheShape, KVCache
+from edge_ft.runtime.sample import Sampler
+from edge_ft.runtime.text import TextPieces
+
+__all__ = ["Conversation", "Generation", "TextGenerator", "Timings"]
+
+_GREEDY = RunConfig()
+_LOGITS_AT_ONCE = 1 << 24
+"""Logits held while scoring: 64 MB; larger batches are scored in parts."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of one answer; time that the reader of a stream takes is not counted."""
+
+    prefill_s: float
+    """The graph over the prompt tokens that were not cached."""
+    ttft_s: float
+    """From the call to the first token, rendering and tokenizing included."""
+    decode_s: tuple[float, ...]
+    """Each later token: one run of the graph and the choice."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer and what it took."""
+
+    text: str
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that the cache of a conversation held already."""
+    new_tokens: int
+    """Decoded tokens, the one that ended the answer included."""
+    finish_reason: Literal["stop", "length"]
+    """stop: a stop token or stop string; length: max_new_tokens."""
+    timings: Timings
+
+
+class TextGenerator:
+    """An open text-generation bundle; answers one text at a time, scores batches."""
+
+    def __init__(
+        self, bundle: Bundle, session: ort.InferenceSession, adapter_inputs: dict[str, NDArray[np.float32]]
+    ) -> None:
+        self.tokenizer = TextTokenizer.load(bundle.path)
+        self.rendering = Rendering.from_dict(bundle.manifest["rendering"])
+        self.max_length = int(bundle.manifest["max_length"])
+        self.stop_ids = stop_ids(self.rendering, self.tokenizer)
+        self._session = session
+        self._shape = CacheShape(**bundle.manifest["cache"])
+        self._adapter_inputs = adapter_inputs
+
+    def generate(self, prompt: str | list[Message], config: RunConfig = _GREEDY) -> Generation:
+        """Answer a prompt.
+
+        Args:
+            prompt: Text, or the messages of a chat.
+            config: How to answer; `threads`, `accuracy_level` and `adapter` are `load`'s.
+
+        Raises:
+            UsageError: prompt and answer are longer together than the model can read, a stop string is
+                empty, or the chat template cannot render the messages.
+        """
+        return _last(self.stream(prompt, config))
+
+    def stream(
+        self, prompt: str | list[Message], config: RunConfig = _GREEDY
+    ) -> Generator[str, None, Generation]:
+        """As `generate`, in pieces of text as they become certain; the generator returns the `Generation`."""
+        return self._stream(self.open_cache(), prompt, config)
+
+    def chat(self, config: RunConfig = _GREEDY) -> "Conversation":
+        """A conversation whose tokens stay in the cache from turn to turn.
+
+        Raises:
+            UsageError: there is no chat template.
+        """
+        if self._rendering(config).chat_template is None:
+            raise UsageError("this bundle has no chat template, so it cannot chat: give --chat-template FILE")
+        return Conversation(self, config)
+
+    def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        """Greedy continuation of a tokenized prompt, up to and without the first stop token.
+
+        Fewer than `max_new_tokens` where the model's limit is nearer, none to an empty prompt or to one
+        that fills the limit.
+        """
+        room = min(max_new_tokens, self.max_length - len(prompt_ids))
+        if room < 1 or not prompt_ids:
+            return []
+        config = RunConfig(max_new_tokens=room)
+        tokens = list(_decode(self.open_cache(), prompt_ids, config, self.stop_ids, _Clock()))
+        return tokens[:-1] if tokens[-1] in self.stop_ids else tokens
+
+    def time_decode(self, prompt_ids: list[int], new_tokens: int) -> Timings:
+        """Decode exactly `new_tokens` greedily, past any stop token, and say how long each took.
+
+        Raises:
+            UsageError: prompt and answer are longer together than the model can read.
+        """
+        if len(prompt_ids) + new_tokens > self.max_length:
+            raise _too_long(len(prompt_ids), new_tokens, self.max_length)
+        clock = _Clock()
+        config = RunConfig(max_new_tokens=new_tokens)
+        for _ in _decode(self.open_cache(), prompt_ids, config, frozenset(), clock):
+            pass
+        return clock.timings()
+
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Negative log-likelihood (nats) and likeliest token, where there is a label.
+
+        Returns:
+            nll float32 and predicted int64, both [batch, seq], aligned with the labels: entry t is about
+            the token at t given those before it; 0 and -100 where there is no label.
+        """
+        labels: NDArray[np.int64] = batch["labels"]
+        targets = labels != -100
+        targets[:, 0] = False  # the first token is given, not predicted
+        nll = np.zeros(labels.shape, np.float32)
+        predicted = np.full(labels.shape, -100, np.int64)
+        if not targets.any():
+            return nll, predicted
+        first = int(targets.any(axis=0).argmax())
+        keep = labels.shape[1] - first + 1  # the position before the first target, and all after it
+        rows_at_once = max(1, _LOGITS_AT_ONCE // (keep * self.tokenizer.vocab_size))
+        for start in range(0, labels.shape[0], rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            logits = self._logits(batch["input_ids"][rows], batch["attention_mask"][rows], keep)
+            for row, row_logits in enumerate(logits, start):
+                at = targets[row, first:]
+                scores = row_logits[:-1][at]  # [targets, vocab]
+                peak = scores.max(axis=-1, keepdims=True)
+                predicted[row, first:][at] = scores.argmax(axis=-1)
+                scores -= peak
+                chosen = scores[np.arange(len(scores)), labels[row, first:][at]]
+                nll[row, first:][at] = np.log(np.exp(scores, out=scores).sum(axis=-1)) - chosen
+        return nll, predicted
+
+    def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits of every position.
+
+        Args:
+            input_ids: [batch, seq], padded on the right.
+            attention_mask: [batch, seq], 1 for tokens and 0 for padding.
+
+        Returns:
+            [batch, seq, vocab]; what stands at padding means nothing.
+
+        Raises:
+            UsageError: seq is more than the model can read.
+        """
+        return self._logits(input_ids, attention_mask, 0)
+
+    def open_cache(self) -> KVCache:
+        """An empty cache of this model."""
+        return KVCache(self._session, self._shape, self._adapter_inputs)
+
+    def _logits(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], keep: int
+    ) -> NDArray[np.float32]:
+        batch, length = input_ids.shape
+        if length > self.max_length:
+            raise _too_long(length, 0, self.max_length)
+        empty = np.zeros((batch, self._shape.kv_heads, 0, self._shape.head_dim), np.float32)
+        feed = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "num_logits_to_keep": np.array(keep, np.int64),
+            **{
+                f"past_key_values.{layer}.{kind}": empty
+                for layer in range(self._shape.layers)
+                for kind in ("key", "value")
+            },
+            **self._adapter_inputs,
+        }
+        logits: NDArray[np.float32] = self._session.run(["logits"], feed)[0]
+        return logits
+
+    def _rendering(self, config: RunConfig) -> Rendering:
+        if config.chat_template is None:
+            return self.rendering
+        asked = RowsConfig(chat_template=config.chat_template)
+        columns = Columns("prompt_completion")  # what may have a chat template and may do without
+        return make_rendering(asked, columns, "text-generation", self.tokenizer, self.max_length)
+
+    def _stream(
+        self, cache: KVCache, prompt: str | list[Message], config: RunConfig
+    ) -> Generator[str, None, Generation]:
+        clock = _Clock()
+        rendering = self._rendering(config)
+        if config.system is not None:
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            prompt = [{"role": "system", "content": config.system}, *turns]
+        prompt_ids = encode_prompt(rendering, self.tokenizer, prompt)
+        if not prompt_ids:
+            raise UsageError("the prompt is empty: give it at least one character")
+        ends = stop_ids(rendering, self.tokenizer)
+        if len(prompt_ids) + config.max_new_tokens > self.max_length:
+            raise _too_long(len(prompt_ids), config.max_new_tokens, self.max_length)
+        cached = cache.rewind(prompt_ids)
+        pieces = TextPieces(self.tokenizer.decode, config.stop)
+        text: list[str] = []
+        new_tokens = 0
+        finish_reason: Literal["stop", "length"] = "length"
+        for token in _decode(cache, prompt_ids, config, ends, clock):
+            new_tokens += 1
+            if token in ends:
+                finish_reason = "stop"
+                break
+            if piece := pieces.push(token):
+                text.append(piece)
+                yield piece
+            if pieces.stopped:
+                break
+        if piece := pieces.finish():
+            text.append(piece)
+            yield piece
+        if pieces.stopped:
+            finish_reason = "stop"
+        return Generation(
+            text="".join(text),
+            prompt_tokens=len(prompt_ids),
+            cached_tokens=cached,
+            new_tokens=new_tokens,
+            finish_reason=finish_reason,
+            timings=clock.timings(),
+        )
+
+
+class Conversation:
+    """A chat in which only what is new since the last turn is read.
+
+    Each turn renders the whole chat and keeps the cached tokens that it begins with: but for the rounding
+    of kernels, an answer is what starting over would give, also where the template rewrites earlier turns.
+    """
+
+    def __init__(self, generator: TextGenerator, config: RunConfig) -> None:
+        self.messages: list[Message] = []
+        self._generator = generator
+        self._config = config
+        self._cache = generator.open_cache()
+
+    def say(self, content: str) -> Generation:
+        """The answer to the user's next message."""
+        return _last(self.stream(content))
+
+    def stream(self, content: str) -> Generator[str, None, Generation]:
+        """As `say`, in pieces; a turn that is not read to its end is not part of the conversation."""
+        asked = [*self.messages, {"role": "user", "content": content}]
+        generation = yield from self._generator._stream(self._cache, asked, self._config)
+        self.messages = [*asked, {"role": "assistant", "content": generation.text}]
+        return generation
+
+
+class _Clock:
+    """Marks of one answer, which become its `Timings`."""
+
+    def __init__(self) -> None:
+        self.started = perf_counter()
+        self.prefill_s = 0.0
+        self.ttft_s = 0.0
+        self.decode_s: list[float] = []
+
+    def timings(self) -> Timings:
+        return Timings(self.prefill_s, self.ttft_s, tuple(self.decode_s))
+
+
+def _decode(
+    cache: KVCache, prompt_ids: Sequence[int], config: RunConfig, stop_ids: frozenset[int], clock: _Clock
+) -> Iterator[int]:
+    """Tokens until a stop token, which is the last one, or `config.max_new_tokens`."""
+    started = perf_counter()
+    logits = cache.extend(prompt_ids[len(cache.ids) :])
+    clock.prefill_s = perf_counter() - started
+    sampler = Sampler(config, prompt_ids, logits.size)
+    token = sampler.choose(logits)
+    clock.ttft_s = perf_counter() - clock.started
+    yield token
+    for _ in range(config.max_new_tokens - 1):
+        if token in stop_ids:
+            return
+        started = perf_counter()
+        token = sampler.choose(cache.extend((token,)))
+        clock.decode_s.append(perf_counter() - started)
+        yield token
+
+
+def _last(stream: Generator[str, None, Generation]) -> Generation:
+    """Read a stream to its end, for what it returns."""
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            generation: Generation = end.value
+            return generation
+
+
+def _too_long(tokens: int, new_tokens: int, limit: int) -> UsageError:
+    asked = f"{tokens} tokens and {new_tokens} new ones are" if new_tokens else f"{tokens} tokens are"
+    way_out = f"ask for at most {limit - tokens} new tokens" if tokens < limit else "shorten the prompt"
+    return UsageError(f"{asked} more than the {limit} tokens that this model can read: {way_out}")

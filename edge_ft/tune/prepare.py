@@ -1,0 +1,140 @@
+"""From the user's rows to three lists of examples: read, map, split, tokenize, audit. No torch."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_ft.artifacts import write_text
+from edge_ft.config import Task, TuneConfig
+from edge_ft.data import (
+    Example,
+    Rendering,
+    Row,
+    TextTokenizer,
+    audit,
+    column_names,
+    encode_rows,
+    find_columns,
+    find_labels,
+    fingerprint,
+    guess_task,
+    make_rendering,
+    overlap,
+    read_rows,
+    split_rows,
+)
+from edge_ft.errors import AuditRefused, DataError
+from edge_ft.progress import Progress
+
+__all__ = ["Prepared", "longest_sequence", "prepare", "write_splits"]
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything about the data that the loop and the run folder need."""
+
+    task: Task
+    rendering: Rendering
+    rows: dict[str, list[Row]]
+    examples: dict[str, list[Example]]
+    fingerprint: str
+    findings: list[dict[str, Any]]
+
+
+def prepare(
+    config: TuneConfig, tokenizer: TextTokenizer, *, decoder: bool, model_limit: int, progress: Progress
+) -> Prepared:
+    """Read, split, encode and audit the rows of a tune.
+
+    Raises:
+        DataError: rows that cannot be read or mapped, or a split that stays empty.
+        AuditRefused: nothing would be trained, or a row lies in two given splits.
+    """
+    rows = _read_splits(config)
+    names = column_names(rows["train"])
+    task = config.task or guess_task(names, config, decoder)
+    if config.task is None:
+        progress.say(f"task: {task} (from the model and the columns {', '.join(names)}; --task overrides)")
+    columns = find_columns(names, config, task)
+    labels: tuple[str, ...] = ()
+    if task == "text-classification":
+        labels = find_labels(rows["train"], columns)
+        if len(labels) < 2:
+            raise DataError(f"{config.data}: the label column holds {len(labels)} class(es), at least 2 are needed")
+    rendering = make_rendering(config, columns, task, tokenizer, longest_sequence(config.max_length, model_limit), labels)
+    examples = {name: encode_rows(rendering, tokenizer, rows[name]) for name in SPLITS}
+    findings = [
+        {"split": name, **finding}
+        for name in SPLITS
+        for finding in audit_split(examples[name], rendering.max_length, progress, name)
+    ]
+    trainable = {name: [example for example in examples[name] if any(t != -100 for t in example.labels)] for name in SPLITS}
+    for name in SPLITS:
+        if examples[name] and not trainable[name]:
+            raise AuditRefused(
+                f"no row of the {name} split has a token to learn: every answer is empty or cut off by "
+                f"--max-length {rendering.max_length}"
+            )
+    progress.say(", ".join(f"{len(trainable[name])} {name}" for name in SPLITS) + " rows")
+    return Prepared(task, rendering, rows, trainable, fingerprint([r for name in SPLITS for r in rows[name]]), findings)
+
+
+def longest_sequence(max_length: int | None, model_limit: int) -> int:
+    """The longest sequence in tokens: what was asked for, within what the model allows.
+
+    Raises:
+        DataError: more was asked for than the model allows.
+    """
+    if max_length is not None and max_length > model_limit:
+        raise DataError(f"--max-length {max_length} is beyond the model's {model_limit} positions")
+    return max_length or min(model_limit, 1024)
+
+
+def audit_split(examples: Sequence[Example], max_length: int, progress: Progress, name: str) -> list[dict[str, Any]]:
+    """The audit's findings as plain values, each one said."""
+    findings = audit(examples, max_length)
+    for finding in findings:
+        progress.say(f"{name}: {finding.message}")
+    return [
+        {"code": finding.code, "severity": finding.severity, "rows": list(finding.rows), "message": finding.message}
+        for finding in findings
+    ]
+
+
+def write_splits(prepared: Prepared, folder: Path) -> None:
+    """One JSONL per split, the rows as they were given."""
+    for name in SPLITS:
+        lines = [json.dumps(row.fields, ensure_ascii=False, default=str) + "\n" for row in prepared.rows[name]]
+        write_text(folder / f"{name}.jsonl", "".join(lines))
+
+
+def _read_splits(config: TuneConfig) -> dict[str, list[Row]]:
+    """Rows of the three splits: from their own files, or shares of --data."""
+    given = {
+        name: read_rows(source)
+        for name, source in (("validation", config.validation), ("test", config.test))
+        if source is not None
+    }
+    rows = read_rows(config.data, split="train")
+    train, validation, test = config.split
+    shares = (train, 0.0 if "validation" in given else validation, 0.0 if "test" in given else test)
+    total = sum(shares)
+    if not shares[0]:
+        raise DataError("--split leaves no rows to train on: its first share is 0")
+    splits = split_rows(rows, (shares[0] / total, shares[1] / total, shares[2] / total), config.seed)
+    splits |= given
+    for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        if shared := overlap(splits[first], splits[second]):
+            a, b = shared[0]
+            raise AuditRefused(
+                f"{len(shared)} equal row(s) lie in both the {first} and the {second} split, the first is row {a} "
+                f"of one and row {b} of the other: remove them from one"
+            )
+    for name in ("train", "validation"):
+        if not splits[name]:
+            raise DataError(f"{config.data}: {len(rows)} row(s) leave none for {name}; give more rows or another --split")
+    return splits

@@ -1,0 +1,51 @@
+"""Turn a run, or a model with or without a PEFT adapter, into a bundle that a device can open."""
+
+import shutil
+
+from edge_ft.artifacts import Bundle, atomic_folder, refuse_existing
+from edge_ft.config import ExportConfig
+from edge_ft.errors import GateRefused, require
+from edge_ft.progress import Progress, Silent
+
+__all__ = ["export"]
+
+
+def export(source: str, config: ExportConfig, progress: Progress | None = None) -> Bundle:
+    """Export `source` to a bundle at `config.out`, scored on the way.
+
+    Args:
+        source: A run folder; or a model (hub id, folder, GGUF), with `config.adapter` a PEFT adapter for it.
+        config: Format, lane and the limits of the gate.
+
+    Raises:
+        UsageError: a source or options that cannot be exported.
+        GateRefused: too much was lost, or nothing was learned; the bundle is kept as `NAME.rejected`.
+    """
+    torch = require("torch", "train")
+    for module in ("onnxscript", "peft", "optimum"):
+        require(module, "train")
+    from edge_ft.export.bundle import describe, write_bundle
+    from edge_ft.export.check import check_bundle, score_torch
+    from edge_ft.export.source import open_export_source
+
+    progress = progress or Silent()
+    refuse_existing(config.out)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    opened = open_export_source(source, config)
+    rejected = config.out.with_name(config.out.name + ".rejected")
+    with atomic_folder(config.out) as folder:
+        shipped_model = opened.load_shipped(config.weights, config.lane)
+        scores = score_torch(opened, shipped_model, config, progress)
+        graphs = write_bundle(folder, opened, shipped_model, config, progress)
+        del shipped_model
+        checked = check_bundle(folder, opened, graphs, scores, config, progress)
+        kept = {level: path for level, path in graphs.items() if level in checked.levels}
+        for level in graphs.keys() - kept.keys():
+            (folder / graphs[level]).unlink()
+        Bundle.seal(folder, {**describe(opened, config, kept), "verification": checked.verification})
+        if checked.reasons:
+            shutil.rmtree(rejected, ignore_errors=True)
+            folder.rename(rejected)
+            raise GateRefused(f"refused, kept as {rejected}: {'; '.join(checked.reasons)}")
+    return Bundle.open(config.out)

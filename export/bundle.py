@@ -1,0 +1,91 @@
+"""Lay out a bundle: the graphs and, beside them, all that a device and a stranger's runtime need."""
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edge_ft.artifacts import write_json, write_text
+from edge_ft.base.adapter import lora_pairs
+from edge_ft.config import ExportConfig
+from edge_ft.export.lowering import add_lora_inputs, lower
+from edge_ft.export.pack import write
+from edge_ft.export.source import Source
+from edge_ft.export.trace import trace
+from edge_ft.progress import Progress
+
+__all__ = ["describe", "write_bundle"]
+
+
+def write_bundle(
+    folder: Path, source: Source, model: Any, config: ExportConfig, progress: Progress
+) -> dict[int, str]:
+    """Trace `model` and write everything but the manifest into `folder`; an adapter on `model` is taken off it.
+
+    Returns:
+        The graph of each accuracy level, relative to `folder`.
+    """
+    progress.say(f"tracing {source.base.name} ({config.weights}, {lane(source, config)} lane)")
+    pairs = {}
+    if lane(source, config) == "adapter":
+        pairs = lora_pairs(model)
+        model = model.unload()  # the base alone, its trained head in place: 2 x 210 LoRA inputs would triple the trace
+    graph = trace(model, source.base.family)
+    add_lora_inputs(graph, pairs)
+    lower(graph)
+    int4 = config.weights == "int4"
+    graphs = write(graph, folder, "model_q4" if int4 else "model", (1, 4) if int4 else (1,))
+    for file in source.tokenizer.files():
+        shutil.copyfile(file, folder / file.name)
+    if source.rendering.chat_template is not None:
+        write_text(folder / "chat_template.jinja", source.rendering.chat_template)
+    model_config = json.loads(model.config.to_json_string(use_diff=False))
+    # Read by transformers.js: which file to take, and that its weights lie beside it.
+    model_config["transformers.js_config"] = {"use_external_data_format": True, "dtype": "q4" if int4 else "fp32"}
+    write_json(folder / "config.json", model_config)
+    if source.base.family.decoder and not (folder / "generation_config.json").exists():
+        write_text(folder / "generation_config.json", model.generation_config.to_json_string())
+    return graphs
+
+
+def lane(source: Source, config: ExportConfig) -> str:
+    """`base` for a model without an adapter, else what was asked for."""
+    return "base" if source.adapter is None else config.lane
+
+
+def describe(source: Source, config: ExportConfig, graphs: dict[int, str]) -> dict[str, Any]:
+    """The manifest, without its files and its verification."""
+    int4 = config.weights == "int4"
+    base = source.base
+    manifest: dict[str, Any] = {
+        "task": source.task,
+        "family": base.family.name,
+        "model": graphs[1],
+        "graphs": {str(level): path for level, path in graphs.items()},
+        "quantization": {
+            "method": "rtn" if int4 else None,
+            "bits": 4 if int4 else 32,
+            "block_size": source.block_size if int4 else None,
+            "symmetric": False,
+        },
+        "lane": lane(source, config),
+        "max_length": base.max_length,
+        "tokenization": {"bos": source.rendering.bos, "appended_eos": source.rendering.appended_eos},
+        "rendering": source.rendering.to_dict(),
+        "provenance": {
+            "base": {"model": base.name, "content_sha256": base.content_sha256, "license": base.license},
+            "data_fingerprint": source.data_fingerprint,
+            "versions": {
+                name: version(name) for name in ("edge-ft", "torch", "transformers", "peft", "onnx", "onnxruntime")
+            },
+        },
+    }
+    if base.family.decoder:
+        heads = int(base.config["num_attention_heads"])
+        manifest["cache"] = {
+            "layers": int(base.config["num_hidden_layers"]),
+            "kv_heads": int(base.config.get("num_key_value_heads") or heads),
+            "head_dim": int(base.config.get("head_dim") or base.config["hidden_size"] // heads),
+        }
+    return manifest

@@ -1,0 +1,223 @@
+"""From the traced graph to the one that ships: ONNX operators and ONNX Runtime's contrib operators alone.
+
+Each step rewrites one shape that the trace is known to leave, so that the graph ends with as few nodes as
+one written by hand. Weights move between operators, their values never change.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, IdentityEliminationPass, RemoveUnusedNodesPass
+from onnxscript.optimizer import optimize
+
+__all__ = ["add_lora_inputs", "lower", "quiet"]
+
+LINEARS = ("MatMulNBits", "Linear")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While inside, the exporters log only errors and warn of nothing: what they say is not for a user."""
+    with ExitStack() as undo:
+        undo.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):
+            logger = logging.getLogger(name)
+            undo.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
+
+
+def lower(model: ir.Model) -> None:
+    """Rewrite a graph of `trace.trace` into what ONNX Runtime runs, in place.
+
+    q, k and v of a decoder become one layer `BLOCK.qkv_proj`, whose tensors are theirs one after the other
+    along N, unless LoRA inputs stand between them and the attention.
+    """
+    graph = model.graph
+    IdentityEliminationPass()(model)
+    _bypass_reshapes(graph)
+    _join_qkv(graph)
+    RemoveUnusedNodesPass()(model)
+    _lower_linears(graph)
+    with quiet():
+        optimize(model, onnx_shape_inference=False)
+    _join_residuals(graph)
+    RemoveUnusedNodesPass()(model)
+    graph.sort()
+    ClearMetadataAndDocStringPass()(model)
+    model.opset_imports.pop("edge_ft", None)
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    # Only the dimensions of inputs and outputs have names that mean something; the rest is inferred on loading.
+    for node in graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = value.type = None
+
+
+def add_lora_inputs(
+    model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+) -> list[str]:
+    """Give linear layers a low-rank term B A x, with A and B inputs that have a default; before `lower`.
+
+    Args:
+        model: A graph of `trace.trace`, changed in place.
+        pairs: By module name, A [rank, in_features] and B [out_features, rank], float32, the scaling folded
+            into B. The graph computes with them when nothing is bound; another rank may be bound.
+
+    Returns:
+        The names of the new inputs: `lora_A.MODULE` and `lora_B.MODULE` of each pair.
+
+    Raises:
+        ValueError: the graph holds no linear layer of that name.
+    """
+    graph = model.graph
+    names = []
+    for module, (a, b) in pairs.items():
+        weight = graph.initializers.get(f"{module}.qweight") or graph.initializers.get(f"{module}.weight")
+        layers = [] if weight is None else [use.node for use in weight.uses() if use.node.op_type in LINEARS]
+        if len(layers) != 1:
+            raise ValueError(f"the adapter changes {module!r}, but the graph holds no linear layer of that name")
+        layer = layers[0]
+        for name, array, dims in (
+            (f"lora_A.{module}", a, ("rank", a.shape[1])),
+            (f"lora_B.{module}", b, (b.shape[0], "rank")),
+        ):
+            value = _initializer(graph, name, np.ascontiguousarray(array, dtype=np.float32))
+            value.shape = ir.Shape(dims)
+            graph.inputs.append(value)
+            names.append(name)
+        down = _fused_matmul(_input(layer, 0), graph.initializers[f"lora_A.{module}"])
+        up = _fused_matmul(down.outputs[0], graph.initializers[f"lora_B.{module}"])
+        add = ir.node("Add", [layer.outputs[0], up.outputs[0]])
+        _take_over(layer.outputs[0], add.outputs[0])
+        add.replace_input_with(0, layer.outputs[0])
+        graph.insert_after(layer, [down, up, add])
+    return names
+
+
+def _bypass_reshapes(graph: ir.Graph) -> None:
+    """Read q, k, v and the attention's output where they were made: splitting and merging heads changes nothing."""
+    for node in graph:
+        inner = _producer(node)
+        if inner is None or inner.op_type != node.op_type:
+            continue
+        source = _input(inner, 0)
+        if node.op_type == "Transpose":
+            first, second = inner.attributes["perm"].as_ints(), node.attributes["perm"].as_ints()
+            if [first[axis] for axis in second] == list(range(len(first))):
+                node.outputs[0].replace_all_uses_with(source)
+        elif node.op_type == "Reshape":
+            node.replace_input_with(0, source)
+            if source.shape == node.outputs[0].shape:
+                node.outputs[0].replace_all_uses_with(source)
+
+
+def _join_qkv(graph: ir.Graph) -> None:
+    """Three layers over one input that GroupQueryAttention alone reads -> one layer with three times the rows."""
+    for attention in graph:
+        if attention.op_type != "GroupQueryAttention":
+            continue
+        layers = [layer for index in range(3) if (layer := _producer(attention, index)) is not None]
+        kinds = {
+            (layer.op_type, layer.inputs[0], *(operand is None for operand in layer.inputs)) for layer in layers
+        }
+        first = layers[0]
+        if len(layers) < 3 or len(kinds) > 1 or first.op_type not in LINEARS:
+            continue
+        operands: list[ir.Value | None] = [first.inputs[0]]
+        for index, operand in enumerate(first.inputs[1:], start=1):
+            if operand is None:
+                operands.append(None)
+                continue
+            block, _, tensor = str(operand.name).rsplit(".", 2)
+            rows = np.concatenate([_array(_input(layer, index)) for layer in layers])
+            operands.append(_initializer(graph, f"{block}.qkv_proj.{tensor}", rows))
+        attributes = dict(first.attributes)
+        if "N" in attributes:
+            attributes["N"] = ir.AttrInt64("N", sum(layer.attributes["N"].as_int() for layer in layers))
+        joined = ir.Node(first.domain, first.op_type, operands, attributes.values(), version=first.version)
+        graph.insert_before(attention, joined)
+        for index, value in enumerate((joined.outputs[0], None, None)):
+            attention.replace_input_with(index, value)
+
+
+def _lower_linears(graph: ir.Graph) -> None:
+    """edge_ft::Linear -> MatMul over the transposed weight; FusedMatMul where an embedding reads the weight too."""
+    for node in graph:
+        if node.op_type != "Linear":
+            continue
+        x, weight, bias = _input(node, 0), _input(node, 1), (*node.inputs, None)[2]
+        if len(weight.uses()) == 1:
+            transposed = ir.tensor(_array(weight).T, name=weight.name)
+            weight.const_value, weight.shape = transposed, transposed.shape
+            product = ir.node("MatMul", [x, weight])
+        else:
+            product = _fused_matmul(x, weight)
+        nodes = [product] if bias is None else [product, ir.node("Add", [product.outputs[0], bias])]
+        _take_over(node.outputs[0], nodes[-1].outputs[0])
+        graph.insert_before(node, nodes)
+        graph.remove(node, safe=True)
+
+
+def _join_residuals(graph: ir.Graph) -> None:
+    """Add + SimplifiedLayerNormalization -> SkipSimplifiedLayerNormalization, which ONNX Runtime leaves to us."""
+    for norm in graph:
+        add = _producer(norm)
+        if norm.op_type != "SimplifiedLayerNormalization" or add is None or add.op_type != "Add":
+            continue
+        joined = ir.node(
+            "SkipSimplifiedLayerNormalization",
+            [*add.inputs, norm.inputs[1]],
+            {"epsilon": norm.attributes["epsilon"].as_float()},
+            domain="com.microsoft",
+            version=1,
+            num_outputs=4,
+        )
+        graph.insert_before(norm, joined)
+        normed, mean, deviation, total = joined.outputs
+        mean.name = deviation.name = ""  # an unused output that has a name is computed
+        norm.outputs[0].replace_all_uses_with(normed)
+        add.outputs[0].replace_all_uses_with(total)
+
+
+def _fused_matmul(x: ir.Value, weight: ir.Value) -> ir.Node:
+    """x weightᵀ: [..., K] and [N, K] -> [..., N]."""
+    return ir.node("FusedMatMul", [x, weight], {"transB": 1}, domain="com.microsoft", version=1)
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` be read wherever `old` is, as an output of the graph too."""
+    new.shape, new.type = old.shape, old.type
+    if old.is_graph_output():
+        new.name, old.name = old.name, None
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+    value = ir.val(name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(value)
+    return value
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _producer(node: ir.Node, index: int = 0) -> ir.Node | None:
+    value = node.inputs[index] if node.inputs else None
+    return None if value is None else value.producer()
+
+
+def _array(value: ir.Value) -> NDArray[np.generic]:
+    assert value.const_value is not None
+    return value.const_value.numpy()

@@ -1,0 +1,57 @@
+"""Graphs and the one file of weights that they share: small graphs, and every byte stored once."""
+
+import hashlib
+from pathlib import Path
+
+import onnx_ir as ir
+
+__all__ = ["write"]
+
+# A cache line: ONNX Runtime maps the file and computes on the weights where they lie.
+ALIGNMENT = 64
+# Smaller tensors stay in the graph file.
+EXTERNAL_BYTES = 1024
+
+
+def write(model: ir.Model, folder: Path, name: str, accuracy_levels: tuple[int, ...] = (1, 4)) -> dict[int, str]:
+    """Write `onnx/NAME.onnx`, a variant `onnx/NAME_aLEVEL.onnx` for each other level, and `onnx/NAME.onnx_data`.
+
+    The variants differ in the accuracy_level of MatMulNBits alone (1: float; 4: activations in int8). The
+    same model gives the same bytes.
+
+    Args:
+        model: A lowered graph; it is not changed.
+        folder: The bundle.
+        name: Stem of the files, with transformers.js's suffix: `model`, `model_q4`.
+        accuracy_levels: One graph each; 1 has the plain name.
+
+    Returns:
+        By level, the graph's path relative to `folder`.
+    """
+    packed = model.clone()
+    data = folder / "onnx" / f"{name}.onnx_data"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    offsets: dict[bytes, int] = {}
+    with data.open("wb") as file:
+        for value in packed.graph.initializers.values():
+            tensor = value.const_value
+            assert tensor is not None and value.name is not None
+            if tensor.nbytes < EXTERNAL_BYTES:
+                continue
+            content = tensor.tobytes()
+            digest = hashlib.sha256(content).digest()
+            if digest not in offsets:
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                offsets[digest] = file.tell()
+                file.write(content)
+            value.const_value = ir.ExternalTensor(
+                data.name, offsets[digest], len(content), tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name
+            )
+    paths = {}
+    for level in accuracy_levels:
+        for node in packed.graph:
+            if node.op_type == "MatMulNBits":
+                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+        paths[level] = f"onnx/{name}.onnx" if level == 1 else f"onnx/{name}_a{level}.onnx"
+        ir.save(packed, folder / paths[level])
+    return paths

@@ -1,0 +1,137 @@
+"""What is exported: a run folder or a model brought to one form."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_ft.artifacts import RunFolder, kind_of
+from edge_ft.base.adapter import adapter_config, load_adapter, merge_adapter
+from edge_ft.base.linear import quantize_model
+from edge_ft.base.load import Base, BaseFormat, find_base, load_model
+from edge_ft.config import ExportConfig, RowsConfig, Task
+from edge_ft.data import Columns, Example, Rendering, TextTokenizer, encode_rows, fingerprint, make_rendering, read_rows
+from edge_ft.errors import DataError, UsageError
+from edge_ft.evaluate.open import find_run_base, open_run_model, rendering_for
+
+__all__ = ["Source", "open_export_source"]
+
+VERIFY_ROWS = 512
+"""Validation rows that verification reads at most: enough for an interval of ±0.01 nats on most data."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base, perhaps an adapter on it, and the rows that verification scores."""
+
+    base: Base
+    task: Task
+    adapter: Path | None
+    trained_format: BaseFormat
+    """What the adapter was trained over; float for one that was trained elsewhere."""
+    block_size: int
+    tokenizer: TextTokenizer
+    rendering: Rendering
+    validation: list[Example]
+    test: list[Example]
+    rows_sha256: str | None
+    """Fingerprint of the validation rows."""
+    data_fingerprint: str | None
+    run: RunFolder | None
+    seed: int
+
+    def load(self, weights: BaseFormat) -> Any:
+        """The base alone, in float or on the grid."""
+        return load_model(self.base, self.task, weights, self.block_size, self.rendering.labels, self.seed)
+
+    def load_trained(self) -> Any:
+        """The model as it was trained: the base in its format, the adapter beside it."""
+        assert self.adapter is not None
+        if self.run is not None:
+            return open_run_model(self.run)[0]
+        return load_adapter(self.load(self.trained_format), self.adapter)
+
+    def load_shipped(self, weights: BaseFormat, lane: str) -> Any:
+        """The model that ships: merged in float and then rounded, or the base with the adapter beside it."""
+        if self.adapter is None:
+            return self.load(weights)
+        if lane == "adapter":
+            return load_adapter(self.load(weights), self.adapter)
+        merged = merge_adapter(self.load("fp32"), self.adapter)
+        if weights == "int4":
+            quantize_model(merged, self.block_size, () if self.base.family.decoder else (self.base.family.head,))
+        return merged
+
+
+def open_export_source(source: str, config: ExportConfig) -> Source:
+    """Read what `edge-ft export SOURCE` names.
+
+    Raises:
+        UsageError: a source that cannot be exported, or options that do not fit it.
+    """
+    kind = kind_of(source)
+    if kind == "bundle":
+        raise UsageError(f"{source} is a bundle already: export takes a run folder or a model")
+    return _from_run(RunFolder.open(Path(source)), config) if kind == "run" else _from_model(source, config)
+
+
+def _from_run(run: RunFolder, config: ExportConfig) -> Source:
+    for flag, value in (("--adapter", config.adapter), ("--data", config.data), ("--task", config.task)):
+        if value is not None:
+            raise UsageError(f"{flag} is for a model: the run folder {run.path} brings its own")
+    identity, report = run.base(), run.report()
+    tokenizer = TextTokenizer.load(run.tokenizer)
+    rendering = Rendering.from_dict(run.rendering())
+    rows = read_rows(str(run.split("validation")))[:VERIFY_ROWS]
+    test = read_rows(str(run.split("test"))) if run.split("test").stat().st_size else []
+    return Source(
+        base=find_run_base(run),
+        task=report["task"],
+        adapter=run.adapter,
+        trained_format=identity["format"],
+        block_size=config.block_size or int(identity["block_size"]),
+        tokenizer=tokenizer,
+        rendering=rendering,
+        validation=_scorable(encode_rows(rendering, tokenizer, rows)),
+        test=_scorable(encode_rows(rendering, tokenizer, test)),
+        rows_sha256=fingerprint(rows),
+        data_fingerprint=identity["data_fingerprint"],
+        run=run,
+        seed=int(report["seed"]),
+    )
+
+
+def _from_model(source: str, config: ExportConfig) -> Source:
+    base = find_base(source, config.task)
+    tokenizer = TextTokenizer.load(base.path)
+    task = config.task or base.family.tasks[0]
+    labels = base.labels if task == "text-classification" else ()
+    if config.adapter is not None:
+        adapter_config(config.adapter)  # refused before any work
+    rows = read_rows(config.data)[:VERIFY_ROWS] if config.data is not None else []
+    if rows:
+        rendering = rendering_for(config, rows, tokenizer, None, base.family.decoder, task, base.max_length, labels)
+    else:
+        columns = Columns("text_label", "{text}", None, "label") if labels else Columns("prompt_completion", "{prompt}", "{completion}")
+        rendering = make_rendering(config, columns, task, tokenizer, base.max_length, labels)
+    examples = _scorable(encode_rows(rendering, tokenizer, rows))
+    if rows and not examples:
+        raise DataError(f"{config.data}: no row has an answer to score")
+    return Source(
+        base=base,
+        task=task,
+        adapter=config.adapter,
+        trained_format="fp32",
+        block_size=config.block_size or 32,
+        tokenizer=tokenizer,
+        rendering=rendering,
+        validation=examples,
+        test=[],
+        rows_sha256=fingerprint(rows) if rows else None,
+        data_fingerprint=None,
+        run=None,
+        seed=0,
+    )
+
+
+def _scorable(examples: list[Example]) -> list[Example]:
+    return [example for example in examples if any(label != -100 for label in example.labels)]

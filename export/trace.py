@@ -1,0 +1,273 @@
+"""One trace of the live model, in which hooks stand in where ONNX Runtime has a fused operator.
+
+`torch.export` sees attention, rotary embedding, RMSNorm and linear layers as single operators
+(`torch.onnx.ops.symbolic`), whatever the architecture around them; `edge_ft.export.lowering` turns the
+result into plain ONNX and ONNX Runtime's contrib operators.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.onnx.ops import symbolic, symbolic_multi_out
+from transformers import AttentionInterface, PreTrainedModel
+
+from edge_ft.base.linear import exporting
+from edge_ft.errors import ModelError
+from edge_ft.export.lowering import quiet
+from edge_ft.families import Family
+
+__all__ = ["trace"]
+
+OPSET = 21
+
+# Names by which transformers.js and onnxruntime-genai size an empty cache, and the sizes that are traced.
+EXAMPLE_SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 4, "total_sequence_length": 7}
+
+Dims = tuple[int | str, ...]
+Attend = Callable[[int, Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
+
+
+def trace(model: PreTrainedModel, family: Family) -> ir.Model:
+    """The graph of a float or quantized model; `lowering.lower` must follow before it runs.
+
+    A weight is an initializer named as in the model (`NAME.weight`, or `NAME.qweight`, `NAME.scales` and
+    `NAME.zero_points`) and shares the model's memory. The model is afterwards as it was.
+
+    Args:
+        model: A transformers task model, float32 on the CPU, in evaluation mode, without an adapter.
+        family: Its row; a decoder gets a KV cache, an encoder a padding mask.
+
+    Raises:
+        ModelError: a decoder whose head size ONNX Runtime's attention does not take.
+    """
+    wrapper = _Decoder(model) if family.decoder else _Encoder(model)
+    examples = tuple(
+        torch.zeros(
+            [EXAMPLE_SIZES[size] if isinstance(size, str) else size for size in dims],
+            dtype=torch.float32 if len(dims) == 4 else torch.int64,
+        )
+        for dims in wrapper.inputs.values()
+    )
+    # A table of absolute positions can be sliced no further than its end.
+    length = torch.export.Dim("sequence_length", max=model.config.max_position_embeddings)
+    dynamic = tuple(
+        {
+            axis: length if size == "sequence_length" else torch.export.Dim.DYNAMIC
+            for axis, size in enumerate(dims)
+            if isinstance(size, str)
+        }
+        for dims in wrapper.inputs.values()
+    )
+    with _hooks(model), quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            torch.export.export(wrapper, examples, dynamic_shapes=(dynamic,), strict=False),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=list(wrapper.inputs),
+            output_names=list(wrapper.outputs),
+        )
+    assert program is not None
+    _name(program.model, model, wrapper)
+    return program.model
+
+
+class _Decoder(nn.Module):
+    """A causal model with its KV cache as inputs and outputs."""
+
+    cos_cache: Tensor
+    sin_cache: Tensor
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        heads = config.num_key_value_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if size % 16:
+            raise ModelError(
+                f"the model's attention heads have size {size}, and ONNX Runtime's grouped-query attention takes "
+                "multiples of 16 only: export another model"
+            )
+        self.inputs: dict[str, Dims] = {
+            "input_ids": ("batch_size", "sequence_length"),
+            "attention_mask": ("batch_size", "total_sequence_length"),
+            "num_logits_to_keep": (),
+        }
+        self.outputs: dict[str, Dims] = {"logits": ("batch_size", "num_logits", config.vocab_size)}
+        for layer in range(config.num_hidden_layers):
+            for part in ("key", "value"):
+                self.inputs[f"past_key_values.{layer}.{part}"] = ("batch_size", heads, "past_sequence_length", size)
+                self.outputs[f"present.{layer}.{part}"] = ("batch_size", heads, "total_sequence_length", size)
+        # The model's own module fills the tables, so that whatever scaling it applies is in them.
+        positions = torch.arange(config.max_position_embeddings).unsqueeze(0)
+        for name, table in zip(("cos_cache", "sin_cache"), _rotary(model)(torch.zeros(1), positions), strict=True):
+            self.register_buffer(name, table[0, :, : table.shape[-1] // 2].contiguous())
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        input_ids, attention_mask, num_logits_to_keep, *past = tensors
+        present: list[Tensor] = []
+        last_positions = (attention_mask.sum(1) - 1).to(torch.int32)
+        total = symbolic("Shape", [attention_mask], {"start": 1, "end": 2}, dtype=torch.int64, shape=(1,))
+        total = total.squeeze().to(torch.int32)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, attributes: dict[str, Any]) -> Tensor:
+            past_key, past_value = past[2 * layer : 2 * layer + 2]
+            heads, size = past_key.shape[1], past_key.shape[3]
+            cache = (query.shape[0], heads, attention_mask.shape[1], size)
+            output, *pair = symbolic_multi_out(
+                "com.microsoft::GroupQueryAttention",
+                [query, key, value, past_key, past_value, last_positions, total, self.cos_cache, self.sin_cache],
+                {**attributes, "kv_num_heads": heads, "do_rotary": 1},
+                dtypes=[query.dtype] * 3,
+                shapes=[query.shape, cache, cache],
+                version=1,
+            )
+            present.extend(pair)
+            return output
+
+        def keep_last(_: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
+            hidden = arguments[0]
+            start = -num_logits_to_keep.reshape(1)  # -0 keeps all
+            end, axis = torch.tensor([torch.iinfo(torch.int64).max]), torch.tensor([1])
+            # How many are kept is unknown here. Any length but the sequence's says that this is no identity.
+            shape = (hidden.shape[0], attention_mask.shape[1], hidden.shape[2])
+            return symbolic("Slice", [hidden, start, end, axis], dtype=hidden.dtype, shape=shape)
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep_last)
+        try:
+            logits = self.model(input_ids=input_ids, use_cache=False, attend=attend).logits
+        finally:
+            handle.remove()
+        return (logits, *present)
+
+
+class _Encoder(nn.Module):
+    """A bidirectional model with a head, over right-padded rows."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs: dict[str, Dims] = {
+            name: ("batch_size", "sequence_length")
+            for name in ("input_ids", "attention_mask", "token_type_ids")
+            if name in signature(model.forward).parameters
+        }
+        self.outputs: dict[str, Dims] = {"logits": ("batch_size", model.config.num_labels)}
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        inputs = dict(zip(self.inputs, tensors, strict=True))
+        key_padding_mask = inputs["attention_mask"].to(torch.int32)
+
+        def attend(_: int, query: Tensor, key: Tensor, value: Tensor, attributes: dict[str, Any]) -> Tensor:
+            return symbolic(
+                "com.microsoft::MultiHeadAttention",
+                [query, key, value, None, key_padding_mask],
+                attributes,
+                dtype=query.dtype,
+                shape=query.shape,
+                version=1,
+            )
+
+        logits: Tensor = self.model(**inputs, attend=attend).logits
+        return logits
+
+
+def _name(graph_model: ir.Model, model: PreTrainedModel, wrapper: _Decoder | _Encoder) -> None:
+    """Give weights and dimensions the names of the model and of the graph's clients."""
+    graph = graph_model.graph
+    for value in list(graph.initializers.values()):
+        value.name = str(value.name).removeprefix("model.")  # the wrapper's name for the model
+    dims = {**wrapper.inputs, **wrapper.outputs}
+    for value in (*graph.inputs, *graph.outputs):
+        value.shape = ir.Shape(dims[str(value.name)])
+        # An input that has a default: a client that knows nothing of it gets the last position.
+        if value.name == "num_logits_to_keep":
+            value.const_value = ir.tensor(np.array(1, dtype=np.int64), name=value.name)
+            graph.register_initializer(value)
+    # GatherBlockQuantized wants [N, blob]: as an initializer of the same bytes, since OpenVINO refuses a Reshape.
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    for node in graph:
+        codes = node.inputs[0] if node.op_type == "GatherBlockQuantized" else None
+        if codes is not None and codes.const_value is not None:
+            rows = codes.const_value.numpy()
+            table = ir.tensor(rows.reshape(len(rows), -1), name=f"{embedding}.qweight")
+            node.replace_input_with(0, ir.val(table.name, const_value=table))
+            if not codes.uses():  # otherwise the head's, tied to the embedding
+                del graph.initializers[str(codes.name)]
+            graph.register_initializer(node.inputs[0])
+
+
+@contextmanager
+def _hooks(model: PreTrainedModel) -> Iterator[None]:
+    """Replace what ONNX Runtime fuses by single operators while inside."""
+    with ExitStack() as undo:
+
+        def patch(owner: Any, name: str, value: Any) -> None:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+
+        undo.enter_context(exporting())
+        patch(nn.Linear, "forward", _linear)
+        for kind in {type(module) for module in model.modules()}:
+            if kind.__name__.endswith("RMSNorm"):
+                patch(kind, "forward", _rms_norm)
+            if kind.__name__.endswith("RotaryEmbedding"):
+                # GroupQueryAttention rotates, by the tables that are its inputs.
+                patch(kind, "forward", lambda *_, **__: (None, None))
+                patch(sys.modules[kind.__module__], "apply_rotary_pos_emb", lambda query, key, *_, **__: (query, key))
+        AttentionInterface.register("edge_ft", _attention)
+        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
+        model.set_attn_implementation("edge_ft")
+        yield
+
+
+def _rotary(model: nn.Module) -> nn.Module:
+    return next(module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding"))
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    attend: Attend,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [batch, heads, seq, size] -> [batch, seq, heads, size]."""
+    heads, size = query.shape[1], query.shape[3]
+    query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
+    layer: Any = module.layer_idx
+    return attend(layer, query, key, value, {"num_heads": heads, "scale": scaling}).unflatten(2, (heads, size)), None
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    return symbolic(
+        "edge_ft::Linear",
+        [x, module.weight, module.bias],
+        dtype=x.dtype,
+        shape=(*x.shape[:-1], module.out_features),
+        version=1,
+    )
+
+
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    return symbolic(
+        "SimplifiedLayerNormalization",
+        [x, module.weight],
+        {"axis": -1, "epsilon": module.variance_epsilon, "stash_type": 1},
+        dtype=x.dtype,
+        shape=x.shape,
+        version=1,
+    )

@@ -1,0 +1,57 @@
+"""Tokenizers that are small enough to be made in a test: every byte is a token, and a few words are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Like SmolLM2's: adds a system prompt where there is none."""
+
+
+def write_bpe(
+    folder: Path,
+    *,
+    specials: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    bos: str | None = None,
+    chat_template: str | None = CHATML,
+    **config: Any,
+) -> Path:
+    """A byte-level BPE; `bos` is put in front by the tokenizer itself, pad and EOS are the last special."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=[AddedToken(text, special=True, normalized=False) for text in specials],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=len(specials) + 256 + 40,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["hello world, the answer is\n\n\n\nseven hello the answer"] * 3, trainer)
+    if bos is not None:
+        ids = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": specials[-1], "pad_token": specials[-1], "bos_token": bos or specials[0], **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    return folder
+
+
+def write_unigram(folder: Path) -> Path:
+    """As T5's: `</s>` is also a piece of the vocabulary, which the model itself would find in a text."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in "abcdefs</>")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(["</s>", "<unk>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

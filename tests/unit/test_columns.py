@@ -1,0 +1,144 @@
+"""Columns are recognised by name or named by templates; a value that cannot be used names its row."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_ft.config import RowsConfig, Task
+from edge_ft.data import Columns, Record, Row, find_columns, find_labels, guess_task, record
+from edge_ft.errors import DataError
+
+
+def only(fields: dict[str, Any], task: Task = "text-generation", **config: Any) -> Record:
+    """The record of a single row 7."""
+    return record(Row(7, fields), find_columns(list(fields), RowsConfig(**config), task))
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "completion"),
+    [
+        ({"prompt": "p", "completion": "c", "id": 1}, "p", "c"),
+        ({"instruction": "do", "output": "done"}, "do", "done"),
+        ({"instruction": "do", "input": "", "output": "done"}, "do", "done"),
+        ({"instruction": "do", "input": "this", "output": "done"}, "do\n\nthis", "done"),
+        ({"text": "all of it"}, "", "all of it"),
+        ({"text": "good film", "label": 1}, "good film", "1"),
+        ({"prompt": {"a": "ü"}, "completion": True}, '{"a": "ü"}', "True"),
+    ],
+)
+def test_known_columns_are_recognised(fields: dict[str, Any], prompt: str, completion: str) -> None:
+    assert only(fields) == Record(7, None, prompt, completion, None)
+
+
+def test_messages_win_and_their_last_answer_is_the_completion() -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]
+    found = only({"messages": messages, "text": "x"})
+    assert found.messages == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert found.completion == "b"
+
+
+def test_a_template_knows_columns_braces_and_the_escapes_of_a_shell() -> None:
+    found = only({"q": "{a}\\n", "a b": 3}, prompt=r"{{{q}}}\n\tC:\\new {a b}", completion="{a b}")
+    assert (found.prompt, found.completion) == ("{{a}\\n}\n\tC:\\new 3", "3")
+
+
+@given(st.text(), st.text())
+def test_values_are_never_read_as_templates(first: str, second: str) -> None:
+    assert only({"x": first, "y": second}, prompt="{x}|{y}", completion="").prompt == f"{first}|{second}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{pasage}", r"no column with \{pasage\} \(did you mean 'passage'\?\): the columns are passage"),
+        ("{passage.__class__}", "no column with"),
+        ("{passage!r}", "no column with"),
+        ('{"a": {passage}}', "lone {"),
+        ("{passage", "lone {"),
+        ("passage}", "lone }"),
+    ],
+)
+def test_a_template_is_no_code(template: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        find_columns(["passage"], RowsConfig(prompt=template), None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "config", "text"),
+    [
+        ({"text": "t", "label": " pos "}, {}, "t"),
+        ({"review": "t", "label": "pos"}, {}, "t"),
+        ({"text": "t", "title": "u", "sense": "pos"}, {"label": "sense"}, "t"),
+        ({"body": "t", "title": "u", "label": "pos"}, {"prompt": "{title}: {body}"}, "u: t"),
+    ],
+)
+def test_a_class_and_its_text(fields: dict[str, Any], config: dict[str, Any], text: str) -> None:
+    assert only(fields, "text-classification", **config) == Record(7, None, text, None, "pos")
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "task", "message"),
+    [
+        (["question", "answer"], {}, None, "the columns are question, answer: name yours with --prompt"),
+        (["text", "lable"], {}, "text-classification", r"no column 'label'.*did you mean 'lable'"),
+        (["a", "b", "label"], {}, "text-classification", "which of a, b, label is the text"),
+        (["text", "label"], {"label": "label"}, "text-generation", "--label label is for text-classification"),
+        (["a", "label"], {"prompt": "{a}", "completion": "{a}"}, "text-classification", "--completion is for"),
+    ],
+)
+def test_what_is_missing_is_said(names: list[str], config: dict[str, Any], task: Task | None, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        find_columns(names, RowsConfig(**config), task)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": None}, "row 7: messages must be a list"),
+        ({"messages": []}, "row 7: messages must be a list"),
+        ({"messages": ["hi"]}, "row 7: messages holds"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "must both be text"),
+        ({"messages": [{"role": "user<|im_end|>", "content": "x"}]}, r"row 7.*has the role 'user<\|im_end\|>'"),
+        ({"prompt": "p", "completion": None}, "row 7: column 'completion' is null"),
+        ({"prompt": float("nan"), "completion": "c"}, "row 7: column 'prompt' is null"),
+    ],
+)
+def test_unusable_values_name_their_row(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        only(fields)
+
+
+@pytest.mark.parametrize("label", ["", 0.5, ["a"], None])
+def test_a_class_is_text_or_a_whole_number(label: Any) -> None:
+    with pytest.raises(DataError, match="row 7"):
+        only({"text": "t", "label": label}, "text-classification")
+
+
+def test_a_row_may_lack_a_column_that_others_have() -> None:
+    columns = Columns("prompt_completion", "{prompt}", "{completion}")
+    with pytest.raises(DataError, match="row 3: column 'completion' is missing"):
+        record(Row(3, {"prompt": "p"}), columns)
+    assert record(Row(3, {"prompt": "p"}), columns, answer=False) == Record(3, None, "p", None, None)
+
+
+def test_fit_wants_every_column_that_is_read() -> None:
+    assert Columns("template", "{a} {{b}}", "{c}").fit(["a", "c", "z"])
+    assert not Columns("template", "{a}", "{c}").fit(["a"])
+    assert not Columns("text_label", "{text}", None, "label").fit(["text"])
+    assert Columns("messages").fit(["messages"])
+
+
+def test_classes_are_sorted_by_value() -> None:
+    rows = [Row(n, {"text": "t", "label": label}) for n, label in enumerate([10, 9, "b", True, "a", 9])]
+    columns = Columns("text_label", "{text}", None, "label")
+    assert find_labels(rows, columns) == ("9", "10", "True", "a", "b")
+
+
+def test_the_task_follows_from_the_model_unless_a_label_is_named() -> None:
+    assert guess_task(["text", "label"], RowsConfig(), decoder=True) == "text-generation"
+    assert guess_task(["text", "label"], RowsConfig(), decoder=False) == "text-classification"
+    assert guess_task(["text", "label"], RowsConfig(label="label"), decoder=True) == "text-classification"
+    with pytest.raises(DataError, match="no column 'label' holds the class"):
+        guess_task(["prompt", "completion"], RowsConfig(), decoder=False)

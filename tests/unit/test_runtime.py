@@ -1,0 +1,87 @@
+"""Opening a bundle."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_bundle import write_classifier, write_decoder
+
+from edge_ft.artifacts import Bundle
+from edge_ft.errors import BundleError, UsageError
+from edge_ft.runtime import TextClassifier, TextGenerator, load
+
+IDS = np.array([list(b"a question")])
+
+
+def logits(path: Path, adapter: str | None = None) -> np.ndarray:
+    generator = load(path, threads=1, adapter=adapter)
+    assert isinstance(generator, TextGenerator)
+    scored = generator.logits(IDS, np.ones_like(IDS))[0, -1]
+    decoded = generator.open_cache().extend(IDS[0].tolist())
+    np.testing.assert_allclose(decoded, scored, rtol=1e-5, atol=1e-5)  # the adapter is bound both ways
+    return scored
+
+
+def test_the_task_decides_what_opens(tmp_path: Path) -> None:
+    assert isinstance(load(write_decoder(tmp_path / "decoder")), TextGenerator)
+    assert isinstance(load(str(write_classifier(tmp_path / "classifier"))), TextClassifier)
+
+
+def test_an_open_bundle_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert isinstance(load(Bundle.open(write_decoder(tmp_path / "decoder"))), TextGenerator)
+
+
+def test_a_changed_file_is_refused(tmp_path: Path) -> None:
+    path = write_decoder(tmp_path / "decoder")
+    with (path / "onnx" / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(BundleError, match="sha256"):
+        load(path)
+
+
+def test_a_level_that_was_not_verified_is_refused(tmp_path: Path) -> None:
+    path = write_decoder(tmp_path / "decoder")
+    assert isinstance(load(path, accuracy_level=1), TextGenerator)
+    with pytest.raises(BundleError, match="accuracy level 4"):
+        load(path, accuracy_level=4)
+
+
+def test_a_graph_that_this_onnxruntime_cannot_run_is_a_bundle_error(tmp_path: Path) -> None:
+    path = write_decoder(tmp_path / "decoder")
+    (path / "onnx" / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match="cannot open"):
+        load(Bundle(path, {"task": "text-generation", "model": "onnx/model.onnx"}))
+
+
+def test_no_adapter_is_the_base_that_the_adapter_was_put_on(tmp_path: Path) -> None:
+    tuned = write_decoder(tmp_path / "tuned", lane="adapter")
+    zero = write_decoder(tmp_path / "zero", lane="adapter", zero_adapter=True)
+    base = logits(tuned, adapter="none")
+    assert np.abs(logits(tuned) - base).max() > 0.1
+    np.testing.assert_array_equal(base, logits(zero))
+
+
+def test_a_base_as_it_is_has_no_adapter_to_leave_out(tmp_path: Path) -> None:
+    path = write_decoder(tmp_path / "base")
+    np.testing.assert_array_equal(logits(path, adapter="none"), logits(path))
+
+
+def test_a_merged_bundle_cannot_answer_as_its_base(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--lane adapter"):
+        load(write_decoder(tmp_path / "merged", lane="merged"), adapter="none")
+
+
+def test_an_unknown_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean 'none'"):
+        load(write_decoder(tmp_path / "tuned", lane="adapter"), adapter="non")
+
+
+def test_the_runtime_needs_no_training_stack() -> None:
+    program = (
+        "import sys, edge_ft.runtime\n"
+        "heavy = {'torch', 'transformers', 'peft', 'onnx', 'datasets', 'safetensors'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,78 @@
+"""Text that streams: whole characters, and nothing of a stop string."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_ft.errors import UsageError
+from edge_ft.runtime.text import TextPieces
+
+
+def decode_bytes(ids: list[int]) -> str:
+    """A tokenizer with a token for every byte."""
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+def spell(words: list[str]) -> tuple[TextPieces, list[str]]:
+    """Pieces over a tokenizer with a token for every word, and what each push gave."""
+    pieces = TextPieces(lambda ids: "".join(words[token] for token in ids), ("STOP", "end."))
+    return pieces, [pieces.push(token) for token in range(len(words)) if not pieces.stopped]
+
+
+def test_a_character_of_several_tokens_comes_out_whole() -> None:
+    pieces = TextPieces(decode_bytes)
+    assert [pieces.push(byte) for byte in "a€b".encode()] == ["a", "", "", "€", "b"]
+    assert pieces.finish() == ""
+
+
+def test_half_a_character_at_the_end_is_dropped() -> None:
+    pieces = TextPieces(decode_bytes)
+    assert "".join(pieces.push(byte) for byte in "ab€".encode()[:-1]) + pieces.finish() == "ab"
+
+
+def test_bytes_that_are_no_character_show_as_such_once_text_follows() -> None:
+    pieces = TextPieces(decode_bytes)
+    assert [pieces.push(byte) for byte in b"\xffok"] == ["", "\ufffdo", "k"]
+
+
+def test_a_stop_string_ends_the_text_before_it() -> None:
+    pieces, shown = spell(["Well ", "now", "STOP", "more"])
+    assert shown == ["Well ", "now", ""]
+    assert pieces.stopped
+    assert pieces.finish() == ""
+
+
+def test_a_stop_string_across_tokens_is_held_back_until_it_is_certain() -> None:
+    pieces, shown = spell(["a ST", "O", "P b"])
+    assert shown == ["a ", "", ""]
+    assert pieces.stopped
+
+
+def test_what_only_looked_like_a_stop_string_is_given_out() -> None:
+    pieces, shown = spell(["a ST", "O", "NE", " en", "d"])
+    assert shown == ["a ", "", "STONE", " ", ""]
+    assert pieces.finish() == "end"
+    assert not pieces.stopped
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(UsageError, match="empty"):
+        TextPieces(decode_bytes, ("ok", ""))
+
+
+@given(text=st.text("ab€😀", max_size=12), stop=st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3))
+def test_tokens_may_cut_the_text_anywhere(text: str, stop: list[str]) -> None:
+    def read(words: list[bytes]) -> tuple[str, bool]:
+        pieces = TextPieces(lambda ids: decode_bytes(list(b"".join(words[at] for at in ids))), tuple(stop))
+        shown = []
+        for token in range(len(words)):
+            shown.append(pieces.push(token))
+            if pieces.stopped:
+                break
+        return "".join([*shown, pieces.finish()]), pieces.stopped
+
+    whole, stopped = read([text.encode()])
+    assert read([bytes([byte]) for byte in text.encode()]) == (whole, stopped)
+    assert text.startswith(whole)
+    assert stopped == any(string in text for string in stop)
+    assert stopped or whole == text
