@@ -33,7 +33,7 @@ app = App(
 class Output:
     """What every command takes."""
 
-    json: str | None = None
+    json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
     """Write the result as JSON to this file; - is stdout, and then nothing else goes there."""
     quiet: bool = False
     """No progress."""

@@ -30,7 +30,7 @@ class RowsConfig:
     """How columns of a file become what the model reads."""
 
     prompt: str | None = None
-    """Template for the prompt, e.g. "{passage} {question}"; the text is taken exactly as written."""
+    """Template for the prompt, e.g. "{passage} {question}"; the text is as written, \\n and \\t are newline and tab."""
     completion: str | None = None
     """Template for the answer to learn, e.g. "{answer}"."""
     label: str | None = None

@@ -62,9 +62,7 @@ def lower(model: ir.Model) -> None:
                 value.shape = value.type = None
 
 
-def add_lora_inputs(
-    model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
-) -> list[str]:
+def add_lora_inputs(model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]) -> list[str]:
     """Give linear layers a low-rank term B A x, with A and B inputs that have a default; before `lower`.
 
     Args:
@@ -126,12 +124,10 @@ def _join_qkv(graph: ir.Graph) -> None:
         if attention.op_type != "GroupQueryAttention":
             continue
         layers = [layer for index in range(3) if (layer := _producer(attention, index)) is not None]
-        kinds = {
-            (layer.op_type, layer.inputs[0], *(operand is None for operand in layer.inputs)) for layer in layers
-        }
-        first = layers[0]
-        if len(layers) < 3 or len(kinds) > 1 or first.op_type not in LINEARS:
+        kinds = {(layer.op_type, layer.inputs[0], *(operand is None for operand in layer.inputs)) for layer in layers}
+        if len(layers) < 3 or len(kinds) > 1 or layers[0].op_type not in LINEARS:
             continue
+        first = layers[0]
         operands: list[ir.Value | None] = [first.inputs[0]]
         for index, operand in enumerate(first.inputs[1:], start=1):
             if operand is None:
@@ -156,8 +152,8 @@ def _lower_linears(graph: ir.Graph) -> None:
             continue
         x, weight, bias = _input(node, 0), _input(node, 1), (*node.inputs, None)[2]
         if len(weight.uses()) == 1:
-            transposed = ir.tensor(_array(weight).T, name=weight.name)
-            weight.const_value, weight.shape = transposed, transposed.shape
+            transposed = _array(weight).T
+            weight.const_value, weight.shape = ir.tensor(transposed, name=weight.name), ir.Shape(transposed.shape)
             product = ir.node("MatMul", [x, weight])
         else:
             product = _fused_matmul(x, weight)

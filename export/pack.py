@@ -45,7 +45,12 @@ def write(model: ir.Model, folder: Path, name: str, accuracy_levels: tuple[int, 
                 offsets[digest] = file.tell()
                 file.write(content)
             value.const_value = ir.ExternalTensor(
-                data.name, offsets[digest], len(content), tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name
+                data.name,
+                offsets[digest],
+                len(content),
+                tensor.dtype,
+                shape=ir.Shape(tensor.numpy().shape),
+                name=value.name,
             )
     paths = {}
     for level in accuracy_levels:

@@ -161,7 +161,8 @@ class _Encoder(nn.Module):
             for name in ("input_ids", "attention_mask", "token_type_ids")
             if name in signature(model.forward).parameters
         }
-        self.outputs: dict[str, Dims] = {"logits": ("batch_size", model.config.num_labels)}
+        labels: int = model.config.num_labels  # type: ignore[assignment]
+        self.outputs: dict[str, Dims] = {"logits": ("batch_size", labels)}
 
     def forward(self, *tensors: Tensor) -> Tensor:
         inputs = dict(zip(self.inputs, tensors, strict=True))
@@ -199,11 +200,12 @@ def _name(graph_model: ir.Model, model: PreTrainedModel, wrapper: _Decoder | _En
         codes = node.inputs[0] if node.op_type == "GatherBlockQuantized" else None
         if codes is not None and codes.const_value is not None:
             rows = codes.const_value.numpy()
-            table = ir.tensor(rows.reshape(len(rows), -1), name=f"{embedding}.qweight")
-            node.replace_input_with(0, ir.val(table.name, const_value=table))
+            tensor = ir.tensor(rows.reshape(len(rows), -1), name=f"{embedding}.qweight")
+            table = ir.val(tensor.name, const_value=tensor)
+            node.replace_input_with(0, table)
             if not codes.uses():  # otherwise the head's, tied to the embedding
                 del graph.initializers[str(codes.name)]
-            graph.register_initializer(node.inputs[0])
+            graph.register_initializer(table)
 
 
 @contextmanager

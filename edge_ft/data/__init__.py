@@ -3,12 +3,11 @@
 from edge_ft.data.audit import Finding, audit
 from edge_ft.data.batches import Batch, collate, eval_batches, train_batches
 from edge_ft.data.chat import render_chat
-from edge_ft.data.columns import Columns, Message, Record, find_columns, find_labels, guess_task, record
+from edge_ft.data.columns import Columns, Message, Record, fill_text, find_columns, find_labels, guess_task, record
 from edge_ft.data.read import Row, column_names, read_rows
 from edge_ft.data.render import (
     Example,
     Rendering,
-    encode_continuation,
     encode_example,
     encode_prompt,
     encode_rows,
@@ -31,11 +30,11 @@ __all__ = [
     "audit",
     "collate",
     "column_names",
-    "encode_continuation",
     "encode_example",
     "encode_prompt",
     "encode_rows",
     "eval_batches",
+    "fill_text",
     "find_columns",
     "find_labels",
     "fingerprint",

@@ -11,7 +11,7 @@ from edge_ft.config import RowsConfig, Task
 from edge_ft.data.read import Row
 from edge_ft.errors import DataError, did_you_mean
 
-__all__ = ["Columns", "Message", "Record", "find_columns", "find_labels", "guess_task", "record"]
+__all__ = ["Columns", "Message", "Record", "fill_text", "find_columns", "find_labels", "guess_task", "record"]
 
 Kind = Literal["messages", "prompt_completion", "instruction", "text", "text_label", "template"]
 Message = dict[str, str]
@@ -31,12 +31,12 @@ class Columns:
     label: str | None = None
     """Column of the class (text-classification)."""
 
-    def fit(self, names: Sequence[str]) -> bool:
-        """Whether rows with the columns `names` have everything that is read of a row with its answer."""
+    def fits(self, names: Sequence[str], answer: bool = True) -> bool:
+        """Whether rows with the columns `names` have all that `record` reads of them."""
         if self.kind == "messages":
             return "messages" in names
-        asked = _named(self.prompt) | _named(self.completion) | ({self.label} if self.label else set())
-        return asked <= set(names)
+        answers = _named(self.completion) | ({self.label} if self.label else set())
+        return _named(self.prompt) | (answers if answer else set()) <= set(names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,19 @@ def record(row: Row, columns: Columns, answer: bool = True) -> Record:
     if columns.label is not None and (answer or columns.label in row.fields):
         label = _label(columns.label, row)
     return Record(row.number, None, prompt, completion, label)
+
+
+def fill_text(columns: Columns, text: str) -> str:
+    """A text put into a prompt template of one column; as it is where it has the template's form already."""
+    named = _named(columns.prompt)
+    if columns.prompt is None or len(named) != 1:
+        return text
+    form = _PART.split(columns.prompt)
+    form[::2] = [re.escape(literal) for literal in form[::2]]
+    form[1::2] = [re.escape(part[0]) if part in ("{{", "}}") else ".*" for part in form[1::2]]
+    if re.fullmatch("".join(form), text, re.DOTALL):
+        return text
+    return _fill(columns.prompt, Row(0, dict.fromkeys(named, text)))
 
 
 def find_labels(rows: Sequence[Row], columns: Columns) -> tuple[str, ...]:

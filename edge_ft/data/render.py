@@ -23,7 +23,6 @@ __all__ = [
     "IGNORED",
     "Example",
     "Rendering",
-    "encode_continuation",
     "encode_example",
     "encode_prompt",
     "encode_rows",
@@ -152,28 +151,6 @@ def encode_prompt(rendering: Rendering, tokenizer: TextTokenizer, prompt: str | 
     if not isinstance(prompt, str):
         raise DataError("this model was not trained with a chat template: give text instead of messages")
     return [*([] if rendering.bos is None else [rendering.bos]), *tokenizer.encode(prompt)]
-
-
-def encode_continuation(
-    rendering: Rendering, tokenizer: TextTokenizer, messages: Sequence[Message], cached: Sequence[int]
-) -> list[int] | None:
-    """Ids to append to a cache so that a chat goes on, or None if it must be read anew.
-
-    `messages` are the whole chat so far; its last assistant message is what the model answered, whole, and
-    `cached` are the ids of the prompt and of that answer, with or without its end-of-turn token.
-    """
-    answered = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    if rendering.chat_template is None or answered is None:
-        return None
-    asked = render_chat(rendering.chat_template, messages[:answered], True, tokenizer)
-    seen = asked + tokenizer.shield(messages[answered]["content"])
-    whole = render_chat(rendering.chat_template, messages, True, tokenizer)
-    if not whole.startswith(seen):
-        return None
-    ids = tokenizer.encode_template(whole[len(seen) :])
-    if cached and cached[-1] in stop_ids(rendering, tokenizer):
-        return ids[1:] if ids[:1] == [cached[-1]] else None
-    return ids
 
 
 def encode_example(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:

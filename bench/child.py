@@ -1,0 +1,81 @@
+"""One job in a process of its own, whose memory is nobody else's and may be limited."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from edge_ft import errors
+from edge_ft.bench.meters import JOIN_GROUP, MemoryLimit, resident_bytes
+from edge_ft.errors import EdgeFTError, WillNotFit
+
+__all__ = ["run_worker"]
+
+_POLL_S = 0.01
+"""Seconds between two looks at a watched process."""
+
+
+def run_worker(job: dict[str, Any], doing: str, threads: int, limit: MemoryLimit | None = None) -> dict[str, Any]:
+    """What `edge_ft.bench.worker` answers to a job, from a fresh process.
+
+    Args:
+        job: What the worker reads, without `started`, which is added here.
+        doing: What the job is about, for messages.
+        threads: CPU threads of the libraries underneath.
+        limit: Memory that the process may use.
+
+    Raises:
+        WillNotFit: it used more than the limit.
+        EdgeFTError: it died, or reported an error, which is raised here as what it was there.
+    """
+    # -P: a file named like a library, in the folder that the user stands in, must not be imported.
+    command = [sys.executable, "-P", "-m", "edge_ft.bench.worker"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryFile() as stderr, limit.group() if limit else nullcontext() as group:
+        if group is not None:
+            command = [*JOIN_GROUP, str(group), *command]
+        request: bytes | None = json.dumps(job | {"started": time.monotonic()}).encode()
+        seen = 0
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment
+        ) as process:
+            try:
+                while True:
+                    try:
+                        watched = limit is not None and group is None
+                        answer, _ = process.communicate(request, timeout=_POLL_S if watched else None)
+                        break
+                    except subprocess.TimeoutExpired:
+                        request = None  # it is on its way
+                        seen = max(seen, resident_bytes(process.pid))
+                        if limit is not None and seen > limit.size:
+                            process.kill()
+            finally:
+                process.kill()
+        stderr.seek(0)
+        said = stderr.read().decode(errors="replace").strip().splitlines()
+        ended_by_kernel = group is not None and _oom_kills(group) > 0
+    reply = json.loads(answer) if answer else {}
+    if limit is not None:
+        seen = max(seen, reply.get("result", {}).get("peak_rss_bytes") or 0)  # a peak between two looks counts too
+        if ended_by_kernel or seen > limit.size:
+            reached = f", it held {seen / 1e6:.0f} MB" if seen else ""
+            raise WillNotFit(f"does not fit into {limit.size / 1e6:.0f} MB{reached} ({limit.kind})")
+    if "error" in reply:
+        kind, message = reply["error"]
+        raise getattr(errors, kind)(message)
+    if process.returncode != 0 or not reply:
+        ended = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+        raise EdgeFTError(f"{doing} ended with {ended}: {said[-1] if said else 'it said nothing'}")
+    return dict(reply["result"])
+
+
+def _oom_kills(group: Path) -> int:
+    """How many processes of a cgroup the kernel ended for want of memory."""
+    events = dict(line.split() for line in (group / "memory.events").read_text().splitlines())
+    return int(events["oom_kill"])

@@ -1,0 +1,139 @@
+"""What the operating system knows: the machine, resident memory, and a limit on it."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_ft.errors import UsageError
+
+__all__ = [
+    "JOIN_GROUP",
+    "MemoryLimit",
+    "cpu_count",
+    "group_parents",
+    "machine",
+    "memory_limit",
+    "peak_rss_bytes",
+    "resident_bytes",
+]
+
+JOIN_GROUP = ("/bin/sh", "-c", 'echo 0 > "$0/cgroup.procs" && exec "$@"')
+"""Before a cgroup folder and a command: joins first, so that every page of the command is charged to it."""
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """How much memory a process may use, and who ends one that uses more."""
+
+    size: int
+    """Bytes."""
+    parent: Path | None
+    """cgroup v2 folder in which this user may make groups with a memory limit."""
+
+    @property
+    def kind(self) -> str:
+        return "cgroup v2" if self.parent is not None else "polled RSS"
+
+    @contextmanager
+    def group(self) -> Iterator[Path | None]:
+        """A fresh cgroup with this limit and no swap, for one process; None where they cannot be made."""
+        if self.parent is None:
+            yield None
+            return
+        group = self.parent / f"edge-ft-bench-{os.getpid()}"
+        group.mkdir()
+        try:
+            (group / "memory.max").write_text(str(self.size))
+            if (group / "memory.swap.max").exists():
+                (group / "memory.swap.max").write_text("0")
+            yield group
+        finally:
+            group.rmdir()
+
+
+def memory_limit(size: int) -> MemoryLimit:
+    """A limit of `size` bytes: by cgroup v2 where this user may make one, else by watching resident memory.
+
+    Not by RLIMIT_AS: address space holds mapped files and untouched reservations, which are no memory.
+
+    Raises:
+        UsageError: this system tells neither way.
+    """
+    for parent in group_parents(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
+        limit = MemoryLimit(size, parent)
+        try:
+            with limit.group() as group:
+                joined = subprocess.run([*JOIN_GROUP, str(group), "true"], stderr=subprocess.DEVNULL, check=False)
+        except OSError:
+            continue
+        if joined.returncode == 0:
+            return limit
+    if not Path("/proc/self/statm").is_file():
+        raise UsageError("--memory-limit needs Linux, whose /proc tells what a process holds: leave it out here")
+    return MemoryLimit(size, None)
+
+
+def group_parents(own: Path, root: Path) -> list[Path]:
+    """cgroup v2 folders whose groups the kernel meters for memory: this process's own, and the one above.
+
+    Args:
+        own: /proc/self/cgroup.
+        root: Where the cgroup v2 hierarchy is mounted.
+    """
+    lines = own.read_text().splitlines() if own.is_file() else []
+    path = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+    if path is None:
+        return []
+    folder = root / path
+    controllers = ((parent, parent / "cgroup.subtree_control") for parent in dict.fromkeys((folder, folder.parent)))
+    return [
+        parent
+        for parent, control in controllers
+        if parent.is_relative_to(root) and control.is_file() and "memory" in control.read_text().split()
+    ]
+
+
+def peak_rss_bytes() -> int | None:
+    """The most memory that this process ever held resident, mapped files included; None where nobody tells.
+
+    VmHWM begins anew with each program; getrusage's ru_maxrss keeps what the parent held before the fork.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), None)
+
+
+def resident_bytes(pid: int) -> int:
+    """What a process holds resident now, mapped files included; 0 when it is gone."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, str | int | None]:
+    """CPU model, cores, memory, operating system and Python."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    # ARM kernels name no model there but, on boards, the board.
+    named = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+    return {
+        "cpu": named.get("model name") or named.get("Model") or platform.processor() or platform.machine(),
+        "cores": cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None,
+        "os": platform.platform(),
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,78 @@
+"""What a measurement is called, and its unit: a figure never travels without its samples and conditions."""
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+__all__ = ["DECODER_UNITS", "classifier_lengths", "records_of", "units_of"]
+
+DECODER_UNITS = {
+    "load_s": "s",
+    "cold_start_s": "s",
+    "ttft_s": "s",
+    "prefill_tps": "tok/s",
+    "decode_tps": "tok/s",
+    "itl_s_p50": "s",
+    "itl_s_p90": "s",
+    "itl_s_p99": "s",
+    "peak_rss_bytes": "bytes",
+    "size_bytes": "bytes",
+}
+
+
+def classifier_lengths(prompt_tokens: int) -> list[int]:
+    """Lengths, in tokens, at which a classifier is measured: usual ones below the longest, and that one."""
+    return [length for length in (32, 128) if length < prompt_tokens] + [prompt_tokens]
+
+
+def units_of(task: str, prompt_tokens: int) -> dict[str, str]:
+    """Every metric of a task, in the order of reports, and its unit; a classifier's carry their length."""
+    if task == "text-generation":
+        return DECODER_UNITS
+    per_length = {"latency_s": "s", "latency_s_p99": "s", "rows_per_s": "rows/s"}
+    lengths = classifier_lengths(prompt_tokens)
+    timed = {f"{metric}_{length}": unit for length in lengths for metric, unit in per_length.items()}
+    return {"load_s": "s", "cold_start_s": "s", **timed, "peak_rss_bytes": "bytes", "size_bytes": "bytes"}
+
+
+def records_of(
+    subject: str,
+    variant: str,
+    task: str,
+    results: Sequence[dict[str, float]],
+    size_bytes: int,
+    environment: dict[str, Any],
+    note: str | None,
+) -> list[dict[str, Any]]:
+    """A record for each metric of a subject.
+
+    Args:
+        subject: edge-ft or torch.
+        variant: Name of the bundle, run or model.
+        task: Its task, which decides the metrics.
+        results: One mapping of metric to value a repeat, without the size.
+        size_bytes: Size on disk.
+        environment: Machine, versions and settings.
+        note: Why the subject has no results, or None; its size is known all the same.
+    """
+    records = []
+    for metric, unit in units_of(task, environment["prompt_tokens"]).items():
+        if metric == "size_bytes":
+            samples: list[float] = [size_bytes] * max(1, len(results))
+        elif note is not None:
+            samples = []
+        else:
+            samples = [result[metric] for result in results if result[metric] is not None]
+        record: dict[str, Any] = {
+            "subject": subject,
+            "variant": variant,
+            "metric": metric,
+            "unit": unit,
+            "value": median(samples) if samples else None,
+            "samples": samples,
+            "environment": environment,
+        }
+        if not samples:
+            record["note"] = note or "cannot be measured on this system"
+        records.append(record)
+    return records

@@ -1,0 +1,73 @@
+"""Records as a table for people, and against budgets."""
+
+from collections.abc import Sequence
+from math import floor, log10
+from typing import Any
+
+from edge_ft.config import BenchConfig
+
+__all__ = ["budget_failures", "table"]
+
+
+def table(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row a metric and a column a subject: the median, and the smallest and largest sample in brackets.
+
+    Returns:
+        The header and the rows; bytes are shown as MB.
+    """
+    columns = list(dict.fromkeys((record["subject"], record["variant"]) for record in records))
+    cells = {(record["subject"], record["variant"], record["metric"]): _cell(record) for record in records}
+    units = {record["metric"]: record["unit"] for record in records}
+    rows: list[tuple[str, ...]] = [("median [min–max]", *(f"{subject} {variant}" for subject, variant in columns))]
+    for metric, unit in units.items():
+        shown = "" if unit == "s" else f" ({unit})"
+        name = f"{metric.removesuffix('_bytes')} (MB)" if unit == "bytes" else f"{metric}{shown}"
+        rows.append((name, *(cells.get((*column, metric), "-") for column in columns)))
+    return rows
+
+
+def budget_failures(records: Sequence[dict[str, Any]], config: BenchConfig) -> list[str]:
+    """What is outside its budget, a sentence each.
+
+    Bundles are judged, and peers only compared with; without a bundle, all subjects are judged. A subject
+    that did not fit, and a budget for which nothing was measured, have not held.
+    """
+    judged = [record for record in records if record["subject"] == "edge-ft"] or list(records)
+    budgets = (
+        ("--max-ttft-ms", config.max_ttft_ms, ("ttft_s", f"latency_s_{config.prompt_tokens}"), 1e3, "ms"),
+        ("--min-decode-tps", config.min_decode_tps, ("decode_tps",), 1.0, "tok/s"),
+        ("--max-rss-mb", config.max_rss_mb, ("peak_rss_bytes",), 1e-6, "MB"),
+        ("--max-size-mb", config.max_size_mb, ("size_bytes",), 1e-6, "MB"),
+    )
+    failures = []
+    for flag, bound, metrics, scale, unit in budgets:
+        if bound is None:
+            continue
+        measured = [record for record in judged if record["metric"] in metrics]
+        if not measured:
+            failures.append(f"{flag} {bound:g}: none of the subjects has {' or '.join(metrics)}")
+        for record in measured:
+            where = f"{record['subject']} {record['variant']}"
+            if record["value"] is None:
+                failures.append(f"{flag} {bound:g}: {where} {record['note']}")
+                continue
+            value = record["value"] * scale
+            if value < bound if flag.startswith("--min") else value > bound:
+                failures.append(f"{flag} {bound:g}: {where} has {record['metric']} {_figure(value)} {unit}")
+    return failures
+
+
+def _cell(record: dict[str, Any]) -> str:
+    if record["value"] is None:
+        return "did not fit" if record["environment"]["memory_limit_bytes"] else "-"
+    scale = 1e-6 if record["unit"] == "bytes" else 1.0
+    samples = [sample * scale for sample in record["samples"]]
+    low, high = min(samples), max(samples)
+    spread = f" [{_figure(low)}–{_figure(high)}]" if low != high else ""
+    return _figure(record["value"] * scale) + spread
+
+
+def _figure(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    digits = max(0, 2 - floor(log10(abs(value)))) if value else 0
+    return f"{value:.{digits}f}"

@@ -1,0 +1,152 @@
+"""The measuring process: one JSON job on stdin, one JSON answer on stdout, and only what it measures in memory.
+
+`python -m edge_ft.bench.worker` is started by `edge_ft.bench.child`. No library beyond the standard one is
+imported before the job says which engine is wanted.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_ft.bench.meters import peak_rss_bytes
+from edge_ft.bench.record import classifier_lengths
+from edge_ft.errors import EdgeFTError, UsageError, require
+
+if TYPE_CHECKING:
+    from edge_ft.bench.peers import TorchClassifier, TorchDecoder
+    from edge_ft.data import TextTokenizer
+    from edge_ft.runtime import TextClassifier, TextGenerator
+
+__all__ = ["classifier_ids", "main", "prompt_ids"]
+
+_TEXT = (
+    "The pump in the cellar runs at night, when power is cheap. It lifts water from a well of forty metres into "
+    "a tank under the roof, and stops when a float closes the valve. Twice a year somebody cleans the filter, "
+    "writes the date on a card beside the door, and checks that the pressure is between two and three bar. "
+    "Last March the card was missing; the filter had not been cleaned, and the pump drew more than its share. "
+)
+"""What every subject reads, cut or repeated to the asked length: ours, so that nobody's rows are needed."""
+_TEXTS = 20
+"""Single texts timed at each length of a classifier."""
+_ROWS, _BATCHES = 8, 4
+"""Rows of a batch, and batches timed, at each length of a classifier."""
+
+
+def main() -> None:
+    """Answer the job on stdin with `{"result": …}`, or `{"error": [class, message]}` for an EdgeFTError."""
+    # What a library prints must not end up in the answer.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
+        os.dup2(2, 1)
+        job = json.load(sys.stdin)
+        try:
+            reply: dict[str, Any] = {"result": _find(job) if job["do"] == "find" else _measure(job)}
+        except EdgeFTError as error:
+            reply = {"error": [type(error).__name__, str(error)]}
+        json.dump(reply, answer)
+
+
+def prompt_ids(tokenizer: "TextTokenizer", length: int) -> list[int]:
+    """The fixed text as exactly `length` ids, the tokenizer's own BOS included."""
+    text = tokenizer.encode(_TEXT)
+    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return (before + text * (length // len(text) + 1))[:length]
+
+
+def classifier_ids(tokenizer: "TextTokenizer", length: int) -> list[int]:
+    """The fixed text as exactly `length` ids, [CLS] and [SEP] included.
+
+    Raises:
+        UsageError: not even those have room.
+    """
+    copies = length // len(tokenizer.encode(_TEXT)) + 1
+    ids, _ = tokenizer.encode_classifier(_TEXT * copies, length)
+    if len(ids) != length:
+        raise UsageError(f"--prompt-tokens {length} leaves no room: this model frames a text with {len(ids)} tokens")
+    return ids
+
+
+def _find(job: dict[str, Any]) -> dict[str, Any]:
+    """What torch jobs have to load; checked and downloaded here, so that measuring begins with files."""
+    wanted: list[dict[str, str]] = job["wanted"]
+    if importlib.util.find_spec("torch") is None:
+        for source in (item["source"] for item in wanted if "source" in item):
+            if not Path(source).exists():
+                # This is a device, and a bundle was meant: that torch is missing would mislead.
+                raise UsageError(f"there is no bundle, run folder or model at {source}")
+    require("torch", "train")
+    from edge_ft.bench.peers import find, find_bundle_base
+
+    return {"found": [find(item["source"]) if "source" in item else find_bundle_base(item["bundle"]) for item in wanted]}
+
+
+def _measure(job: dict[str, Any]) -> dict[str, float | None]:
+    """Every metric of the job's subject, but its size."""
+    if job["do"] == "bundle":
+        from edge_ft.runtime import load
+
+        began = time.perf_counter()
+        engine: Any = load(job["bundle"], threads=job["threads"], accuracy_level=job["accuracy_level"])
+    else:
+        # Whatever the hub was needed for was fetched when the model was found.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        from edge_ft.bench.peers import load_peer, prepare
+
+        base = prepare(job)
+        began = time.perf_counter()
+        engine = load_peer(base, job)
+    load_s = time.perf_counter() - began
+    measure = _measure_decoder if job["task"] == "text-generation" else _measure_classifier
+    return {"load_s": load_s, **measure(engine, job), "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _measure_decoder(engine: "TextGenerator | TorchDecoder", job: dict[str, Any]) -> dict[str, float]:
+    import numpy as np
+
+    ids = prompt_ids(engine.tokenizer, job["prompt_tokens"])
+    asked = time.monotonic()
+    first = engine.time_decode(ids, job["new_tokens"])  # cold start, and the warm-up of what follows
+    timings = engine.time_decode(ids, job["new_tokens"])
+    p50, p90, p99 = np.percentile(timings.decode_s, [50, 90, 99]).tolist()
+    return {
+        "cold_start_s": asked + first.ttft_s - job["started"],
+        "ttft_s": timings.ttft_s,
+        "prefill_tps": len(ids) / timings.prefill_s,
+        "decode_tps": len(timings.decode_s) / sum(timings.decode_s),
+        "itl_s_p50": p50,
+        "itl_s_p90": p90,
+        "itl_s_p99": p99,
+    }
+
+
+def _measure_classifier(engine: "TextClassifier | TorchClassifier", job: dict[str, Any]) -> dict[str, float]:
+    import numpy as np
+
+    def seconds(rows: int, length: int) -> float:
+        input_ids = np.array([classifier_ids(engine.tokenizer, length)] * rows, np.int64)  # [rows, length]
+        attention_mask = np.ones_like(input_ids)
+        began = time.perf_counter()
+        engine.logits(input_ids, attention_mask)
+        return time.perf_counter() - began
+
+    seconds(1, job["prompt_tokens"])
+    found = {"cold_start_s": time.monotonic() - job["started"]}
+    for length in classifier_lengths(job["prompt_tokens"]):
+        seconds(1, length)
+        latencies = [seconds(1, length) for _ in range(_TEXTS)]
+        seconds(_ROWS, length)
+        batches = [seconds(_ROWS, length) for _ in range(_BATCHES)]
+        p50, p99 = np.percentile(latencies, [50, 99]).tolist()
+        found |= {
+            f"latency_s_{length}": p50,
+            f"latency_s_p99_{length}": p99,
+            f"rows_per_s_{length}": _ROWS * _BATCHES / sum(batches),
+        }
+    return found
+
+
+if __name__ == "__main__":
+    main()

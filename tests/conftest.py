@@ -1,0 +1,74 @@
+"""Tiny models, and what the whole pipeline makes of them, built once per session."""
+
+from pathlib import Path
+
+import pytest
+from tiny_models import write_bert, write_llama, write_reviews, write_sums
+
+from edge_ft.artifacts import Bundle, RunFolder
+from edge_ft.config import ExportConfig, TuneConfig
+from edge_ft.export import export
+from edge_ft.tune import tune
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="session")
+def llama(work: Path) -> Path:
+    return write_llama(work / "llama")
+
+
+@pytest.fixture(scope="session")
+def bert(work: Path) -> Path:
+    return write_bert(work / "bert")
+
+
+@pytest.fixture(scope="session")
+def sums(work: Path) -> Path:
+    return write_sums(work / "sums.jsonl")
+
+
+@pytest.fixture(scope="session")
+def reviews(work: Path) -> Path:
+    return write_reviews(work / "reviews.jsonl")
+
+
+@pytest.fixture(scope="session")
+def llama_run(work: Path, llama: Path, sums: Path) -> RunFolder:
+    """A decoder that has learned something."""
+    settings = TuneConfig(
+        model=str(llama), data=str(sums), out=work / "llama-run", epochs=30, learning_rate=1e-2, split=(0.6, 0.2, 0.2)
+    )
+    return tune(settings)
+
+
+@pytest.fixture(scope="session")
+def bert_run(work: Path, bert: Path, reviews: Path) -> RunFolder:
+    """An encoder that has learned something."""
+    settings = TuneConfig(
+        model=str(bert), data=str(reviews), out=work / "bert-run", epochs=8, learning_rate=1e-2, split=(0.6, 0.2, 0.2)
+    )
+    return tune(settings)
+
+
+@pytest.fixture(scope="session")
+def llama_bundle(work: Path, llama_run: RunFolder) -> Bundle:
+    return export(str(llama_run.path), ExportConfig(out=work / "llama-bundle", max_tax=1, min_retained=0.5, max_metric_drop=1))
+
+
+@pytest.fixture(scope="session")
+def llama_adapter_bundle(work: Path, llama_run: RunFolder) -> Bundle:
+    return export(str(llama_run.path), ExportConfig(out=work / "llama-adapter", lane="adapter"))
+
+
+@pytest.fixture(scope="session")
+def bert_bundle(work: Path, bert_run: RunFolder) -> Bundle:
+    return export(str(bert_run.path), ExportConfig(out=work / "bert-bundle", max_tax=1, min_retained=0.5, max_metric_drop=1))
+
+
+@pytest.fixture(scope="session")
+def bert_adapter_bundle(work: Path, bert_run: RunFolder) -> Bundle:
+    return export(str(bert_run.path), ExportConfig(out=work / "bert-adapter", lane="adapter"))

@@ -1,0 +1,185 @@
+"""Benches that are really run: fresh processes over tiny bundles, runs and models."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from tiny_bundle import write_classifier, write_decoder
+from transformers import LlamaForCausalLM
+
+from edge_ft.artifacts import Bundle, RunFolder
+from edge_ft.bench import bench
+from edge_ft.bench.child import run_worker
+from edge_ft.bench.peers import TorchDecoder
+from edge_ft.bench.record import DECODER_UNITS, units_of
+from edge_ft.config import BenchConfig
+from edge_ft.data import TextTokenizer
+from edge_ft.errors import BundleError, EdgeFTError, ModelError, UsageError
+
+SHORT = BenchConfig(repeats=2, threads=1, prompt_tokens=12, new_tokens=4)
+
+
+def by_metric(records: list[dict[str, Any]], subject: str, variant: str) -> dict[str, Any]:
+    return {
+        record["metric"]: record for record in records if (record["subject"], record["variant"]) == (subject, variant)
+    }
+
+
+def check_decoder(found: dict[str, Any], repeats: int) -> None:
+    assert list(found) == list(DECODER_UNITS)
+    for record in found.values():
+        assert len(record["samples"]) == repeats
+        assert record["value"] == median(record["samples"]) > 0
+    assert found["itl_s_p50"]["value"] <= found["itl_s_p90"]["value"] <= found["itl_s_p99"]["value"]
+    for cold, load in zip(found["cold_start_s"]["samples"], found["load_s"]["samples"], strict=True):
+        assert cold > load
+
+
+def test_bundles_of_both_tasks(tmp_path: Path) -> None:
+    decoder, classifier = write_decoder(tmp_path / "decoder"), write_classifier(tmp_path / "classifier")
+    records = bench([str(decoder), str(classifier)], SHORT)
+    check_decoder(by_metric(records, "edge-ft", "decoder"), 2)
+    found = by_metric(records, "edge-ft", "classifier")
+    assert list(found) == list(units_of("text-classification", 12))
+    assert found["size_bytes"]["value"] == Bundle.open(classifier).size_bytes
+    environment = found["latency_s_12"]["environment"]
+    assert environment["threads"] == 1
+    assert environment["accuracy_level"] == 1
+    assert environment["onnxruntime"]
+    assert "torch" not in environment
+    json.dumps(records, allow_nan=False)
+
+
+def test_peak_memory_is_the_childs_own(tmp_path: Path) -> None:
+    ballast = bytearray(b"x") * 400_000_000  # resident here, where the child is forked
+    result = run_worker(_bundle_job(write_decoder(tmp_path / "decoder")), "a bundle", 1)
+    assert len(ballast) > 3 * result["peak_rss_bytes"]
+
+
+def test_a_bundle_needs_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "path").mkdir()
+    for name in ("torch", "transformers", "peft", "onnx"):
+        (tmp_path / "path" / f"{name}.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    assert run_worker(_bundle_job(write_decoder(tmp_path / "decoder")), "a bundle", 1)["decode_tps"] > 0
+
+
+def test_a_file_of_the_users_named_like_a_library_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numpy.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert run_worker(_bundle_job(write_decoder(tmp_path / "decoder")), "a bundle", 1)["decode_tps"] > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="a limit needs /proc")
+def test_not_fitting_is_a_result_and_is_shown_once(tmp_path: Path) -> None:
+    news: list[str] = []
+
+    class Listener:
+        def say(self, text: str) -> None:
+            news.append(text)
+
+        def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
+            pass
+
+    settings = BenchConfig(repeats=2, threads=1, prompt_tokens=12, new_tokens=4, memory_limit=20)
+    found = by_metric(bench([str(write_decoder(tmp_path / "b"))], settings, Listener()), "edge-ft", "b")
+    assert found["decode_tps"]["value"] is None
+    assert "does not fit into 20 MB" in found["decode_tps"]["note"]
+    assert found["size_bytes"]["value"] > 0
+    assert found["size_bytes"]["environment"]["memory_limiter"] in ("cgroup v2", "polled RSS")
+    assert len(news) == 1
+    roomy = BenchConfig(repeats=1, threads=1, prompt_tokens=12, new_tokens=4, memory_limit=2000)
+    check_decoder(by_metric(bench([str(tmp_path / "b")], roomy), "edge-ft", "b"), 1)
+
+
+def test_a_child_that_dies_is_one_clear_error() -> None:
+    with pytest.raises(EdgeFTError, match="the look at it ended with exit code 1: KeyError: 'bundle'"):
+        run_worker({"do": "bundle"}, "the look at it", 1)
+
+
+def test_subjects_that_cannot_be_measured_are_refused(tmp_path: Path) -> None:
+    bundle = write_decoder(tmp_path / "bundle", max_length=15)
+    with pytest.raises(UsageError, match="can read 15 tokens and would be given 16"):
+        bench([str(bundle)], SHORT)
+    with pytest.raises(BundleError, match="accuracy level 4"):
+        bench([str(bundle)], BenchConfig(accuracy_level=4))
+    with pytest.raises(ModelError, match="did you mean 'bundle'"):
+        bench([str(tmp_path / "bundel")], SHORT)
+    (bundle / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match="sha256"):
+        bench([str(bundle)], SHORT)
+
+
+def test_a_broken_budget_is_exit_code_1_with_the_records_written(tmp_path: Path) -> None:
+    bundle = write_decoder(tmp_path / "bundle")
+    command = [sys.executable, "-m", "edge_ft", "bench", str(bundle), "--json", "-", "--quiet", "--max-rss-mb", "1"]
+    small = ["--repeats", "1", "--threads", "1", "--prompt-tokens", "12", "--new-tokens", "4"]
+    done = subprocess.run([*command, *small], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "--max-rss-mb 1: edge-ft bundle has peak_rss_bytes" in done.stderr
+    check_decoder(by_metric(json.loads(done.stdout), "edge-ft", "bundle"), 1)
+
+
+def test_a_bundle_beside_its_run_and_its_base(llama_bundle: Bundle, llama_run: RunFolder, llama: Path) -> None:
+    settings = BenchConfig(repeats=1, threads=1, prompt_tokens=12, new_tokens=4, peers=("torch",))
+    records = bench([str(llama_bundle.path), str(llama_run.path), str(llama)], settings)
+    subjects = dict.fromkeys((record["subject"], record["variant"]) for record in records)
+    # The peer is the base, which was named already: it is measured once.
+    assert list(subjects) == [("edge-ft", "llama-bundle"), ("torch", "llama-run"), ("torch", "llama")]
+    for subject, variant in subjects:
+        check_decoder(by_metric(records, subject, variant), 1)
+    run, model = (by_metric(records, "torch", name) for name in ("llama-run", "llama"))
+    assert run["size_bytes"]["value"] > model["size_bytes"]["value"]
+    assert model["load_s"]["environment"]["torch"] == torch.__version__
+
+
+def test_a_classifier_beside_its_base(bert_bundle: Bundle) -> None:
+    settings = BenchConfig(repeats=1, threads=1, prompt_tokens=12, peers=("torch",))
+    records = bench([str(bert_bundle.path)], settings)
+    for subject, variant in (("edge-ft", bert_bundle.path.name), ("torch", "bert")):
+        found = by_metric(records, subject, variant)
+        assert list(found) == list(units_of("text-classification", 12))
+        assert all(record["value"] > 0 for record in found.values())
+
+
+def test_a_peer_that_is_not_the_bundles_base_any_more_is_refused(
+    tmp_path: Path, llama_bundle: Bundle, llama: Path
+) -> None:
+    manifest = json.loads(json.dumps(llama_bundle.manifest))
+    for identity in ({"model": str(tmp_path / "gone")}, {"model": str(llama), "content_sha256": "0"}):
+        folder = tmp_path / f"bundle-{len(identity)}"
+        folder.mkdir()
+        for name in manifest["files"]:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).hardlink_to(llama_bundle.path / name)
+        manifest["provenance"]["base"] |= identity
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UsageError, match="name the model or the run folder as another argument"):
+            bench([str(folder)], BenchConfig(repeats=1, peers=("torch",)))
+
+
+def test_torch_decodes_a_token_at_a_time_from_its_cache(llama: Path) -> None:
+    read: list[int] = []
+    model = LlamaForCausalLM.from_pretrained(llama)
+
+    def recorded(**inputs: Any) -> Any:
+        read.append(inputs["input_ids"].shape[1])
+        return model(**inputs)
+
+    timings = TorchDecoder(recorded, TextTokenizer.load(llama)).time_decode([1, 2, 3, 4, 5], 4)
+    assert read == [5, 1, 1, 1]
+    assert len(timings.decode_s) == 3
+    assert all(before <= after for before, after in pairwise((0, timings.prefill_s, timings.ttft_s)))
+
+
+def _bundle_job(bundle: Path) -> dict[str, Any]:
+    asked = {"prompt_tokens": 12, "new_tokens": 4, "threads": 1}
+    return {"do": "bundle", "bundle": str(bundle), "task": "text-generation", "accuracy_level": None, **asked}

@@ -1,0 +1,82 @@
+"""Models of both families from config objects, and rows they can learn: all made in seconds, none downloaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_tokenizers import write_bpe
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "the", "was", "very", "not", "a", "[", "]", "sep"]
+
+
+def write_llama(folder: Path, *, tie: bool = True, seed: int = 0, **config: Any) -> Path:
+    """A two-layer Llama with grouped queries, head_dim 16 and a chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bpe(folder)
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tie,
+        "bos_token_id": 1,
+        "eos_token_id": 2,  # the tokenizer pads with it too; named here, it would get an embedding of zeros
+        "initializer_range": 0.1,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**settings, **config})).save_pretrained(folder)
+    return folder
+
+
+def write_bert(folder: Path, *, seed: int = 0, **config: Any) -> Path:
+    """A two-layer BERT without a head, with a WordPiece tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(WORDS[:4])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+    }
+    BertModel(BertConfig(**{**settings, **config})).save_pretrained(folder)
+    return folder
+
+
+def write_sums(path: Path, rows: int = 40) -> Path:
+    """prompt/completion rows, all different, whose answers are short and easy."""
+    lines = [{"prompt": f"hello {n} the answer", "completion": " seven" if n % 2 else " hello"} for n in range(rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_reviews(path: Path, rows: int = 60) -> Path:
+    """text/label rows of two classes; one word decides."""
+    kinds = [("good", "praise"), ("bad", "blame")]
+    lines = []
+    for n in range(rows):
+        word, label = kinds[n % 2]
+        text = " ".join(["the film was", *(["very"] * (n // 8 % 4)), *(["not a"] * (n // 2 % 4)), word, "a " * (n // 32)])
+        lines.append({"text": text.strip(), "label": label})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path

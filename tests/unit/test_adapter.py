@@ -1,0 +1,178 @@
+"""An adapter is PEFT's in every respect, and what cannot be exported is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import write_llama
+from transformers import AutoModelForCausalLM
+
+from edge_ft.artifacts import RunFolder
+from edge_ft.base.adapter import add_lora, load_adapter, lora_pairs, merge_adapter
+from edge_ft.base.grid import dequantize, quantize
+from edge_ft.base.linear import QuantEmbedding, QuantLinear, codes_sha256
+from edge_ft.base.load import find_base, load_model
+from edge_ft.config import TuneConfig
+from edge_ft.errors import ModelError, UsageError
+
+IDS = torch.tensor([[1, 20, 30, 40, 50, 60]])
+
+
+def save_adapter(llama: Path, folder: Path, **settings: Any) -> Path:
+    """An adapter that was trained elsewhere: random A and B."""
+    torch.manual_seed(1)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **settings}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), LoraConfig(task_type="CAUSAL_LM", **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.2
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def base_model(llama: Path, base_format: Any = "fp32") -> Any:
+    return load_model(find_base(str(llama)), "text-generation", base_format)
+
+
+def test_a_tuned_adapter_loads_with_plain_peft_on_the_plain_base(llama: Path, llama_run: RunFolder) -> None:
+    ours = load_adapter(base_model(llama, "int4"), llama_run.adapter)
+    plain = AutoModelForCausalLM.from_pretrained(llama)
+    for module in plain.modules():  # the same codes as floats: then both must agree
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            module.weight.data = torch.from_numpy(dequantize(quantize(module.weight.detach().numpy(), 32)))
+    theirs = PeftModel.from_pretrained(plain, llama_run.adapter).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_trained_codes_are_those_of_the_run_folder(llama: Path, llama_run: RunFolder) -> None:
+    ours = load_adapter(base_model(llama, "int4"), llama_run.adapter)
+    assert codes_sha256(ours) == llama_run.base()["codes_sha256"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 32}},
+        {"use_rslora": True},
+    ],
+    ids=["plain", "patterns", "rslora"],
+)
+def test_pairs_carry_each_layers_own_scaling(llama: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder = save_adapter(llama, tmp_path / "adapter", **settings)
+    peft_model = load_adapter(base_model(llama), folder)
+    pairs = lora_pairs(peft_model)
+    assert len(pairs) == 4
+    for name, (a, b) in pairs.items():
+        layer = peft_model.base_model.model.get_submodule(name)
+        np.testing.assert_allclose(b @ a, layer.get_delta_weight("default").detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["plain", "dora", "rslora"])
+def test_merging_gives_what_peft_computes(llama: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder = save_adapter(llama, tmp_path / "adapter", **settings)
+    with torch.inference_mode():
+        beside = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), folder).eval()(IDS).logits
+        merged = merge_adapter(base_model(llama), folder)(IDS).logits
+    torch.testing.assert_close(merged, beside, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"use_dora": True}, "Dora"), ({"target_modules": ["embed_tokens"]}, "embedding")],
+)
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True")
+def test_the_adapter_lane_refuses_by_name_what_a_and_b_do_not_hold(
+    llama: Path, tmp_path: Path, settings: dict[str, Any], named: str
+) -> None:
+    peft_model = load_adapter(base_model(llama), save_adapter(llama, tmp_path / "adapter", **settings))
+    with pytest.raises(ModelError, match=f"{named}.*--lane merged"):
+        lora_pairs(peft_model)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")
+def test_the_adapter_lane_refuses_lora_biases(tmp_path: Path) -> None:
+    biased = write_llama(tmp_path / "biased", attention_bias=True)
+    folder = save_adapter(biased, tmp_path / "adapter", target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(ModelError, match="not a plain LoRA.*--lane merged"):
+        lora_pairs(load_adapter(base_model(biased), folder))
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True")
+def test_merging_into_one_of_two_tied_weights_is_refused(llama: Path, tmp_path: Path) -> None:
+    folder = save_adapter(llama, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(ModelError, match="ties them"):
+        merge_adapter(base_model(llama), folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("peft_type", "IA3", "IA3"),
+        ("trainable_token_indices", [1, 2], "trainable_token_indices"),
+        ("layer_replication", [[0, 2]], "layer_replication"),
+    ],
+)
+def test_adapters_that_would_be_dropped_in_part_are_refused(
+    llama: Path, tmp_path: Path, field: str, value: Any, named: str
+) -> None:
+    folder = save_adapter(llama, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(ModelError, match=named):
+        load_adapter(base_model(llama), folder)
+
+
+def test_pickled_weights_are_never_loaded(llama: Path, tmp_path: Path) -> None:
+    folder = save_adapter(llama, tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pickled"):
+        load_adapter(base_model(llama), folder)
+
+
+def test_an_adapter_of_another_model_is_refused(llama: Path, tmp_path: Path) -> None:
+    folder = save_adapter(llama, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["c_attn"]}))
+    with pytest.raises(ModelError, match="c_attn"):
+        load_adapter(base_model(llama), folder)
+
+
+def targets(llama: Path, tmp_path: Path, **settings: Any) -> set[str]:
+    config = TuneConfig(model=str(llama), data="", out=tmp_path, **settings)
+    base = find_base(str(llama))
+    model = add_lora(base_model(llama, "int4"), base.family, "text-generation", config)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    return {key.split(".model.", 1)[1].rsplit(".lora_", 1)[0] for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors")}
+
+
+def test_all_linear_is_every_linear_layer_but_the_head(llama: Path, tmp_path: Path) -> None:
+    assert len(targets(llama, tmp_path)) == 14
+
+
+def test_named_targets_and_last_layers_narrow_it(llama: Path, tmp_path: Path) -> None:
+    found = targets(llama, tmp_path, target_modules=("q_proj", "up_proj"), layers="last:1")
+    assert found == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
+
+
+def test_a_target_that_is_not_there_is_answered_with_a_near_one(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean 'q_proj'"):
+        targets(llama, tmp_path, target_modules=("q_prj",))
+
+
+def test_more_layers_than_there_are_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="2 layers"):
+        targets(llama, tmp_path, layers="last:3")
+
+
+def test_quantized_layers_keep_their_kind_under_peft(llama: Path, llama_run: RunFolder) -> None:
+    ours = load_adapter(base_model(llama, "int4"), llama_run.adapter)
+    kinds = {type(getattr(module, "base_layer", None)) for module in ours.modules()} - {type(None)}
+    assert kinds == {QuantLinear}
+    assert isinstance(ours.get_input_embeddings(), QuantEmbedding)

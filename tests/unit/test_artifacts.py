@@ -1,0 +1,108 @@
+"""A bundle opens only as it was written, and nothing is ever half written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_bundle import write_decoder
+
+from edge_ft.artifacts import Bundle, RunFolder, atomic_folder, kind_of, write_text
+from edge_ft.errors import BundleError, UsageError
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_decoder(tmp_path / "bundle")
+
+
+def test_a_whole_bundle_opens_and_knows_its_size(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    files = [path for path in bundle.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    assert opened.size_bytes == sum(path.stat().st_size for path in files)
+    assert opened.graph() == bundle / opened.manifest["model"]
+
+
+def edit(bundle: Path, **changes: object) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def test_a_changed_byte_is_found(bundle: Path) -> None:
+    graph = Bundle.open(bundle).graph()
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(BundleError, match="sha256 differs"):
+        Bundle.open(bundle)
+
+
+def test_a_missing_file_is_named(bundle: Path) -> None:
+    (bundle / "tokenizer.json").unlink()
+    with pytest.raises(BundleError, match=r"lacks tokenizer\.json"):
+        Bundle.open(bundle)
+
+
+def test_an_unlisted_file_is_named(bundle: Path) -> None:
+    (bundle / "onnx" / "extra.onnx").write_text("x")
+    with pytest.raises(BundleError, match=r"does not list: onnx/extra\.onnx"):
+        Bundle.open(bundle)
+
+
+def test_a_file_outside_the_bundle_cannot_be_listed(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("x")
+    edit(bundle, files={"../outside": {"sha256": "0", "bytes": 1}})
+    with pytest.raises(BundleError):
+        Bundle.open(bundle)
+
+
+def test_another_version_is_refused(bundle: Path) -> None:
+    edit(bundle, format_version=99)
+    with pytest.raises(BundleError, match="version 99, this edge-ft reads version 1"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format_version": 1}', '{"format_version": 1, "files": {"a": 1}}'])
+def test_a_broken_manifest_is_refused(bundle: Path, content: str) -> None:
+    (bundle / "manifest.json").write_text(content)
+    with pytest.raises(BundleError, match="manifest"):
+        Bundle.open(bundle)
+
+
+def test_a_folder_without_a_manifest_is_not_a_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle"):
+        Bundle.open(tmp_path)
+
+
+def test_an_accuracy_level_that_did_not_pass_has_no_graph(bundle: Path) -> None:
+    with pytest.raises(BundleError, match="no verified graph of accuracy level 3"):
+        Bundle.open(bundle).graph(3)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "whole").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "file", "new \ud800")
+    assert (tmp_path / "file").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_sources_are_told_apart(bundle: Path, llama: Path, llama_run: RunFolder) -> None:
+    assert [kind_of(str(path)) for path in (bundle, llama_run.path, llama)] == ["bundle", "run", "model"]
+
+
+def test_an_unfinished_run_is_refused(llama_run: RunFolder, tmp_path: Path) -> None:
+    shutil.copytree(llama_run.path, tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    with pytest.raises(UsageError, match="no finished run"):
+        RunFolder.open(tmp_path / "run")

@@ -1,0 +1,205 @@
+"""What a bench says: names, records, table, budgets; and what it asks of the operating system."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_tokenizers import write_bpe
+from tiny_bundle import write_classifier
+
+from edge_ft.bench import bench, short_names
+from edge_ft.bench.meters import MemoryLimit, group_parents, machine, peak_rss_bytes, resident_bytes
+from edge_ft.bench.record import DECODER_UNITS, classifier_lengths, records_of, units_of
+from edge_ft.bench.report import budget_failures, table
+from edge_ft.bench.worker import classifier_ids, prompt_ids
+from edge_ft.config import BenchConfig
+from edge_ft.data import TextTokenizer
+from edge_ft.errors import UsageError
+
+ENVIRONMENT = {"prompt_tokens": 128, "memory_limit_bytes": None}
+
+
+def decoder_records(
+    subject: str = "edge-ft", variant: str = "b", scale: float = 1.0, note: str | None = None
+) -> list[dict[str, Any]]:
+    results = [dict.fromkeys(DECODER_UNITS, scale * repeat) for repeat in (1.0, 5.0, 2.0)]
+    return records_of(subject, variant, "text-generation", [] if note else results, 10**7, ENVIRONMENT, note)
+
+
+def value(records: list[dict[str, Any]], metric: str) -> float | None:
+    (found,) = (record["value"] for record in records if record["metric"] == metric)
+    return None if found is None else float(found)
+
+
+def test_a_record_holds_the_median_of_its_samples_and_the_conditions() -> None:
+    records = decoder_records()
+    assert [record["metric"] for record in records] == list(DECODER_UNITS)
+    for record in records:
+        assert record.keys() == {"subject", "variant", "metric", "unit", "value", "samples", "environment"}
+        assert len(record["samples"]) == 3
+        assert record["environment"] == ENVIRONMENT
+    assert value(records, "ttft_s") == 2.0
+    assert value(records, "size_bytes") == 10**7
+
+
+def test_what_did_not_fit_has_a_size_a_note_and_no_values() -> None:
+    records = decoder_records(note="does not fit into 100 MB")
+    assert value(records, "size_bytes") == 10**7
+    for record in records:
+        if record["metric"] != "size_bytes":
+            assert (record["value"], record["samples"], record["note"]) == (None, [], "does not fit into 100 MB")
+
+
+def test_a_classifiers_metrics_carry_the_length() -> None:
+    assert classifier_lengths(128) == [32, 128]
+    assert classifier_lengths(16) == [16]
+    assert list(units_of("text-classification", 20)) == [
+        "load_s",
+        "cold_start_s",
+        "latency_s_20",
+        "latency_s_p99_20",
+        "rows_per_s_20",
+        "peak_rss_bytes",
+        "size_bytes",
+    ]
+
+
+def test_the_table_puts_subjects_side_by_side_with_their_spread() -> None:
+    peer = decoder_records("torch", "m", note="does not fit")
+    for record in peer:
+        record["environment"] = ENVIRONMENT | {"memory_limit_bytes": 10**8}
+    header, *rows = table([*decoder_records(), *peer])
+    assert header == ("median [min–max]", "edge-ft b", "torch m")
+    assert ("ttft_s", "2.00 [1.00–5.00]", "did not fit") in rows
+    assert ("size (MB)", "10.0", "10.0") in rows
+
+
+def test_a_metric_that_a_subject_lacks_is_a_dash() -> None:
+    classifier = records_of("edge-ft", "c", "text-classification", [], 1, ENVIRONMENT, "does not fit")
+    rows = {row[0]: row[1:] for row in table([*decoder_records(), *classifier])}
+    assert rows["decode_tps (tok/s)"][1] == rows["latency_s_128"][0] == "-"
+
+
+def test_budgets_hold_or_say_what_did_not() -> None:
+    records = decoder_records()
+    kept = BenchConfig(max_ttft_ms=2000, min_decode_tps=2, max_rss_mb=1, max_size_mb=10)
+    assert budget_failures(records, kept) == []
+    broken = BenchConfig(max_ttft_ms=1999, min_decode_tps=2.1, max_rss_mb=1e-6, max_size_mb=9.9)
+    assert budget_failures(records, broken) == [
+        "--max-ttft-ms 1999: edge-ft b has ttft_s 2000 ms",
+        "--min-decode-tps 2.1: edge-ft b has decode_tps 2.00 tok/s",
+        "--max-rss-mb 1e-06: edge-ft b has peak_rss_bytes 0.00000200 MB",
+        "--max-size-mb 9.9: edge-ft b has size_bytes 10.0 MB",
+    ]
+
+
+def test_budgets_judge_bundles_and_not_what_they_are_compared_with() -> None:
+    slow_peer = decoder_records("torch", "m", scale=100)
+    budget = BenchConfig(max_ttft_ms=2000)
+    assert budget_failures([*decoder_records(), *slow_peer], budget) == []
+    assert len(budget_failures(slow_peer, budget)) == 1
+
+
+def test_a_budget_that_nothing_was_measured_for_has_not_held() -> None:
+    budget = BenchConfig(max_rss_mb=1000)
+    assert budget_failures(decoder_records(note="does not fit into 100 MB"), budget) == [
+        "--max-rss-mb 1000: edge-ft b does not fit into 100 MB"
+    ]
+    classifier = records_of("edge-ft", "c", "text-classification", [], 1, ENVIRONMENT, "does not fit")
+    (failure,) = budget_failures(classifier, BenchConfig(min_decode_tps=1))
+    assert "none of the subjects has decode_tps" in failure
+    assert len(budget_failures(classifier, BenchConfig(max_ttft_ms=1))) == 1  # the latency at 128 tokens
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    assert short_names(["a/bundle", "b/bundle", "b/other"]) == ["a/bundle", "b/bundle", "b/other"]
+    assert short_names(["out/int4", "org/model"]) == ["int4", "model"]
+    assert short_names(["x/b", "x/b"]) == ["b", "b#2"]
+
+
+@given(st.lists(st.sampled_from(["a/x", "b/x", "c/b/x", "y", "a/y", "x"]), min_size=1))
+def test_names_are_unique(sources: list[str]) -> None:
+    assert len(set(short_names(sources))) == len(sources)
+
+
+@pytest.mark.parametrize("length", [1, 7, 128, 1000])
+@pytest.mark.parametrize("bos", [None, "<|im_start|>"])
+def test_every_subject_reads_the_same_prompt_of_exactly_the_asked_length(
+    tmp_path: Path, length: int, bos: str | None
+) -> None:
+    tokenizer = TextTokenizer.load(write_bpe(tmp_path, bos=bos))
+    ids = prompt_ids(tokenizer, length)
+    assert len(ids) == length
+    assert ids == prompt_ids(tokenizer, length + 1)[:length]
+    assert (ids[0] == tokenizer.bos_id) == (bos is not None)
+
+
+def test_a_classifiers_text_keeps_the_models_frame(tmp_path: Path) -> None:
+    tokenizer = TextTokenizer.load(write_classifier(tmp_path / "classifier"))
+    ids = classifier_ids(tokenizer, 2000)
+    assert len(ids) == 2000
+    assert (ids[0], ids[-1]) == (tokenizer.encode_classifier("", 2)[0][0], tokenizer.encode_classifier("", 2)[0][1])
+    with pytest.raises(UsageError, match="--prompt-tokens 1 leaves no room"):
+        classifier_ids(tokenizer, 1)
+
+
+def test_the_parent_imports_no_engine() -> None:
+    check = (
+        "import sys, edge_ft.bench, edge_ft.bench.report\n"
+        "print(sorted({'torch', 'onnxruntime', 'numpy', 'transformers', 'tokenizers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_subject_is_refused() -> None:
+    with pytest.raises(UsageError, match="at least one"):
+        bench([], BenchConfig())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_resident_memory_of_this_process() -> None:
+    now, peak = resident_bytes(os.getpid()), peak_rss_bytes()
+    assert peak is not None
+    assert 10**6 < now <= peak * 1.1  # the kernel counts pages in batches
+    assert resident_bytes(2**22 + 1) == 0  # beyond the largest process id
+
+
+def test_the_machine_is_described() -> None:
+    here = machine()
+    assert here["cpu"] and here["os"] and here["python"]
+    assert int(here["cores"] or 0) >= 1
+
+
+@pytest.mark.parametrize(
+    ("own", "metered", "expected"),
+    [
+        ("0::/user/app/shell\n", ["user/app"], ["user/app"]),  # a delegated session: beside our own group
+        ("0::/\n", ["."], ["."]),  # the root, which may hold processes and groups
+        ("0::/user/session\n", [], []),  # memory is not metered below: nothing to be made
+        ("4:memory:/x\n0::/\n", [], []),  # cgroup v1 holds the memory controller
+        ("4:memory:/x\n", ["."], []),
+    ],
+)
+def test_where_a_cgroup_may_be_made(tmp_path: Path, own: str, metered: list[str], expected: list[str]) -> None:
+    (tmp_path / "user/app/shell").mkdir(parents=True)
+    for folder in (".", "user", "user/app", "user/app/shell"):
+        (tmp_path / folder / "cgroup.subtree_control").write_text("cpu memory\n" if folder in metered else "cpu\n")
+    (tmp_path / "own").write_text(own)
+    assert group_parents(tmp_path / "own", tmp_path) == [tmp_path / folder for folder in expected]
+
+
+def test_a_cgroup_carries_the_limit_and_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "rmdir", lambda folder: shutil.rmtree(folder))  # the kernel's files go with the group
+    limit = MemoryLimit(5 * 10**6, tmp_path)
+    with limit.group() as group:
+        assert group is not None
+        assert (group / "memory.max").read_text() == "5000000"
+    assert not group.exists()
+    assert (limit.kind, MemoryLimit(1, None).kind) == ("cgroup v2", "polled RSS")

@@ -1,0 +1,259 @@
+"""A bundle ships what was trained, says what that cost, and is refused when it cost too much."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.numpy import load_file, save_file
+from tiny_models import write_llama
+from transformers import AutoModelForCausalLM
+
+from edge_ft.artifacts import Bundle, RunFolder
+from edge_ft.base.linear import QuantEmbedding, QuantLinear
+from edge_ft.base.load import find_base, load_model
+from edge_ft.base.scorer import TorchScorer
+from edge_ft.config import ExportConfig, TuneConfig
+from edge_ft.data import Rendering, TextTokenizer, collate, encode_rows, read_rows
+from edge_ft.errors import GateRefused, ModelError, UsageError
+from edge_ft.evaluate.open import open_run_model
+from edge_ft.export import export
+from edge_ft.runtime import load
+from edge_ft.tune import tune
+
+LOOSE: dict[str, Any] = {"max_tax": 1.0, "min_retained": 0.0, "max_metric_drop": 1.0}
+
+
+def initializers(bundle: Bundle) -> dict[str, np.ndarray]:
+    model = onnx.load(bundle.graph(1))
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def test_the_adapter_lane_ships_the_trained_codes_byte_for_byte(
+    llama_run: RunFolder, llama_adapter_bundle: Bundle
+) -> None:
+    shipped = initializers(llama_adapter_bundle)
+    model, _ = open_run_model(llama_run, adapter=False)
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantLinear | QuantEmbedding)
+    }
+    assert len(layers) == 16
+    for name, layer in layers.items():
+        for kind in ("qweight", "scales", "zero_points"):
+            # A tied embedding has the head's scales and zero points, which are stored once.
+            stored = shipped.get(f"{name}.{kind}", shipped[f"lm_head.{kind}"])
+            assert stored.tobytes() == getattr(layer, kind).numpy().tobytes()
+
+
+@pytest.mark.parametrize("bundle_name", ["llama_adapter_bundle", "bert_adapter_bundle"])
+def test_the_adapter_lane_is_exact(bundle_name: str, request: pytest.FixtureRequest) -> None:
+    found = request.getfixturevalue(bundle_name).manifest["verification"]
+    assert abs(found["quantization_tax"]) < 1e-3
+    assert found["argmax_agreement"] == 1.0
+    assert found["adapter_changes_logits"] is True
+
+
+def test_the_manifest_says_what_scripts_rely_on(llama_bundle: Bundle) -> None:
+    manifest = llama_bundle.manifest
+    assert {"format_version", "task", "family", "model", "quantization", "lane", "files", "verification"} <= set(manifest)
+    assert manifest["tokenization"] == {"bos": None, "appended_eos": None}
+    found = manifest["verification"]
+    assert found["nll"]["shipped"] - found["nll"]["trained"] == found["quantization_tax"]
+    assert found["nll"]["trained"] < found["nll"]["base"]
+    assert set(found["by_accuracy_level"]) == {"1", "4"}
+    assert found["test"]["rows"] > 0
+    assert found["metrics"]["token_accuracy"]["shipped"]["value"] > found["metrics"]["token_accuracy"]["base"]["value"]
+
+
+def test_no_row_of_the_users_data_is_in_a_bundle(llama_bundle: Bundle, bert_bundle: Bundle) -> None:
+    for bundle, secret in ((llama_bundle, b"hello 1"), (bert_bundle, b"the film was")):
+        for name in bundle.manifest["files"]:
+            assert secret not in (bundle.path / name).read_bytes()
+
+
+@pytest.mark.parametrize("weights", ["int4", "fp32"])
+@pytest.mark.parametrize("lane", ["merged", "adapter"])
+@pytest.mark.parametrize("run_name", ["llama_run", "bert_run"])
+def test_the_graph_scores_as_torch_does(
+    run_name: str, lane: Any, weights: Any, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    run: RunFolder = request.getfixturevalue(run_name)
+    bundle = export(str(run.path), ExportConfig(out=tmp_path / "bundle", lane=lane, weights=weights, **LOOSE))
+    level = bundle.manifest["verification"]["by_accuracy_level"]["1"]
+    assert level["shipped_minus_last_evaluated"] < 1e-4
+    assert bundle.manifest["quantization"]["bits"] == {"int4": 4, "fp32": 32}[weights]
+
+
+def test_padded_batches_answer_as_single_rows_do(llama_bundle: Bundle, llama_run: RunFolder) -> None:
+    rendering = Rendering.from_dict(llama_bundle.manifest["rendering"])
+    tokenizer = TextTokenizer.load(llama_bundle.path)
+    examples = encode_rows(rendering, tokenizer, read_rows(str(llama_run.split("train"))))[:6]
+    assert len({len(example.input_ids) for example in examples}) > 1
+    generator = load(llama_bundle)
+    together, _ = generator.token_nll(collate(examples, tokenizer.pad_id, "text-generation"))
+    for row, example in enumerate(examples):
+        alone, _ = generator.token_nll(collate([example], tokenizer.pad_id, "text-generation"))
+        np.testing.assert_allclose(together[row, : alone.shape[1]], alone[0], atol=1e-4)
+
+
+def test_greedy_answers_are_those_of_torch(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
+    model, base = open_run_model(llama_run)
+    generator = load(llama_adapter_bundle)
+    scorer = TorchScorer(model, base.family, generator.stop_ids)
+    rendering, tokenizer = generator.rendering, generator.tokenizer
+    for example in encode_rows(rendering, tokenizer, read_rows(str(llama_run.split("test")))):
+        prompt = example.input_ids[: example.prompt_length]
+        assert generator.answer(prompt, 12) == scorer.answer(prompt, 12)
+
+
+def test_an_untied_head_and_another_block_size_ship_too(sums: Path, tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "untied", tie=False)
+    bundle = export(str(model), ExportConfig(out=tmp_path / "bundle", data=str(sums), block_size=16))
+    assert bundle.manifest["quantization"]["block_size"] == 16
+    assert bundle.manifest["verification"]["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-4
+
+
+def test_a_base_as_it_is_has_scores_but_no_gate(llama: Path, sums: Path, tmp_path: Path) -> None:
+    bundle = export(str(llama), ExportConfig(out=tmp_path / "bundle", data=str(sums)))
+    found = bundle.manifest["verification"]
+    assert bundle.manifest["lane"] == "base"
+    assert found["nll"]["trained"] is None is found["quantization_tax"]
+    assert found["nll"]["shipped"] == pytest.approx(found["nll"]["base"], abs=1e-4)
+
+
+def test_without_rows_only_the_exact_level_ships(llama: Path, tmp_path: Path) -> None:
+    bundle = export(str(llama), ExportConfig(out=tmp_path / "bundle"))
+    assert list(bundle.manifest["graphs"]) == ["1"]
+    assert bundle.manifest["verification"]["nll"] == {"base": None, "trained": None, "shipped": None}
+
+
+@pytest.fixture
+def foreign_adapter(llama: Path, tmp_path: Path) -> Path:
+    """An adapter that plain PEFT trained on the sums' end-of-answer token, with patterns."""
+    torch.manual_seed(0)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"],
+        rank_pattern={"up_proj": 2}, alpha_pattern={"q_proj": 32}, use_rslora=True,
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    model.save_pretrained(tmp_path / "foreign", save_embedding_layers=False)
+    return tmp_path / "foreign"
+
+
+@pytest.mark.parametrize("lane", ["merged", "adapter"])
+def test_an_adapter_trained_anywhere_ships_with_its_patterns(
+    llama: Path, foreign_adapter: Path, tmp_path: Path, lane: Any
+) -> None:
+    bundle = export(
+        str(llama), ExportConfig(out=tmp_path / "bundle", adapter=foreign_adapter, lane=lane, weights="fp32")
+    )
+    found = bundle.manifest["verification"]
+    assert found["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-3
+    assert found["adapter_changes_logits"] is True
+
+
+def test_an_adapter_that_changes_nothing_is_refused(llama: Path, foreign_adapter: Path, tmp_path: Path) -> None:
+    weights = load_file(foreign_adapter / "adapter_model.safetensors")
+    zeroed = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in weights.items()}
+    save_file(zeroed, foreign_adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(GateRefused, match="does not change the logits"):
+        export(str(llama), ExportConfig(out=tmp_path / "bundle", adapter=foreign_adapter))
+
+
+def test_nothing_learned_is_refused(llama: Path, sums: Path, tmp_path: Path) -> None:
+    settings = TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", max_steps=1, learning_rate=1e-9)
+    run = tune(settings)
+    with pytest.raises(GateRefused, match="nothing was learned"):
+        export(str(run.path), ExportConfig(out=tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ({"max_tax": 0.0}, "--max-tax 0"),
+        ({"min_retained": 1.5}, "--min-retained"),
+    ],
+    ids=["tax", "retained"],
+)
+def test_a_limit_that_does_not_hold_refuses_and_keeps_the_bundle_aside(
+    llama_run: RunFolder, tmp_path: Path, limits: dict[str, float], says: str
+) -> None:
+    out = tmp_path / "bundle"
+    with pytest.raises(GateRefused, match=says) as refusal:
+        export(str(llama_run.path), ExportConfig(out=out, **{**LOOSE, **limits}))
+    assert refusal.value.exit_code == 3
+    assert not out.exists()
+    assert Bundle.open(tmp_path / "bundle.rejected").manifest["verification"]["quantization_tax"] > 0
+
+
+def test_a_fallen_metric_refuses(llama_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales that are off by half are what a broken rounding would look like."""
+    from edge_ft.base import linear
+
+    whole = linear.quantize
+
+    def broken(weight: np.ndarray, block_size: int) -> Any:
+        codes = whole(weight, block_size)
+        codes.scales[:] *= 1.5
+        return codes
+
+    monkeypatch.setattr("edge_ft.export.source.quantize_model", lambda *a: _with(broken, linear, monkeypatch, *a))
+    with pytest.raises(GateRefused, match="--max-metric-drop 0.02"):
+        export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle", max_tax=100.0, min_retained=-100.0))
+
+
+def _with(quantize: Any, linear: Any, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "quantize", quantize)
+        linear.quantize_model(*arguments)
+
+
+def test_an_interrupted_export_leaves_nothing(llama_run: RunFolder, tmp_path: Path) -> None:
+    class Interrupting:
+        def say(self, text: str) -> None:
+            pass
+
+        def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
+            if stage.startswith("validation, level 1"):
+                raise KeyboardInterrupt
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        export(str(llama_run.path), ExportConfig(out=tmp_path / "out" / "bundle"), Interrupting())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"adapter": Path("x")}, {"data": "x"}, {"task": "text-generation"}], ids=lambda option: next(iter(option))
+)
+def test_a_run_brings_its_own_adapter_rows_and_task(
+    llama_run: RunFolder, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(options))} is for a model"):
+        export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle", **options))
+
+
+def test_a_bundle_is_not_exported_again(llama_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="bundle already"):
+        export(str(llama_bundle.path), ExportConfig(out=tmp_path / "bundle"))
+
+
+def test_a_base_that_changed_since_the_run_is_refused(llama: Path, llama_run: RunFolder, tmp_path: Path) -> None:
+    shutil.copytree(llama_run.path, tmp_path / "run")
+    base = json.loads((tmp_path / "run" / "base.json").read_text())
+    (tmp_path / "run" / "base.json").write_text(json.dumps({**base, "content_sha256": "0" * 64}))
+    with pytest.raises(ModelError, match="content has changed"):
+        export(str(tmp_path / "run"), ExportConfig(out=tmp_path / "bundle"))
+
+
+def test_a_float_base_is_read_as_float(llama: Path) -> None:
+    model = load_model(find_base(str(llama)), "text-generation", "fp32")
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())

@@ -1,0 +1,51 @@
+"""The gate's arithmetic, and each of its refusals refusing."""
+
+import numpy as np
+import pytest
+
+from edge_ft.evaluate.gate import Limits, judge
+from edge_ft.evaluate.score import RowScores
+
+LIMITS = Limits(max_tax=0.02, min_retained=0.95, max_metric_drop=0.02)
+ROWS = 50
+
+
+def scores(nll_per_token: float, right: float = 0.8, spread: float = 0.1, seed: int = 0) -> RowScores:
+    """Rows of ten tokens around a mean loss."""
+    noise = np.random.default_rng(seed).normal(0, spread, ROWS)
+    per_token = nll_per_token + noise - noise.mean()
+    predicted = [np.where(np.arange(10) < right * 10, 1, 0) for _ in range(ROWS)]
+    return RowScores(per_token * 10, np.full(ROWS, 10), np.full(ROWS, int(right * 10)), predicted)
+
+
+def test_a_good_export_passes_and_its_figures_add_up() -> None:
+    verdict = judge(scores(3.0), scores(1.0), scores(1.01), LIMITS, adapter_changes_logits=True)
+    assert verdict.reasons == ()
+    assert verdict.figures["quantization_tax"] == pytest.approx(0.01)
+    assert verdict.figures["retained_gain"] == pytest.approx(1.99 / 2)
+    assert verdict.figures["gain"]["low"] <= 2.0 <= verdict.figures["gain"]["high"]
+    assert verdict.figures["argmax_agreement"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("base", "trained", "shipped", "changes", "says"),
+    [
+        (scores(3.0), scores(1.0), scores(1.03), True, "quantization tax"),
+        (scores(1.2), scores(1.0), scores(1.015), True, "retained gain"),
+        (scores(3.0), scores(1.0), scores(1.0, right=0.7), True, "--max-metric-drop"),
+        (scores(3.0), scores(1.0), scores(1.0), False, "does not change the logits"),
+        (scores(1.0), scores(1.0, seed=1), scores(1.0, seed=1), True, "nothing was learned"),
+        (scores(1.0), scores(1.5), scores(1.5), True, "nothing was learned"),
+    ],
+    ids=["tax", "retained", "metric", "adapter", "noise", "worse"],
+)
+def test_each_reason_to_refuse_refuses(
+    base: RowScores, trained: RowScores, shipped: RowScores, changes: bool, says: str
+) -> None:
+    reasons = judge(base, trained, shipped, LIMITS, changes).reasons
+    assert any(says in reason for reason in reasons), reasons
+
+
+def test_limits_are_what_was_asked_for() -> None:
+    loose = Limits(max_tax=0.5, min_retained=0.5, max_metric_drop=0.5)
+    assert judge(scores(3.0), scores(1.0), scores(1.4, right=0.5), loose, True).reasons == ()

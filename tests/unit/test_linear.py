@@ -1,0 +1,51 @@
+"""Quantized layers compute with what their codes stand for, and PEFT can wrap them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from edge_ft.base.grid import dequantize, quantize
+from edge_ft.base.linear import QuantEmbedding, QuantLinear, codes_sha256, quantize_model
+
+
+@pytest.mark.parametrize("columns", [64, 80])
+def test_a_quantized_layer_is_a_linear_layer_over_the_dequantized_weight(columns: int) -> None:
+    layer = nn.Linear(columns, 24)
+    codes = quantize(layer.weight.detach().numpy(), 32)
+    x = torch.randn(3, 5, columns, requires_grad=True)
+    y = QuantLinear(codes, layer.bias.data)(x)
+    expected = nn.functional.linear(x, torch.from_numpy(dequantize(codes)), layer.bias)
+    torch.testing.assert_close(y, expected)
+    gradient = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, x, gradient)[0], torch.autograd.grad(expected, x, gradient)[0]
+    )
+
+
+def test_a_quantized_embedding_looks_up_the_dequantized_rows() -> None:
+    table = np.random.default_rng(0).normal(size=(10, 64)).astype(np.float32)
+    codes = quantize(table, 32)
+    ids = torch.tensor([[1, 9], [0, 1]])
+    expected = torch.from_numpy(dequantize(codes))[ids]
+    torch.testing.assert_close(QuantEmbedding(codes)(ids), expected, rtol=0, atol=0)
+
+
+def test_quantizing_a_model_replaces_every_linear_layer_and_shares_a_tied_head(llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    quantize_model(model, 32)
+    assert not [name for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)]
+    assert model.lm_head.qweight.data_ptr() == model.model.embed_tokens.qweight.data_ptr()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 5 * 64  # the norms
+
+
+def test_the_hash_of_the_codes_follows_the_codes(llama: Path) -> None:
+    hashes = []
+    for block_size in (32, 32, 16):
+        model = AutoModelForCausalLM.from_pretrained(llama)
+        quantize_model(model, block_size)
+        hashes.append(codes_sha256(model))
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -1,0 +1,189 @@
+"""The loop: schedule, gathered gradients, keep-best, and the three ways to end early."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edge_ft.base.adapter import add_lora
+from edge_ft.base.load import find_base, load_model
+from edge_ft.config import RowsConfig, TuneConfig
+from edge_ft.data import Batch, Example, TextTokenizer, collate, encode_rows, find_columns, make_rendering, read_rows
+from edge_ft.errors import UsageError
+from edge_ft.progress import Silent
+from edge_ft.tune.loop import Fit, fit, learning_rate_at, planned_steps
+from edge_ft.tune.torch_backend import TorchBackend
+
+TASK = "text-generation"
+
+
+def config(**settings: Any) -> TuneConfig:
+    return TuneConfig(model="", data="", out=Path("unused"), **{"learning_rate": 1e-2, "batch_size": 4, **settings})
+
+
+@pytest.fixture
+def backend(llama: Path) -> TorchBackend:
+    base = find_base(str(llama))
+    model = load_model(base, TASK, "int4")
+    return TorchBackend(add_lora(model, base.family, TASK, config()), base.family, weight_decay=0.0)
+
+
+@pytest.fixture(scope="module")
+def examples(llama: Path, sums: Path) -> list[Example]:
+    tokenizer, rows = TextTokenizer.load(llama), read_rows(str(sums))
+    columns = find_columns(["prompt", "completion"], RowsConfig(), TASK)
+    return encode_rows(make_rendering(RowsConfig(), columns, TASK, tokenizer, 128), tokenizer, rows)
+
+
+def train(
+    backend: TorchBackend,
+    examples: list[Example],
+    settings: TuneConfig,
+    clock: Callable[[], float] | None = None,
+) -> tuple[Fit, list[dict[str, Any]]]:
+    lines: list[dict[str, Any]] = []
+    extra = {} if clock is None else {"clock": clock}
+    result = fit(
+        backend,
+        examples[:32],
+        examples[32:],
+        settings,
+        task=TASK,
+        pad_id=2,
+        progress=Silent(),
+        log=lines.append,
+        on_best=lambda: None,
+        **extra,
+    )
+    return result, lines
+
+
+def test_the_rate_rises_then_falls_along_half_a_cosine() -> None:
+    rates = [learning_rate_at(step, 100, config(warmup=0.1)) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(1e-3)
+    assert max(rates) == rates[9] == rates[10] == 1e-2
+    assert rates[55] == pytest.approx(5e-3, rel=0.01)
+    assert 0 < rates[-1] < 1e-5
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_the_constant_schedule_stays_at_the_peak() -> None:
+    settings = config(schedule="constant", warmup=0.0)
+    assert {learning_rate_at(step, 10, settings) for step in range(1, 11)} == {1e-2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [({"epochs": 2}, 20), ({"epochs": 0.01}, 1), ({"epochs": 9, "max_steps": 7}, 7), ({"gradient_accumulation": 2}, 10)],
+)
+def test_steps_follow_from_rows_and_epochs_unless_given(settings: dict[str, Any], steps: int) -> None:
+    assert planned_steps(40, config(**settings)) == steps
+
+
+def test_gathered_gradients_are_those_of_the_whole_batch(backend: TorchBackend, examples: list[Example]) -> None:
+    def gradient(sizes: list[int]) -> list[torch.Tensor]:
+        start, targets = 0, sum(sum(label != -100 for label in example.labels) for example in examples[:8])
+        for size in sizes:
+            backend.gradient(collate(examples[start : start + size], 2, TASK), targets)
+            start += size
+        gathered = [parameter.grad.clone() for parameter in backend.parameters if parameter.grad is not None]
+        backend.discard()
+        return gathered
+
+    for whole, parts in zip(gradient([8]), gradient([3, 5]), strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+def test_training_lowers_the_loss_and_ends_with_the_best_weights(
+    backend: TorchBackend, examples: list[Example]
+) -> None:
+    result, lines = train(backend, examples, config(max_steps=30, eval_steps=5))
+    looks = {line["step"]: line["validation_nll"] for line in lines if "validation_nll" in line}
+    assert result.best.mean_nll == min(looks.values()) < result.base.mean_nll - 1
+    assert looks[result.best_step] == result.best.mean_nll
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31))
+    again = backend.token_nll(collate(examples[32:], 2, TASK))[0].sum() / result.best.tokens.sum()
+    assert again == pytest.approx(result.best.mean_nll, rel=1e-4)
+
+
+def test_the_last_weights_are_not_kept_when_they_are_worse(backend: TorchBackend, examples: list[Example]) -> None:
+    settings = config(max_steps=60, eval_steps=10, learning_rate=0.5, schedule="constant", max_grad_norm=0.0)
+    result, lines = train(backend, examples, settings)
+    looks = [line["validation_nll"] for line in lines if "validation_nll" in line]
+    assert result.last_nll == looks[-1] > result.best.mean_nll == min(looks)
+
+
+def test_patience_ends_a_run_that_no_longer_improves(backend: TorchBackend, examples: list[Example]) -> None:
+    settings = config(max_steps=200, eval_steps=2, patience=2, learning_rate=0.5, schedule="constant")
+    result, _ = train(backend, examples, settings)
+    assert result.stopped == "patience"
+    assert result.steps < 200
+
+
+def timed(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch, step_seconds: float) -> Callable[[], float]:
+    """A clock on which only gradients take time."""
+    now = [0.0]
+    gradient = backend.gradient
+
+    def slow_gradient(batch: Batch, targets: int) -> float:
+        now[0] += step_seconds
+        return gradient(batch, targets)
+
+    monkeypatch.setattr(backend, "gradient", slow_gradient)
+    return lambda: now[0]
+
+
+def test_max_minutes_fixes_the_steps_before_the_first(
+    backend: TorchBackend, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = timed(backend, monkeypatch, 2.0)
+    result, lines = train(backend, examples, config(max_steps=1000, max_minutes=1.0), clock)
+    assert (result.steps, result.stopped) == (28, "steps")  # two steps' time went into measuring one
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    assert rates[-1] < 1e-2 * 0.02  # the schedule ended with the run
+    assert clock() <= 60
+
+
+def test_a_run_that_became_slower_than_planned_ends_in_time(
+    backend: TorchBackend, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([0.1, 0.1, *[10.0] * 100])
+    now, gradient = [0.0], backend.gradient
+
+    def slower(batch: Batch, targets: int) -> float:
+        now[0] += next(times)
+        return gradient(batch, targets)
+
+    monkeypatch.setattr(backend, "gradient", slower)
+    result, _ = train(backend, examples, config(max_steps=1000, max_minutes=1.0), lambda: now[0])
+    assert (result.steps, result.stopped) == (6, "minutes")
+
+
+def test_max_minutes_that_leave_no_step_are_refused(
+    backend: TorchBackend, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="--max-minutes"):
+        train(backend, examples, config(max_minutes=0.1), timed(backend, monkeypatch, 100.0))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(backend: TorchBackend, examples: list[Example]) -> None:
+    with torch.no_grad():
+        backend.parameters[1].fill_(math.nan)
+    with pytest.raises(UsageError, match="not a number at step 1: lower --learning-rate"):
+        train(backend, examples, config(max_steps=3))
+
+
+def test_clipping_bounds_the_step(backend: TorchBackend, examples: list[Example]) -> None:
+    batch = collate(examples[:8], 2, TASK)
+    backend.gradient(batch, 1)
+    free = backend.update(0.0, 0.0)
+    backend.gradient(batch, 1)
+    backend.update(0.0, free / 2)
+    backend.gradient(batch, 1)
+    torch.nn.utils.clip_grad_norm_(backend.parameters, free / 2)
+    clipped = np.sqrt(sum(float((p.grad**2).sum()) for p in backend.parameters if p.grad is not None))
+    assert clipped == pytest.approx(free / 2, rel=1e-3)

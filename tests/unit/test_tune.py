@@ -1,0 +1,226 @@
+"""`tune` writes a complete run folder, every option of it matters, and what would train nothing is refused."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file
+from tiny_models import write_bert
+
+from edge_ft.artifacts import RunFolder
+from edge_ft.config import EvalConfig, TuneConfig
+from edge_ft.data import TextTokenizer, encode_rows, read_rows
+from edge_ft.errors import AuditRefused, DataError, Interrupted, ModelError, UsageError
+from edge_ft.evaluate.open import open_source
+from edge_ft.tune import tune
+
+FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
+
+
+def adapter(run: RunFolder) -> dict[str, bytes]:
+    return {name: tensor.tobytes() for name, tensor in load_file(run.adapter / "adapter_model.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def plain_run(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path_factory.mktemp("plain") / "run", **FAST))
+
+
+def test_the_run_folder_holds_what_the_documentation_lists(plain_run: RunFolder) -> None:
+    files = {path.relative_to(plain_run.path).as_posix() for path in plain_run.path.rglob("*") if path.is_file()}
+    assert files == {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "base.json",
+        "config.yaml",
+        "loss.png",
+        "metrics.jsonl",
+        "rendering.json",
+        "report.json",
+        "splits/test.jsonl",
+        "splits/train.jsonl",
+        "splits/validation.jsonl",
+        "tokenizer/chat_template.jinja",
+        "tokenizer/generation_config.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    }
+    report = plain_run.report()
+    assert report["nll"]["best"] < report["nll"]["base"]
+    assert report["nll"]["test"] < report["nll"]["test_base"]
+    assert report["steps"] == 3
+    assert report["tokens_per_second"] > 0 < report["peak_rss_bytes"]
+    assert report["metrics"]["token_accuracy"]["test"]["low"] <= report["metrics"]["token_accuracy"]["test"]["value"]
+    steps = [json.loads(line)["step"] for line in (plain_run.path / "metrics.jsonl").read_text().splitlines()]
+    assert {1, 2, 3} <= set(steps)
+
+
+def test_splits_hold_every_row_once_as_it_was_given(plain_run: RunFolder, sums: Path) -> None:
+    rows = [line for name in ("train", "validation", "test") for line in plain_run.split(name).read_text().splitlines()]
+    assert sorted(map(json.loads, rows), key=str) == sorted(map(json.loads, sums.read_text().splitlines()), key=str)
+
+
+def test_the_same_seed_gives_the_same_adapter(plain_run: RunFolder, llama: Path, sums: Path, tmp_path: Path) -> None:
+    again = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
+    assert adapter(again) == adapter(plain_run)
+
+
+def test_the_saved_config_gives_the_same_run(plain_run: RunFolder, tmp_path: Path) -> None:
+    saved = yaml.safe_load((plain_run.path / "config.yaml").read_text())
+    saved |= {"out": tmp_path / "run", "split": tuple(saved["split"]), "target_modules": tuple(saved["target_modules"])}
+    assert adapter(tune(TuneConfig(**saved))) == adapter(plain_run)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"alpha": 32.0},
+        {"base_format": "fp32"},
+        {"batch_size": 4},
+        {"block_size": 16},
+        {"chat_template": "none"},
+        {"dropout": 0.3},
+        {"epochs": 2.0, "max_steps": None},
+        {"gradient_accumulation": 2},
+        {"layers": "last:1"},
+        {"learning_rate": 2e-2},
+        {"max_grad_norm": 0.01},
+        {"max_length": 40},
+        {"max_steps": 2},
+        {"prompt": "{prompt}:", "completion": "{completion}"},
+        {"rank": 2},
+        {"schedule": "constant"},
+        {"seed": 1},
+        {"split": (0.5, 0.3, 0.2)},
+        {"target_modules": ("q_proj",)},
+        {"warmup": 0.9},
+        {"weight_decay": 0.5},
+    ],
+    ids=lambda option: "-".join(option),
+)
+def test_every_option_changes_the_adapter(
+    option: dict[str, Any], plain_run: RunFolder, llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    settings = {"model": str(llama), "data": str(sums), "out": tmp_path / "run", **FAST, **option}
+    assert adapter(tune(TuneConfig(**settings))) != adapter(plain_run)
+
+
+def test_eval_steps_sets_how_often_validation_is_looked_at(llama: Path, sums: Path, tmp_path: Path) -> None:
+    run = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", eval_steps=2, **FAST))
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_nll" in line] == [0, 2, 3]
+
+
+def test_threads_are_set_and_reported(llama: Path, sums: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            settings = TuneConfig(model=str(llama), data=str(sums), out=tmp_path / str(threads), threads=threads, **FAST)
+            assert tune(settings).report()["threads"] == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_given_validation_and_test_files_are_used_as_they_are(llama: Path, sums: Path, tmp_path: Path) -> None:
+    lines = sums.read_text().splitlines(keepends=True)
+    for name, part in (("train", lines[:20]), ("validation", lines[20:30]), ("test", lines[30:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    given = {name: str(tmp_path / f"{name}.jsonl") for name in ("validation", "test")}
+    run = tune(TuneConfig(model=str(llama), data=str(tmp_path / "train.jsonl"), out=tmp_path / "run", max_steps=1, **given))
+    assert run.report()["rows"] == {"train": 20, "validation": 10, "test": 10}
+
+
+def test_a_row_in_two_given_splits_is_refused_with_its_numbers(llama: Path, sums: Path, tmp_path: Path) -> None:
+    leak = tmp_path / "validation.jsonl"
+    leak.write_text(sums.read_text().splitlines()[4] + "\n")
+    with pytest.raises(AuditRefused, match="train and the validation split.*row 5"):
+        tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", validation=str(leak), **FAST))
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_that_are_all_cut_off_are_refused(llama: Path, sums: Path, tmp_path: Path) -> None:
+    with pytest.raises(AuditRefused, match="--max-length 10"):
+        tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", max_length=10, **FAST))
+
+
+def test_the_end_of_an_answer_is_learned_although_it_is_also_the_padding(llama_run: RunFolder) -> None:
+    tokenizer = TextTokenizer.load(llama_run.tokenizer)
+    assert tokenizer.pad_id == tokenizer.eos_id
+    rows = str(llama_run.split("validation"))
+    opened = open_source(str(llama_run.path), EvalConfig(data=rows), read_rows(rows))
+    examples = encode_rows(opened.rendering, tokenizer, read_rows(rows))
+    answers = [opened.scorer.answer(example.input_ids[: example.prompt_length], 30) for example in examples]
+    assert all(len(answer) < 30 for answer in answers)
+
+
+def test_a_classifier_learns_and_names_its_labels(bert_run: RunFolder) -> None:
+    report = bert_run.report()
+    assert report["task"] == "text-classification"
+    assert bert_run.rendering()["labels"] == ["blame", "praise"]
+    assert report["metrics"]["accuracy"]["test"]["value"] > 0.9
+
+
+def test_a_run_is_never_overwritten(plain_run: RunFolder, llama: Path, sums: Path) -> None:
+    with pytest.raises(UsageError, match="exists already"):
+        tune(TuneConfig(model=str(llama), data=str(sums), out=plain_run.path, **FAST))
+
+
+def test_an_unknown_architecture_is_refused_before_the_rows_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ModelError, match=r"'mamba' are not supported; supported are: llama .*bert"):
+        tune(TuneConfig(model=str(tmp_path), data="nowhere.jsonl", out=tmp_path / "run"))
+
+
+def test_a_missing_model_is_answered_with_a_near_one(llama: Path, sums: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no model at .*lama.*did you mean 'llama'"):
+        tune(TuneConfig(model=str(llama.with_name("lama")), data=str(sums), out=tmp_path / "run"))
+
+
+def test_pickled_weights_are_refused(sums: Path, tmp_path: Path) -> None:
+    folder = write_bert(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled"):
+        tune(TuneConfig(model=str(folder), data=str(sums), out=tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("task", "says"), [("text-classification", "llama model does text-generation")])
+def test_a_task_that_the_family_cannot_do_is_refused(
+    llama: Path, sums: Path, tmp_path: Path, task: Any, says: str
+) -> None:
+    with pytest.raises(ModelError, match=says):
+        tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", task=task))
+
+
+def test_a_missing_column_is_answered_with_a_near_one(bert: Path, reviews: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="did you mean 'label'"):
+        tune(TuneConfig(model=str(bert), data=str(reviews), out=tmp_path / "run", label="lable"))
+
+
+def test_one_class_is_refused(bert: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"good {n}", "label": "x"}) + "\n" for n in range(20)))
+    with pytest.raises(DataError, match="at least 2"):
+        tune(TuneConfig(model=str(bert), data=str(rows), out=tmp_path / "run"))
+
+
+def test_ctrl_c_keeps_the_best_adapter_and_says_so(
+    llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    class Impatient:
+        def say(self, text: str) -> None:
+            if text.startswith("step 2"):
+                signal.raise_signal(signal.SIGINT)
+
+        def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
+            pass
+
+    settings = TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **{**FAST, "max_steps": 50}, eval_steps=2)
+    with pytest.raises(Interrupted, match="best adapter so far"):
+        tune(settings, Impatient())
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    with pytest.raises(UsageError, match="no finished run"):
+        RunFolder.open(tmp_path / "run")
