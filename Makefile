@@ -35,7 +35,7 @@ check: install
 	$(BIN)/ruff format --check .
 	rm -rf build/installed && $(BIN)/pip install --quiet --no-deps --target build/installed .
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p edge_ft
-	cd build/installed && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml
+	cd build/installed && PYTHONPATH=. ../../$(BIN)/lint-imports ../../pyproject.toml
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -114,9 +114,7 @@ def _cases(subjects: Sequence[str], config: BenchConfig, threads: int) -> list[C
     # One process finds them all: it takes seconds to import torch.
     job = {"do": "find", "wanted": wanted}
     found = iter(run_worker(job, "looking for the models", threads)["found"] if wanted else ())
-    cases = [
-        bundles[source] if source in bundles else _torch_case(source, next(found), asked) for source in subjects
-    ]
+    cases = [bundles[source] if source in bundles else _torch_case(source, next(found), asked) for source in subjects]
     for peer in [_torch_case(model["base"]["name"], model, asked) for model in found]:
         if not any(_same_model(peer, case) for case in cases):
             cases.append(peer)
@@ -149,9 +147,11 @@ def _torch_case(source: str, found: dict[str, Any], asked: dict[str, int]) -> Ca
 
 
 def _same_model(a: Case, b: Case) -> bool:
-    """Whether two torch cases measure the same weights."""
-    keys = ("base", "adapter")
-    return a.subject == b.subject and [a.job[key] for key in keys] == [b.job[key] for key in keys]
+    """Whether two cases measure the same weights under torch."""
+    if (a.subject, b.subject) != ("torch", "torch"):
+        return False
+    same_base = a.job["base"]["content_sha256"] == b.job["base"]["content_sha256"]
+    return same_base and a.job["adapter"] == b.job["adapter"]
 
 
 def _conditions(case: Case, limit: MemoryLimit | None) -> dict[str, Any]:

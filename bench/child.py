@@ -57,6 +57,7 @@ def run_worker(job: dict[str, Any], doing: str, threads: int, limit: MemoryLimit
                             process.kill()
             finally:
                 process.kill()
+                process.wait()  # a cgroup is taken away only when nobody is in it
         stderr.seek(0)
         said = stderr.read().decode(errors="replace").strip().splitlines()
         ended_by_kernel = group is not None and _oom_kills(group) > 0

@@ -80,7 +80,8 @@ def _find(job: dict[str, Any]) -> dict[str, Any]:
     require("torch", "train")
     from edge_ft.bench.peers import find, find_bundle_base
 
-    return {"found": [find(item["source"]) if "source" in item else find_bundle_base(item["bundle"]) for item in wanted]}
+    found = [find(item["source"]) if "source" in item else find_bundle_base(item["bundle"]) for item in wanted]
+    return {"found": found}
 
 
 def _measure(job: dict[str, Any]) -> dict[str, float | None]:

@@ -160,7 +160,9 @@ class Bundle:
         try:
             manifest = _read_json(manifest_path)
             version = manifest["format_version"]
-            files = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()}
+            files = {
+                str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{manifest_path} cannot be read as a manifest ({error!r}): export it again") from error
         if version != FORMAT_VERSION:

@@ -26,6 +26,7 @@ app = App(
     version=__version__,
     help="Fine-tune a small model over the 4-bit codes it ships in, export it to ONNX, run and measure it.",
     default_parameter=Parameter(negative_iterable=()),
+    suppress_keyboard_interrupt=False,  # `main` says what was kept
 )
 
 
@@ -65,7 +66,7 @@ def tune(
     with _progress(output) as progress:
         run = run_tune(settings, progress)
     report = run.report()
-    table = [("", "base", "tuned")]
+    table: list[tuple[str, ...]] = [("", "base", "tuned")]
     nll = report["nll"]
     table.append(("validation loss (nats/token)", _figure(nll["base"]), _figure(nll["best"])))
     if nll["test"] is not None:
@@ -73,9 +74,14 @@ def tune(
     for name, values in report["metrics"].items():
         split = "test" if "test" in values else "validation"
         table.append((f"{split} {name} [95%]", _interval(values[f"{split}_base"]), _interval(values[split])))
-    _show(output, report, table, f"{run.path}: best at step {report['best_step']} of {report['steps']}, "
-          f"{report['seconds']:.0f} s, {report['tokens_per_second']:.0f} tok/s, "
-          f"peak {report['peak_rss_bytes'] / 1e6:.0f} MB\nnext: edge-ft export {run.path} --out BUNDLE")
+    _show(
+        output,
+        report,
+        table,
+        f"{run.path}: best at step {report['best_step']} of {report['steps']}, "
+        f"{report['seconds']:.0f} s, {report['tokens_per_second']:.0f} tok/s, "
+        f"peak {report['peak_rss_bytes'] / 1e6:.0f} MB\nnext: edge-ft export {run.path} --out BUNDLE",
+    )
 
 
 @app.command
@@ -94,7 +100,7 @@ def export(
     with _progress(output) as progress:
         bundle = run_export(source, settings, progress)
     found = bundle.manifest["verification"]
-    table = [("", "base", "trained", "shipped")]
+    table: list[tuple[str, ...]] = [("", "base", "trained", "shipped")]
     for name, part in (("validation", found), ("test", found["test"])):
         if part is not None and part["rows"]:
             loss = part["nll"]
@@ -113,7 +119,11 @@ def export(
 
 @app.command
 def verify(
-    bundle: Path, /, *, settings: Annotated[VerifyConfig, FLAT] = VerifyConfig(), output: Annotated[Output, FLAT] = Output()
+    bundle: Path,
+    /,
+    *,
+    settings: Annotated[VerifyConfig, FLAT] = VerifyConfig(),
+    output: Annotated[Output, FLAT] = Output(),
 ) -> None:
     """Check a bundle's files and graphs on this machine, and its scores on --data; needs no torch."""
     from edge_ft.export.verify import verify as run_verify
@@ -141,7 +151,11 @@ def evaluate(
 
     with _progress(output) as progress:
         result = run_evaluate(source, settings, progress)
-    table = [("metric", "value [95%]"), ("loss (nats/token)", _figure(result["nll"])), ("perplexity", _figure(result["perplexity"]))]
+    table: list[tuple[str, ...]] = [
+        ("metric", "value [95%]"),
+        ("loss (nats/token)", _figure(result["nll"])),
+        ("perplexity", _figure(result["perplexity"])),
+    ]
     table += [(name, _interval(value)) for name, value in result["metrics"].items()]
     _show(output, result, table, f"{source}: {result['rows']} rows, {result['seconds']:.0f} s")
 
@@ -245,11 +259,19 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(f"the disk is full: {error.filename or error}; free some space and run again", WillNotFit.exit_code, debug)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _fail(
+                f"the disk is full: {error.filename or error}; free some space and run again",
+                WillNotFit.exit_code,
+                debug,
+            )
         _fail(str(error), UsageError.exit_code, debug)
     except MemoryError:
         _fail("out of memory: give a smaller --batch-size or --max-length", WillNotFit.exit_code, debug)
+    except Exception as error:  # noqa: BLE001 - whatever is left is a defect, and gets its own code
+        if "os error 28" in str(error):  # safetensors reports a full disk in an error of its own
+            _fail("the disk is full: free some space and run again", WillNotFit.exit_code, debug)
+        _fail(f"a defect of ours, {type(error).__name__}: {error} (--debug shows where)", EdgeFTError.exit_code, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
@@ -280,7 +302,10 @@ def _show(output: Output, result: Any, table: list[tuple[str, ...]], lines: str)
     if table:
         widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
         for row in table:
-            cells = (cell.ljust(width) if at == 0 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True)))
+            cells = (
+                cell.ljust(width) if at == 0 else cell.rjust(width)
+                for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
             print("  ".join(cells).rstrip())
     if lines:
         print(lines)

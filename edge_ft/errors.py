@@ -111,6 +111,4 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
-        raise MissingExtra(
-            f"this needs the package {module!r} ({error}): pip install 'edge-ft[{extra}]'"
-        ) from error
+        raise MissingExtra(f"this needs the package {module!r} ({error}): pip install 'edge-ft[{extra}]'") from error

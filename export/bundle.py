@@ -18,9 +18,7 @@ from edge_ft.progress import Progress
 __all__ = ["describe", "write_bundle"]
 
 
-def write_bundle(
-    folder: Path, source: Source, model: Any, config: ExportConfig, progress: Progress
-) -> dict[int, str]:
+def write_bundle(folder: Path, source: Source, model: Any, config: ExportConfig, progress: Progress) -> dict[int, str]:
     """Trace `model` and write everything but the manifest into `folder`; an adapter on `model` is taken off it.
 
     Returns:

@@ -111,7 +111,11 @@ def check_bundle(
         scores = scored(source.validation, "validation")
         shipped = scores if level == 1 else shipped
         assert shipped is not None and torch_scores.base is not None
-        levels[level] |= {"nll": scores.mean_nll, "accuracy": scores.accuracy, "argmax_agreement": scores.agreement(shipped)}
+        levels[level] |= {
+            "nll": scores.mean_nll,
+            "accuracy": scores.accuracy,
+            "argmax_agreement": scores.agreement(shipped),
+        }
         if torch_scores.trained is not None:
             verdicts[level] = judge(torch_scores.base, torch_scores.trained, scores, limits, bool(changes))
             levels[level]["quantization_tax"] = verdicts[level].figures["quantization_tax"]
@@ -139,7 +143,11 @@ def check_bundle(
         "adapter_changes_logits": changes,
         **(verdicts[1].figures if 1 in verdicts else {}),
         "metrics": _metrics(source, base=torch_scores.base, trained=torch_scores.trained, shipped=shipped),
-        "limits": {"max_tax": limits.max_tax, "min_retained": limits.min_retained, "max_metric_drop": limits.max_metric_drop},
+        "limits": {
+            "max_tax": limits.max_tax,
+            "min_retained": limits.min_retained,
+            "max_metric_drop": limits.max_metric_drop,
+        },
         "by_accuracy_level": {str(level): figures for level, figures in levels.items()},
         "test": _test(bundle, source, config, progress),
     }

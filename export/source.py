@@ -8,7 +8,7 @@ from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.base.adapter import adapter_config, load_adapter, merge_adapter
 from edge_ft.base.linear import quantize_model
 from edge_ft.base.load import Base, BaseFormat, find_base, load_model
-from edge_ft.config import ExportConfig, RowsConfig, Task
+from edge_ft.config import ExportConfig, Task
 from edge_ft.data import Columns, Example, Rendering, TextTokenizer, encode_rows, fingerprint, make_rendering, read_rows
 from edge_ft.errors import DataError, UsageError
 from edge_ft.evaluate.open import find_run_base, open_run_model, rendering_for
@@ -111,7 +111,11 @@ def _from_model(source: str, config: ExportConfig) -> Source:
     if rows:
         rendering = rendering_for(config, rows, tokenizer, None, base.family.decoder, task, base.max_length, labels)
     else:
-        columns = Columns("text_label", "{text}", None, "label") if labels else Columns("prompt_completion", "{prompt}", "{completion}")
+        columns = (
+            Columns("text_label", "{text}", None, "label")
+            if labels
+            else Columns("prompt_completion", "{prompt}", "{completion}")
+        )
         rendering = make_rendering(config, columns, task, tokenizer, base.max_length, labels)
     examples = _scorable(encode_rows(rendering, tokenizer, rows))
     if rows and not examples:

@@ -59,7 +59,9 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
         differences[level] = float((np.abs(probe.nll - there) / probe.tokens).max())
         # Level 4's int8 kernels round differently from processor to processor: it is held to the tax instead.
         if differences[level] > (SAME if level == "1" else config.max_tax):
-            reasons.append(f"level {level} scores the probe texts {differences[level]:.4f} nats per token off its export")
+            reasons.append(
+                f"level {level} scores the probe texts {differences[level]:.4f} nats per token off its export"
+            )
     result: dict[str, Any] = {
         "bundle": str(path),
         "files": len(bundle.manifest["files"]),
@@ -72,10 +74,16 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
         scorer = load(bundle, threads=config.threads)
         scores = score_examples(scorer, examples, tokenizer, rendering, progress, "rows")
         same = fingerprint(rows) == recorded["rows_sha256"]
-        result |= {"rows": len(examples), "same_rows": same, **summary(scores, examples, rendering.task, rendering.labels)}
+        result |= {
+            "rows": len(examples),
+            "same_rows": same,
+            **summary(scores, examples, rendering.task, rendering.labels),
+        }
         trained = recorded["nll"]["trained"]
         if same and abs(scores.mean_nll - recorded["nll"]["shipped"]) > SAME:
-            reasons.append(f"the export's rows score {scores.mean_nll:.4f} here and {recorded['nll']['shipped']:.4f} there")
+            reasons.append(
+                f"the export's rows score {scores.mean_nll:.4f} here and {recorded['nll']['shipped']:.4f} there"
+            )
         if same and trained is not None and scores.mean_nll - trained > config.max_tax:
             reasons.append(f"quantization tax {scores.mean_nll - trained:+.4f} is above --max-tax {config.max_tax:g}")
         if not same and bundle.manifest["lane"] == "adapter":
@@ -84,7 +92,9 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
             result["base_nll"] = base.mean_nll
             low, _ = paired_bootstrap(base.nll / base.tokens, scores.nll / scores.tokens, base.tokens)
             if low <= 0:
-                reasons.append(f"on these rows the adapter is no better than its base: {scores.mean_nll:.4f} nats per token")
+                reasons.append(
+                    f"on these rows the adapter is no better than its base: {scores.mean_nll:.4f} nats per token"
+                )
     if reasons:
         raise GateRefused(f"{path}: {'; '.join(reasons)}")
     return result

@@ -56,7 +56,9 @@ def bert_run(work: Path, bert: Path, reviews: Path) -> RunFolder:
 
 @pytest.fixture(scope="session")
 def llama_bundle(work: Path, llama_run: RunFolder) -> Bundle:
-    return export(str(llama_run.path), ExportConfig(out=work / "llama-bundle", max_tax=1, min_retained=0.5, max_metric_drop=1))
+    return export(
+        str(llama_run.path), ExportConfig(out=work / "llama-bundle", max_tax=1, min_retained=0.5, max_metric_drop=1)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +68,9 @@ def llama_adapter_bundle(work: Path, llama_run: RunFolder) -> Bundle:
 
 @pytest.fixture(scope="session")
 def bert_bundle(work: Path, bert_run: RunFolder) -> Bundle:
-    return export(str(bert_run.path), ExportConfig(out=work / "bert-bundle", max_tax=1, min_retained=0.5, max_metric_drop=1))
+    return export(
+        str(bert_run.path), ExportConfig(out=work / "bert-bundle", max_tax=1, min_retained=0.5, max_metric_drop=1)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -58,9 +58,7 @@ def write_decoder(
     return folder
 
 
-def write_classifier(
-    folder: Path, *, labels: tuple[str, ...] = ("no", "maybe", "yes"), max_length: int = 16
-) -> Path:
+def write_classifier(folder: Path, *, labels: tuple[str, ...] = ("no", "maybe", "yes"), max_length: int = 16) -> Path:
     """A text-classification bundle: the mean of the embeddings of all tokens, then a linear layer."""
     tokenizer = _write_tokenizer(folder, chat=False, classifier=True)
     _save(folder, _classifier(tokenizer.get_vocab_size(), len(labels), np.random.default_rng(0)))
@@ -209,9 +207,7 @@ def _decoder(
     integers = {"one": [1], "axis_1": [1], "end": [2**62], "num_logits_to_keep": 1}
     inputs = [
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]),
-        helper.make_tensor_value_info(
-            "attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]
-        ),
+        helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]),
         *past,
         helper.make_tensor_value_info("num_logits_to_keep", TensorProto.INT64, []),
         *(

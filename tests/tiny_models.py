@@ -76,7 +76,9 @@ def write_reviews(path: Path, rows: int = 60) -> Path:
     lines = []
     for n in range(rows):
         word, label = kinds[n % 2]
-        text = " ".join(["the film was", *(["very"] * (n // 8 % 4)), *(["not a"] * (n // 2 % 4)), word, "a " * (n // 32)])
+        text = " ".join(
+            ["the film was", *(["very"] * (n // 8 % 4)), *(["not a"] * (n // 2 % 4)), word, "a " * (n // 32)]
+        )
         lines.append({"text": text.strip(), "label": label})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path

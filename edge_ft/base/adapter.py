@@ -54,7 +54,9 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     wanted = config.get("target_modules")
     if isinstance(wanted, list) and not any(name.rpartition(".")[2] in known for name in wanted):
-        raise ModelError(f"{folder} adapts {', '.join(sorted(wanted)[:4])}, which this model does not have: give its own base")
+        raise ModelError(
+            f"{folder} adapts {', '.join(sorted(wanted)[:4])}, which this model does not have: give its own base"
+        )
     try:
         with quiet_libraries():
             return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
@@ -100,9 +102,10 @@ def lora_pairs(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.fl
 
     pairs = {}
     prefix = "base_model.model."
+    module: Any
     for name, module in model.named_modules():
-        adapters = getattr(module, "lora_A", None)
-        embedding = getattr(module, "lora_embedding_A", None)
+        adapters = getattr(module, "lora_A", {})
+        embedding = getattr(module, "lora_embedding_A", {})
         if not adapters and not embedding:
             continue
         for adapter in model.active_adapters:
@@ -112,17 +115,18 @@ def lora_pairs(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.fl
                     f"{name} uses {type(variants[adapter]).__name__.removesuffix('LinearVariant')}, "
                     "which is more than A and B: export it with --lane merged"
                 )
-            if embedding and adapter in embedding:
-                raise ModelError(f"{name} is an adapted embedding, which the adapter lane cannot hold: use --lane merged")
+            if adapter in embedding:
+                raise ModelError(
+                    f"{name} is an adapted embedding, which the adapter lane cannot hold: use --lane merged"
+                )
             if adapter not in adapters:
                 continue
             if not isinstance(module, Linear) or module.lora_B[adapter].bias is not None:
                 raise ModelError(f"{name} is not a plain LoRA linear layer: export it with --lane merged")
-            scaled = module.lora_B[adapter].weight.detach() * module.scaling[adapter]
-            pairs[name.removeprefix(prefix)] = (
-                module.lora_A[adapter].weight.detach().float().cpu().numpy(),
-                scaled.float().cpu().numpy(),
+            a, b = (
+                layers.get_parameter(f"{adapter}.weight").detach().float() for layers in (module.lora_A, module.lora_B)
             )
+            pairs[name.removeprefix(prefix)] = (a.cpu().numpy(), (b * module.scaling[adapter]).cpu().numpy())
     return pairs
 
 
@@ -137,7 +141,9 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
     if any(hasattr(layer, "lora_A") or hasattr(layer, "modules_to_save") for layer in (head, embedding)) and getattr(
         model.config, "tie_word_embeddings", False
     ):
-        raise ModelError(f"{folder} adapts the embedding or the head of a model that ties them: this cannot be exported")
+        raise ModelError(
+            f"{folder} adapts the embedding or the head of a model that ties them: this cannot be exported"
+        )
     merged: nn.Module = peft_model.merge_and_unload(safe_merge=True)
     return merged.eval()
 
@@ -148,9 +154,7 @@ def _targets(model: nn.Module, family: Family, config: TuneConfig) -> list[str]:
     count = last_layers(config.layers)
     if count is not None and count > layers:
         raise UsageError(f"--layers {config.layers}: this model has {layers} layers")
-    linear = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != family.head
-    ]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != family.head]
     if config.target_modules != ("all-linear",):
         endings = sorted({name.rpartition(".")[2] for name in linear})
         for wanted in config.target_modules:

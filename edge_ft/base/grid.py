@@ -34,7 +34,8 @@ def pack_nibbles(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[..., n] of 0..15 -> [..., ceil(n / 2)], the earlier value in the low nibble; an odd n is padded with 0."""
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
-    return values[..., 0::2] | (values[..., 1::2] << 4)
+    packed: NDArray[np.uint8] = values[..., 0::2] | (values[..., 1::2] << np.uint8(4))
+    return packed
 
 
 def unpack_nibbles(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:

@@ -83,7 +83,13 @@ class QuantLinear(nn.Linear):
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             [x, self.qweight, self.scales, self.zero_points, None, self.bias],
-            {"K": self.in_features, "N": self.out_features, "bits": 4, "block_size": self.block_size, "accuracy_level": 1},
+            {
+                "K": self.in_features,
+                "N": self.out_features,
+                "bits": 4,
+                "block_size": self.block_size,
+                "accuracy_level": 1,
+            },
             dtype=x.dtype,
             shape=(*x.shape[:-1], self.out_features),
             version=1,

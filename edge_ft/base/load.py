@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from edge_ft.artifacts import atomic_folder, file_sha256, write_text
@@ -51,7 +52,9 @@ class Base:
     def license(self) -> str | None:
         """The `license:` of the model card's front matter, if it has one."""
         card = self.path / "README.md"
-        found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+        found = (
+            re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+        )
         return found[1] if found else None
 
 
@@ -81,7 +84,9 @@ def find_base(model: str, task: Task | None = None) -> Base:
     family = family_of(str(config.get("model_type")), task)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise ModelError(f"{folder} holds no *.safetensors weights (pickled weights are never loaded): convert them first")
+        raise ModelError(
+            f"{folder} holds no *.safetensors weights (pickled weights are never loaded): convert them first"
+        )
     digest = hashlib.sha256()
     for file in [folder / "config.json", *weights]:
         digest.update(file_sha256(file).encode())
@@ -118,7 +123,7 @@ def load_model(
     try:
         with quiet_libraries():
             model: nn.Module = model_class.from_pretrained(base.path, **arguments)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{base.path} cannot be loaded as {task}: {error}") from error
     model.eval().requires_grad_(False)
     if base_format == "int4":
@@ -161,10 +166,12 @@ def _convert_gguf(file: Path) -> Path:
 def _download(model: str) -> Path:
     """The local snapshot of a hub id."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     path = Path(model)
-    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.suffix == ".gguf"
+    looks_like_path = (
+        path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.suffix == ".gguf"
+    )
     if looks_like_path:
         neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ModelError(f"there is no model at {model}{did_you_mean(path.name, neighbours)}")

@@ -11,9 +11,9 @@ from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.config import EvalConfig
 from edge_ft.data import Example, Row, encode_rows, read_rows
 from edge_ft.errors import AuditRefused, UsageError
-from edge_ft.evaluate.metrics import Metric, exact_match, mean, proportion, token_f1
+from edge_ft.evaluate.metrics import Metric, exact_match, mean, proportion, token_f1, verbatim_match
 from edge_ft.evaluate.open import Opened, open_source
-from edge_ft.evaluate.score import score, summary
+from edge_ft.evaluate.score import Answerer, score, summary
 from edge_ft.evaluate.shots import with_shots
 from edge_ft.progress import Progress, Silent, track
 
@@ -73,14 +73,18 @@ def _shot_rows(source: str, config: EvalConfig) -> Sequence[Row]:
     raise UsageError("--shots needs --shots-from FILE: a bundle or model brings no rows of its own")
 
 
-def _answers(
-    opened: Opened, examples: Sequence[Example], max_new_tokens: int, progress: Progress
-) -> dict[str, Metric]:
-    """Exact match and token F1 of greedy answers."""
-    matches, overlaps = [], []
+def _answers(opened: Opened, examples: Sequence[Example], max_new_tokens: int, progress: Progress) -> dict[str, Metric]:
+    """How greedy answers compare with the right ones: to the letter, by what they say, by their words."""
+    assert isinstance(opened.scorer, Answerer)
+    verbatim, matches, overlaps = [], [], []
     for example in track(progress, "answer", examples, len(examples)):
         ids = opened.scorer.answer(example.input_ids[: example.prompt_length], max_new_tokens)
         text = opened.tokenizer.decode(ids)
+        verbatim.append(verbatim_match(text, example.reference))
         matches.append(exact_match(text, example.reference))
         overlaps.append(token_f1(text, example.reference))
-    return {"exact_match": proportion(matches), "token_f1": mean(np.array(overlaps))}
+    return {
+        "exact_match": proportion(matches),
+        "verbatim_match": proportion(verbatim),
+        "token_f1": mean(np.array(overlaps)),
+    }

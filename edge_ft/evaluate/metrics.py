@@ -23,6 +23,7 @@ __all__ = [
     "perplexity",
     "proportion",
     "token_f1",
+    "verbatim_match",
     "wilson",
 ]
 
@@ -119,6 +120,11 @@ def exact_match(answer: str, reference: str) -> bool:
     if re.match(r"\W*\d", reference) and (wanted := _numbers(reference)):
         return _numbers(answer)[: len(wanted)] == wanted
     return _words(answer) == _words(reference)
+
+
+def verbatim_match(answer: str, reference: str) -> bool:
+    """Whether an answer is the reference letter by letter, blanks around it apart."""
+    return answer.strip() == reference.strip()
 
 
 def token_f1(answer: str, reference: str) -> float:

@@ -89,7 +89,9 @@ def find_run_base(run: RunFolder) -> "Base":
     where = identity["path"] if Path(identity["path"]).is_dir() else identity["model"]
     base = find_base(where)
     if base.content_sha256 != identity["content_sha256"]:
-        raise ModelError(f"the base at {where} is not the one that {run.path} was trained over: its content has changed")
+        raise ModelError(
+            f"the base at {where} is not the one that {run.path} was trained over: its content has changed"
+        )
     return replace(base, name=identity["model"])
 
 
@@ -133,7 +135,9 @@ def rendering_for(
     """
     names = column_names(rows)
     if own is not None:
-        asked = any(value is not None for value in (config.prompt, config.completion, config.label, config.chat_template))
+        asked = any(
+            value is not None for value in (config.prompt, config.completion, config.label, config.chat_template)
+        )
         if not asked and own.columns.fits(names):
             return own
         columns = find_columns(names, config, own.task) if config.prompt or not own.columns.fits(names) else own.columns

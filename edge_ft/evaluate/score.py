@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from edge_ft.data import Batch, Example, collate, eval_batches
 from edge_ft.evaluate.metrics import accuracy, macro_f1, mean, perplexity
 from edge_ft.progress import Progress, track
 
-__all__ = ["RowScores", "Scorer", "score", "summary"]
+__all__ = ["Answerer", "RowScores", "Scorer", "score", "summary"]
 
 
 class Scorer(Protocol):
@@ -20,8 +20,13 @@ class Scorer(Protocol):
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """nll (nats) and the likeliest token or class, [batch, seq] (classifier: [batch, 1])."""
 
+
+@runtime_checkable
+class Answerer(Scorer, Protocol):
+    """What answering needs of a model."""
+
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation of one prompt."""
+        """Greedy continuation of one prompt, without its stop token."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,7 @@ def score(
     return RowScores(nll, tokens, correct, predicted)
 
 
-def summary(
-    scores: RowScores, examples: Sequence[Example], task: str, labels: tuple[str, ...]
-) -> dict[str, Any]:
+def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: tuple[str, ...]) -> dict[str, Any]:
     """`nll` (nats per target token), `perplexity`, and `metrics` with 95% intervals over rows."""
     right = scores.correct / scores.tokens
     if task == "text-generation":

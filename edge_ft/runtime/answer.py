@@ -53,9 +53,7 @@ def answer_one(bundle: Path, text: str, config: RunConfig, stream: TextIO | None
             stream.flush()
 
 
-def answer_file(
-    bundle: Path, source: Path, out: Path, config: RunConfig, progress: Progress
-) -> dict[str, Any]:
+def answer_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress: Progress) -> dict[str, Any]:
     """Answer every row of a file into `out`: a JSON line for each row, in its order.
 
     Returns:
@@ -128,7 +126,8 @@ def _text(row: Row, rendering: Rendering) -> str:
         if isinstance(row.fields.get(name), str):
             return fill_text(rendering.columns, row.fields[name])
     raise DataError(
-        f"row {row.number} has the columns {', '.join(row.fields)}: it needs those of the training rows, or prompt or text"
+        f"row {row.number} has the columns {', '.join(row.fields)}: "
+        "it needs those of the training rows, or one called prompt or text"
     )
 
 

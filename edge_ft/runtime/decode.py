@@ -87,9 +87,7 @@ class TextGenerator:
         """
         return _last(self.stream(prompt, config))
 
-    def stream(
-        self, prompt: str | list[Message], config: RunConfig = _GREEDY
-    ) -> Generator[str, None, Generation]:
+    def stream(self, prompt: str | list[Message], config: RunConfig = _GREEDY) -> Generator[str, None, Generation]:
         """As `generate`, in pieces of text as they become certain; the generator returns the `Generation`."""
         return self._stream(self.open_cache(), prompt, config)
 

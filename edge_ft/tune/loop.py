@@ -127,7 +127,9 @@ def fit(
         rate = learning_rate_at(step, steps, config)
         norm = backend.update(rate, config.max_grad_norm) if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
-            raise UsageError(f"loss {loss} or its gradient is not a number at step {step}: lower --learning-rate {rate:.2g}")
+            raise UsageError(
+                f"loss {loss} or its gradient is not a number at step {step}: lower --learning-rate {rate:.2g}"
+            )
         seconds = clock() - step_started
         training_seconds += seconds
         read = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)

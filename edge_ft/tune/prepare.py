@@ -65,14 +65,18 @@ def prepare(
         labels = find_labels(rows["train"], columns)
         if len(labels) < 2:
             raise DataError(f"{config.data}: the label column holds {len(labels)} class(es), at least 2 are needed")
-    rendering = make_rendering(config, columns, task, tokenizer, longest_sequence(config.max_length, model_limit), labels)
+    rendering = make_rendering(
+        config, columns, task, tokenizer, longest_sequence(config.max_length, model_limit), labels
+    )
     examples = {name: encode_rows(rendering, tokenizer, rows[name]) for name in SPLITS}
     findings = [
         {"split": name, **finding}
         for name in SPLITS
         for finding in audit_split(examples[name], rendering.max_length, progress, name)
     ]
-    trainable = {name: [example for example in examples[name] if any(t != -100 for t in example.labels)] for name in SPLITS}
+    trainable = {
+        name: [example for example in examples[name] if any(t != -100 for t in example.labels)] for name in SPLITS
+    }
     for name in SPLITS:
         if examples[name] and not trainable[name]:
             raise AuditRefused(
@@ -136,5 +140,7 @@ def _read_splits(config: TuneConfig) -> dict[str, list[Row]]:
             )
     for name in ("train", "validation"):
         if not splits[name]:
-            raise DataError(f"{config.data}: {len(rows)} row(s) leave none for {name}; give more rows or another --split")
+            raise DataError(
+                f"{config.data}: {len(rows)} row(s) leave none for {name}; give more rows or another --split"
+            )
     return splits

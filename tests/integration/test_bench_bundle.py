@@ -130,7 +130,8 @@ def test_a_broken_budget_is_exit_code_1_with_the_records_written(tmp_path: Path)
 
 def test_a_bundle_beside_its_run_and_its_base(llama_bundle: Bundle, llama_run: RunFolder, llama: Path) -> None:
     settings = BenchConfig(repeats=1, threads=1, prompt_tokens=12, new_tokens=4, peers=("torch",))
-    records = bench([str(llama_bundle.path), str(llama_run.path), str(llama)], settings)
+    another_name = f"{llama.parent}/../{llama.parent.name}/{llama.name}"
+    records = bench([str(llama_bundle.path), str(llama_run.path), another_name], settings)
     subjects = dict.fromkeys((record["subject"], record["variant"]) for record in records)
     # The peer is the base, which was named already: it is measured once.
     assert list(subjects) == [("edge-ft", "llama-bundle"), ("torch", "llama-run"), ("torch", "llama")]

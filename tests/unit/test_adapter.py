@@ -100,7 +100,7 @@ def test_the_adapter_lane_refuses_by_name_what_a_and_b_do_not_hold(
 def test_the_adapter_lane_refuses_lora_biases(tmp_path: Path) -> None:
     biased = write_llama(tmp_path / "biased", attention_bias=True)
     folder = save_adapter(biased, tmp_path / "adapter", target_modules=["q_proj"], lora_bias=True)
-    with pytest.raises(ModelError, match="not a plain LoRA.*--lane merged"):
+    with pytest.raises(ModelError, match=r"not a plain LoRA.*--lane merged"):
         lora_pairs(load_adapter(base_model(biased), folder))
 
 
@@ -149,7 +149,10 @@ def targets(llama: Path, tmp_path: Path, **settings: Any) -> set[str]:
     base = find_base(str(llama))
     model = add_lora(base_model(llama, "int4"), base.family, "text-generation", config)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    return {key.split(".model.", 1)[1].rsplit(".lora_", 1)[0] for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors")}
+    return {
+        key.split(".model.", 1)[1].rsplit(".lora_", 1)[0]
+        for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    }
 
 
 def test_all_linear_is_every_linear_layer_but_the_head(llama: Path, tmp_path: Path) -> None:

@@ -94,9 +94,7 @@ def test_rewinding_to_all_that_was_read_reads_the_last_token_again(
     assert_close(cache.extend(ids[29:30]), at_once[29])
 
 
-def test_caches_of_one_model_are_apart(
-    generator: TextGenerator, ids: list[int], at_once: NDArray[np.float32]
-) -> None:
+def test_caches_of_one_model_are_apart(generator: TextGenerator, ids: list[int], at_once: NDArray[np.float32]) -> None:
     one, other = generator.open_cache(), generator.open_cache()
     one.extend(ids[:20])
     other.extend(ids[100:150])

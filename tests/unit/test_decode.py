@@ -145,8 +145,7 @@ def test_greedy_answers_are_always_the_same(opened: Open) -> None:
 def test_the_seed_decides_a_sampled_answer(opened: Open) -> None:
     generator = opened()
     one, same, other = (
-        generator.generate("Say:", RunConfig(temperature=1, max_new_tokens=24, seed=seed)).text
-        for seed in (1, 1, 2)
+        generator.generate("Say:", RunConfig(temperature=1, max_new_tokens=24, seed=seed)).text for seed in (1, 1, 2)
     )
     assert one == same != other
 

@@ -24,7 +24,7 @@ def test_a_run_and_its_exact_bundle_score_alike(llama_run: RunFolder, llama_adap
     assert onnx_side["nll"] == pytest.approx(torch_side["nll"], abs=1e-4)
     assert onnx_side["metrics"] == torch_side["metrics"]
     assert torch_side["nll"] == pytest.approx(llama_run.report()["nll"]["test"], abs=1e-5)
-    assert set(torch_side["metrics"]) == {"token_accuracy", "exact_match", "token_f1"}
+    assert set(torch_side["metrics"]) == {"token_accuracy", "exact_match", "verbatim_match", "token_f1"}
 
 
 def test_a_classifier_is_scored_by_accuracy_and_macro_f1(bert_run: RunFolder, bert_bundle: Bundle) -> None:
@@ -56,9 +56,7 @@ def test_without_the_adapter_the_base_is_scored(
     ],
     ids=lambda option: next(iter(option)),
 )
-def test_every_option_changes_the_score_of_a_model(
-    option: dict[str, Any], llama: Path, llama_run: RunFolder
-) -> None:
+def test_every_option_changes_the_score_of_a_model(option: dict[str, Any], llama: Path, llama_run: RunFolder) -> None:
     settings: dict[str, Any] = {"data": rows(llama_run), "shots_from": rows(llama_run, "train"), "generate": False}
     plain = evaluate(str(llama), EvalConfig(**settings))
     changed = evaluate(str(llama), EvalConfig(**{**settings, **option}))
@@ -66,7 +64,9 @@ def test_every_option_changes_the_score_of_a_model(
 
 
 def test_answers_can_be_left_out_or_cut_short(llama_run: RunFolder) -> None:
-    assert "exact_match" not in evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), generate=False))["metrics"]
+    assert (
+        "exact_match" not in evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), generate=False))["metrics"]
+    )
     short = evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), max_new_tokens=1))
     whole = evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), max_new_tokens=12))
     assert short["metrics"]["token_f1"]["value"] < whole["metrics"]["token_f1"]["value"]
@@ -92,7 +92,9 @@ def test_a_bundle_has_no_rows_for_shots(llama_adapter_bundle: Bundle, llama_run:
         evaluate(str(llama_adapter_bundle.path), EvalConfig(data=rows(llama_run), shots=1))
 
 
-def test_rows_with_other_columns_are_mapped_anew(llama_adapter_bundle: Bundle, llama_run: RunFolder, tmp_path: Path) -> None:
+def test_rows_with_other_columns_are_mapped_anew(
+    llama_adapter_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
+) -> None:
     lines = [json.loads(line) for line in Path(rows(llama_run)).read_text().splitlines()]
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"instruction": r["prompt"], "output": r["completion"]}) + "\n" for r in lines))
@@ -113,7 +115,9 @@ def test_a_bundle_verifies_where_it_was_made(name: str, request: pytest.FixtureR
     assert found["probe_difference"]["1"] < 1e-5
 
 
-def test_the_exports_own_rows_must_score_as_they_did(llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path) -> None:
+def test_the_exports_own_rows_must_score_as_they_did(
+    llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
+) -> None:
     config = VerifyConfig(data=rows(llama_run, "validation"), max_tax=1.0)
     assert verify(llama_bundle.path, config)["same_rows"] is True
     changed = forge(llama_bundle, tmp_path, lambda found: found["nll"].update(shipped=found["nll"]["shipped"] - 0.1))
@@ -136,7 +140,9 @@ def test_a_machine_that_computes_otherwise_is_noticed(llama_bundle: Bundle, tmp_
         verify(forge(llama_bundle, tmp_path, elsewhere), VerifyConfig())
 
 
-def test_on_other_rows_an_adapter_must_beat_its_base(llama_adapter_bundle: Bundle, llama_run: RunFolder, tmp_path: Path) -> None:
+def test_on_other_rows_an_adapter_must_beat_its_base(
+    llama_adapter_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
+) -> None:
     found = verify(llama_adapter_bundle.path, VerifyConfig(data=rows(llama_run)))
     assert found["same_rows"] is False
     assert found["nll"] < found["base_nll"]

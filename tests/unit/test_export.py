@@ -60,7 +60,9 @@ def test_the_adapter_lane_is_exact(bundle_name: str, request: pytest.FixtureRequ
 
 def test_the_manifest_says_what_scripts_rely_on(llama_bundle: Bundle) -> None:
     manifest = llama_bundle.manifest
-    assert {"format_version", "task", "family", "model", "quantization", "lane", "files", "verification"} <= set(manifest)
+    assert {"format_version", "task", "family", "model", "quantization", "lane", "files", "verification"} <= set(
+        manifest
+    )
     assert manifest["tokenization"] == {"bos": None, "appended_eos": None}
     found = manifest["verification"]
     assert found["nll"]["shipped"] - found["nll"]["trained"] == found["quantization_tax"]
@@ -137,8 +139,13 @@ def foreign_adapter(llama: Path, tmp_path: Path) -> Path:
     """An adapter that plain PEFT trained on the sums' end-of-answer token, with patterns."""
     torch.manual_seed(0)
     lora = LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"],
-        rank_pattern={"up_proj": 2}, alpha_pattern={"q_proj": 32}, use_rslora=True,
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "up_proj"],
+        rank_pattern={"up_proj": 2},
+        alpha_pattern={"q_proj": 32},
+        use_rslora=True,
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), lora)
     for name, parameter in model.named_parameters():
@@ -206,7 +213,7 @@ def test_a_fallen_metric_refuses(llama_run: RunFolder, tmp_path: Path, monkeypat
         return codes
 
     monkeypatch.setattr("edge_ft.export.source.quantize_model", lambda *a: _with(broken, linear, monkeypatch, *a))
-    with pytest.raises(GateRefused, match="--max-metric-drop 0.02"):
+    with pytest.raises(GateRefused, match=r"--max-metric-drop 0\.02"):
         export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle", max_tax=100.0, min_retained=-100.0))
 
 
@@ -232,7 +239,9 @@ def test_an_interrupted_export_leaves_nothing(llama_run: RunFolder, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "options", [{"adapter": Path("x")}, {"data": "x"}, {"task": "text-generation"}], ids=lambda option: next(iter(option))
+    "options",
+    [{"adapter": Path("x")}, {"data": "x"}, {"task": "text-generation"}],
+    ids=lambda option: next(iter(option)),
 )
 def test_a_run_brings_its_own_adapter_rows_and_task(
     llama_run: RunFolder, tmp_path: Path, options: dict[str, Any]

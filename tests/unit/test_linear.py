@@ -21,9 +21,7 @@ def test_a_quantized_layer_is_a_linear_layer_over_the_dequantized_weight(columns
     expected = nn.functional.linear(x, torch.from_numpy(dequantize(codes)), layer.bias)
     torch.testing.assert_close(y, expected)
     gradient = torch.randn_like(y)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, x, gradient)[0], torch.autograd.grad(expected, x, gradient)[0]
-    )
+    torch.testing.assert_close(torch.autograd.grad(y, x, gradient)[0], torch.autograd.grad(expected, x, gradient)[0])
 
 
 def test_a_quantized_embedding_looks_up_the_dequantized_rows() -> None:

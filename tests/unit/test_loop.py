@@ -78,7 +78,12 @@ def test_the_constant_schedule_stays_at_the_peak() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "steps"),
-    [({"epochs": 2}, 20), ({"epochs": 0.01}, 1), ({"epochs": 9, "max_steps": 7}, 7), ({"gradient_accumulation": 2}, 10)],
+    [
+        ({"epochs": 2}, 20),
+        ({"epochs": 0.01}, 1),
+        ({"epochs": 9, "max_steps": 7}, 7),
+        ({"gradient_accumulation": 2}, 10),
+    ],
 )
 def test_steps_follow_from_rows_and_epochs_unless_given(settings: dict[str, Any], steps: int) -> None:
     assert planned_steps(40, config(**settings)) == steps

@@ -17,6 +17,7 @@ from edge_ft.evaluate.metrics import (
     perplexity,
     proportion,
     token_f1,
+    verbatim_match,
     wilson,
 )
 
@@ -120,3 +121,9 @@ def test_pairs_cancel_what_both_share() -> None:
 def test_perplexity_is_finite() -> None:
     assert perplexity(math.log(7)) == pytest.approx(7)
     assert math.isfinite(perplexity(1e6))
+
+
+def test_a_verbatim_match_minds_case_and_punctuation() -> None:
+    assert verbatim_match(" It rained, again.", "It rained, again. ")
+    assert not verbatim_match("it rained again", "It rained, again.")
+    assert exact_match("it rained again", "It rained, again.")

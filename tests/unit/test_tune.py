@@ -119,7 +119,9 @@ def test_threads_are_set_and_reported(llama: Path, sums: Path, tmp_path: Path) -
     before = torch.get_num_threads()
     try:
         for threads in (2, 1):
-            settings = TuneConfig(model=str(llama), data=str(sums), out=tmp_path / str(threads), threads=threads, **FAST)
+            settings = TuneConfig(
+                model=str(llama), data=str(sums), out=tmp_path / str(threads), threads=threads, **FAST
+            )
             assert tune(settings).report()["threads"] == threads
     finally:
         torch.set_num_threads(before)
@@ -130,14 +132,16 @@ def test_given_validation_and_test_files_are_used_as_they_are(llama: Path, sums:
     for name, part in (("train", lines[:20]), ("validation", lines[20:30]), ("test", lines[30:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
     given = {name: str(tmp_path / f"{name}.jsonl") for name in ("validation", "test")}
-    run = tune(TuneConfig(model=str(llama), data=str(tmp_path / "train.jsonl"), out=tmp_path / "run", max_steps=1, **given))
+    run = tune(
+        TuneConfig(model=str(llama), data=str(tmp_path / "train.jsonl"), out=tmp_path / "run", max_steps=1, **given)
+    )
     assert run.report()["rows"] == {"train": 20, "validation": 10, "test": 10}
 
 
 def test_a_row_in_two_given_splits_is_refused_with_its_numbers(llama: Path, sums: Path, tmp_path: Path) -> None:
     leak = tmp_path / "validation.jsonl"
     leak.write_text(sums.read_text().splitlines()[4] + "\n")
-    with pytest.raises(AuditRefused, match="train and the validation split.*row 5"):
+    with pytest.raises(AuditRefused, match=r"train and the validation split.*row 5"):
         tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", validation=str(leak), **FAST))
     assert not (tmp_path / "run").exists()
 
@@ -207,9 +211,7 @@ def test_one_class_is_refused(bert: Path, tmp_path: Path) -> None:
         tune(TuneConfig(model=str(bert), data=str(rows), out=tmp_path / "run"))
 
 
-def test_ctrl_c_keeps_the_best_adapter_and_says_so(
-    llama: Path, sums: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_keeps_the_best_adapter_and_says_so(llama: Path, sums: Path, tmp_path: Path) -> None:
     class Impatient:
         def say(self, text: str) -> None:
             if text.startswith("step 2"):
@@ -218,7 +220,9 @@ def test_ctrl_c_keeps_the_best_adapter_and_says_so(
         def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
             pass
 
-    settings = TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **{**FAST, "max_steps": 50}, eval_steps=2)
+    settings = TuneConfig(
+        model=str(llama), data=str(sums), out=tmp_path / "run", **{**FAST, "max_steps": 50}, eval_steps=2
+    )
     with pytest.raises(Interrupted, match="best adapter so far"):
         tune(settings, Impatient())
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

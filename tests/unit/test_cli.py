@@ -1,0 +1,206 @@
+"""The command line: one sentence and a documented exit code for every mistake, JSON for scripts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_models import write_bert
+
+from edge_ft.artifacts import Bundle, RunFolder
+
+
+def edge_ft(*arguments: str | Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edge_ft", *map(str, arguments)]
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The one line that a refused command leaves on stderr."""
+    assert done.returncode == code, done
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("edge-ft: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_help_and_version_need_no_model() -> None:
+    assert "tune" in edge_ft("--help").stdout
+    assert edge_ft("--version").stdout.strip()
+    assert "--learning-rate" in edge_ft("tune", "--help").stdout
+
+
+def test_a_mistyped_flag_is_answered_with_a_near_one() -> None:
+    assert "--max-steps" in refused(edge_ft("tune", "--model", "m", "--data", "d", "--out", "o", "--max-stps", "3"), 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--rank", "0"], "--rank"),
+        (["--split", "0.5", "0.1", "0.1"], "sum to 1"),
+        (["--layers", "first:2"], "last:K"),
+        (["--completion", "{a}"], "--prompt"),
+        (["--schedule", "linear"], "linear"),
+        (["--batch-size", "many"], "many"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_value_that_cannot_be_is_refused_at_the_door(flags: list[str], says: str) -> None:
+    assert says in refused(edge_ft("tune", "--model", "m", "--data", "d", "--out", "o", *flags), 2)
+
+
+def test_flags_win_over_the_config_file_and_the_result_can_be_printed(tmp_path: Path) -> None:
+    config = tmp_path / "tune.yaml"
+    config.write_text("model: m\ndata: d\nout: o\nrank: 4\nsplit: [0.7, 0.2, 0.1]\n")
+    printed = edge_ft("tune", "--config", config, "--rank", "2", "--print-config")
+    found = yaml.safe_load(printed.stdout)
+    assert (found["model"], found["rank"], found["split"], found["alpha"]) == ("m", 2, [0.7, 0.2, 0.1], 16.0)
+
+
+def test_a_config_file_that_is_not_there_or_has_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    assert "no such file" in refused(edge_ft("tune", "--config", tmp_path / "none.yaml"), 2)
+    (tmp_path / "typo.yaml").write_text("model: m\ndata: d\nout: o\nrnk: 4\n")
+    assert "rnk" in refused(edge_ft("tune", "--config", tmp_path / "typo.yaml"), 2)
+
+
+def test_the_whole_way_by_command(llama: Path, sums: Path, tmp_path: Path) -> None:
+    run, bundle = tmp_path / "run", tmp_path / "bundle"
+    tuned = edge_ft(
+        *("tune", "--model", llama, "--data", sums, "--out", run, "--epochs", "8", "--learning-rate", "0.01"),
+        *("--split", "0.6", "0.2", "0.2", "--json", "-"),
+    )
+    assert json.loads(tuned.stdout) == RunFolder(run).report()
+    assert "step" in tuned.stderr
+    exported = edge_ft(
+        "export", run, "--out", bundle, "--lane", "adapter", "--json", tmp_path / "export.json", "--quiet"
+    )
+    assert exported.stderr == ""
+    assert "quantization tax" in exported.stdout
+    assert json.loads((tmp_path / "export.json").read_text()) == Bundle.open(bundle).manifest
+    answer = json.loads(edge_ft("run", bundle, "hello 3 the answer", "--max-new-tokens", "5", "--json", "-").stdout)
+    assert answer["finish_reason"] in ("stop", "length")
+    scored = edge_ft("eval", bundle, "--data", run / "splits" / "test.jsonl", "--json", "-", "--quiet")
+    assert json.loads(scored.stdout)["rows"] == RunFolder(run).report()["rows"]["test"]
+    assert edge_ft("verify", bundle).returncode == 0
+
+
+def test_a_refused_export_exits_with_3(llama_run: RunFolder, tmp_path: Path) -> None:
+    done = edge_ft("export", llama_run.path, "--out", tmp_path / "bundle", "--max-tax", "0", "--min-retained", "2")
+    assert "--min-retained" in refused(done, 3)
+
+
+def test_a_missing_extra_names_its_pip_command(llama_run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    done = edge_ft("tune", "--model", "m", "--data", "d", "--out", "o", PYTHONPATH=str(tmp_path))
+    assert "pip install 'edge-ft[train]'" in refused(done, 2)
+
+
+def test_a_tampered_bundle_is_refused(llama_bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(llama_bundle.path, tmp_path / "bundle")
+    (tmp_path / "bundle" / "config.json").write_text("{}")
+    for command in ("run", "verify", "bench"):
+        assert "sha256" in refused(edge_ft(command, tmp_path / "bundle", *(["x"] if command == "run" else [])), 2)
+
+
+def test_something_that_is_no_bundle_is_refused(llama: Path, tmp_path: Path) -> None:
+    assert "not a bundle" in refused(edge_ft("run", llama, "x"), 2)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    assert "no model at" in refused(edge_ft("eval", tmp_path / "none", "--data", rows), 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("", "holds no rows"), ('{"prompt": "a", "completion": "b"}\nnot json\n', "2"), ("[1]\n", "1")],
+    ids=["empty", "not-json", "not-a-row"],
+)
+def test_rows_that_cannot_be_read_are_named(llama: Path, tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(content)
+    done = edge_ft("tune", "--model", llama, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run")
+    assert says in refused(done, 2)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(llama_run: RunFolder, tmp_path: Path) -> None:
+    """A file size limit makes every write of the weights fail, as a full disk does."""
+    script = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.argv[0] = 'edge-ft'; "
+        "runpy.run_module('edge_ft', run_name='__main__')"
+    )
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            script,
+            "export",
+            str(llama_run.path),
+            "--out",
+            str(tmp_path / "out" / "bundle"),
+            "--quiet",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert "disk" in refused(done, 4)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_defect_has_its_own_code(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("raise ZeroDivisionError('a bug')")
+    done = edge_ft("verify", tmp_path, PYTHONPATH=str(tmp_path))
+    assert "defect" in refused(done, 70)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = edge_ft("verify", tmp_path, "--debug")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_a_conversation_goes_on_line_after_line(llama_bundle: Bundle) -> None:
+    done = edge_ft(
+        "run", llama_bundle.path, "-i", "--max-new-tokens", "4", stdin="hello 1 the answer\nhello 2 the answer\n"
+    )
+    assert done.returncode == 0
+    assert done.stdout.count("> ") == 3
+
+
+def test_a_file_of_rows_is_answered_in_order(llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path) -> None:
+    rows, out = llama_run.split("test"), tmp_path / "answers.jsonl"
+    done = edge_ft(
+        "run", llama_bundle.path, "--jsonl", rows, "--out", out, "--max-new-tokens", "6", "--json", "-", "--quiet"
+    )
+    assert json.loads(done.stdout)["rows"] == len(rows.read_text().splitlines())
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    prompts = [json.loads(line)["prompt"] for line in rows.read_text().splitlines()]
+    alone = json.loads(edge_ft("run", llama_bundle.path, prompts[2], "--max-new-tokens", "6", "--json", "-").stdout)
+    assert answers[2]["text"] == alone["text"]
+    assert {"text", "prompt_tokens", "new_tokens", "finish_reason"} <= set(answers[0])
+    assert "exists already" in refused(edge_ft("run", llama_bundle.path, "--jsonl", rows, "--out", out), 2)
+
+
+def test_a_classifier_prints_labels_and_scores(bert_bundle: Bundle) -> None:
+    done = edge_ft("run", bert_bundle.path, stdin="the film was very good")
+    assert "praise" in done.stdout.splitlines()[0]
+    found = json.loads(edge_ft("run", bert_bundle.path, "the film was bad", "--json", "-").stdout)
+    assert found["label"] == "blame"
+    assert sum(found["scores"].values()) == pytest.approx(1)
+
+
+def test_a_classifier_does_not_converse(bert_bundle: Bundle) -> None:
+    assert "classifier" in refused(edge_ft("run", bert_bundle.path, "-i"), 2)
+
+
+def test_a_model_in_pieces_is_refused_before_any_work(tmp_path: Path) -> None:
+    folder = write_bert(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    done = edge_ft("export", folder, "--out", tmp_path / "bundle", "--task", "text-classification")
+    refused(done, 2)
