@@ -1,4 +1,4 @@
-"""Real weights and real rows that a package registry serves, for the demo and the tests; read as data, never imported."""
+"""Real weights and rows that a package registry serves, for the demo and the tests; read as data, never imported."""
 
 import json
 import re

@@ -217,8 +217,8 @@ class EvalConfig(RowsConfig):
 class RunConfig:
     """How `edge-ft run` answers."""
 
-    max_new_tokens: int = 256
-    """Longest answer in tokens."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens; default 256, or fewer where the model's limit is nearer."""
     temperature: float = 0.0
     """0 is greedy; above it tokens are sampled."""
     top_k: int = 0
@@ -245,7 +245,7 @@ class RunConfig:
     """CPU threads; default all cores."""
 
     def __post_init__(self) -> None:
-        _check(self.max_new_tokens >= 1, "--max-new-tokens must be at least 1")
+        _check(self.max_new_tokens is None or self.max_new_tokens >= 1, "--max-new-tokens must be at least 1")
         _check(self.temperature >= 0, "--temperature cannot be negative")
         _check(self.top_k >= 0, "--top-k cannot be negative")
         _check(0 < self.top_p <= 1, "--top-p must be in (0, 1]")

@@ -21,8 +21,9 @@ class Family:
     """What can be tuned and exported; the first is the default."""
     layers: str
     """Dotted name of the list of transformer layers inside the task model."""
-    head: str
-    """Dotted name of the output layer that LoRA leaves alone."""
+    head: tuple[str, ...]
+    """Dotted names of the modules that make the output. LoRA leaves them alone; a classifier's stay float and are
+    trained in full."""
     decoder: bool
     """True: causal, with a KV cache."""
 
@@ -30,8 +31,8 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llama", ("text-generation",), "model.layers", "lm_head", decoder=True),
-        Family("bert", ("text-classification",), "bert.encoder.layer", "classifier", decoder=False),
+        Family("llama", ("text-generation",), "model.layers", ("lm_head",), decoder=True),
+        Family("bert", ("text-classification",), "bert.encoder.layer", ("bert.pooler", "classifier"), decoder=False),
     )
 }
 

@@ -36,7 +36,7 @@ class Lines:
     def __init__(self, stream: TextIO | None = None, interval: float = 5.0) -> None:
         self.stream = stream or sys.stderr
         self.interval = interval
-        self.stage, self.started, self.shown = "", 0.0, 0.0
+        self.stage, self.started, self.shown, self.first = "", 0.0, 0.0, 0
 
     def say(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
@@ -44,10 +44,12 @@ class Lines:
     def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
         now = time.monotonic()
         if stage != self.stage:
-            self.stage, self.started, self.shown = stage, now, now
+            # A stage may go on after another one came in between: its rate is that of the steps since then.
+            self.stage, self.started, self.shown, self.first = stage, now, now, max(done - 1, 0)
         if done == total or now - self.shown >= self.interval:
             self.shown = now
-            self.say(f"{stage} {done}/{total}  {eta(done, total, now - self.started)}  {detail}".rstrip())
+            time_left = eta(done - self.first, total - self.first, now - self.started)
+            self.say(f"{stage} {done}/{total}  {time_left}  {detail}".rstrip())
 
 
 def eta(done: int, total: int, seconds: float) -> str:

@@ -62,7 +62,9 @@ def score_torch(source: Source, shipped_model: Any, config: ExportConfig, progre
     if source.adapter is None:
         return TorchScores(shipped_probe, None, base, None)
     if not family.decoder:
-        setattr(base_model, family.head, getattr(shipped_model, family.head))
+        whole = shipped_model.get_base_model() if hasattr(shipped_model, "get_base_model") else shipped_model
+        for name in family.head:
+            base_model.set_submodule(name, whole.get_submodule(name))
     untuned_probe = scored(base_model, probes, "probe, base")
     del base_model
     trained = scored(source.load_trained(), source.validation, "validation, as trained") if source.validation else None

@@ -58,7 +58,7 @@ class Source:
             return load_adapter(self.load(weights), self.adapter)
         merged = merge_adapter(self.load("fp32"), self.adapter)
         if weights == "int4":
-            quantize_model(merged, self.block_size, () if self.base.family.decoder else (self.base.family.head,))
+            quantize_model(merged, self.block_size, () if self.base.family.decoder else self.base.family.head)
         return merged
 
 

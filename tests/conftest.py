@@ -6,6 +6,7 @@ import pytest
 from tiny_models import write_bert, write_llama, write_reviews, write_sums
 
 from edge_ft.artifacts import Bundle, RunFolder
+from edge_ft.bench.cases import decoder_weights, department_rows, encoder_weights, transcript_rows, write_splits
 from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.export import export
 from edge_ft.tune import tune
@@ -76,3 +77,65 @@ def bert_bundle(work: Path, bert_run: RunFolder) -> Bundle:
 @pytest.fixture(scope="session")
 def bert_adapter_bundle(work: Path, bert_run: RunFolder) -> Bundle:
     return export(str(bert_run.path), ExportConfig(out=work / "bert-adapter", lane="adapter"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_rows(work: Path) -> dict[str, Path]:
+    return write_splits(transcript_rows(), work / "transcripts", train=160, validation=40, test=40)
+
+
+@pytest.fixture(scope="session")
+def smollm2_run(work: Path, smollm2_rows: dict[str, Path]) -> RunFolder:
+    """The real decoder over real rows, for a minute."""
+    return tune(
+        TuneConfig(
+            model=str(decoder_weights()),
+            data=str(smollm2_rows["train"]),
+            validation=str(smollm2_rows["validation"]),
+            test=str(smollm2_rows["test"]),
+            prompt="Transcript: {transcript}\\nWritten:",
+            completion=" {written}",
+            out=work / "smollm2-run",
+            max_steps=20,
+            eval_steps=10,
+            learning_rate=2e-3,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(work: Path, smollm2_run: RunFolder) -> Bundle:
+    return export(str(smollm2_run.path), ExportConfig(out=work / "smollm2-bundle"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_adapter_bundle(work: Path, smollm2_run: RunFolder) -> Bundle:
+    return export(str(smollm2_run.path), ExportConfig(out=work / "smollm2-adapter", lane="adapter"))
+
+
+@pytest.fixture(scope="session")
+def minilm_rows(work: Path) -> dict[str, Path]:
+    return write_splits(department_rows(), work / "departments", train=800, validation=150, test=150)
+
+
+@pytest.fixture(scope="session")
+def minilm_run(work: Path, minilm_rows: dict[str, Path]) -> RunFolder:
+    """The real encoder over real rows, for half a minute."""
+    return tune(
+        TuneConfig(
+            model=str(encoder_weights()),
+            data=str(minilm_rows["train"]),
+            validation=str(minilm_rows["validation"]),
+            test=str(minilm_rows["test"]),
+            out=work / "minilm-run",
+            max_length=96,
+            batch_size=16,
+            epochs=2,
+            eval_steps=50,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def minilm_bundle(work: Path, minilm_run: RunFolder) -> Bundle:
+    return export(str(minilm_run.path), ExportConfig(out=work / "minilm-bundle", max_tax=0.05))

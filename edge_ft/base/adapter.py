@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from edge_ft.base.linear import is_within
 from edge_ft.base.quiet import quiet_libraries
 from edge_ft.config import TuneConfig, last_layers
 from edge_ft.errors import ModelError, UsageError, did_you_mean
@@ -20,7 +21,7 @@ PEFT_TASKS = {"text-generation": "CAUSAL_LM", "text-classification": "SEQ_CLS"}
 
 
 def add_lora(model: nn.Module, family: Family, task: str, config: TuneConfig) -> Any:
-    """Wrap `model` with fresh LoRA layers; PEFT trains a classification head in full beside them.
+    """Wrap `model` with fresh LoRA layers; a classifier's head is trained in full beside them.
 
     Returns:
         The `peft.PeftModel`.
@@ -37,6 +38,7 @@ def add_lora(model: nn.Module, family: Family, task: str, config: TuneConfig) ->
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         target_modules=_targets(model, family, config),
+        modules_to_save=None if family.decoder else [name.rpartition(".")[2] for name in family.head],
     )
     with quiet_libraries():
         return get_peft_model(model, lora)
@@ -154,7 +156,11 @@ def _targets(model: nn.Module, family: Family, config: TuneConfig) -> list[str]:
     count = last_layers(config.layers)
     if count is not None and count > layers:
         raise UsageError(f"--layers {config.layers}: this model has {layers} layers")
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != family.head]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not is_within(name, family.head)
+    ]
     if config.target_modules != ("all-linear",):
         endings = sorted({name.rpartition(".")[2] for name in linear})
         for wanted in config.target_modules:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edge_ft.base.grid import Codes, quantize
 
-__all__ = ["QuantEmbedding", "QuantLinear", "codes_sha256", "exporting", "is_exporting", "quantize_model"]
+__all__ = ["QuantEmbedding", "QuantLinear", "codes_sha256", "exporting", "is_within", "quantize_model"]
 
 # torch.onnx.is_in_onnx_export() is False inside torch.export.export: without a flag of our own the
 # trace would hold a dense float graph, and nothing would say so.
@@ -30,11 +30,6 @@ def exporting() -> Iterator[None]:
         yield
     finally:
         _exporting = False
-
-
-def is_exporting() -> bool:
-    """True inside `exporting()`."""
-    return _exporting
 
 
 def dequantize(qweight: Tensor, scales: Tensor, zero_points: Tensor) -> Tensor:
@@ -133,12 +128,12 @@ def quantize_model(model: nn.Module, block_size: int, keep: tuple[str, ...] = ()
     Args:
         model: A float model with a word embedding as `get_input_embeddings()`.
         block_size: Weights per scale.
-        keep: Names of layers that stay float (a classification head that is trained in full).
+        keep: Names of modules that stay float with all that is in them (a head that is trained in full).
     """
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     for name, module in list(model.named_modules()):
         parent = model.get_submodule(name.rpartition(".")[0])
-        if name in keep:
+        if is_within(name, keep):
             continue
         if isinstance(module, nn.Linear):
             if module.weight is embedding.weight:
@@ -158,6 +153,11 @@ def quantize_model(model: nn.Module, block_size: int, keep: tuple[str, ...] = ()
         for buffer in ("qweight", "scales", "zero_points"):
             setattr(tied_head, buffer, getattr(quantized, buffer))
         model.set_output_embeddings(tied_head)  # type: ignore[operator]
+
+
+def is_within(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of `modules`, or of something inside one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def codes_sha256(model: nn.Module) -> str:

@@ -127,7 +127,7 @@ def load_model(
         raise ModelError(f"{base.path} cannot be loaded as {task}: {error}") from error
     model.eval().requires_grad_(False)
     if base_format == "int4":
-        keep = () if base.family.decoder else (base.family.head,)
+        keep = () if base.family.decoder else base.family.head
         quantize_model(model, block_size, keep)
     return model
 

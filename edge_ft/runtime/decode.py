@@ -29,6 +29,7 @@ from edge_ft.runtime.text import TextPieces
 __all__ = ["Conversation", "Generation", "TextGenerator", "Timings"]
 
 _GREEDY = RunConfig()
+_DEFAULT_NEW_TOKENS = 256
 _LOGITS_AT_ONCE = 1 << 24
 """Logits held while scoring: 64 MB; larger batches are scored in parts."""
 
@@ -110,8 +111,7 @@ class TextGenerator:
         room = min(max_new_tokens, self.max_length - len(prompt_ids))
         if room < 1 or not prompt_ids:
             return []
-        config = RunConfig(max_new_tokens=room)
-        tokens = list(_decode(self.open_cache(), prompt_ids, config, self.stop_ids, _Clock()))
+        tokens = list(_decode(self.open_cache(), prompt_ids, room, _GREEDY, self.stop_ids, _Clock()))
         return tokens[:-1] if tokens[-1] in self.stop_ids else tokens
 
     def time_decode(self, prompt_ids: list[int], new_tokens: int) -> Timings:
@@ -123,8 +123,7 @@ class TextGenerator:
         if len(prompt_ids) + new_tokens > self.max_length:
             raise _too_long(len(prompt_ids), new_tokens, self.max_length)
         clock = _Clock()
-        config = RunConfig(max_new_tokens=new_tokens)
-        for _ in _decode(self.open_cache(), prompt_ids, config, frozenset(), clock):
+        for _ in _decode(self.open_cache(), prompt_ids, new_tokens, _GREEDY, frozenset(), clock):
             pass
         return clock.timings()
 
@@ -217,14 +216,16 @@ class TextGenerator:
         if not prompt_ids:
             raise UsageError("the prompt is empty: give it at least one character")
         ends = stop_ids(rendering, self.tokenizer)
-        if len(prompt_ids) + config.max_new_tokens > self.max_length:
-            raise _too_long(len(prompt_ids), config.max_new_tokens, self.max_length)
+        room = self.max_length - len(prompt_ids)
+        longest = config.max_new_tokens or min(_DEFAULT_NEW_TOKENS, room)
+        if room < max(longest, 1):
+            raise _too_long(len(prompt_ids), max(longest, 1), self.max_length)
         cached = cache.rewind(prompt_ids)
         pieces = TextPieces(self.tokenizer.decode, config.stop)
         text: list[str] = []
         new_tokens = 0
         finish_reason: Literal["stop", "length"] = "length"
-        for token in _decode(cache, prompt_ids, config, ends, clock):
+        for token in _decode(cache, prompt_ids, longest, config, ends, clock):
             new_tokens += 1
             if token in ends:
                 finish_reason = "stop"
@@ -288,9 +289,14 @@ class _Clock:
 
 
 def _decode(
-    cache: KVCache, prompt_ids: Sequence[int], config: RunConfig, stop_ids: frozenset[int], clock: _Clock
+    cache: KVCache,
+    prompt_ids: Sequence[int],
+    longest: int,
+    config: RunConfig,
+    stop_ids: frozenset[int],
+    clock: _Clock,
 ) -> Iterator[int]:
-    """Tokens until a stop token, which is the last one, or `config.max_new_tokens`."""
+    """Tokens until a stop token, which is the last one, or `longest` of them."""
     started = perf_counter()
     logits = cache.extend(prompt_ids[len(cache.ids) :])
     clock.prefill_s = perf_counter() - started
@@ -298,7 +304,7 @@ def _decode(
     token = sampler.choose(logits)
     clock.ttft_s = perf_counter() - clock.started
     yield token
-    for _ in range(config.max_new_tokens - 1):
+    for _ in range(longest - 1):
         if token in stop_ids:
             return
         started = perf_counter()

@@ -1,0 +1,79 @@
+"""A device has the base install and nothing else: there, bundles open, verify, answer and are measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge_ft.artifacts import Bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh virtual environment with `pip install .`"""
+    folder = tmp_path_factory.mktemp("device")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    subprocess.run([folder / "bin" / "pip", "install", "--quiet", str(ROOT)], check=True)
+    return folder / "bin"
+
+
+def edge_ft(device: Path, *arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [device / "edge-ft", *map(str, arguments)], input=stdin, capture_output=True, text=True, cwd=device.parent
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_it_has_no_training_stack(device: Path) -> None:
+    listed = subprocess.run([device / "pip", "list", "--format", "json"], capture_output=True, text=True, check=True)
+    installed = {package["name"].lower() for package in json.loads(listed.stdout)}
+    assert "onnxruntime" in installed
+    assert not installed & {"torch", "transformers", "peft", "onnx", "datasets"}
+
+
+@pytest.mark.parametrize("name", ["smollm2_bundle", "smollm2_adapter_bundle", "minilm_bundle"])
+def test_a_real_bundle_verifies_answers_and_is_measured(
+    device: Path, name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    bundle: Bundle = request.getfixturevalue(name)
+    verified = edge_ft(device, "verify", bundle.path, "--json", "-", "--quiet")
+    assert verified.returncode == 0, verified.stderr
+    assert json.loads(verified.stdout)["probe_difference"]["1"] < 1e-3
+
+    answered = edge_ft(device, "run", bundle.path, "--json", "-", stdin="the rain has stopped")
+    assert answered.returncode == 0, answered.stderr
+    answer = json.loads(answered.stdout)
+    if bundle.task == "text-classification":
+        assert answer["label"] in bundle.manifest["rendering"]["labels"]
+    else:
+        assert "rain" in answer["text"].lower()
+
+    measured = edge_ft(device, "bench", bundle.path, "--repeats", "1", "--new-tokens", "4", "--json", "-", "--quiet")
+    assert measured.returncode == 0, measured.stderr
+    metrics = {record["metric"]: record["value"] for record in json.loads(measured.stdout)}
+    assert metrics["peak_rss_bytes"] > 50e6
+    assert metrics["size_bytes"] == bundle.size_bytes
+
+
+def test_it_scores_rows_too(device: Path, smollm2_bundle: Bundle, smollm2_rows: dict[str, Path]) -> None:
+    scored = edge_ft(
+        device, "eval", smollm2_bundle.path, "--data", smollm2_rows["test"], "--no-generate", "--json", "-", "--quiet"
+    )
+    expected = smollm2_bundle.manifest["verification"]["test"]["nll"]["shipped"]
+    assert json.loads(scored.stdout)["nll"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_needs_torch_names_the_pip_command(device: Path, smollm2_bundle: Bundle, tmp_path: Path) -> None:
+    for arguments in (
+        ("tune", "--model", "m", "--data", "d", "--out", tmp_path / "run"),
+        ("export", "m", "--out", tmp_path / "bundle"),
+        ("bench", smollm2_bundle.path, "--peers", "torch"),
+    ):
+        refused = edge_ft(device, *arguments)
+        assert refused.returncode == 2
+        assert "pip install 'edge-ft[train]'" in refused.stderr

@@ -1,0 +1,76 @@
+"""The layout that is packaged is the layout on disk, and nothing claims a name that is not ours."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_package_on_disk_is_packaged() -> None:
+    on_disk = {
+        ".".join(["edge_ft", *([] if top == "edge_ft" else [top]), *init.parent.relative_to(ROOT / top).parts])
+        for top in ("edge_ft", "export", "bench")
+        for init in (ROOT / top).rglob("__init__.py")
+    }
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == on_disk
+
+
+def test_the_wheel_holds_every_module_under_one_name(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)],
+        check=True,
+    )
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"edge_ft"}
+    modules = {name for name in names if name.endswith(".py")}
+    for top, inside in (("edge_ft", "edge_ft"), ("export", "edge_ft/export"), ("bench", "edge_ft/bench")):
+        for file in (ROOT / top).rglob("*.py"):
+            assert f"{inside}/{file.relative_to(ROOT / top).as_posix()}" in modules
+
+
+def test_the_version_is_written_once_in_spirit() -> None:
+    import edge_ft
+
+    assert edge_ft.__version__ == PROJECT["project"]["version"]
+
+
+@pytest.mark.parametrize("name", ["export", "bench"])
+def test_the_top_folders_are_imported_under_our_name_only(name: str) -> None:
+    assert import_module(f"edge_ft.{name}").__name__ == f"edge_ft.{name}"
+    outside = f"import importlib.util, sys; sys.path = [p for p in sys.path if p not in ('', {str(ROOT)!r})]; "
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"{outside}print(importlib.util.find_spec({name!r}))"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT.parent,
+        check=True,
+    )
+    assert done.stdout.strip() == "None"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("edge_ft", "edge_ft.cli", "edge_ft.data", "edge_ft.runtime", "edge_ft.runtime.answer", "edge_ft.evaluate"),
+        *("edge_ft.bench", "edge_ft.export", "edge_ft.export.verify", "edge_ft.tune", "edge_ft.base.grid"),
+    ],
+)
+def test_importing_it_brings_no_training_stack(module: str) -> None:
+    """Although torch is installed here."""
+    script = f"import sys, {module}; print([n for n in ('torch', 'transformers', 'peft', 'onnx') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("room", ["edge_ft.tune", "edge_ft.export", "edge_ft.runtime", "edge_ft.bench", "edge_ft.data"])
+def test_exported_names_are_sorted_and_there(room: str) -> None:
+    module = import_module(room)
+    assert list(module.__all__) == sorted(module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)

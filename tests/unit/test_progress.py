@@ -1,0 +1,33 @@
+"""Progress says how far, how fast, and how long still."""
+
+import io
+
+import pytest
+
+from edge_ft.progress import Lines, eta, track
+
+
+def test_the_time_left_follows_from_what_is_done() -> None:
+    assert eta(0, 10, 5.0) == "5 s"
+    assert eta(5, 10, 5.0) == "5 s, 5 s left"
+    assert eta(10, 10, 9.0) == "9 s"
+
+
+def test_lines_are_plain_and_the_last_step_is_always_one() -> None:
+    stream = io.StringIO()
+    assert list(track(Lines(stream), "score", "abc", 3)) == ["a", "b", "c"]
+    assert stream.getvalue().splitlines() == ["score 3/3  0 s"]
+
+
+def test_a_stage_that_goes_on_after_another_counts_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("edge_ft.progress.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    lines = Lines(stream, interval=0.0)
+    for step in range(1, 21):
+        now[0] += 1
+        lines.advance("train", step, 40)
+        if step == 10:
+            now[0] += 100
+            lines.advance("validation", 1, 1)
+    assert stream.getvalue().splitlines()[-1].startswith("train 20/40  9 s, 18 s left")
