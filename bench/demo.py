@@ -46,7 +46,7 @@ class Stage:
         return json.loads(result.read_text(encoding="utf-8"))
 
 
-def decoder(out: Path) -> Table:
+def decoder(out: Path) -> None:
     """SmolLM2-135M learns to write out what speech recognition gives."""
     stage = Stage(out)
     rows = write_splits(transcript_rows(), out / "rows", train=1400, validation=100, test=200)
@@ -72,7 +72,7 @@ def decoder(out: Path) -> Table:
         *("", "loss (nats/token)", "token accuracy", "sentence right to the letter"),
         *("size MB", "prefill tok/s", "decode tok/s", "peak RSS MB"),
     )
-    table = [header]
+    table: Table = [header]
     for name, found, figures in (
         ("base, int4 (ONNX)", base, speed["base"]),
         ("base, int4, 3 examples in the prompt", shots, speed["base"]),
@@ -85,13 +85,13 @@ def decoder(out: Path) -> Table:
     table.append(("rule: capital letter, full stop", "-", "-", f"{trivial:.1%}", "-", "-", "-", "-"))
     tax = shipped["verification"]["quantization_tax"]
     note = f"200 test rows; quantization tax on validation rows {tax:+.4f} nats/token"
-    return _finish(stage, "SmolLM2-135M-Instruct, transcript to written sentence", table, note)
+    _finish(stage, "SmolLM2-135M-Instruct, transcript to written sentence", table, note)
 
 
-def encoder(out: Path) -> Table:
+def encoder(out: Path) -> None:
     """MiniLM learns which department a medical question belongs to."""
     stage = Stage(out)
-    rows = write_splits(department_rows(), out / "rows", train=6000, validation=400, test=1500)
+    rows = write_splits(department_rows(), out / "rows", train=6000, validation=512, test=1500)
     stage(
         *("tune", "tune", "--model", encoder_weights(), "--data", rows["train"], "--validation", rows["validation"]),
         *("--test", rows["test"], "--max-length", "128", "--batch-size", "16", "--epochs", "2", "--out", out / "run"),
@@ -104,7 +104,7 @@ def encoder(out: Path) -> Table:
     commonest = max(map(labels.count, set(labels))) / len(labels)
     test = shipped["verification"]["test"]
     header = ("", "loss (nats)", "accuracy", "macro-F1", "size MB", "latency ms (128 tokens)", "rows/s", "peak RSS MB")
-    table = [header]
+    table: Table = [header]
     for name, column, subject in (
         ("base, untrained head", "base", ""),
         ("tuned, as trained (torch)", "trained", "run"),
@@ -115,7 +115,7 @@ def encoder(out: Path) -> Table:
     table.append(("always the commonest department", "-", f"{commonest:.1%}", "-", "-", "-", "-", "-"))
     tax = shipped["verification"]["quantization_tax"]
     note = f"{report['rows']['test']} test rows, {len(report['findings'])} findings; tax on validation {tax:+.4f} nats"
-    return _finish(stage, "MiniLM-L6, medical question to one of 16 departments", table, note)
+    _finish(stage, "MiniLM-L6, medical question to one of 16 departments", table, note)
 
 
 def main(*, out: Path = Path("out/demo"), only: str | None = None) -> None:
@@ -137,12 +137,11 @@ def main(*, out: Path = Path("out/demo"), only: str | None = None) -> None:
     print(f"{time.monotonic() - started:.0f} s in all; rows, runs and bundles are in {out}")
 
 
-def _finish(stage: Stage, title: str, table: Table, note: str) -> Table:
+def _finish(stage: Stage, title: str, table: Table, note: str) -> None:
     rule = tuple("---" for _ in table[0])
     lines = ["| " + " | ".join(row) + " |" for row in (table[0], rule, *table[1:])]
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stage.seconds.items())
     write_text(stage.out / "table.md", "\n".join([f"**{title}** ({note}; {took})", "", *lines, ""]))
-    return table
 
 
 def _interval(value: dict[str, float]) -> str:
@@ -181,4 +180,7 @@ def _share(file: Path, holds: Any) -> float:
 
 
 if __name__ == "__main__":
-    App(default_command=main)()
+    try:
+        App(default_command=main, result_action="return_value")()
+    except EdgeFTError as error:
+        sys.exit(f"demo: {error}")

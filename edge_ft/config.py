@@ -156,7 +156,7 @@ class ExportConfig(RowsConfig):
     min_retained: float = 0.95
     """Refuse when less than this share of (base - trained) is left in what ships."""
     max_metric_drop: float = 0.02
-    """Refuse when the task metric (0 to 1) fell by more than this on the way."""
+    """Refuse when the task metric (0 to 1) fell by more than this on the way, and not by chance."""
     threads: int | None = None
     """CPU threads; default all cores."""
 

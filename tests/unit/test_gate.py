@@ -46,6 +46,19 @@ def test_each_reason_to_refuse_refuses(
     assert any(says in reason for reason in reasons), reasons
 
 
+def test_a_fall_that_few_rows_explain_does_not_refuse() -> None:
+    """One row of 20 changed its mind: 5 points, and no evidence."""
+    trained, shipped = scores(1.0), scores(1.0)
+    few = [
+        RowScores(s.nll[:20], s.tokens[:20] // 10, s.correct[:20] * 0 + 1, s.predicted[:20]) for s in (trained, shipped)
+    ]
+    few[1].correct[3] = 0
+    base = RowScores(few[0].nll + 20, few[0].tokens, few[0].correct * 0, few[0].predicted)
+    verdict = judge(base, *few, LIMITS, adapter_changes_logits=True)
+    assert verdict.figures["metric_drop"]["value"] == pytest.approx(0.05)
+    assert verdict.reasons == ()
+
+
 def test_limits_are_what_was_asked_for() -> None:
     loose = Limits(max_tax=0.5, min_retained=0.5, max_metric_drop=0.5)
     assert judge(scores(3.0), scores(1.0), scores(1.4, right=0.5), loose, True).reasons == ()
