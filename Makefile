@@ -36,7 +36,7 @@ test-all: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/installed && $(BIN)/pip install --quiet --no-deps --target build/installed .
+	rm -rf build && $(BIN)/pip install --quiet --no-deps --target build/installed .
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p edge_ft
 	cd build/installed && PYTHONPATH=. ../../$(BIN)/lint-imports ../../pyproject.toml
 

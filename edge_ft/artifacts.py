@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+_KEYS = {"task", "model", "graphs", "lane", "rendering", "files"}
 
 
 def file_sha256(path: Path) -> str:
@@ -160,16 +161,21 @@ class Bundle:
         try:
             manifest = _read_json(manifest_path)
             version = manifest["format_version"]
-            files = {
-                str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"{manifest_path} cannot be read as a manifest ({error!r}): export it again") from error
         if version != FORMAT_VERSION:
             raise BundleError(
                 f"{path} is of bundle version {version}, this edge-ft reads version {FORMAT_VERSION}: "
                 "export it again or install the edge-ft that wrote it"
             )
+        if missing := sorted(_KEYS - manifest.keys()):
+            raise BundleError(f"{manifest_path} lacks {missing[0]!r}: export it again")
+        try:
+            files = {
+                str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{manifest_path} cannot be read as a manifest ({error!r}): export it again") from error
         found = {
             file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink()
         } - {"manifest.json"}

@@ -45,7 +45,7 @@ class Output:
 @app.command
 def tune(
     *,
-    settings: Annotated[TuneConfig, FLAT],
+    settings: Annotated[TuneConfig, Parameter(name="*", negative_iterable=(), consume_multiple=True)],
     print_config: bool = False,
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
@@ -269,7 +269,9 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory: give a smaller --batch-size or --max-length", WillNotFit.exit_code, debug)
     except Exception as error:  # noqa: BLE001 - whatever is left is a defect, and gets its own code
-        if "os error 28" in str(error):  # safetensors reports a full disk in an error of its own
+        if "os error 28" in str(error) or "os error 27" in str(
+            error
+        ):  # safetensors reports a full disk in an error of its own
             _fail("the disk is full: free some space and run again", WillNotFit.exit_code, debug)
         _fail(f"a defect of ours, {type(error).__name__}: {error} (--debug shows where)", EdgeFTError.exit_code, debug)
 

@@ -4,7 +4,7 @@ The same classes are the command-line flags, the keys of `--config FILE.yaml` an
 Python API; a field's docstring is its `--help`.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ class RowsConfig:
     """Longest sequence in tokens; default the model's limit, at most 1024. Longer rows are cut, and said."""
 
     def __post_init__(self) -> None:
+        _accept_python_values(self)
         _check(self.max_length is None or self.max_length >= 8, "--max-length must be at least 8 tokens")
         _check(
             self.completion is None or self.prompt is not None,
@@ -73,7 +74,7 @@ class TuneConfig(RowsConfig):
     dropout: float = 0.0
     """Dropout on the LoRA input, 0 to 1."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Linear layers that get an adapter: all-linear, or name endings such as q_proj v_proj."""
+    """Linear layers that get an adapter: all-linear, or name endings such as q_proj,v_proj."""
     layers: str = "all"
     """all, or last:K to adapt only the last K transformer layers."""
     base_format: Literal["int4", "fp32"] = "int4"
@@ -111,6 +112,8 @@ class TuneConfig(RowsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        names = tuple(name for names in self.target_modules for name in names.split(",") if name)
+        object.__setattr__(self, "target_modules", names)
         _check(
             len(self.split) == 3 and abs(sum(self.split) - 1) < 1e-6 and min(self.split) >= 0,
             f"--split {' '.join(map(str, self.split))} must be three shares that sum to 1",
@@ -314,6 +317,17 @@ def as_plain(config: Any) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, tuple) else value
 
     return {key: plain(value) for key, value in asdict(config).items()}
+
+
+def _accept_python_values(config: Any) -> None:
+    """From Python, paths may be text, texts may be paths, and tuples may be lists."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, Path | str):
+            value = Path(value) if field.type in (Path, Path | None) else str(value)
+        object.__setattr__(config, field.name, value)
 
 
 def _check(holds: bool, message: str) -> None:

@@ -1,10 +1,11 @@
 """Turn a run, or a model with or without a PEFT adapter, into a bundle that a device can open."""
 
 import shutil
+from pathlib import Path
 
 from edge_ft.artifacts import Bundle, atomic_folder, refuse_existing
 from edge_ft.config import ExportConfig
-from edge_ft.errors import GateRefused, require
+from edge_ft.errors import BundleError, GateRefused, require
 from edge_ft.progress import Progress, Silent
 
 __all__ = ["export"]
@@ -34,6 +35,8 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
         torch.set_num_threads(config.threads)
     opened = open_export_source(source, config)
     rejected = config.out.with_name(config.out.name + ".rejected")
+    if not _is_rejected(rejected):
+        refuse_existing(rejected)
     with atomic_folder(config.out) as folder:
         shipped_model = opened.load_shipped(config.weights, config.lane)
         scores = score_torch(opened, shipped_model, config, progress)
@@ -43,9 +46,20 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
         kept = {level: path for level, path in graphs.items() if level in checked.levels}
         for level in graphs.keys() - kept.keys():
             (folder / graphs[level]).unlink()
-        Bundle.seal(folder, {**describe(opened, config, kept), "verification": checked.verification})
+        Bundle.seal(
+            folder,
+            {**describe(opened, config, kept), "verification": {**checked.verification, "refused": checked.reasons}},
+        )
         if checked.reasons:
             shutil.rmtree(rejected, ignore_errors=True)
             folder.rename(rejected)
             raise GateRefused(f"refused, kept as {rejected}: {'; '.join(checked.reasons)}")
     return Bundle.open(config.out)
+
+
+def _is_rejected(folder: Path) -> bool:
+    """Whether `folder` is what an earlier export was refused with, which the next one may replace."""
+    try:
+        return bool(Bundle.open(folder).manifest["verification"].get("refused"))
+    except BundleError:
+        return False

@@ -78,15 +78,18 @@ def add_lora_inputs(model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32],
     """
     graph = model.graph
     names = []
+    # ONNX Runtime takes dimensions of one name to be equal: layers of another rank need another name.
+    ranks = {a.shape[0] for a, _ in pairs.values()}
     for module, (a, b) in pairs.items():
+        rank = "rank" if len(ranks) == 1 else f"rank_{a.shape[0]}"
         weight = graph.initializers.get(f"{module}.qweight") or graph.initializers.get(f"{module}.weight")
         layers = [] if weight is None else [use.node for use in weight.uses() if use.node.op_type in LINEARS]
         if len(layers) != 1:
             raise ValueError(f"the adapter changes {module!r}, but the graph holds no linear layer of that name")
         layer = layers[0]
         for name, array, dims in (
-            (f"lora_A.{module}", a, ("rank", a.shape[1])),
-            (f"lora_B.{module}", b, (b.shape[0], "rank")),
+            (f"lora_A.{module}", a, (rank, a.shape[1])),
+            (f"lora_B.{module}", b, (b.shape[0], rank)),
         ):
             value = _initializer(graph, name, np.ascontiguousarray(array, dtype=np.float32))
             value.shape = ir.Shape(dims)

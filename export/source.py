@@ -4,13 +4,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.base.adapter import adapter_config, load_adapter, merge_adapter
 from edge_ft.base.linear import quantize_model
 from edge_ft.base.load import Base, BaseFormat, find_base, load_model
 from edge_ft.config import ExportConfig, Task
-from edge_ft.data import Columns, Example, Rendering, TextTokenizer, encode_rows, fingerprint, make_rendering, read_rows
-from edge_ft.errors import DataError, UsageError
+from edge_ft.data import (
+    Columns,
+    Example,
+    Rendering,
+    Row,
+    TextTokenizer,
+    column_names,
+    encode_rows,
+    find_columns,
+    find_labels,
+    fingerprint,
+    make_rendering,
+    read_rows,
+)
+from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.evaluate.open import find_run_base, open_run_model, rendering_for
 
 __all__ = ["Source", "open_export_source"]
@@ -104,10 +119,10 @@ def _from_model(source: str, config: ExportConfig) -> Source:
     base = find_base(source, config.task)
     tokenizer = TextTokenizer.load(base.path)
     task = config.task or base.family.tasks[0]
-    labels = base.labels if task == "text-classification" else ()
     if config.adapter is not None:
         adapter_config(config.adapter)  # refused before any work
     rows = read_rows(config.data)[:VERIFY_ROWS] if config.data is not None else []
+    labels = _labels(base, config, rows) if task == "text-classification" else ()
     if rows:
         rendering = rendering_for(config, rows, tokenizer, None, base.family.decoder, task, base.max_length, labels)
     else:
@@ -135,6 +150,26 @@ def _from_model(source: str, config: ExportConfig) -> Source:
         run=None,
         seed=0,
     )
+
+
+def _labels(base: Base, config: ExportConfig, rows: list[Row]) -> tuple[str, ...]:
+    """Class names: the checkpoint's; for the head that an adapter brings, the rows' if they are as many, else LABEL_i.
+
+    Raises:
+        ModelError: neither the model nor the adapter has a head.
+    """
+    size = 0
+    if config.adapter is not None:
+        with safe_open(config.adapter / "adapter_model.safetensors", "np") as weights:
+            for key in weights.keys():  # noqa: SIM118 - not a dict
+                if key.endswith(f"{base.family.head[-1]}.weight"):
+                    size = weights.get_slice(key).get_shape()[0]
+    if size in (0, len(base.labels)):
+        if not base.labels:
+            raise ModelError(f"{base.path} has no classification head: tune it first")
+        return base.labels
+    found = find_labels(rows, find_columns(column_names(rows), config, "text-classification")) if rows else ()
+    return found if len(found) == size else tuple(f"LABEL_{index}" for index in range(size))
 
 
 def _scorable(examples: list[Example]) -> list[Example]:

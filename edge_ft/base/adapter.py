@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from torch import nn
 
 from edge_ft.base.linear import is_within
@@ -15,7 +16,7 @@ from edge_ft.config import TuneConfig, last_layers
 from edge_ft.errors import ModelError, UsageError, did_you_mean
 from edge_ft.families import Family
 
-__all__ = ["add_lora", "load_adapter", "lora_pairs", "merge_adapter", "trained_modules"]
+__all__ = ["add_lora", "load_adapter", "lora_pairs", "merge_adapter"]
 
 PEFT_TASKS = {"text-generation": "CAUSAL_LM", "text-classification": "SEQ_CLS"}
 
@@ -50,20 +51,27 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     Raises:
         ModelError: not a LoRA adapter in safetensors, or not one of this model.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    config = adapter_config(folder)
-    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    wanted = config.get("target_modules")
-    if isinstance(wanted, list) and not any(name.rpartition(".")[2] in known for name in wanted):
-        raise ModelError(
-            f"{folder} adapts {', '.join(sorted(wanted)[:4])}, which this model does not have: give its own base"
-        )
+    adapter_config(folder)
     try:
         with quiet_libraries():
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"the adapter {folder} does not fit this model: {error}") from error
+            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+            taken = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"the adapter {folder} does not fit this model as it is held here: {reason} (--lane merged may take it)"
+        ) from error
+    with safe_open(folder / "adapter_model.safetensors", "np") as weights:
+        saved = set(weights.keys())
+    # PEFT only warns when a part of an adapter finds no place, or a place finds no part.
+    if odd := sorted(saved ^ taken):
+        what = "holds no" if odd[0] in taken else "has no place in this model for"
+        raise ModelError(
+            f"the adapter {folder} {what} {odd[0]} ({len(odd)} tensors differ): it is of another model or torn"
+        )
+    return loaded
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -84,12 +92,13 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     for field in ("trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens"):
         if config.get(field):
             raise ModelError(f"{folder} uses {field}, which cannot be exported: train it without")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+        raise ModelError(
+            f"{folder} was started with init_lora_weights={start!r}, which changed its base: save it with PEFT's "
+            "path_initial_model_for_weight_conversion first"
+        )
     return config
-
-
-def trained_modules(folder: Path) -> list[str]:
-    """Names of modules that an adapter replaces in full (`modules_to_save`)."""
-    return list(adapter_config(folder).get("modules_to_save") or [])
 
 
 def lora_pairs(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:

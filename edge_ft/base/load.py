@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from edge_ft.artifacts import atomic_folder, file_sha256, write_text
-from edge_ft.base.linear import quantize_model
+from edge_ft.base.linear import is_within, quantize_model
 from edge_ft.base.quiet import quiet_libraries
 from edge_ft.config import Task
 from edge_ft.errors import ModelError, did_you_mean
@@ -45,8 +45,19 @@ class Base:
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names that the checkpoint brings, in the order of its head; none for a headless one."""
-        names: dict[str, str] = self.config.get("id2label") or {}
-        return tuple(names[key] for key in sorted(names, key=int))
+        key = f"{self.family.head[-1]}.weight"
+        for file in sorted(self.path.glob("*.safetensors")):
+            with safe_open(file, "np") as weights:
+                if not self.family.decoder and key in weights.keys():  # noqa: SIM118 - not a dict
+                    size = weights.get_slice(key).get_shape()[0]
+                    # transformers leaves out names that are LABEL_0, LABEL_1 ...
+                    names: dict[str, str] = self.config.get("id2label") or {}
+                    return tuple(names.get(str(index), f"LABEL_{index}") for index in range(size))
+        return ()
+
+    def brings_head_of(self, labels: tuple[str, ...]) -> bool:
+        """Whether the checkpoint's head is one of these classes: by their names, or by their numbers."""
+        return bool(self.labels) and labels in (self.labels, tuple(map(str, range(len(self.labels)))))
 
     @property
     def license(self) -> str | None:
@@ -81,7 +92,14 @@ def find_base(model: str, task: Task | None = None) -> Base:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'} is not a model's config: it must be one JSON object")
     family = family_of(str(config.get("model_type")), task)
+    if family.decoder:
+        heads = int(config["num_attention_heads"])
+        head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+        if head_dim % 16:
+            raise ModelError(f"{folder} has heads of size {head_dim}: ONNX Runtime's attention takes multiples of 16")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ModelError(
@@ -103,10 +121,11 @@ def load_model(
 ) -> nn.Module:
     """The task model of a base in float32, frozen, its linear layers and embedding on the grid for `int4`.
 
-    A classification head that the checkpoint lacks is drawn from `seed`, and stays float.
+    A classification head that the checkpoint lacks, or has for other classes, is drawn from `seed`, and
+    stays float.
 
     Raises:
-        ModelError: the weights cannot be loaded.
+        ModelError: the weights cannot be loaded, or some are missing.
     """
     from optimum.exporters.tasks import TasksManager
 
@@ -122,13 +141,28 @@ def load_model(
     torch.manual_seed(seed)
     try:
         with quiet_libraries():
-            model: nn.Module = model_class.from_pretrained(base.path, **arguments)
+            model, found = model_class.from_pretrained(base.path, output_loading_info=True, **arguments)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{base.path} cannot be loaded as {task}: {error}") from error
+    fresh = base.family.head if labels and not base.family.decoder else ()
+    absent = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    if lost := sorted(key for key in absent if not is_within(key, fresh)):
+        raise ModelError(
+            f"{base.path} lacks the weights of {lost[0]}"
+            + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
+            + (": it has no classification head, tune it first" if is_within(lost[0], base.family.head) else "")
+        )
+    if fresh and base.labels and not base.brings_head_of(labels):
+        head = model.get_submodule(base.family.head[-1])
+        torch.manual_seed(seed)
+        nn.init.normal_(head.weight, std=model.config.initializer_range)
+        nn.init.zeros_(head.bias)
     model.eval().requires_grad_(False)
     if base_format == "int4":
-        keep = () if base.family.decoder else base.family.head
-        quantize_model(model, block_size, keep)
+        try:
+            quantize_model(model, block_size, () if base.family.decoder else base.family.head)
+        except ValueError as error:
+            raise ModelError(f"{base.path} cannot be put on the 4-bit grid: {error}") from error
     return model
 
 
@@ -172,11 +206,15 @@ def _download(model: str) -> Path:
     looks_like_path = (
         path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.suffix == ".gguf"
     )
-    if looks_like_path:
-        neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ModelError(f"there is no model at {model}{did_you_mean(path.name, neighbours)}")
+    neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = did_you_mean(path.name, neighbours)
+    if looks_like_path or near:
+        raise ModelError(f"there is no model at {model}{near}")
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        header = Path(snapshot_download(model, allow_patterns=["config.json"]))
+        # An architecture that cannot be used is said before its weights are downloaded.
+        family_of(str(json.loads((header / "config.json").read_text(encoding="utf-8")).get("model_type")))
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "README.md"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{model} is neither a local folder nor a model that the hub serves: {reason}") from error

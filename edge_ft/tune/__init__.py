@@ -3,6 +3,7 @@
 import json
 import platform
 import resource
+import shutil
 import time
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -11,8 +12,9 @@ from typing import Any
 from edge_ft.artifacts import RunFolder, refuse_existing, write_json, write_text
 from edge_ft.config import TuneConfig, as_plain
 from edge_ft.data import TextTokenizer
-from edge_ft.errors import Interrupted, require
+from edge_ft.errors import Interrupted, ModelError, require
 from edge_ft.evaluate.score import RowScores, score, summary
+from edge_ft.families import family_of
 from edge_ft.progress import Progress, Silent
 from edge_ft.tune.loop import Fit, fit
 from edge_ft.tune.plot import plot_losses
@@ -53,9 +55,14 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         tokenizer,
         decoder=base.family.decoder,
         model_limit=base.max_length,
+        model_labels=base.labels,
         progress=progress,
     )
     task = prepared.task
+    family_of(base.family.name, task)  # a guessed task too
+    longest = max(max(example.input_ids) for rows in prepared.examples.values() for example in rows)
+    if longest >= int(base.config["vocab_size"]):
+        raise ModelError(f"{base.path}: its tokenizer gives id {longest}, its model knows {base.config['vocab_size']}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
     model = load_model(base, task, config.base_format, config.block_size, prepared.rendering.labels, config.seed)
@@ -107,6 +114,10 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         except KeyboardInterrupt:
             kept = f"the best adapter so far is in {run.adapter}" if run.adapter.is_dir() else "nothing was better yet"
             raise Interrupted(f"stopped; {kept}; the run is not finished and will not export") from None
+        except Exception:
+            if not run.adapter.is_dir():
+                shutil.rmtree(run.path)  # nothing was learned yet: the same command can be given again
+            raise
     backend.save(run.adapter)
 
     test: dict[str, RowScores] = {}

@@ -46,7 +46,13 @@ class Prepared:
 
 
 def prepare(
-    config: TuneConfig, tokenizer: TextTokenizer, *, decoder: bool, model_limit: int, progress: Progress
+    config: TuneConfig,
+    tokenizer: TextTokenizer,
+    *,
+    decoder: bool,
+    model_limit: int,
+    model_labels: tuple[str, ...],
+    progress: Progress,
 ) -> Prepared:
     """Read, split, encode and audit the rows of a tune.
 
@@ -62,9 +68,16 @@ def prepare(
     columns = find_columns(names, config, task)
     labels: tuple[str, ...] = ()
     if task == "text-classification":
-        labels = find_labels(rows["train"], columns)
-        if len(labels) < 2:
-            raise DataError(f"{config.data}: the label column holds {len(labels)} class(es), at least 2 are needed")
+        found = find_labels([row for name in SPLITS for row in rows[name]], columns)
+        if len(found) < 2:
+            raise DataError(f"{config.data}: the label column holds {len(found)} class(es), at least 2 are needed")
+        labels = _order_labels(found, model_labels)
+        if model_labels:
+            kept = labels == model_labels or labels == _numbers(model_labels)
+            what = "going on from the model's head for" if kept else "a new head instead of the model's, which is for"
+            progress.say(f"{what} {', '.join(model_labels)}")
+        if unseen := sorted(set(found) - set(find_labels(rows["train"], columns))):
+            progress.say(f"no train row is of class {', '.join(unseen)}: it cannot be learned")
     rendering = make_rendering(
         config, columns, task, tokenizer, longest_sequence(config.max_length, model_limit), labels
     )
@@ -85,6 +98,18 @@ def prepare(
             )
     progress.say(", ".join(f"{len(trainable[name])} {name}" for name in SPLITS) + " rows")
     return Prepared(task, rendering, rows, trainable, fingerprint([r for name in SPLITS for r in rows[name]]), findings)
+
+
+def _order_labels(found: tuple[str, ...], model_labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Classes in the order of the logits: a head that knows all of them, by name or number, keeps its own."""
+    for known in (model_labels, _numbers(model_labels)):
+        if set(found) <= set(known):
+            return known
+    return found
+
+
+def _numbers(labels: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(str, range(len(labels))))
 
 
 def longest_sequence(max_length: int | None, model_limit: int) -> int:

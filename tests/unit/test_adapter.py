@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import write_llama
 from transformers import AutoModelForCausalLM
 
@@ -179,3 +179,31 @@ def test_quantized_layers_keep_their_kind_under_peft(llama: Path, llama_run: Run
     kinds = {type(getattr(module, "base_layer", None)) for module in ours.modules()} - {type(None)}
     assert kinds == {QuantLinear}
     assert isinstance(ours.get_input_embeddings(), QuantEmbedding)
+
+
+@pytest.mark.parametrize("change", ["lost", "renamed"])
+def test_an_adapter_of_which_a_part_would_be_ignored_is_refused(llama: Path, tmp_path: Path, change: str) -> None:
+    folder = save_adapter(llama, tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    gone = next(name for name in tensors if "layers.1.self_attn.q_proj.lora_B" in name)
+    moved = tensors.pop(gone)
+    if change == "renamed":
+        tensors[gone.replace("q_proj", "query")] = moved
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q"):
+        load_adapter(base_model(llama), folder)
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(llama: Path, tmp_path: Path) -> None:
+    deeper = write_llama(tmp_path / "deeper", num_hidden_layers=3)
+    with pytest.raises(ModelError, match=r"no place in this model for .*layers\.2"):
+        load_adapter(base_model(llama), save_adapter(deeper, tmp_path / "adapter"))
+
+
+def test_an_adapter_that_changed_its_base_is_refused(llama: Path, tmp_path: Path) -> None:
+    folder = save_adapter(llama, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
+    with pytest.raises(ModelError, match="pissa"):
+        load_adapter(base_model(llama), folder)

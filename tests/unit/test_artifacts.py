@@ -65,7 +65,7 @@ def test_another_version_is_refused(bundle: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", '{"format_version": 1}', '{"format_version": 1, "files": {"a": 1}}'])
 def test_a_broken_manifest_is_refused(bundle: Path, content: str) -> None:
     (bundle / "manifest.json").write_text(content)
-    with pytest.raises(BundleError, match="manifest"):
+    with pytest.raises(BundleError, match=r"manifest"):
         Bundle.open(bundle)
 
 

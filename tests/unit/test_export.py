@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from tiny_models import write_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.base.linear import QuantEmbedding, QuantLinear
@@ -266,3 +266,45 @@ def test_a_base_that_changed_since_the_run_is_refused(llama: Path, llama_run: Ru
 def test_a_float_base_is_read_as_float(llama: Path) -> None:
     model = load_model(find_base(str(llama)), "text-generation", "fp32")
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_layers_of_different_rank_share_a_graph(llama: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"r": 8, "target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 4}}
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(llama),
+        LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings),
+    )
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    bundle = export(str(llama), ExportConfig(out=tmp_path / "bundle", adapter=tmp_path / "adapter", lane="adapter"))
+    assert bundle.manifest["verification"]["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-3
+
+
+def test_a_refusal_is_recorded_and_may_be_replaced(llama_run: RunFolder, tmp_path: Path) -> None:
+    config = ExportConfig(out=tmp_path / "bundle", **{**LOOSE, "min_retained": 2.0})
+    for _ in range(2):
+        with pytest.raises(GateRefused):
+            export(str(llama_run.path), config)
+    assert "--min-retained" in Bundle.open(tmp_path / "bundle.rejected").manifest["verification"]["refused"][0]
+
+
+def test_a_folder_that_is_not_ours_is_not_replaced_by_a_refused_bundle(llama_run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "bundle.rejected").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle"))
+
+
+def test_a_classifier_adapter_brings_its_head(bert: Path, reviews: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2),
+        LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    loose = ExportConfig(out=tmp_path / "named", adapter=tmp_path / "adapter", data=str(reviews), **LOOSE)
+    with pytest.raises(GateRefused, match="nothing was learned"):
+        export(str(bert), loose)
+    named = Bundle.open(tmp_path / "named.rejected")
+    assert named.manifest["rendering"]["labels"] == ["blame", "praise"]
+    bare = export(str(bert), ExportConfig(out=tmp_path / "bare", adapter=tmp_path / "adapter"))
+    assert bare.manifest["rendering"]["labels"] == ["LABEL_0", "LABEL_1"]

@@ -1,0 +1,125 @@
+"""A base is loaded whole or refused, and a head is kept only for the classes that it knows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import write_bert, write_llama
+from transformers import AutoConfig, BertForSequenceClassification
+
+from edge_ft.base.load import find_base, load_model
+from edge_ft.config import TuneConfig
+from edge_ft.errors import DataError, ModelError
+from edge_ft.tune import tune
+
+
+def edit_config(folder: Path, **changes: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def write_headed(folder: Path, names: tuple[str, ...]) -> Path:
+    """A BERT with a classification head, its classes in this order."""
+    write_bert(folder)
+    config = AutoConfig.from_pretrained(folder, num_labels=len(names), id2label=dict(enumerate(names)))
+    torch.manual_seed(3)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
+    folder = edit_config(write_llama(tmp_path / "model"), num_hidden_layers=3)
+    with pytest.raises(ModelError, match=r"lacks the weights of model\.layers\.2.* and 8 more"):
+        load_model(find_base(str(folder)), "text-generation")
+
+
+def test_an_encoder_without_a_head_cannot_classify_yet(bert: Path) -> None:
+    with pytest.raises(ModelError, match="no classification head, tune it first"):
+        load_model(find_base(str(bert)), "text-classification")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"head_dim": 24}, "multiples of 16"), ({"model_type": "gpt_neox"}, "'gpt_neox' are not supported")],
+)
+def test_what_cannot_be_exported_is_refused_before_any_work(
+    tmp_path: Path, changes: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ModelError, match=says):
+        find_base(str(edit_config(write_llama(tmp_path / "model"), **changes)))
+
+
+def test_a_weight_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="NaN"):
+        load_model(find_base(str(folder)), "text-generation", "int4")
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="one JSON object"):
+        find_base(str(tmp_path))
+
+
+def test_a_head_is_kept_in_its_own_order(tmp_path: Path, reviews: Path) -> None:
+    folder = write_headed(tmp_path / "model", ("praise", "blame"))
+    run = tune(TuneConfig(model=str(folder), data=str(reviews), out=tmp_path / "run", max_steps=1))
+    assert run.rendering()["labels"] == ["praise", "blame"]
+    kept = load_model(find_base(str(folder)), "text-classification", labels=("praise", "blame"))
+    torch.testing.assert_close(kept.classifier.weight, load_file(folder / "model.safetensors")["classifier.weight"])
+
+
+def test_a_head_for_other_classes_is_drawn_anew(tmp_path: Path, reviews: Path) -> None:
+    folder = write_headed(tmp_path / "model", ("cat", "dog"))
+    run = tune(TuneConfig(model=str(folder), data=str(reviews), out=tmp_path / "run", max_steps=1))
+    assert run.rendering()["labels"] == ["blame", "praise"]
+    fresh = load_model(find_base(str(folder)), "text-classification", labels=("blame", "praise"))
+    assert not torch.equal(fresh.classifier.weight, load_file(folder / "model.safetensors")["classifier.weight"])
+
+
+def test_a_head_with_default_names_has_them(tmp_path: Path) -> None:
+    folder = write_headed(tmp_path / "model", ("LABEL_0", "LABEL_1"))
+    assert find_base(str(folder)).labels == ("LABEL_0", "LABEL_1")
+
+
+def test_numbers_mean_the_heads_own_order(tmp_path: Path) -> None:
+    folder = write_headed(tmp_path / "model", ("no", "yes"))
+    assert find_base(str(folder)).brings_head_of(("0", "1"))
+    assert not find_base(str(folder)).brings_head_of(("yes", "no"))
+
+
+def test_a_rare_class_does_not_stop_a_run(bert: Path, reviews: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(reviews.read_text() + '{"text": "the film was a [ film", "label": "rare"}\n')
+    for seed in range(3):
+        run = tune(TuneConfig(model=str(bert), data=str(rows), out=tmp_path / str(seed), max_steps=1, seed=seed))
+        assert run.rendering()["labels"] == ["blame", "praise", "rare"]
+
+
+def test_a_decoder_asked_to_classify_is_refused(llama: Path, reviews: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="text-generation here, not text-classification"):
+        tune(TuneConfig(model=str(llama), data=str(reviews), out=tmp_path / "run", label="label"))
+    with pytest.raises(DataError):
+        tune(TuneConfig(model=str(llama), data=str(reviews), out=tmp_path / "run", label="lable"))
+
+
+def test_python_values_are_taken_as_they_come(llama: Path, sums: Path, tmp_path: Path) -> None:
+    settings = {"model": llama, "data": sums, "out": str(tmp_path / "run"), "target_modules": ["q_proj,v_proj"]}
+    run = tune(TuneConfig(**settings, max_steps=1))  # type: ignore[arg-type]
+    assert run.path == tmp_path / "run"
+
+
+def test_a_run_that_failed_before_it_learned_leaves_its_place(llama: Path, sums: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="not a number"):
+        tune(
+            TuneConfig(
+                model=str(llama), data=str(sums), out=tmp_path / "run", learning_rate=1e30, warmup=0.0, max_steps=9
+            )
+        )
+    assert not (tmp_path / "run").exists()
