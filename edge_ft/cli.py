@@ -196,7 +196,8 @@ def run(
     elif interactive:
         converse(bundle, settings, sys.stdin, sys.stdout)
     else:
-        text = prompt if prompt is not None else sys.stdin.read()
+        # echo and editors end a text with a newline that is not part of it.
+        text = prompt if prompt is not None else sys.stdin.read().removesuffix("\n")
         result = answer_one(bundle, text, settings, None if output.json == "-" else sys.stdout)
         if output.json is not None:
             _write_json(output.json, result)

@@ -174,11 +174,17 @@ class VerifyConfig(RowsConfig):
     """What `edge-ft verify` can be told: without --data only the files and the graph are checked."""
 
     data: str | None = None
-    """Rows to score again; the scores must agree with the manifest's gate limits."""
-    max_tax: float = 0.02
-    """Refuse when the loss on --data exceeds the manifest's shipped loss by so many nats per token."""
+    """Rows to score: the export's validation rows must score as then; others are only scored, and in the adapter lane
+    compared with the base."""
+    max_tax: float | None = None
+    """Limit of the quantization tax, nats per token, where --data are the export's validation rows, and of accuracy
+    level 4's difference on the probe texts; other rows are not held to it. Default the limit of the export."""
     threads: int | None = None
     """CPU threads; default all cores."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.max_tax is None or self.max_tax >= 0, "--max-tax cannot be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +200,9 @@ class EvalConfig(RowsConfig):
     base_format: Literal["int4", "fp32"] = "fp32"
     """Grid on which a plain MODEL is scored; a run is scored on the one it was trained over."""
     shots: int = 0
-    """Train examples put before each prompt (text-generation)."""
+    """Train examples put before each prompt (text-generation); rows may then be as long as the model's limit."""
     shots_from: str | None = None
-    """File to take the shots from; default the run's train rows."""
+    """File to take the shots from; default the run's train rows, a bundle or model has none."""
     generate: bool = True
     """Also generate answers and compare them (text-generation); costs most of the time."""
     max_new_tokens: int = 64

@@ -26,12 +26,11 @@ from edge_ft.data import (
     read_rows,
 )
 from edge_ft.errors import DataError, ModelError, UsageError
-from edge_ft.evaluate.open import find_run_base, open_run_model, rendering_for
+from edge_ft.evaluate.open import find_run_base, longest_sequence, open_run_model, rendering_for
+from edge_ft.evaluate.score import scorable
+from edge_ft.export.verify import VERIFY_ROWS
 
 __all__ = ["Source", "open_export_source"]
-
-VERIFY_ROWS = 512
-"""Validation rows that verification reads at most: enough for an interval of ±0.01 nats on most data."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,8 @@ def _from_run(run: RunFolder, config: ExportConfig) -> Source:
         block_size=config.block_size or int(identity["block_size"]),
         tokenizer=tokenizer,
         rendering=rendering,
-        validation=_scorable(encode_rows(rendering, tokenizer, rows)),
-        test=_scorable(encode_rows(rendering, tokenizer, test)),
+        validation=scorable(encode_rows(rendering, tokenizer, rows)),
+        test=scorable(encode_rows(rendering, tokenizer, test)),
         rows_sha256=fingerprint(rows),
         data_fingerprint=identity["data_fingerprint"],
         run=run,
@@ -124,15 +123,25 @@ def _from_model(source: str, config: ExportConfig) -> Source:
     rows = read_rows(config.data)[:VERIFY_ROWS] if config.data is not None else []
     labels = _labels(base, config, rows) if task == "text-classification" else ()
     if rows:
-        rendering = rendering_for(config, rows, tokenizer, None, base.family.decoder, task, base.max_length, labels)
+        rendering = rendering_for(
+            config,
+            rows,
+            tokenizer,
+            None,
+            decoder=base.family.decoder,
+            task=task,
+            model_limit=base.max_length,
+            labels=labels,
+        )
     else:
         columns = (
             Columns("text_label", "{text}", None, "label")
             if labels
             else Columns("prompt_completion", "{prompt}", "{completion}")
         )
-        rendering = make_rendering(config, columns, task, tokenizer, base.max_length, labels)
-    examples = _scorable(encode_rows(rendering, tokenizer, rows))
+        longest = longest_sequence(config.max_length, base.max_length)
+        rendering = make_rendering(config, columns, task, tokenizer, longest, labels)
+    examples = scorable(encode_rows(rendering, tokenizer, rows))
     if rows and not examples:
         raise DataError(f"{config.data}: no row has an answer to score")
     return Source(
@@ -170,7 +179,3 @@ def _labels(base: Base, config: ExportConfig, rows: list[Row]) -> tuple[str, ...
         return base.labels
     found = find_labels(rows, find_columns(column_names(rows), config, "text-classification")) if rows else ()
     return found if len(found) == size else tuple(f"LABEL_{index}" for index in range(size))
-
-
-def _scorable(examples: list[Example]) -> list[Example]:
-    return [example for example in examples if any(label != -100 for label in example.labels)]

@@ -12,11 +12,14 @@ from edge_ft.data import Example, Rendering, TextTokenizer, encode_rows, fingerp
 from edge_ft.errors import GateRefused
 from edge_ft.evaluate.metrics import paired_bootstrap
 from edge_ft.evaluate.open import rendering_for
-from edge_ft.evaluate.score import RowScores, Scorer, score, summary
+from edge_ft.evaluate.score import RowScores, Scorer, counted, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.runtime import load
 
-__all__ = ["SAME", "largest_difference", "probe_examples", "score_examples", "verify"]
+__all__ = ["SAME", "VERIFY_ROWS", "largest_difference", "probe_examples", "score_examples", "verify"]
+
+VERIFY_ROWS = 512
+"""Validation rows that verification reads at most: enough for an interval of ±0.01 nats on most data."""
 
 SAME = 1e-3
 """Nats per target token within which two runs of the same weights agree, and which an adapter must exceed."""
@@ -33,23 +36,28 @@ PROBES = (
 def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Check a bundle's files, its graphs on this machine, and with `config.data` its scores.
 
-    The probe texts must score as they did where the bundle was written. Rows that are the export's own
-    validation rows must too, and the limit on the tax is applied again; other rows are scored, and in the
-    adapter lane the adapter must beat its base on them.
+    What its export refused is refused. The probe texts must score as they did where the bundle was written.
+    Rows whose first `VERIFY_ROWS` are the export's validation rows, read as they were then, must too: those
+    alone are scored, and `config.max_tax` (default the export's own) limits the tax again. Any other rows are
+    only scored; in the adapter lane the adapter must beat its base on them, in the others nothing is judged.
 
     Returns:
-        `bundle`, `files`, `probe_difference` (by accuracy level, nats per token), and with rows `rows`,
-        `same_rows`, `nll`, `metrics`.
+        `bundle`, `files`, `probe_difference` (by accuracy level, nats per token), and with rows `same_rows`,
+        `rows`, `dropped`, `cut`, `cut_tokens` (see `counted`), `nll`, `perplexity`, `metrics`.
 
     Raises:
         BundleError: the bundle cannot be opened.
-        GateRefused: it does not score here as it did, or lost too much.
+        GateRefused: its export was refused, it does not score here as it did, or it lost too much.
+        AuditRefused: no row has an answer to score.
     """
     progress = progress or Silent()
     bundle = Bundle.open(path)
     recorded = bundle.manifest["verification"]
     tokenizer = TextTokenizer.load(path)
     rendering = Rendering.from_dict(bundle.manifest["rendering"])
+    max_tax = recorded["limits"]["max_tax"] if config.max_tax is None else config.max_tax
+    if refused := recorded.get("refused"):
+        raise GateRefused(f"{path}: its export was refused: {'; '.join(refused)}")
     reasons: list[str] = []
     differences = {}
     for level in bundle.manifest["graphs"]:
@@ -58,7 +66,7 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
         there = np.array(recorded["by_accuracy_level"][level]["probe_nll"])
         differences[level] = float((np.abs(probe.nll - there) / probe.tokens).max())
         # Level 4's int8 kernels round differently from processor to processor: it is held to the tax instead.
-        if differences[level] > (SAME if level == "1" else config.max_tax):
+        if differences[level] > (SAME if level == "1" else max_tax):
             reasons.append(
                 f"level {level} scores the probe texts {differences[level]:.4f} nats per token off its export"
             )
@@ -69,14 +77,17 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
     }
     if config.data is not None:
         rows = read_rows(config.data)
-        rendering = rendering_for(config, rows, tokenizer, rendering)
-        examples = encode_rows(rendering, tokenizer, rows)
+        exported = rendering
+        rendering = rendering_for(config, rows, tokenizer, exported, model_limit=int(bundle.manifest["max_length"]))
+        # Cut or written otherwise than then, the same rows have another score.
+        same = rendering == exported and fingerprint(rows[:VERIFY_ROWS]) == recorded["rows_sha256"]
+        encoded = encode_rows(rendering, tokenizer, rows[:VERIFY_ROWS] if same else rows)
+        examples, counts = counted(encoded, config.data, rendering.max_length, progress)
         scorer = load(bundle, threads=config.threads)
         scores = score_examples(scorer, examples, tokenizer, rendering, progress, "rows")
-        same = fingerprint(rows) == recorded["rows_sha256"]
         result |= {
-            "rows": len(examples),
             "same_rows": same,
+            **counts,
             **summary(scores, examples, rendering.task, rendering.labels),
         }
         trained = recorded["nll"]["trained"]
@@ -84,8 +95,8 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
             reasons.append(
                 f"the export's rows score {scores.mean_nll:.4f} here and {recorded['nll']['shipped']:.4f} there"
             )
-        if same and trained is not None and scores.mean_nll - trained > config.max_tax:
-            reasons.append(f"quantization tax {scores.mean_nll - trained:+.4f} is above --max-tax {config.max_tax:g}")
+        if same and trained is not None and scores.mean_nll - trained > max_tax:
+            reasons.append(f"quantization tax {scores.mean_nll - trained:+.4f} is above --max-tax {max_tax:g}")
         if not same and bundle.manifest["lane"] == "adapter":
             without = load(bundle, threads=config.threads, adapter="none")
             base = score_examples(without, examples, tokenizer, rendering, progress, "rows, base")
@@ -105,7 +116,7 @@ def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Examp
     if rendering.task == "text-classification":
         encoded = [tokenizer.encode_classifier(text, rendering.max_length)[0] for text in PROBES]
         return [Example(row, ids, [0], 0, "", 0) for row, ids in enumerate(encoded, 1)]
-    encoded = [tokenizer.encode(text) for text in PROBES]
+    encoded = [tokenizer.encode(text)[: rendering.max_length] for text in PROBES]
     return [Example(row, ids, list(ids), 1, "", 0) for row, ids in enumerate(encoded, 1)]
 
 

@@ -47,12 +47,15 @@ class Base:
         """Class names that the checkpoint brings, in the order of its head; none for a headless one."""
         key = f"{self.family.head[-1]}.weight"
         for file in sorted(self.path.glob("*.safetensors")):
-            with safe_open(file, "np") as weights:
-                if not self.family.decoder and key in weights.keys():  # noqa: SIM118 - not a dict
-                    size = weights.get_slice(key).get_shape()[0]
-                    # transformers leaves out names that are LABEL_0, LABEL_1 ...
-                    names: dict[str, str] = self.config.get("id2label") or {}
-                    return tuple(names.get(str(index), f"LABEL_{index}") for index in range(size))
+            try:
+                with safe_open(file, "np") as weights:
+                    size = weights.get_slice(key).get_shape()[0] if key in weights.keys() else 0  # noqa: SIM118
+            except SafetensorError as error:
+                raise ModelError(f"{file} cannot be read as safetensors: {error}") from error
+            if size and not self.family.decoder:
+                # transformers leaves out names that are LABEL_0, LABEL_1 ...
+                names: dict[str, str] = self.config.get("id2label") or {}
+                return tuple(names.get(str(index), f"LABEL_{index}") for index in range(size))
         return ()
 
     def brings_head_of(self, labels: tuple[str, ...]) -> bool:

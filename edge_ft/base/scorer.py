@@ -73,7 +73,9 @@ class TorchScorer:
 
     @torch.inference_mode()
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation of one prompt, up to and without the first stop token."""
+        """Greedy continuation of one prompt, up to and without the first stop token; none of an empty prompt."""
+        if not prompt_ids:
+            return []
         self.model.eval()
         input_ids = torch.tensor([prompt_ids], device=self.device)
         answer: list[int] = []

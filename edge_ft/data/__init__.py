@@ -4,7 +4,7 @@ from edge_ft.data.audit import Finding, audit
 from edge_ft.data.batches import Batch, collate, eval_batches, train_batches
 from edge_ft.data.chat import render_chat
 from edge_ft.data.columns import Columns, Message, Record, fill_text, find_columns, find_labels, guess_task, record
-from edge_ft.data.read import Row, column_names, read_rows
+from edge_ft.data.read import Row, column_names, read_rows, split_names
 from edge_ft.data.render import (
     Example,
     Rendering,
@@ -44,6 +44,7 @@ __all__ = [
     "read_rows",
     "record",
     "render_chat",
+    "split_names",
     "split_rows",
     "stop_ids",
     "train_batches",

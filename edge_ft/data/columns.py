@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from edge_ft.config import RowsConfig, Task
 from edge_ft.data.read import Row
+from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import DataError, did_you_mean
 
 __all__ = ["Columns", "Message", "Record", "fill_text", "find_columns", "find_labels", "guess_task", "record"]
@@ -35,6 +36,8 @@ class Columns:
         """Whether rows with the columns `names` have all that `record` reads of them."""
         if self.kind == "messages":
             return "messages" in names
+        if self.prompt is None and not answer:
+            return False  # rows of text alone have no prompt
         answers = _named(self.completion) | ({self.label} if self.label else set())
         return _named(self.prompt) | (answers if answer else set()) <= set(names)
 
@@ -67,6 +70,7 @@ def find_columns(names: Sequence[str], config: RowsConfig, task: Task | None) ->
 
     In --prompt and --completion `{column}` is the column's value, `{{` and `}}` are braces, and the escapes
     `\\n`, `\\t` and `\\\\` are newline, tab and backslash, since a shell passes them on as two characters.
+    text + label for text-generation: the label is learned on the line below the text.
 
     Raises:
         DataError: a column that is named but missing, or no known set of columns.
@@ -90,7 +94,8 @@ def find_columns(names: Sequence[str], config: RowsConfig, task: Task | None) ->
     if "instruction" in names and "output" in names:
         return Columns("instruction", "{instruction}", "{output}")
     if "text" in names and "label" in names:
-        return Columns("text_label", "{text}", "{label}")
+        # A decoder's text and its class need something between them.
+        return Columns("text_label", "{text}\n", "{label}")
     if "text" in names:
         return Columns("text", None, "{text}")
     raise DataError(
@@ -125,12 +130,11 @@ def fill_text(columns: Columns, text: str) -> str:
     named = _named(columns.prompt)
     if columns.prompt is None or len(named) != 1:
         return text
-    form = _PART.split(columns.prompt)
-    form[::2] = [re.escape(literal) for literal in form[::2]]
-    form[1::2] = [re.escape(part[0]) if part in ("{{", "}}") else ".*" for part in form[1::2]]
-    if re.fullmatch("".join(form), text, re.DOTALL):
-        return text
-    return _fill(columns.prompt, Row(0, dict.fromkeys(named, text)))
+    parts = _split(columns.prompt)
+    form = "(.*)".join(re.escape(own) for own in parts[::2])
+    found = re.fullmatch(form, text, re.DOTALL)
+    parts[1::2] = found.groups() if found else [text] * (len(parts) // 2)
+    return Filled(parts)
 
 
 def find_labels(rows: Sequence[Row], columns: Columns) -> tuple[str, ...]:
@@ -182,10 +186,21 @@ def _named(template: str | None) -> set[str]:
     return {part[1:-1] for part in _PART.findall(template or "") if part not in ("{{", "}}")}
 
 
-def _fill(template: str, row: Row) -> str:
-    parts = _PART.split(template)
-    parts[1::2] = [part[0] if part in ("{{", "}}") else _text(part[1:-1], row) for part in parts[1::2]]
-    return "".join(parts)
+def _split(template: str) -> list[str]:
+    """A template's own text and the names of its columns, in turn."""
+    parts = [""]
+    for at, part in enumerate(_PART.split(template)):
+        if at % 2 and part not in ("{{", "}}"):
+            parts += [part[1:-1], ""]
+        else:
+            parts[-1] += part[0] if at % 2 else part
+    return parts
+
+
+def _fill(template: str, row: Row) -> Filled:
+    parts = _split(template)
+    parts[1::2] = [_text(name, row) for name in parts[1::2]]
+    return Filled(parts)
 
 
 def _text(name: str, row: Row) -> str:
@@ -201,7 +216,10 @@ def _text(name: str, row: Row) -> str:
 
 def _label(name: str, row: Row) -> str:
     value = _text(name, row).strip()
-    if not value or isinstance(row.fields[name], float | list | dict):
+    given = row.fields[name]
+    if isinstance(given, float) and given.is_integer():
+        return str(int(given))  # what a table makes of whole numbers with a gap
+    if not value or isinstance(given, float | list | dict):
         raise DataError(f"row {row.number}: the class in {name!r} is {value!r}: it must be text or a whole number")
     return value
 

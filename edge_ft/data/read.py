@@ -11,7 +11,7 @@ from typing import Any
 
 from edge_ft.errors import DataError, did_you_mean, require
 
-__all__ = ["Row", "column_names", "read_rows"]
+__all__ = ["Row", "column_names", "read_rows", "split_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,16 @@ def column_names(rows: Sequence[Row]) -> list[str]:
 def read_rows(source: str, split: str | None = None) -> list[Row]:
     """Rows of a .jsonl, .json, .csv, .tsv or .parquet file, a folder saved by `datasets`, or a hub data set.
 
-    `split` picks one split of a folder or hub data set; default train.
+    A split of a folder or hub data set is named by `split`, or in the source: FOLDER:validation. A folder with
+    several needs one of both; a hub data set's default is train.
 
     Raises:
         DataError: a source that is missing, empty or malformed; the message names the line.
         MissingExtra: Parquet, saved folders and hub data sets need `edge-ft[train]`.
     """
+    place, colon, named = source.rpartition(":")
+    if colon and not Path(source).exists() and (Path(place).is_dir() or re.fullmatch(r"[\w-]+(/[\w.-]+)?", place)):
+        source, split = place, named
     path = Path(source)
     if path.is_file():
         reader = READERS.get(path.suffix.lower())
@@ -143,21 +147,41 @@ def _read_saved_folder(path: Path, split: str | None) -> list[Row]:
             f"{path} is not a folder saved by datasets: give a data file, or what save_to_disk wrote"
         ) from error
     if isinstance(saved, datasets.DatasetDict):
-        name = split or "train"
+        if split is None and len(saved) > 1:
+            raise DataError(f"{path} has the splits {', '.join(saved)}: name one, as in {path}:{next(iter(saved))}")
+        name = split or next(iter(saved))
         if name not in saved:
             raise DataError(f"{path} has no split {name!r}{did_you_mean(name, list(saved))}: it has {', '.join(saved)}")
         saved = saved[name]
-    return _from_table(saved.to_list())
+    return _from_dataset(saved)
+
+
+def split_names(source: str) -> list[str]:
+    """The splits of a folder that `datasets` saved several in; none for anything else."""
+    index = Path(source) / "dataset_dict.json"
+    return list(json.loads(_read_text(index))["splits"]) if index.is_file() else []
 
 
 def _read_hub(source: str, split: str | None) -> list[Row]:
     datasets = require("datasets", "train")
     try:
-        rows = datasets.load_dataset(source, split=split or "train").to_list()
+        dataset = datasets.load_dataset(source, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:
         near = did_you_mean(source, [file.name for file in Path().iterdir()])
         raise DataError(f"{source} is no file here{near}, nor a hub data set that can be reached ({error})") from error
-    return _from_table(rows)
+    return _from_dataset(dataset)
+
+
+def _from_dataset(dataset: Any) -> list[Row]:
+    """Rows of a `datasets.Dataset`, classes by their names."""
+    records = dataset.to_list()
+    for column, feature in dataset.features.items():
+        if hasattr(feature, "int2str"):
+            for record in records:
+                number = record[column]
+                # Below 0 is how data sets without answers say null.
+                record[column] = None if number is None or number < 0 else feature.int2str(number)
+    return _from_table(records)
 
 
 def _from_table(records: list[dict[str, Any]]) -> list[Row]:

@@ -1,7 +1,8 @@
 """From a record to token ids: the one place that decides what the model reads, in training and at run time.
 
 Plain rows are [BOS if the tokenizer adds one] + prompt + completion + EOS, prompt and completion tokenized
-apart, loss on completion and EOS. Chats are what the chat template writes and nothing else (it writes its own
+apart, loss on completion and EOS; control tokens are read where --prompt and --completion write them, never
+in a column's value. Chats are what the chat template writes and nothing else (it writes its own
 BOS), loss on each assistant turn through its end-of-turn token. A template that changes earlier turns when
 the chat goes on (as those that drop earlier thinking do) gives loss only on the turns that it leaves as the
 model will see them at run time; `Example.unlearned_turns` counts the others.
@@ -198,7 +199,7 @@ def encode_example(rendering: Rendering, tokenizer: TextTokenizer, record: Recor
         ids[:limit],
         labels[:limit],
         min(spans[-1][0], limit),
-        completion,
+        tokenizer.without_controls(completion) if rendering.chat_template is None else completion,
         max(len(ids) - limit, 0),
         skipped,
     )

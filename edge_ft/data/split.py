@@ -2,25 +2,28 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from edge_ft.data.read import Row
 
-__all__ = ["fingerprint", "overlap", "split_rows"]
+__all__ = ["content", "fingerprint", "overlap", "split_rows"]
 
 SPLITS = ("train", "validation", "test")
 
 
-def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], seed: int) -> dict[str, list[Row]]:
+def split_rows(
+    rows: Sequence[Row], shares: tuple[float, float, float], seed: int, key: Callable[[Row], str] | None = None
+) -> dict[str, list[Row]]:
     """Rows of train, validation and test; equal rows stay together, each split keeps the rows' order.
 
-    `shares` sum to 1. Every non-zero share gets rows as long as there are enough different ones, train first.
+    Rows are equal when all their fields are, or what `key` gives of them. `shares` sum to 1. Every non-zero
+    share gets rows as long as there are enough different ones, train first.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(_content(row), []).append(row)
+        groups.setdefault((key or content)(row), []).append(row)
     shuffled = list(groups.values())
     wanted = {name: share * len(rows) for name, share in zip(SPLITS, shares, strict=True) if share > 0}
     found: dict[str, list[Row]] = {name: [] for name in SPLITS}
@@ -31,20 +34,23 @@ def split_rows(rows: Sequence[Row], shares: tuple[float, float, float], seed: in
     return {name: sorted(rows, key=lambda row: row.number) for name, rows in found.items()}
 
 
-def overlap(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[int, int]]:
+def overlap(
+    first: Sequence[Row], second: Sequence[Row], key: Callable[[Row], str] | None = None
+) -> list[tuple[int, int]]:
     """Numbers of equal rows: (row of `first`, row of `second`)."""
-    numbers = {_content(row): row.number for row in reversed(first)}
-    return [(numbers[content], row.number) for row in second if (content := _content(row)) in numbers]
+    key = key or content
+    numbers = {key(row): row.number for row in reversed(first)}
+    return [(numbers[found], row.number) for row in second if (found := key(row)) in numbers]
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
     """Hex sha256 of the rows' content in their order."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(_content(row).encode() + b"\n")
+        digest.update(content(row).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _content(row: Row) -> str:
+def content(row: Row) -> str:
     """Equal for rows whose fields are all equal, in whatever order they are written."""
     return json.dumps(row.fields, sort_keys=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from tokenizers import Encoding, Tokenizer
 
 from edge_ft.errors import DataError, ModelError
 
-__all__ = ["TextTokenizer"]
+__all__ = ["Filled", "TextTokenizer"]
 
 CUT = "\ufdd0"
 """Marks where a text must be tokenized in two parts: a noncharacter, which Unicode reserves for such use."""
@@ -25,6 +26,32 @@ FILES = (
     "merges.txt",
     "added_tokens.json",
 )
+
+
+class Filled(str):
+    """A filled template that knows its parts: only what the template itself says may be a control token."""
+
+    parts: tuple[str, ...]
+    """The template's own text and the values put into it, in turn; the first and the last are its own."""
+
+    def __new__(cls, parts: Sequence[str]) -> "Filled":
+        """The parts as one text; slices and sums of it are ordinary text again."""
+        filled = super().__new__(cls, "".join(parts))
+        filled.parts = tuple(parts)
+        return filled
+
+    @classmethod
+    def concat(cls, texts: Sequence[str]) -> "Filled":
+        """Texts one behind the other, each as it is read alone: those that are not `Filled` are values."""
+        joined = [""]
+        for text in texts:
+            first, *rest = text.parts if isinstance(text, Filled) else ("", text, "")
+            joined[-1] += first
+            joined += rest
+        return cls(joined)
+
+    def __getnewargs__(self) -> tuple[tuple[str, ...]]:  # type: ignore[override]  # copies are made of parts
+        return (self.parts,)
 
 
 class TextTokenizer:
@@ -82,7 +109,9 @@ class TextTokenizer:
         return cls(folder)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a user's text: no special tokens are added and none are found in it."""
+        """Ids of a user's text: no special tokens are added and none are found but those that a template wrote."""
+        if isinstance(text, Filled):
+            return self.encode_template(self._shield_values(text))
         encoding = self._parse(text)
         return self.encode_template(self.shield(text)) if self._controls(text, encoding) else encoding.ids
 
@@ -110,6 +139,10 @@ class TextTokenizer:
         # Parts are shielded again: a cut may have laid bare another token that overlaps.
         return CUT.join(self.shield(part) for part in [*parts, text[begin:]])
 
+    def without_controls(self, text: str) -> str:
+        """A filled template without the control tokens it wrote, as `decode` leaves them out; other text as it is."""
+        return "".join(self._around_controls(text)[::2]) if isinstance(text, Filled) else text
+
     def encode_classifier(self, text: str, max_length: int) -> tuple[list[int], int]:
         """Ids of a text between the model's own [CLS] and [SEP], and how many tokens were cut off its end."""
         body = self.encode(text)
@@ -123,6 +156,24 @@ class TextTokenizer:
     def files(self) -> list[Path]:
         """The text files that a run folder or bundle needs to load this tokenizer again."""
         return [self.folder / name for name in FILES if (self.folder / name).is_file()]
+
+    def _shield_values(self, text: Filled) -> str:
+        # Text and values between two control tokens are shielded as one: a value may complete a token with its text.
+        around = self._around_controls(text)
+        around[::2] = [self.shield(part) for part in around[::2]]
+        return "".join(around)
+
+    def _around_controls(self, text: Filled) -> list[str]:
+        """What is text and what is a control token of the template, in turn, text first and last."""
+        found = [""]
+        for at, part in enumerate(text.parts):
+            begin = 0
+            for start, stop in self._controls(part, self._parse(part)) if part and at % 2 == 0 else ():
+                found[-1] += part[begin:start]
+                found += [part[start:stop], ""]
+                begin = stop
+            found[-1] += part[begin:]
+        return found
 
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.config import EvalConfig
 from edge_ft.data import Example, Row, encode_rows, read_rows
-from edge_ft.errors import AuditRefused, UsageError
+from edge_ft.errors import UsageError
 from edge_ft.evaluate.metrics import Metric, exact_match, mean, proportion, token_f1, verbatim_match
 from edge_ft.evaluate.open import Opened, open_source
-from edge_ft.evaluate.score import Answerer, score, summary
+from edge_ft.evaluate.score import Answerer, counted, score, summary
 from edge_ft.evaluate.shots import with_shots
 from edge_ft.progress import Progress, Silent, track
 
@@ -24,8 +25,9 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
     """Loss, perplexity and task metrics of `source` on the rows of `config.data`.
 
     Returns:
-        `rows`, `nll` (nats per target token), `perplexity`, `metrics` ({name: {value, low, high}}, 95%
-        intervals over rows), `shots`, `seconds`.
+        `rows` that were scored, `dropped` ones with nothing to score, those `cut` to the longest sequence and
+        the `cut_tokens` they lost; `nll` (nats per target token), `perplexity`, `metrics` ({name: {value, low,
+        high}}, 95% intervals over rows), `shots`, `seconds`.
 
     Raises:
         UsageError: rows, source or options that cannot be used.
@@ -34,15 +36,16 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
     progress = progress or Silent()
     started = time.monotonic()
     rows = read_rows(config.data)[: config.limit]
+    shots = _shot_rows(source, config)[: config.shots] if config.shots else []
     opened = open_source(source, config, rows)
     rendering, tokenizer = opened.rendering, opened.tokenizer
     if config.shots:
-        examples = with_shots(rendering, tokenizer, rows, _shot_rows(source, config)[: config.shots])
+        # The training length was chosen for rows without shots.
+        rendering = replace(rendering, max_length=config.max_length or opened.model_limit)
+        examples = with_shots(rendering, tokenizer, rows, shots)
     else:
         examples = encode_rows(rendering, tokenizer, rows)
-    examples = [example for example in examples if any(label != -100 for label in example.labels)]
-    if not examples:
-        raise AuditRefused(f"{config.data}: no row has an answer to score")
+    examples, counts = counted(examples, config.data, rendering.max_length, progress)
     scores = score(
         opened.scorer,
         examples,
@@ -53,12 +56,13 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
         stage="score",
     )
     result = summary(scores, examples, rendering.task, rendering.labels)
-    if rendering.task == "text-generation" and config.generate:
+    asks = rendering.columns.kind == "messages" or bool(rendering.columns.prompt)  # rows of text alone do not
+    if rendering.task == "text-generation" and config.generate and asks:
         result["metrics"] |= _answers(opened, examples, config.max_new_tokens, progress)
     return {
         "source": source,
         "task": rendering.task,
-        "rows": len(examples),
+        **counts,
         **result,
         "shots": config.shots,
         "seconds": round(time.monotonic() - started, 2),
@@ -70,15 +74,20 @@ def _shot_rows(source: str, config: EvalConfig) -> Sequence[Row]:
         return read_rows(config.shots_from)
     if kind_of(source) == "run":
         return read_rows(str(RunFolder(Path(source)).split("train")))
-    raise UsageError("--shots needs --shots-from FILE: a bundle or model brings no rows of its own")
+    raise UsageError(
+        "--shots needs --shots-from FILE, e.g. the splits/train.jsonl of its run: a bundle or model brings no rows"
+    )
 
 
 def _answers(opened: Opened, examples: Sequence[Example], max_new_tokens: int, progress: Progress) -> dict[str, Metric]:
     """How greedy answers compare with the right ones: to the letter, by what they say, by their words."""
     assert isinstance(opened.scorer, Answerer)
+    if not (examples := [example for example in examples if example.prompt_length]):
+        return {}
     verbatim, matches, overlaps = [], [], []
     for example in track(progress, "answer", examples, len(examples)):
-        ids = opened.scorer.answer(example.input_ids[: example.prompt_length], max_new_tokens)
+        room = opened.model_limit - example.prompt_length  # torch would go on past the model's positions
+        ids = opened.scorer.answer(example.input_ids[: example.prompt_length], min(max_new_tokens, room))
         text = opened.tokenizer.decode(ids)
         verbatim.append(verbatim_match(text, example.reference))
         matches.append(exact_match(text, example.reference))

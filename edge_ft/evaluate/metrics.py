@@ -113,11 +113,14 @@ def perplexity(nll: float) -> float:
 def exact_match(answer: str, reference: str) -> bool:
     """Whether an answer says what the reference says.
 
-    A reference that starts with a number ("9 apples", "$1,200.50", "-3") is matched by its numbers alone: the
-    first numbers of the answer must be its numbers, in order and by value, whatever words are around them.
-    Any other reference must be equal as SQuAD compares: without case, punctuation, articles and extra blanks.
+    A reference of numbers and their units ("9 apples", "$1,200.50", "12 (boys); 15 (girls)") is matched by its numbers
+    alone: the answer's first numbers must be they, in order and by value. It starts with a number and has at
+    most two other words for each. Any other reference must be equal as SQuAD compares: without case,
+    punctuation, articles and extra blanks.
     """
-    if re.match(r"\W*\d", reference) and (wanted := _numbers(reference)):
+    wanted = _numbers(reference)
+    starts = re.match(r"\W*\d", reference) and _numbers(reference.split()[0])
+    if starts and len(re.findall(r"[^\W\d_]+", reference)) <= 2 * len(wanted):
         return _numbers(answer)[: len(wanted)] == wanted
     return _words(answer) == _words(reference)
 
@@ -143,9 +146,9 @@ def _words(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[Decimal]:
-    """Values of the numbers in a text: "1,200" is one number, and the minus of "10-3" belongs to none."""
+    """Values of the numbers in a text: "1,200" is one, the minus of "10-3" belongs to none, "5G" is none."""
     text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
-    found = re.findall(r"(?<![\w.])-?(?:\$ ?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?", text)
+    found = re.findall(r"(?<![\w.])-?(?:\$ ?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?![^\W_])", text)
     return [Decimal(re.sub(r"[$, ]", "", number)) for number in found if re.search(r"\d", number)]
 
 

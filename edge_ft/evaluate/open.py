@@ -13,6 +13,7 @@ from edge_ft.data import (
     TextTokenizer,
     column_names,
     find_columns,
+    find_labels,
     guess_task,
     make_rendering,
     stop_ids,
@@ -23,7 +24,7 @@ from edge_ft.evaluate.score import Scorer
 if TYPE_CHECKING:
     from edge_ft.base.load import Base
 
-__all__ = ["Opened", "find_run_base", "open_run_model", "open_source", "rendering_for"]
+__all__ = ["Opened", "find_run_base", "longest_sequence", "open_run_model", "open_source", "rendering_for"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Opened:
     scorer: Scorer
     tokenizer: TextTokenizer
     rendering: Rendering
+    model_limit: int
+    """Positions that the model has."""
 
 
 def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
@@ -50,20 +53,26 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
 
         bundle = Bundle.open(Path(source))
         tokenizer = TextTokenizer.load(bundle.path)
-        rendering = rendering_for(config, rows, tokenizer, Rendering.from_dict(bundle.manifest["rendering"]))
-        return Opened(load(bundle, threads=config.threads, adapter=config.adapter), tokenizer, rendering)
+        limit = int(bundle.manifest["max_length"])
+        own = Rendering.from_dict(bundle.manifest["rendering"])
+        rendering = rendering_for(config, rows, tokenizer, own, model_limit=limit)
+        return Opened(load(bundle, threads=config.threads, adapter=config.adapter), tokenizer, rendering, limit)
 
     torch = require("torch", "train")
     from edge_ft.base.scorer import TorchScorer
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "run":
         run = RunFolder.open(Path(source))
         tokenizer = TextTokenizer.load(run.tokenizer)
-        rendering = rendering_for(config, rows, tokenizer, Rendering.from_dict(run.rendering()))
+        limit = find_run_base(run).max_length
+        own = Rendering.from_dict(run.rendering())
+        rendering = rendering_for(config, rows, tokenizer, own, model_limit=limit)
         model, base = open_run_model(run, adapter=config.adapter != "none")
-        return Opened(TorchScorer(model, base.family, stop_ids(rendering, tokenizer)), tokenizer, rendering)
+        scorer = TorchScorer(model.to(device), base.family, stop_ids(rendering, tokenizer))
+        return Opened(scorer, tokenizer, rendering, limit)
 
     from edge_ft.base.load import find_base, load_model
 
@@ -71,10 +80,19 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter")
     base = find_base(source, config.task)
     tokenizer = TextTokenizer.load(base.path)
-    labels = base.labels
-    rendering = rendering_for(config, rows, tokenizer, None, base.family.decoder, config.task, base.max_length, labels)
-    model = load_model(base, rendering.task, config.base_format)
-    return Opened(TorchScorer(model, base.family, stop_ids(rendering, tokenizer)), tokenizer, rendering)
+    rendering = rendering_for(
+        config,
+        rows,
+        tokenizer,
+        None,
+        decoder=base.family.decoder,
+        task=config.task,
+        model_limit=base.max_length,
+        labels=base.labels,
+    )
+    model = load_model(base, rendering.task, config.base_format).to(device)
+    scorer = TorchScorer(model, base.family, stop_ids(rendering, tokenizer))
+    return Opened(scorer, tokenizer, rendering, base.max_length)
 
 
 def find_run_base(run: RunFolder) -> "Base":
@@ -115,26 +133,40 @@ def open_run_model(run: RunFolder, adapter: bool = True) -> "tuple[Any, Base]":
     return (load_adapter(model, run.adapter) if adapter else model), base
 
 
+def longest_sequence(max_length: int | None, model_limit: int) -> int:
+    """The longest sequence in tokens: what was asked for, within what the model allows; else at most 1024.
+
+    Raises:
+        DataError: more was asked for than the model allows.
+    """
+    if max_length is not None and max_length > model_limit:
+        raise DataError(f"--max-length {max_length} is beyond the model's {model_limit} positions")
+    return max_length or min(model_limit, 1024)
+
+
 def rendering_for(
     config: RowsConfig,
     rows: Sequence[Row],
     tokenizer: TextTokenizer,
     own: Rendering | None,
+    *,
     decoder: bool = True,
     task: Task | None = None,
-    max_length: int = 1024,
+    model_limit: int,
     labels: tuple[str, ...] = (),
 ) -> Rendering:
     """How `rows` are rendered: as `own` says where its columns are there and nothing else was asked for.
 
-    Rows with other columns than the training rows had are mapped anew, with the template, labels and
-    length of `own`.
+    Rows with other columns than the training rows had are mapped anew, with the template and labels of
+    `own`. A `config.max_length` replaces the length of `own`; without `own` see `longest_sequence`.
 
     Raises:
-        DataError: the rows have no columns that can be used.
+        DataError: the rows have no columns that can be used, or --max-length is beyond `model_limit`.
     """
     names = column_names(rows)
     if own is not None:
+        if config.max_length is not None:
+            own = replace(own, max_length=longest_sequence(config.max_length, model_limit))
         asked = any(
             value is not None for value in (config.prompt, config.completion, config.label, config.chat_template)
         )
@@ -147,5 +179,11 @@ def rendering_for(
     task = task or guess_task(names, config, decoder)
     if task == "text-classification" and not labels:
         raise DataError("this model has no class names of its own: tune it first")
-    limit = config.max_length or max_length
-    return make_rendering(config, find_columns(names, config, task), task, tokenizer, limit, labels)
+    longest = longest_sequence(config.max_length, model_limit)
+    columns = find_columns(names, config, task)
+    numbers = tuple(map(str, range(len(labels))))
+    if task == "text-classification":
+        found = set(find_labels(rows, columns))
+        if not found <= set(labels) and found <= set(numbers):
+            labels = numbers  # rows that name classes by their place in the head
+    return make_rendering(config, columns, task, tokenizer, longest, labels)

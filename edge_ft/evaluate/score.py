@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_ft.data import Batch, Example, collate, eval_batches
+from edge_ft.data.render import IGNORED
+from edge_ft.errors import AuditRefused
 from edge_ft.evaluate.metrics import accuracy, macro_f1, mean, perplexity
 from edge_ft.progress import Progress, track
 
-__all__ = ["Answerer", "RowScores", "Scorer", "score", "summary"]
+__all__ = ["Answerer", "RowScores", "Scorer", "counted", "scorable", "score", "summary"]
 
 
 class Scorer(Protocol):
@@ -56,6 +58,33 @@ class RowScores:
         """Share of targets where both find the same likeliest token or class."""
         pairs = zip(self.predicted, other.predicted, strict=True)
         return float(sum(int((a == b).sum()) for a, b in pairs) / self.tokens.sum())
+
+
+def scorable(examples: Sequence[Example]) -> list[Example]:
+    """The examples that have a target: rows whose answer is empty, or cut off whole, have none."""
+    return [example for example in examples if any(label != IGNORED for label in example.labels)]
+
+
+def counted(
+    examples: Sequence[Example], where: str, max_length: int, progress: Progress
+) -> tuple[list[Example], dict[str, int]]:
+    """The `scorable` of them, and how many are `rows`, `dropped` and `cut` by how many `cut_tokens`: also said.
+
+    Raises:
+        AuditRefused: none is left.
+    """
+    kept = scorable(examples)
+    cut = [example.cut for example in examples if example.cut]
+    dropped = len(examples) - len(kept)
+    if cut:
+        progress.say(f"{where}: {len(cut)} row(s) lose {sum(cut)} tokens beyond the longest sequence of {max_length}")
+    if dropped:
+        progress.say(f"{where}: {dropped} row(s) are not scored: no answer, or none left of it")
+    if not kept:
+        raise AuditRefused(
+            f"{where}: no row has an answer to score: all are empty, or cut off by --max-length {max_length}"
+        )
+    return kept, {"rows": len(kept), "dropped": dropped, "cut": len(cut), "cut_tokens": sum(cut)}
 
 
 def score(

@@ -15,16 +15,23 @@ def with_shots(
 
     Raises:
         UsageError: the rows have no prompt to put anything before.
+        DataError: a row that cannot be used; the message names it.
     """
     if rendering.task != "text-generation":
         raise UsageError("--shots is for text-generation")
+    if rendering.columns.kind != "messages" and not rendering.columns.prompt:
+        raise UsageError("--shots needs rows with a prompt: these are text alone")
     solved = [record(row, rendering.columns) for row in shots]
     examples = []
     for row in rows:
         asked = record(row, rendering.columns)
         if rendering.chat_template is not None:
-            turns = [turn for shot in solved for turn in _turns(shot)]
-            combined = Record(row.number, [*turns, *_turns(asked)], "", None, None)
+            own, before_it = _turns(asked), [turn for shot in solved for turn in _turns(shot)]
+            # One system message for all, the row's own if it has one: templates allow it at the start only.
+            system = [turn for turn in [*own, *before_it] if turn["role"] == "system"][:1]
+            solved_turns = [turn for turn in before_it if turn["role"] != "system"]
+            rest = [turn for turn in own if turn not in system]
+            combined = Record(row.number, [*system, *solved_turns, *rest], "", None, None)
         elif asked.messages is None:
             before = "".join(f"{shot.prompt}{shot.completion}\n\n" for shot in solved)
             combined = Record(row.number, None, before + asked.prompt, asked.completion, None)

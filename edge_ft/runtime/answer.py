@@ -10,11 +10,12 @@ from typing import Any, TextIO
 
 from edge_ft.artifacts import refuse_existing
 from edge_ft.config import RunConfig
-from edge_ft.data import Message, Rendering, Row, read_rows, record
+from edge_ft.data import Columns, Message, Rendering, Row, read_rows, record
 from edge_ft.data.columns import fill_text
 from edge_ft.errors import DataError, UsageError
 from edge_ft.progress import Progress, track
-from edge_ft.runtime import TextClassifier, TextGenerator, load
+from edge_ft.runtime import Conversation, TextClassifier, TextGenerator, load
+from edge_ft.runtime.decode import TooLong
 
 __all__ = ["answer_file", "answer_one", "converse"]
 
@@ -34,7 +35,7 @@ def answer_one(bundle: Path, text: str, config: RunConfig, stream: TextIO | None
     """
     opened = _open(bundle, config)
     if isinstance(opened, TextClassifier):
-        found = opened.classify([text])[0]
+        found = opened.classify([fill_text(opened.rendering.columns, text)])[0]
         if stream is not None:
             for label, score in sorted(found.scores.items(), key=lambda pair: -pair[1])[:5]:
                 print(f"{score:7.2%}  {label}", file=stream)
@@ -57,11 +58,11 @@ def answer_file(bundle: Path, source: Path, out: Path, config: RunConfig, progre
     """Answer every row of a file into `out`: a JSON line for each row, in its order.
 
     Returns:
-        `rows` and `seconds`.
+        `rows`, `failed` (those whose line is an `error`: longer than the model can read) and `seconds`.
 
     Raises:
         DataError: a row that has nothing to answer.
-        UsageError: `out` exists.
+        UsageError: `out` exists, or no row can be answered: then it is what was asked for that cannot be.
     """
     refuse_existing(out)
     started = time.monotonic()
@@ -72,11 +73,15 @@ def answer_file(bundle: Path, source: Path, out: Path, config: RunConfig, progre
         answers: Iterator[dict[str, Any]] = (asdict(found) for found in opened.classify(texts))
     else:
         prompts = [_prompt(row, opened.rendering) for row in rows]
-        answers = (asdict(opened.generate(prompt, config)) for prompt in prompts)
+        answers = (_answer_or_error(opened, prompt, config) for prompt in prompts)
+    failed = 0
     with _whole_file(out) as file:
         for answer in track(progress, "answer", answers, len(rows)):
+            failed += "error" in answer
             file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-    return {"out": str(out), "rows": len(rows), "seconds": round(time.monotonic() - started, 3)}
+        if failed == len(rows):
+            raise UsageError(f"no row of {source} can be answered; the last: {answer['error']}")
+    return {"out": str(out), "rows": len(rows), "failed": failed, "seconds": round(time.monotonic() - started, 3)}
 
 
 def converse(bundle: Path, config: RunConfig, source: TextIO, target: TextIO) -> None:
@@ -98,10 +103,29 @@ def converse(bundle: Path, config: RunConfig, source: TextIO, target: TextIO) ->
             return
         if not line.strip():
             continue
-        for piece in conversation.stream(line.rstrip("\n")):
-            target.write(piece)
-            target.flush()
-        target.write("\n")
+        try:
+            _say(conversation, line, target)
+        except TooLong:
+            if not conversation.messages:
+                raise  # this message alone is too long
+            target.write("(the conversation is as long as the model can read: starting anew)\n")
+            conversation = opened.chat(config)
+            _say(conversation, line, target)
+
+
+def _say(conversation: Conversation, line: str, target: TextIO) -> None:
+    for piece in conversation.stream(line.rstrip("\n")):
+        target.write(piece)
+        target.flush()
+    target.write("\n")
+
+
+def _answer_or_error(opened: TextGenerator, prompt: str | list[Message], config: RunConfig) -> dict[str, Any]:
+    """One row that cannot be answered does not cost the others theirs."""
+    try:
+        return asdict(opened.generate(prompt, config))
+    except UsageError as error:
+        return {"error": str(error)}
 
 
 def _open(bundle: Path, config: RunConfig) -> TextGenerator | TextClassifier:
@@ -109,25 +133,36 @@ def _open(bundle: Path, config: RunConfig) -> TextGenerator | TextClassifier:
 
 
 def _prompt(row: Row, rendering: Rendering) -> str | list[Message]:
-    """The question of a row: as in training where it has those columns, else its `messages` or `prompt`."""
+    """The question of a row: as in training where it has those columns, else that of any columns we know."""
     if rendering.columns.fits(list(row.fields), answer=False):
         asked = record(row, rendering.columns, answer=False)
         if asked.messages is None:
             return asked.prompt
-        answered = asked.messages[-1]["role"] == "assistant"
-        return asked.messages[:-1] if answered else asked.messages
+        return _question(asked.messages)
+    if "messages" in row.fields:
+        messages = record(row, Columns("messages"), answer=False).messages
+        return _question(messages or [])
     return _text(row, rendering)
+
+
+def _question(messages: list[Message]) -> list[Message]:
+    """A chat without the answer that a row of training data ends with."""
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
 
 def _text(row: Row, rendering: Rendering) -> str:
     if rendering.columns.fits(list(row.fields), answer=False):
         return record(row, rendering.columns, answer=False).prompt
-    for name in ("prompt", "text"):
-        if isinstance(row.fields.get(name), str):
-            return fill_text(rendering.columns, row.fields[name])
+    for columns in (
+        Columns("instruction", "{instruction}"),
+        Columns("template", "{prompt}"),
+        Columns("text", "{text}"),
+    ):
+        if columns.fits(list(row.fields), answer=False):
+            return fill_text(rendering.columns, record(row, columns, answer=False).prompt)
     raise DataError(
         f"row {row.number} has the columns {', '.join(row.fields)}: "
-        "it needs those of the training rows, or one called prompt or text"
+        "it needs those of the training rows, or one called instruction, prompt or text"
     )
 
 

@@ -26,12 +26,16 @@ from edge_ft.runtime.cache import CacheShape, KVCache
 from edge_ft.runtime.sample import Sampler
 from edge_ft.runtime.text import TextPieces
 
-__all__ = ["Conversation", "Generation", "TextGenerator", "Timings"]
+__all__ = ["Conversation", "Generation", "TextGenerator", "Timings", "TooLong"]
 
 _GREEDY = RunConfig()
 _DEFAULT_NEW_TOKENS = 256
 _LOGITS_AT_ONCE = 1 << 24
 """Logits held while scoring: 64 MB; larger batches are scored in parts."""
+
+
+class TooLong(UsageError):
+    """A prompt and its answer are longer together than the model can read."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ class TextGenerator:
             config: How to answer; `threads`, `accuracy_level` and `adapter` are `load`'s.
 
         Raises:
-            UsageError: prompt and answer are longer together than the model can read, a stop string is
-                empty, or the chat template cannot render the messages.
+            TooLong: prompt and answer are longer together than the model can read.
+            UsageError: a stop string is empty, or the chat template cannot render the messages.
         """
         return _last(self.stream(prompt, config))
 
@@ -118,7 +122,7 @@ class TextGenerator:
         """Decode exactly `new_tokens` greedily, past any stop token, and say how long each took.
 
         Raises:
-            UsageError: prompt and answer are longer together than the model can read.
+            TooLong: prompt and answer are longer together than the model can read.
         """
         if len(prompt_ids) + new_tokens > self.max_length:
             raise _too_long(len(prompt_ids), new_tokens, self.max_length)
@@ -168,7 +172,7 @@ class TextGenerator:
             [batch, seq, vocab]; what stands at padding means nothing.
 
         Raises:
-            UsageError: seq is more than the model can read.
+            TooLong: seq is more than the model can read.
         """
         return self._logits(input_ids, attention_mask, 0)
 
@@ -323,7 +327,7 @@ def _last(stream: Generator[str, None, Generation]) -> Generation:
             return generation
 
 
-def _too_long(tokens: int, new_tokens: int, limit: int) -> UsageError:
+def _too_long(tokens: int, new_tokens: int, limit: int) -> TooLong:
     asked = f"{tokens} tokens and {new_tokens} new ones are" if new_tokens else f"{tokens} tokens are"
     way_out = f"ask for at most {limit - tokens} new tokens" if tokens < limit else "shorten the prompt"
-    return UsageError(f"{asked} more than the {limit} tokens that this model can read: {way_out}")
+    return TooLong(f"{asked} more than the {limit} tokens that this model can read: {way_out}")

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from edge_ft.artifacts import Bundle
 from edge_ft.data import Batch, Rendering, TextTokenizer, eval_batches
+from edge_ft.errors import BundleError
 
 __all__ = ["Classification", "TextClassifier"]
 
@@ -30,7 +31,11 @@ class Classification:
 
 
 class TextClassifier:
-    """An open text-classification bundle."""
+    """An open text-classification bundle.
+
+    Raises:
+        BundleError: its manifest names no classes.
+    """
 
     def __init__(
         self, bundle: Bundle, session: ort.InferenceSession, adapter_inputs: dict[str, NDArray[np.float32]]
@@ -38,6 +43,8 @@ class TextClassifier:
         self.tokenizer = TextTokenizer.load(bundle.path)
         self.rendering = Rendering.from_dict(bundle.manifest["rendering"])
         self.labels = self.rendering.labels
+        if not self.labels:
+            raise BundleError(f"{bundle.path} names no classes: export the model again, with its labels")
         self._session = session
         self._names = {node.name for node in session.get_inputs()}
         self._adapter_inputs = adapter_inputs

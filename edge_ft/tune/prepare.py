@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edge_ft.artifacts import write_text
 from edge_ft.config import Task, TuneConfig
 from edge_ft.data import (
+    Columns,
     Example,
     Rendering,
     Row,
@@ -23,12 +24,16 @@ from edge_ft.data import (
     make_rendering,
     overlap,
     read_rows,
+    record,
+    split_names,
     split_rows,
 )
 from edge_ft.errors import AuditRefused, DataError
+from edge_ft.evaluate.open import longest_sequence
+from edge_ft.evaluate.score import scorable
 from edge_ft.progress import Progress
 
-__all__ = ["Prepared", "longest_sequence", "prepare", "write_splits"]
+__all__ = ["Prepared", "prepare", "write_splits"]
 
 SPLITS = ("train", "validation", "test")
 
@@ -60,12 +65,13 @@ def prepare(
         DataError: rows that cannot be read or mapped, or a split that stays empty.
         AuditRefused: nothing would be trained, or a row lies in two given splits.
     """
-    rows = _read_splits(config)
-    names = column_names(rows["train"])
+    given = _read_splits(config)
+    names = column_names(given["train"])
     task = config.task or guess_task(names, config, decoder)
     if config.task is None:
         progress.say(f"task: {task} (from the model and the columns {', '.join(names)}; --task overrides)")
     columns = find_columns(names, config, task)
+    rows = _split(given, config, columns)
     labels: tuple[str, ...] = ()
     if task == "text-classification":
         found = find_labels([row for name in SPLITS for row in rows[name]], columns)
@@ -87,9 +93,7 @@ def prepare(
         for name in SPLITS
         for finding in audit_split(examples[name], rendering.max_length, progress, name)
     ]
-    trainable = {
-        name: [example for example in examples[name] if any(t != -100 for t in example.labels)] for name in SPLITS
-    }
+    trainable = {name: scorable(examples[name]) for name in SPLITS}
     for name in SPLITS:
         if examples[name] and not trainable[name]:
             raise AuditRefused(
@@ -112,17 +116,6 @@ def _numbers(labels: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(str, range(len(labels))))
 
 
-def longest_sequence(max_length: int | None, model_limit: int) -> int:
-    """The longest sequence in tokens: what was asked for, within what the model allows.
-
-    Raises:
-        DataError: more was asked for than the model allows.
-    """
-    if max_length is not None and max_length > model_limit:
-        raise DataError(f"--max-length {max_length} is beyond the model's {model_limit} positions")
-    return max_length or min(model_limit, 1024)
-
-
 def audit_split(examples: Sequence[Example], max_length: int, progress: Progress, name: str) -> list[dict[str, Any]]:
     """The audit's findings as plain values, each one said."""
     findings = audit(examples, max_length)
@@ -142,22 +135,38 @@ def write_splits(prepared: Prepared, folder: Path) -> None:
 
 
 def _read_splits(config: TuneConfig) -> dict[str, list[Row]]:
-    """Rows of the three splits: from their own files, or shares of --data."""
-    given = {
-        name: read_rows(source)
+    """Rows of the splits that have a source of their own, and under `train` those of --data."""
+    # A saved DatasetDict may bring its own validation and test rows.
+    own = {name: f"{config.data}:{name}" for name in ("validation", "test") if name in split_names(config.data)}
+    sources = own | {
+        name: source
         for name, source in (("validation", config.validation), ("test", config.test))
         if source is not None
     }
-    rows = read_rows(config.data, split="train")
+    rows = {name: read_rows(source) for name, source in sources.items()}
+    return {"train": read_rows(config.data, split="train"), **rows}
+
+
+def _split(given: dict[str, list[Row]], config: TuneConfig, columns: Columns) -> dict[str, list[Row]]:
+    """The three splits; rows are equal when what the model reads of them is.
+
+    Raises:
+        AuditRefused: a row lies in two given splits.
+        DataError: a split stays empty.
+    """
+
+    def key(row: Row) -> str:
+        return json.dumps({**asdict(record(row, columns)), "row": 0})
+
     train, validation, test = config.split
     shares = (train, 0.0 if "validation" in given else validation, 0.0 if "test" in given else test)
     total = sum(shares)
     if not shares[0]:
         raise DataError("--split leaves no rows to train on: its first share is 0")
-    splits = split_rows(rows, (shares[0] / total, shares[1] / total, shares[2] / total), config.seed)
-    splits |= given
+    splits = split_rows(given["train"], (shares[0] / total, shares[1] / total, shares[2] / total), config.seed, key)
+    splits |= {name: rows for name, rows in given.items() if name != "train"}
     for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        if shared := overlap(splits[first], splits[second]):
+        if shared := overlap(splits[first], splits[second], key):
             a, b = shared[0]
             raise AuditRefused(
                 f"{len(shared)} equal row(s) lie in both the {first} and the {second} split, the first is row {a} "
@@ -166,6 +175,6 @@ def _read_splits(config: TuneConfig) -> dict[str, list[Row]]:
     for name in ("train", "validation"):
         if not splits[name]:
             raise DataError(
-                f"{config.data}: {len(rows)} row(s) leave none for {name}; give more rows or another --split"
+                f"{config.data}: {len(given['train'])} row(s) leave none for {name}; give more rows or another --split"
             )
     return splits

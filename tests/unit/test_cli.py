@@ -187,6 +187,34 @@ def test_a_file_of_rows_is_answered_in_order(llama_bundle: Bundle, llama_run: Ru
     assert "exists already" in refused(edge_ft("run", llama_bundle.path, "--jsonl", rows, "--out", out), 2)
 
 
+def test_rows_of_any_known_kind_are_answered_and_a_bad_one_costs_only_itself(
+    llama_bundle: Bundle, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "seven"}]
+    rows = [{"messages": turns}, {"prompt": "hello " * 300}, {"instruction": "hello", "input": "3"}, {"text": "hello"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    flags = ("--max-new-tokens", "3", "--json", "-", "--quiet")
+    done = edge_ft("run", llama_bundle.path, "--jsonl", tmp_path / "rows.jsonl", "--out", out, *flags)
+    assert json.loads(done.stdout)["failed"] == 1
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert ["text" in answer for answer in answers] == [True, False, True, True]
+    assert answers[0]["text"] == answers[3]["text"]
+
+
+def test_a_newline_at_the_end_of_stdin_is_not_part_of_the_prompt(llama_bundle: Bundle) -> None:
+    flags = ("--max-new-tokens", "3", "--json", "-")
+    piped = json.loads(edge_ft("run", llama_bundle.path, *flags, stdin="hello 3\n").stdout)
+    given = json.loads(edge_ft("run", llama_bundle.path, "hello 3", *flags).stdout)
+    assert piped["prompt_tokens"] == given["prompt_tokens"]
+
+
+def test_a_full_conversation_starts_anew(llama_bundle: Bundle) -> None:
+    done = edge_ft("run", llama_bundle.path, "-i", "--max-new-tokens", "40", stdin="hello the answer is seven\n" * 12)
+    assert done.returncode == 0, done.stderr
+    assert "starting anew" in done.stdout
+
+
 def test_a_classifier_prints_labels_and_scores(bert_bundle: Bundle) -> None:
     done = edge_ft("run", bert_bundle.path, stdin="the film was very good")
     assert "praise" in done.stdout.splitlines()[0]

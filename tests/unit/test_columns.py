@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from edge_ft.config import RowsConfig, Task
 from edge_ft.data import Columns, Record, Row, fill_text, find_columns, find_labels, guess_task, record
+from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import DataError
 
 
@@ -24,7 +25,7 @@ def only(fields: dict[str, Any], task: Task = "text-generation", **config: Any) 
         ({"instruction": "do", "input": "", "output": "done"}, "do", "done"),
         ({"instruction": "do", "input": "this", "output": "done"}, "do\n\nthis", "done"),
         ({"text": "all of it"}, "", "all of it"),
-        ({"text": "good film", "label": 1}, "good film", "1"),
+        ({"text": "good film", "label": 1}, "good film\n", "1"),
         ({"prompt": {"a": "ü"}, "completion": True}, '{"a": "ü"}', "True"),
     ],
 )
@@ -110,7 +111,7 @@ def test_unusable_values_name_their_row(fields: dict[str, Any], message: str) ->
         only(fields)
 
 
-@pytest.mark.parametrize("label", ["", 0.5, ["a"], None])
+@pytest.mark.parametrize("label", ["", 0.5, float("inf"), ["a"], None])
 def test_a_class_is_text_or_a_whole_number(label: Any) -> None:
     with pytest.raises(DataError, match="row 7"):
         only({"text": "t", "label": label}, "text-classification")
@@ -139,6 +140,25 @@ def test_a_bare_text_goes_into_a_template_of_one_column() -> None:
     assert fill_text(asks, "Q {x}: why\nnot?\nA:") == "Q {x}: why\nnot?\nA:"
     for other in (Columns("template", "{a} {b}"), Columns("messages"), Columns("prompt_completion", "{prompt}")):
         assert fill_text(other, "why {q}?") == "why {q}?"
+
+
+def test_a_text_in_the_templates_form_is_taken_apart_into_its_values() -> None:
+    asks = Columns("template", "<s>{q}{{{q}}}</s>", "{a}")
+    for text, values in (("why?", ("why?", "why?")), ("<s>a\n<s>{b}</s>", ("a\n<s>", "b"))):
+        found = fill_text(asks, text)
+        assert isinstance(found, Filled)
+        assert found.parts == ("<s>", values[0], "{", values[1], "}</s>")
+
+
+def test_rows_of_text_alone_ask_nothing() -> None:
+    text = Columns("text", None, "{text}")
+    assert text.fits(["text"])
+    assert not text.fits(["text"], answer=False)
+
+
+@pytest.mark.parametrize(("label", "name"), [(1.0, "1"), (-2.0, "-2"), (1, "1"), ("1.0", "1.0")])
+def test_a_whole_number_that_a_table_made_a_float_is_a_class(label: Any, name: str) -> None:
+    assert only({"text": "t", "label": label}, "text-classification").label == name
 
 
 def test_classes_are_sorted_by_value() -> None:

@@ -12,6 +12,7 @@ from tiny_bundle import write_decoder
 from edge_ft.config import RunConfig
 from edge_ft.errors import UsageError
 from edge_ft.runtime import Generation, TextGenerator, decode, load
+from edge_ft.runtime.decode import TooLong
 
 SCRIPT = "Cafés €日😀!"
 """What the scripted model says; no byte of it occurs twice, so each token decides the next."""
@@ -86,7 +87,7 @@ def test_prompt_and_answer_must_fit_the_model(opened: Open) -> None:
     generator = opened(script=SCRIPT, max_length=64)
     assert generator.generate("a" * 43 + ":", RunConfig(max_new_tokens=20)).text == SCRIPT
     assert generator.generate("a" * 60 + ":", RunConfig()).new_tokens == 3
-    with pytest.raises(UsageError, match="at most 19 new tokens"):
+    with pytest.raises(TooLong, match="at most 19 new tokens"):
         generator.generate("a" * 44 + ":", RunConfig(max_new_tokens=20))
     with pytest.raises(UsageError, match="shorten the prompt"):
         generator.generate("a" * 64, RunConfig(max_new_tokens=1))

@@ -1,9 +1,12 @@
 """Texts to labels."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tiny_bundle import write_classifier
 
+from edge_ft.errors import BundleError
 from edge_ft.runtime import TextClassifier, load
 
 TEXTS = ["short", "", "some longer", "yes", "éé"]
@@ -63,3 +66,8 @@ def test_the_loss_is_that_of_the_right_class(classifier: TextClassifier) -> None
         assert nll[row, 0] == pytest.approx(-np.log(found.scores[right]), rel=1e-4)
         assert classifier.labels[predicted[row, 0]] == found.label
     assert nll.dtype == np.float32
+
+
+def test_a_bundle_without_classes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="names no classes"):
+        load(write_classifier(tmp_path / "classifier", labels=()))

@@ -1,20 +1,47 @@
 """`eval` gives the same figures for torch and ONNX, and `verify` finds what no longer scores as it did."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from edge_ft.artifacts import Bundle, RunFolder
+from edge_ft.base.load import find_base, load_model
+from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import EvalConfig, VerifyConfig
-from edge_ft.errors import BundleError, DataError, GateRefused, UsageError
+from edge_ft.data import Rendering, TextTokenizer, encode_rows, fingerprint, read_rows
+from edge_ft.errors import AuditRefused, BundleError, DataError, GateRefused, UsageError
 from edge_ft.evaluate import evaluate
+from edge_ft.evaluate.open import longest_sequence, open_run_model, open_source, rendering_for
+from edge_ft.evaluate.shots import with_shots
 from edge_ft.export.verify import verify
+from edge_ft.progress import Silent
+
+CUTS = 41
+"""Tokens that cut an answer of the fixtures' rows, and no prompt."""
 
 
 def rows(run: RunFolder, name: str = "test") -> str:
     return str(run.split(name))
+
+
+def write(file: Path, lines: list[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(file)
+
+
+class Said(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def test_a_run_and_its_exact_bundle_score_alike(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
@@ -162,11 +189,239 @@ def test_a_tampered_bundle_does_not_verify(llama_bundle: Bundle, tmp_path: Path)
 
 def forge(bundle: Bundle, tmp_path: Path, change: Any) -> Path:
     """A copy whose recorded verification was changed."""
-    import shutil
-
     folder = tmp_path / "forged"
     shutil.copytree(bundle.path, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest["verification"])
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def test_rows_of_text_are_scored_and_not_answered(llama_run: RunFolder, llama_bundle: Bundle, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "hello world, the answer"}\n{"text": "seven"}\n')
+    for source in (llama_run.path, llama_bundle.path):
+        assert set(evaluate(str(source), EvalConfig(data=str(text)))["metrics"]) == {"token_accuracy"}
+
+
+def test_rows_that_were_cut_or_dropped_are_counted_and_said(
+    llama_run: RunFolder, llama_bundle: Bundle, tmp_path: Path
+) -> None:
+    lines = [{"prompt": "hello", "completion": " seven"}, {"prompt": "hello 1 " * 200, "completion": " seven"}]
+    data = write(tmp_path / "rows.jsonl", lines)
+    for source in (llama_bundle.path, llama_run.path):
+        said = Said()
+        found = evaluate(str(source), EvalConfig(data=data, generate=False), said)
+        assert (found["rows"], found["dropped"], found["cut"]) == (1, 1, 1)
+        assert found["cut_tokens"] > 100
+        assert any(f"1 row(s) lose {found['cut_tokens']} tokens" in line for line in said.lines)
+        assert any("1 row(s) are not scored" in line for line in said.lines)
+
+
+def test_a_length_beyond_the_models_is_refused(llama: Path, llama_bundle: Bundle, llama_run: RunFolder) -> None:
+    for source in (llama, llama_bundle.path, llama_run.path):
+        with pytest.raises(DataError, match="beyond the model's 256 positions"):
+            evaluate(str(source), EvalConfig(data=rows(llama_run), max_length=9999))
+
+
+@pytest.mark.parametrize(
+    ("own", "shots", "expected"),
+    [
+        ("own", ["first", "second"], "own"),
+        (None, ["first", "second"], "first"),
+        (None, [None, "second"], "second"),
+        ("same", ["same", "same"], "same"),
+    ],
+)
+def test_shots_of_chats_keep_one_system_message_and_it_comes_first(
+    own: str | None, shots: list[str | None], expected: str, llama: Path, tmp_path: Path
+) -> None:
+    def chat(system: str | None, user: str) -> dict[str, Any]:
+        turns = [("system", system), ("user", user), ("assistant", " seven")]
+        return {"messages": [{"role": role, "content": text} for role, text in turns if text is not None]}
+
+    asked = read_rows(write(tmp_path / "asked.jsonl", [chat(own, "asked")]))
+    solved = read_rows(write(tmp_path / "solved.jsonl", [chat(system, f"shot {n}") for n, system in enumerate(shots)]))
+    tokenizer = TextTokenizer.load(llama)
+    rendering = rendering_for(EvalConfig(data="-"), asked, tokenizer, None, model_limit=256)
+    example = with_shots(rendering, tokenizer, asked, solved)[0]
+    together = [*chat(expected, "shot 0")["messages"], *chat(None, "shot 1")["messages"]]
+    whole = read_rows(write(tmp_path / "whole.jsonl", [{"messages": [*together, *chat(None, "asked")["messages"]]}]))
+    assert example.input_ids == with_shots(rendering, tokenizer, whole, [])[0].input_ids
+
+
+def test_a_refused_bundle_does_not_verify(llama_bundle: Bundle, tmp_path: Path) -> None:
+    refused = forge(llama_bundle, tmp_path, lambda found: found.update(refused=["too much was lost"]))
+    with pytest.raises(GateRefused, match="its export was refused: too much was lost"):
+        verify(refused, VerifyConfig())
+
+
+def test_the_exports_own_limit_is_verifys(llama_bundle: Bundle, llama_run: RunFolder) -> None:
+    assert llama_bundle.manifest["verification"]["limits"]["max_tax"] == 1
+    assert verify(llama_bundle.path, VerifyConfig(data=rows(llama_run, "validation")))["same_rows"] is True
+
+
+def test_rows_beyond_those_that_export_read_do_not_hide_them(
+    llama_bundle: Bundle, llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    few = len(read_rows(rows(llama_run, "validation")))
+    monkeypatch.setattr("edge_ft.export.verify.VERIFY_ROWS", few)
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text(Path(rows(llama_run, "validation")).read_text() + Path(rows(llama_run)).read_text())
+    found = verify(llama_bundle.path, VerifyConfig(data=str(longer)))
+    assert (found["same_rows"], found["rows"]) == (True, few)
+
+
+def test_what_was_refused_at_export_is_not_scored_again(
+    llama_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("edge_ft.export.verify.load", lambda *_, **__: pytest.fail("was opened"))
+    refused = forge(llama_bundle, tmp_path, lambda found: found.update(refused=["no gain", "too much tax"]))
+    with pytest.raises(GateRefused, match="no gain; too much tax"):
+        verify(refused, VerifyConfig())
+
+
+def test_rows_without_an_answer_are_dropped_as_export_drops_them(
+    llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in Path(rows(llama_run, "validation")).read_text().splitlines()]
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "hello " * 300, "completion": " seven"}, *lines])
+    digest = fingerprint(read_rows(data))
+    said = Said()
+    found = verify(
+        forge(llama_bundle, tmp_path, lambda found: found.update(rows_sha256=digest)), VerifyConfig(data=data), said
+    )
+    assert (found["same_rows"], found["rows"], found["dropped"], found["cut"]) == (True, len(lines), 1, 1)
+    assert any("1 row(s) are not scored" in line for line in said.lines)
+
+
+def test_rows_of_which_none_has_an_answer_are_refused(
+    llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "hello " * 300, "completion": " seven"}])
+    with pytest.raises(AuditRefused, match="no row has an answer to score"):
+        verify(llama_bundle.path, VerifyConfig(data=data))
+    with pytest.raises(AuditRefused, match="no row has an answer to score"):
+        evaluate(str(llama_run.path), EvalConfig(data=data))
+
+
+def test_other_rows_of_a_merged_bundle_are_only_scored(llama_bundle: Bundle, tmp_path: Path) -> None:
+    data = write(tmp_path / "wrong.jsonl", [{"prompt": "hello", "completion": "\x01\x02\x03\x04"}])
+    found = verify(llama_bundle.path, VerifyConfig(data=data, max_tax=0.0))
+    assert found["same_rows"] is False
+    assert found["nll"] > 1
+    assert "base_nll" not in found
+
+
+def test_the_exports_rows_read_otherwise_are_other_rows(llama_bundle: Bundle, llama_run: RunFolder) -> None:
+    for option in ({"max_length": CUTS}, {"chat_template": "none"}):
+        assert (
+            verify(llama_bundle.path, VerifyConfig(data=rows(llama_run, "validation"), **option))["same_rows"] is False
+        )
+
+
+def test_a_negative_limit_of_the_tax_is_refused() -> None:
+    with pytest.raises(UsageError, match="--max-tax"):
+        VerifyConfig(max_tax=-0.1)
+
+
+def test_an_explicit_length_is_a_runs_and_a_bundles_too(llama_run: RunFolder, llama_bundle: Bundle) -> None:
+    for source in (llama_run.path, llama_bundle.path):
+        whole = evaluate(str(source), EvalConfig(data=rows(llama_run), generate=False))
+        short = evaluate(str(source), EvalConfig(data=rows(llama_run), generate=False, max_length=CUTS))
+        assert (whole["cut"], whole["dropped"], short["dropped"]) == (0, 0, 0)
+        assert short["cut"] > 0
+        assert short["nll"] != whole["nll"]
+
+
+def test_the_longest_sequence_is_the_models_limit_and_1024_at_most_unless_asked_for() -> None:
+    assert [longest_sequence(None, 256), longest_sequence(None, 8192), longest_sequence(2000, 8192)] == [
+        256,
+        1024,
+        2000,
+    ]
+    with pytest.raises(DataError, match="beyond the model's 256 positions"):
+        longest_sequence(257, 256)
+
+
+def test_a_plain_model_reads_1024_tokens_unless_asked_for_more(llama: Path, llama_run: RunFolder) -> None:
+    data = read_rows(rows(llama_run))
+    tokenizer = TextTokenizer.load(llama)
+    for asked, longest in ((None, 1024), (3000, 3000)):
+        config = EvalConfig(data="-", max_length=asked)
+        assert rendering_for(config, data, tokenizer, None, model_limit=4096).max_length == longest
+
+
+def test_shots_have_the_models_length_not_the_trainings(
+    llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(llama_bundle.path, short)
+    manifest = json.loads((short / "manifest.json").read_text())
+    manifest["rendering"]["max_length"] = CUTS + 10
+    (short / "manifest.json").write_text(json.dumps(manifest))
+    asked = EvalConfig(data=rows(llama_run), shots_from=rows(llama_run, "train"), shots=2, generate=False)
+    found = evaluate(str(short), asked)
+    assert (found["rows"], found["dropped"], found["cut"]) == (len(read_rows(rows(llama_run))), 0, 0)
+    for beyond in ({"shots": 20}, {"max_length": CUTS + 10}):
+        with pytest.raises(AuditRefused, match="no row has an answer"):
+            evaluate(str(short), replace(asked, **beyond))
+
+
+def test_rows_of_text_take_no_shots(llama_run: RunFolder, tmp_path: Path) -> None:
+    data = write(tmp_path / "text.jsonl", [{"text": "hello world"}])
+    with pytest.raises(UsageError, match="rows with a prompt"):
+        evaluate(str(llama_run.path), EvalConfig(data=data, shots=1, shots_from=data))
+
+
+def test_nothing_is_answered_where_there_is_no_prompt(llama: Path, llama_run: RunFolder, tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [{"q": "", "a": " seven"}, {"q": "hello", "a": " seven"}]
+    asked = {"prompt": "{q}", "completion": "{a}", "max_new_tokens": 4}
+    mixed = evaluate(str(llama), EvalConfig(data=write(tmp_path / "mixed.jsonl", lines), **asked))
+    assert mixed["rows"] == 2
+    assert "exact_match" in mixed["metrics"]
+    empty = evaluate(str(llama), EvalConfig(data=write(tmp_path / "empty.jsonl", lines[:1]), **asked))
+    assert set(empty["metrics"]) == {"token_accuracy"}
+    model, base = open_run_model(llama_run)
+    assert TorchScorer(model, base.family).answer([], 3) == []
+
+
+def test_answers_end_at_the_models_limit_for_torch_and_onnx_alike(
+    llama_run: RunFolder, llama_adapter_bundle: Bundle, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "long.jsonl", [{"prompt": "\x01" * 195, "completion": "\x02" * 40}])
+    config = EvalConfig(data=data, max_new_tokens=64)
+    rendering, tokenizer = Rendering.from_dict(llama_run.rendering()), TextTokenizer.load(llama_run.tokenizer)
+    prompt = encode_rows(rendering, tokenizer, read_rows(data))[0].prompt_length
+    assert 256 - 64 < prompt < 256
+    torch_side, onnx_side = (evaluate(str(path), config) for path in (llama_run.path, llama_adapter_bundle.path))
+    assert torch_side["metrics"] == onnx_side["metrics"]
+
+
+def test_classes_are_named_before_they_are_counted(bert: Path, bert_run: RunFolder, tmp_path: Path) -> None:
+    tokenizer = TextTokenizer.load(bert)
+    for labels, given, expected in (
+        (("1", "2", "3"), ["1", "2"], ("1", "2", "3")),
+        (("blame", "praise"), ["0", "1"], ("0", "1")),
+        (("blame", "praise"), ["praise"], ("blame", "praise")),
+    ):
+        data = read_rows(write(tmp_path / "rows.jsonl", [{"text": "good", "label": label} for label in given]))
+        found = rendering_for(EvalConfig(data="-"), data, tokenizer, None, decoder=False, model_limit=64, labels=labels)
+        assert found.labels == expected
+
+
+def test_torch_scores_on_the_gpu_where_there_is_one(
+    llama: Path, llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plain = open_run_model(llama_run), load_model(find_base(str(llama)), "text-generation")
+    monkeypatch.setattr("edge_ft.evaluate.open.open_run_model", lambda *_, **__: run)
+    monkeypatch.setattr("edge_ft.base.load.load_model", lambda *_, **__: plain)
+    moved: list[Any] = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append((self, device)) or self)
+    data = rows(llama_run)
+    for cuda, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        moved.clear()
+        for source in (llama_run.path, llama):
+            open_source(str(source), EvalConfig(data=data), read_rows(data))
+        assert moved == [(run[0], device), (plain, device)]

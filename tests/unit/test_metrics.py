@@ -127,3 +127,15 @@ def test_a_verbatim_match_minds_case_and_punctuation() -> None:
     assert verbatim_match(" It rained, again.", "It rained, again. ")
     assert not verbatim_match("it rained again", "It rained, again.")
     assert exact_match("it rained again", "It rained, again.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [
+        ("5G networks are fast", "5 dogs bark"),
+        ("1. Boil water", "1 banana was left on the table"),
+        ("5", "5G networks"),
+    ],
+)
+def test_a_digit_in_front_does_not_make_a_text_a_number(answer: str, reference: str) -> None:
+    assert not exact_match(answer, reference)

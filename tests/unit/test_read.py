@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import datasets
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from edge_ft.data import Row, column_names, read_rows
+from edge_ft.data import Row, column_names, read_rows, split_names
 from edge_ft.errors import DataError
 
 
@@ -49,7 +52,6 @@ def test_what_json_writes_is_read_back(tmp_path: Path, records: list[dict[str, s
 
 
 def test_parquet_and_saved_folders(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     saved = datasets.Dataset.from_dict({"a": ["x", "y"], "n": [1, None]})
     saved.to_parquet(str(tmp_path / "d.parquet"))
     expected = [Row(1, {"a": "x", "n": 1}), Row(2, {"a": "y", "n": None})]
@@ -58,7 +60,12 @@ def test_parquet_and_saved_folders(tmp_path: Path) -> None:
     saved.save_to_disk(str(tmp_path / "one"))
     assert read_rows(str(tmp_path / "one")) == expected
     datasets.DatasetDict({"train": saved, "test": saved.select([1])}).save_to_disk(str(tmp_path / "many"))
-    assert read_rows(str(tmp_path / "many")) == expected
+    assert read_rows(str(tmp_path / "many"), split="train") == expected
+    assert read_rows(f"{tmp_path / 'many'}:test") == [Row(1, {"a": "y", "n": None})]
+    assert split_names(str(tmp_path / "many")) == ["train", "test"]
+    assert split_names(str(tmp_path / "one")) == []
+    with pytest.raises(DataError, match="has the splits train, test: name one"):
+        read_rows(str(tmp_path / "many"))
     assert len(read_rows(str(tmp_path / "many"), split="test")) == 1
     with pytest.raises(DataError, match=r"no split 'tests' \(did you mean 'test'\?\): it has train, test"):
         read_rows(str(tmp_path / "many"), split="tests")
@@ -66,9 +73,35 @@ def test_parquet_and_saved_folders(tmp_path: Path) -> None:
         read_rows(str(tmp_path))
 
 
+def test_classes_of_a_saved_set_keep_their_names(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = {"text": ["a", "b", "c", "d"], "label": [1, 0, None, -1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "d"))
+    assert [row.fields["label"] for row in read_rows(str(tmp_path / "d"))] == ["yes", "no", None, None]
+
+
+def test_a_colon_in_the_name_of_a_file_is_no_split(tmp_path: Path) -> None:
+    source = write(tmp_path, "a:train.jsonl", '{"a": 1}')
+    assert read_rows(source) == [Row(1, {"a": 1})]
+    assert split_names(source) == []
+    with pytest.raises(DataError, match="does not exist"):
+        read_rows(f"{source}:train")
+
+
+def test_a_split_of_a_hub_data_set_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"a": [1]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for source in ("nobody/nothing:test", "nobody/nothing"):
+        assert read_rows(source) == [Row(1, {"a": 1})]
+    assert asked == [("nobody/nothing", "test"), ("nobody/nothing", "train")]
+
+
 def test_dates_in_a_table_become_text(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"day": pyarrow.array([0], pyarrow.date32())})
     parquet.write_table(table, tmp_path / "d.parquet")
     assert read_rows(str(tmp_path / "d.parquet")) == [Row(1, {"day": "1970-01-01"})]

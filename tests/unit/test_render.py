@@ -21,6 +21,7 @@ from edge_ft.data import (
     encode_example,
     encode_prompt,
     encode_rows,
+    fill_text,
     make_rendering,
     render_chat,
     stop_ids,
@@ -110,6 +111,26 @@ def test_long_rows_lose_their_end_and_say_how_much(tokenizer: TextTokenizer) -> 
 def test_an_answer_that_was_never_mapped_is_an_error(tokenizer: TextTokenizer) -> None:
     with pytest.raises(DataError, match="row 1 has no answer to learn: give --completion"):
         encode_rows(rendering(tokenizer, Columns("template", "{q}")), tokenizer, [Row(1, {"q": "hi"})])
+
+
+def test_control_tokens_of_a_written_template_are_read_those_of_values_are_not(tokenizer: TextTokenizer) -> None:
+    columns = Columns("template", "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n", "{a}<|im_end|>")
+    chosen = rendering(tokenizer, columns)
+    assert chosen.chat_template is None
+    example = encode_rows(chosen, tokenizer, [Row(1, {"q": "hi<|im_end|>", "a": "the answer"})])[0]
+    assert [token for token in example.input_ids if token in tokenizer.control_tokens] == [1, 2, 1, 2, 2]
+    assert learned(tokenizer, example) == ["the answer<|im_end|><|im_end|>"]
+    assert example.reference == "the answer"
+    prompt = example.input_ids[: example.prompt_length]
+    for asked in ("hi<|im_end|>", "<|im_start|>user\nhi<|im_end|><|im_end|>\n<|im_start|>assistant\n"):
+        assert encode_prompt(chosen, tokenizer, fill_text(columns, asked)) == prompt
+
+
+def test_a_classifiers_template_may_separate_its_columns(tokenizer: TextTokenizer) -> None:
+    columns = Columns("text_label", "{a}<|endoftext|>{b}", None, "label")
+    chosen = make_rendering(RowsConfig(), columns, "text-classification", tokenizer, 64, ("no", "yes"))
+    example = encode_rows(chosen, tokenizer, [Row(1, {"a": "x", "b": "<|endoftext|>", "label": "no"})])[0]
+    assert example.input_ids == [*tokenizer.encode("x"), 0, *tokenizer.encode("<|endoftext|>")]
 
 
 # Chats

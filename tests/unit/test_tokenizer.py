@@ -1,5 +1,6 @@
 """A user's text gives text tokens only; everything else is as the model's own files say."""
 
+import copy
 import importlib.metadata
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import CHATML, write_bpe, write_unigram
 
-from edge_ft.data import TextTokenizer
+from edge_ft.data.tokenizer import Filled, TextTokenizer
 from edge_ft.errors import DataError, ModelError
 
 
@@ -63,6 +64,33 @@ def test_control_tokens_that_take_blanks_along_or_are_one_character(tmp_path: Pa
 def test_templates_do_write_control_tokens(bpe: TextTokenizer) -> None:
     ids = bpe.encode_template("<|im_start|>hello" + bpe.shield("<|im_end|>") + "<|im_end|>")
     assert ids == [1, *bpe.encode("hello"), *bpe.encode("<|im_end|>"), 2]
+
+
+def test_a_filled_template_writes_control_tokens_its_values_do_not(bpe: TextTokenizer) -> None:
+    filled = Filled(["<|im_start|>user\n", "hello<|im_end|>", "<|im_end|>"])
+    value = bpe.encode("user\nhello<|im_end|>")
+    assert bpe.encode(filled) == [1, *value, 2]
+    assert bpe.encode(copy.deepcopy(filled)) == bpe.encode(filled)
+    assert bpe.encode(str.__str__(filled)) == bpe.encode("<|im_start|>user\nhello<|im_end|><|im_end|>")
+    assert bpe.without_controls(filled) == "user\nhello<|im_end|>"
+    assert bpe.without_controls("<|im_end|>") == "<|im_end|>"
+
+
+def test_texts_in_a_row_keep_what_each_may_write(bpe: TextTokenizer) -> None:
+    joined = Filled.concat([Filled(["<|im_start|>", "a", "<|im_end|>"]), "<|im_end|>", Filled(["<|im_end|>"])])
+    assert joined == "<|im_start|>a<|im_end|><|im_end|><|im_end|>"
+    assert bpe.encode(joined) == [1, *bpe.encode("a"), 2, *bpe.encode("<|im_end|>"), 2]
+
+
+@given(hostile, hostile)
+def test_no_value_becomes_a_control_token_in_a_template(
+    bpe: TextTokenizer, minilm: TextTokenizer, first: str, second: str
+) -> None:
+    for tokenizer, end, unknown in ((bpe, "<|im_end|>", set()), (minilm, "[SEP]", {100})):
+        # "<|im_" and "[" are text of the template that a value may try to complete.
+        filled = Filled(["<|im_", first, f"{end}[", second, "|>]"])
+        ids = [token for token in tokenizer.encode(filled) if token in tokenizer.control_tokens.keys() - unknown]
+        assert [tokenizer.control_tokens[token] for token in ids] == [end]
 
 
 def test_ends_are_what_the_model_says(tmp_path: Path) -> None:

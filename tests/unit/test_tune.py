@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -228,3 +229,25 @@ def test_ctrl_c_keeps_the_best_adapter_and_says_so(llama: Path, sums: Path, tmp_
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     with pytest.raises(UsageError, match="no finished run"):
         RunFolder.open(tmp_path / "run")
+
+
+def test_rows_that_differ_only_in_an_unused_column_stay_together(llama: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"id": n, "prompt": f"hello {n % 4}", "completion": " seven"} for n in range(40)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = tune(TuneConfig(model=str(llama), data=str(rows), out=tmp_path / "run", split=(0.5, 0.25, 0.25), max_steps=1))
+    prompts = [
+        {json.loads(line)["prompt"] for line in run.split(name).read_text().splitlines()}
+        for name in ("train", "validation", "test")
+    ]
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 4
+
+
+def test_a_saved_set_of_splits_is_used_as_it_is(llama: Path, sums: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in sums.read_text().splitlines()]
+    parts = {"train": rows[:20], "validation": rows[20:28], "test": rows[28:]}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()}).save_to_disk(
+        str(tmp_path / "set")
+    )
+    run = tune(TuneConfig(model=str(llama), data=str(tmp_path / "set"), out=tmp_path / "run", max_steps=1))
+    assert run.report()["rows"] == {"train": 20, "validation": 8, "test": 12}
