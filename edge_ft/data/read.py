@@ -39,7 +39,8 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
         MissingExtra: Parquet, saved folders and hub data sets need `edge-ft[train]`.
     """
     place, colon, named = source.rpartition(":")
-    if colon and not Path(source).exists() and (Path(place).is_dir() or re.fullmatch(r"[\w-]+(/[\w.-]+)?", place)):
+    maybe_hub = re.fullmatch(r"[\w-]+(/[\w.-]+)?", place) and not Path(place).is_file()
+    if colon and not Path(source).exists() and (maybe_hub or Path(place).is_dir()):
         source, split = place, named
     path = Path(source)
     if path.is_file():

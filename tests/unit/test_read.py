@@ -80,12 +80,17 @@ def test_classes_of_a_saved_set_keep_their_names(tmp_path: Path) -> None:
     assert [row.fields["label"] for row in read_rows(str(tmp_path / "d"))] == ["yes", "no", None, None]
 
 
-def test_a_colon_in_the_name_of_a_file_is_no_split(tmp_path: Path) -> None:
+def test_a_colon_in_the_name_of_a_file_is_no_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path, "a:train.jsonl", '{"a": 1}')
     assert read_rows(source) == [Row(1, {"a": 1})]
     assert split_names(source) == []
     with pytest.raises(DataError, match="does not exist"):
         read_rows(f"{source}:train")
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data", "rows.jsonl", '{"a": 1}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="does not exist"):
+        read_rows("data/rows.jsonl:train")
 
 
 def test_a_split_of_a_hub_data_set_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
