@@ -192,7 +192,7 @@ def run(
     if jsonl is not None and out is not None:
         with _progress(output) as progress:
             summary = answer_file(bundle, jsonl, out, settings, progress)
-        _show(output, summary, [], f"{out}: {summary['rows']} rows, {summary['seconds']:.1f} s")
+        _show(output, summary, [], _answered(summary))
     elif interactive:
         converse(bundle, settings, sys.stdin, sys.stdout)
     else:
@@ -201,6 +201,11 @@ def run(
         result = answer_one(bundle, text, settings, None if output.json == "-" else sys.stdout)
         if output.json is not None:
             _write_json(output.json, result)
+
+
+def _answered(summary: dict[str, Any]) -> str:
+    failed = f", {summary['failed']} of them without an answer (their lines say why)" if summary["failed"] else ""
+    return f"{summary['out']}: {summary['rows']} rows{failed}, {summary['seconds']:.1f} s"
 
 
 @app.command

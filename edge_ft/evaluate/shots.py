@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from edge_ft.data import Example, Message, Record, Rendering, Row, TextTokenizer, encode_example, record
+from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import UsageError
 
 __all__ = ["with_shots"]
@@ -33,8 +34,9 @@ def with_shots(
             rest = [turn for turn in own if turn not in system]
             combined = Record(row.number, [*system, *solved_turns, *rest], "", None, None)
         elif asked.messages is None:
-            before = "".join(f"{shot.prompt}{shot.completion}\n\n" for shot in solved)
-            combined = Record(row.number, None, before + asked.prompt, asked.completion, None)
+            # Joined so that a template's own control tokens stay what they are.
+            before = [text for shot in solved for text in (shot.prompt, shot.completion or "", Filled(["\n\n"]))]
+            combined = Record(row.number, None, Filled.concat([*before, asked.prompt]), asked.completion, None)
         else:
             raise UsageError("--shots needs a chat template for rows of messages")
         example = encode_example(rendering, tokenizer, combined)

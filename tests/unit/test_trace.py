@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from edge_ft.base.linear import QuantLinear, is_exporting, quantize_model
+from edge_ft.base.linear import QuantLinear, quantize_model
 from edge_ft.errors import ModelError
 from edge_ft.export.lowering import add_lora_inputs, lower
 from edge_ft.export.pack import write
@@ -371,7 +371,6 @@ def test_the_model_is_as_it_was_afterwards(make: Any, monkeypatch: pytest.Monkey
         trace(model, family_of(model.config.model_type))
     assert nn.Linear.forward is forward
     assert model.config._attn_implementation == attention
-    assert not is_exporting()
     np.testing.assert_array_equal(torch_logits(model, ids, mask), before)
 
 
