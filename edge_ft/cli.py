@@ -157,7 +157,10 @@ def evaluate(
         ("perplexity", _figure(result["perplexity"])),
     ]
     table += [(name, _interval(value)) for name, value in result["metrics"].items()]
-    _show(output, result, table, f"{source}: {result['rows']} rows, {result['seconds']:.0f} s")
+    left_out = (
+        f" ({result['dropped']} without an answer, {result['cut']} cut)" if result["dropped"] or result["cut"] else ""
+    )
+    _show(output, result, table, f"{source}: {result['rows']} rows{left_out}, {result['seconds']:.0f} s")
 
 
 @app.command

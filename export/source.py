@@ -1,6 +1,6 @@
 """What is exported: a run folder or a model brought to one form."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,7 @@ def _from_model(source: str, config: ExportConfig) -> Source:
         longest = longest_sequence(config.max_length, base.max_length)
         rendering = make_rendering(config, columns, task, tokenizer, longest, labels)
     examples = scorable(encode_rows(rendering, tokenizer, rows))
+    rendering = replace(rendering, labels=labels)  # rows may name classes by number; the bundle names them by name
     if rows and not examples:
         raise DataError(f"{config.data}: no row has an answer to score")
     return Source(

@@ -13,7 +13,7 @@ from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.base.load import find_base, load_model
 from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import EvalConfig, VerifyConfig
-from edge_ft.data import Rendering, TextTokenizer, encode_rows, fingerprint, read_rows
+from edge_ft.data import TextTokenizer, fingerprint, read_rows
 from edge_ft.errors import AuditRefused, BundleError, DataError, GateRefused, UsageError
 from edge_ft.evaluate import evaluate
 from edge_ft.evaluate.open import longest_sequence, open_run_model, open_source, rendering_for
@@ -386,16 +386,15 @@ def test_nothing_is_answered_where_there_is_no_prompt(llama: Path, llama_run: Ru
     assert TorchScorer(model, base.family).answer([], 3) == []
 
 
-def test_answers_end_at_the_models_limit_for_torch_and_onnx_alike(
-    llama_run: RunFolder, llama_adapter_bundle: Bundle, tmp_path: Path
+def test_answers_end_at_the_models_limit_for_torch_as_for_onnx(
+    llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    data = write(tmp_path / "long.jsonl", [{"prompt": "\x01" * 195, "completion": "\x02" * 40}])
-    config = EvalConfig(data=data, max_new_tokens=64)
-    rendering, tokenizer = Rendering.from_dict(llama_run.rendering()), TextTokenizer.load(llama_run.tokenizer)
-    prompt = encode_rows(rendering, tokenizer, read_rows(data))[0].prompt_length
-    assert 256 - 64 < prompt < 256
-    torch_side, onnx_side = (evaluate(str(path), config) for path in (llama_run.path, llama_adapter_bundle.path))
-    assert torch_side["metrics"] == onnx_side["metrics"]
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(TorchScorer, "answer", lambda self, prompt, longest: asked.append((len(prompt), longest)) or [])
+    lines = [{"prompt": "\x01" * length, "completion": "\x02" * 40} for length in (20, 195)]
+    evaluate(str(llama_run.path), EvalConfig(data=write(tmp_path / "long.jsonl", lines), max_new_tokens=64))
+    (_, free), (prompt, bounded) = asked
+    assert (free, bounded) == (64, 256 - prompt)
 
 
 def test_classes_are_named_before_they_are_counted(bert: Path, bert_run: RunFolder, tmp_path: Path) -> None:
