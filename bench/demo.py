@@ -64,7 +64,11 @@ def decoder(out: Path) -> None:
         "eval-base-shots", "eval", out / "base", *answers, *columns, "--shots", "3", "--shots-from", rows["train"]
     )
     tuned = stage("eval-shipped", "eval", out / "bundle", *answers)
-    trained = stage("eval-run", "eval", out / "run", "--data", rows["test"], "--no-generate")
+    report = json.loads((out / "run" / "report.json").read_text(encoding="utf-8"))
+    trained = {
+        "nll": report["nll"]["test"],
+        "metrics": {"token_accuracy": report["metrics"]["token_accuracy"]["test"]},
+    }
     records = stage("bench", "bench", out / "base", out / "run", out / "bundle", "--repeats", "3")
     trivial = _share(out / "rows" / "test.jsonl", lambda row: row["transcript"].capitalize() + "." == row["written"])
     speed = {name: _speeds(records, name) for name in ("base", "run", "bundle")}
