@@ -16,6 +16,7 @@ from edge_ft.artifacts import atomic_folder, file_sha256, write_text
 from edge_ft.base.linear import is_within, quantize_model
 from edge_ft.base.quiet import quiet_libraries
 from edge_ft.config import Task
+from edge_ft.data import class_numbers
 from edge_ft.errors import ModelError, did_you_mean
 from edge_ft.families import Family, family_of
 
@@ -60,7 +61,7 @@ class Base:
 
     def brings_head_of(self, labels: tuple[str, ...]) -> bool:
         """Whether the checkpoint's head is one of these classes: by their names, or by their numbers."""
-        return bool(self.labels) and labels in (self.labels, tuple(map(str, range(len(self.labels)))))
+        return bool(self.labels) and labels in (self.labels, class_numbers(self.labels))
 
     @property
     def license(self) -> str | None:

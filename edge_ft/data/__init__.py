@@ -3,7 +3,17 @@
 from edge_ft.data.audit import Finding, audit
 from edge_ft.data.batches import Batch, collate, eval_batches, train_batches
 from edge_ft.data.chat import render_chat
-from edge_ft.data.columns import Columns, Message, Record, fill_text, find_columns, find_labels, guess_task, record
+from edge_ft.data.columns import (
+    Columns,
+    Message,
+    Record,
+    class_numbers,
+    fill_text,
+    find_columns,
+    find_labels,
+    guess_task,
+    record,
+)
 from edge_ft.data.read import Row, column_names, read_rows, split_names
 from edge_ft.data.render import (
     Example,
@@ -28,6 +38,7 @@ __all__ = [
     "Row",
     "TextTokenizer",
     "audit",
+    "class_numbers",
     "collate",
     "column_names",
     "encode_example",

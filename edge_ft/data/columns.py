@@ -12,7 +12,17 @@ from edge_ft.data.read import Row
 from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import DataError, did_you_mean
 
-__all__ = ["Columns", "Message", "Record", "fill_text", "find_columns", "find_labels", "guess_task", "record"]
+__all__ = [
+    "Columns",
+    "Message",
+    "Record",
+    "class_numbers",
+    "fill_text",
+    "find_columns",
+    "find_labels",
+    "guess_task",
+    "record",
+]
 
 Kind = Literal["messages", "prompt_completion", "instruction", "text", "text_label", "template"]
 Message = dict[str, str]
@@ -135,6 +145,11 @@ def fill_text(columns: Columns, text: str) -> str:
     found = re.fullmatch(form, text, re.DOTALL)
     parts[1::2] = found.groups() if found else [text] * (len(parts) // 2)
     return Filled(parts)
+
+
+def class_numbers(labels: Sequence[str]) -> tuple[str, ...]:
+    """The places of a head's classes as rows may name them: "0", "1", ..."""
+    return tuple(map(str, range(len(labels))))
 
 
 def find_labels(rows: Sequence[Row], columns: Columns) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from edge_ft.data import (
     Rendering,
     Row,
     TextTokenizer,
+    class_numbers,
     column_names,
     find_columns,
     find_labels,
@@ -181,7 +182,7 @@ def rendering_for(
         raise DataError("this model has no class names of its own: tune it first")
     longest = longest_sequence(config.max_length, model_limit)
     columns = find_columns(names, config, task)
-    numbers = tuple(map(str, range(len(labels))))
+    numbers = class_numbers(labels)
     if task == "text-classification":
         found = set(find_labels(rows, columns))
         if not found <= set(labels) and found <= set(numbers):

@@ -15,6 +15,7 @@ from edge_ft.data import (
     Row,
     TextTokenizer,
     audit,
+    class_numbers,
     column_names,
     encode_rows,
     find_columns,
@@ -79,7 +80,7 @@ def prepare(
             raise DataError(f"{config.data}: the label column holds {len(found)} class(es), at least 2 are needed")
         labels = _order_labels(found, model_labels)
         if model_labels:
-            kept = labels == model_labels or labels == _numbers(model_labels)
+            kept = labels == model_labels or labels == class_numbers(model_labels)
             what = "going on from the model's head for" if kept else "a new head instead of the model's, which is for"
             progress.say(f"{what} {', '.join(model_labels)}")
         if unseen := sorted(set(found) - set(find_labels(rows["train"], columns))):
@@ -106,14 +107,10 @@ def prepare(
 
 def _order_labels(found: tuple[str, ...], model_labels: tuple[str, ...]) -> tuple[str, ...]:
     """Classes in the order of the logits: a head that knows all of them, by name or number, keeps its own."""
-    for known in (model_labels, _numbers(model_labels)):
+    for known in (model_labels, class_numbers(model_labels)):
         if set(found) <= set(known):
             return known
     return found
-
-
-def _numbers(labels: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(map(str, range(len(labels))))
 
 
 def audit_split(examples: Sequence[Example], max_length: int, progress: Progress, name: str) -> list[dict[str, Any]]:
