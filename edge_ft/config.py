@@ -11,6 +11,7 @@ from typing import Any, Literal
 from edge_ft.errors import UsageError
 
 __all__ = [
+    "BaseFormat",
     "BenchConfig",
     "EvalConfig",
     "ExportConfig",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 Task = Literal["text-generation", "text-classification"]
+BaseFormat = Literal["int4", "int8", "nf4", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +79,12 @@ class TuneConfig(RowsConfig):
     """Linear layers that get an adapter: all-linear, or name endings such as q_proj,v_proj."""
     layers: str = "all"
     """all, or last:K to adapt only the last K transformer layers."""
-    base_format: Literal["int4", "fp32"] = "int4"
-    """What the frozen base is held in while training: the 4-bit codes that ship, or float."""
+    base_format: BaseFormat = "int4"
+    """What the frozen base is held in while training: int4 or int8 codes as they ship, bitsandbytes' nf4, or float."""
+    compute: Literal["auto", "fp32", "bf16"] = "auto"
+    """Numbers of a training step; auto takes bf16 where the processor has it, it is faster and its loss agrees."""
+    memory: Literal["normal", "low"] = "normal"
+    """low: recompute activations instead of keeping them; slower, in less memory, to the same result."""
     block_size: Literal[16, 32, 64, 128] = 32
     """Weights per 4-bit scale."""
     learning_rate: float = 1e-3
@@ -109,6 +115,16 @@ class TuneConfig(RowsConfig):
     """Seed of the split, the order of rows, dropout and new weights."""
     threads: int | None = None
     """CPU threads; default all cores."""
+    checkpoint_minutes: float = 5.0
+    """Write a checkpoint at least this often; 0 switches it off."""
+    checkpoint_steps: int | None = None
+    """Also write a checkpoint every so many steps."""
+    resume: bool = False
+    """Go on from the checkpoint in --out; from the start where there is none."""
+    allow: tuple[str, ...] = ()
+    """Audit findings that would refuse the rows but are accepted here, by their codes."""
+    show: int = 0
+    """Print so many training rows as the model will read them, with the trained tokens marked."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,6 +149,9 @@ class TuneConfig(RowsConfig):
         _check(self.weight_decay >= 0, "--weight-decay cannot be negative")
         _check(self.max_grad_norm >= 0, "--max-grad-norm cannot be negative")
         _check(self.threads is None or self.threads >= 1, "--threads must be at least 1")
+        _check(self.checkpoint_minutes >= 0, "--checkpoint-minutes cannot be negative")
+        _check(self.checkpoint_steps is None or self.checkpoint_steps >= 1, "--checkpoint-steps must be at least 1")
+        _check(self.show >= 0, "--show cannot be negative")
         last_layers(self.layers)
 
 

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.base.adapter import adapter_config, load_adapter, merge_adapter
 from edge_ft.base.linear import quantize_model
-from edge_ft.base.load import Base, BaseFormat, find_base, load_model
-from edge_ft.config import ExportConfig, Task
+from edge_ft.base.load import Base, find_base, load_model
+from edge_ft.config import BaseFormat, ExportConfig, Task
 from edge_ft.data import (
     Columns,
     Example,

@@ -217,7 +217,7 @@ def _hooks(model: PreTrainedModel) -> Iterator[None]:
             undo.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
 
-        undo.enter_context(exporting())
+        undo.enter_context(exporting(model))
         patch(nn.Linear, "forward", _linear)
         for kind in {type(module) for module in model.modules()}:
             if kind.__name__.endswith("RMSNorm"):

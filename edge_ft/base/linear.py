@@ -1,7 +1,10 @@
-"""Layers whose weights stay 4-bit codes: dequantized one layer at a time, one operator under ONNX export.
+"""Layers whose weights stay codes: dequantized one layer at a time, one operator under ONNX export.
 
 Both are subclasses of the torch layer they replace, with `weight` None and the codes in a buffer named
 `qweight`: the name by which PEFT finds a quantized layer's device, so that its LoRA layers wrap them.
+
+In memory the codes lie the other way round than in the file, K before N, so that each step of dequantizing
+runs along N in full vectors; along the file's inner dimension, one block, it took 20 times as long.
 """
 
 import hashlib
@@ -9,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_ft.base.grid import Codes, quantize
+from edge_ft.base.grid import Bits, Codes, pack_nibbles, quantize, unpack_nibbles
 
 __all__ = ["QuantEmbedding", "QuantLinear", "codes_sha256", "exporting", "is_within", "quantize_model"]
 
@@ -21,67 +25,118 @@ __all__ = ["QuantEmbedding", "QuantLinear", "codes_sha256", "exporting", "is_wit
 _exporting = False
 
 
+class _OverCodes(nn.Module):
+    """What both layers share: the buffers."""
+
+    qweight: Tensor
+    """uint8 [K_blocks * block_size * bits / 8, N]; at 4 bits the low nibble is the earlier row."""
+    scales: Tensor
+    """float32 [K_blocks, N]"""
+    zero_points: Tensor
+    """uint8 [K_blocks, N]"""
+    bits: Bits
+    block_size: int
+
+    def _hold(self, codes: Codes) -> None:
+        self.bits, self.block_size = codes.bits, codes.block_size
+        rows, blocks = codes.scales.shape
+        zero_points = unpack_nibbles(codes.zero_points, blocks) if codes.bits == 4 else codes.zero_points
+        for name, array in (
+            ("qweight", codes.qweight.reshape(rows, -1)),
+            ("scales", codes.scales),
+            ("zero_points", zero_points),
+        ):
+            self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array.T)))
+
+    def codes(self) -> Codes:
+        """The codes in the file's layout."""
+        qweight, scales, zero_points = (
+            np.ascontiguousarray(buffer.cpu().numpy().T) for buffer in (self.qweight, self.scales, self.zero_points)
+        )
+        rows, blocks = scales.shape
+        return Codes(
+            qweight.reshape(rows, blocks, -1),
+            scales,
+            pack_nibbles(zero_points) if self.bits == 4 else zero_points,
+            self.in_features if isinstance(self, nn.Linear) else int(self.embedding_dim),  # type: ignore[arg-type]
+            self.bits,
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice | Tensor = slice(None)) -> Tensor:
+        """The transposed weight [K, N], or some of its columns, computed in float32 and rounded once to `dtype`."""
+        qweight, scales, zero_points = (buffer[:, columns] for buffer in (self.qweight, self.scales, self.zero_points))
+        blocks, width = scales.shape
+        values = qweight.unflatten(0, (blocks, -1))
+        if self.bits == 4:
+            both = torch.empty(blocks, values.shape[1], 2, width, dtype=torch.uint8, device=values.device)
+            torch.bitwise_and(values, 15, out=both[:, :, 0])
+            torch.bitwise_right_shift(values, 4, out=both[:, :, 1])
+            # The difference of two 4-bit codes is right in a signed byte, however the unsigned one wraps.
+            signed = both.flatten(1, 2).sub_(zero_points[:, None]).view(torch.int8)
+            weight = signed.to(torch.float32)
+        else:
+            weight = values.to(torch.float32).sub_(zero_points[:, None])
+        weight = weight.mul_(scales[:, None]).flatten(0, 1).to(dtype)
+        size = self.in_features if isinstance(self, nn.Linear) else self.embedding_dim
+        return weight[:size]
+
+
 @contextmanager
-def exporting() -> Iterator[None]:
-    """While inside, quantized layers emit ONNX operators over their codes instead of computing."""
+def exporting(model: nn.Module) -> Iterator[None]:
+    """While inside, the quantized layers of `model` hold the file's layout and emit ONNX operators over it."""
     global _exporting
+    layers = [module for module in model.modules() if isinstance(module, _OverCodes)]
+    before = [dict(layer._buffers) for layer in layers]
+    files: dict[int, tuple[Tensor, ...]] = {}  # tied layers stay tied
+    for layer in layers:
+        at = layer.qweight.data_ptr()
+        if at not in files:
+            codes = layer.codes()
+            files[at] = tuple(map(torch.from_numpy, (codes.qweight, codes.scales, codes.zero_points)))
+        layer.qweight, layer.scales, layer.zero_points = files[at]
     _exporting = True
     try:
         yield
     finally:
         _exporting = False
-
-
-def dequantize(qweight: Tensor, scales: Tensor, zero_points: Tensor) -> Tensor:
-    """[N, K_blocks, block_size / 2] codes -> float32 [N, K_blocks · block_size], as `grid.dequantize`."""
-    rows, blocks = scales.shape
-    values = torch.stack((qweight & 15, qweight >> 4), dim=-1).view(rows, blocks, -1)
-    zeros = torch.stack((zero_points & 15, zero_points >> 4), dim=-1).view(rows, -1)[:, :blocks]
-    return torch.sub(values, zeros.unsqueeze(-1).to(scales.dtype)).mul_(scales.unsqueeze(-1)).view(rows, -1)
+        for layer, buffers in zip(layers, before, strict=True):
+            layer._buffers.update(buffers)
 
 
 class _FrozenMatMul(torch.autograd.Function):
     """x Wᵀ with W dequantized in forward and again in backward, so that no float weight is kept between."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, qweight: Tensor, scales: Tensor, zero_points: Tensor) -> Tensor:
-        ctx.save_for_backward(qweight, scales, zero_points)
-        ctx.in_features = x.shape[-1]
-        weight = dequantize(qweight, scales, zero_points)[:, : x.shape[-1]]
-        return x @ weight.T.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, layer: "QuantLinear") -> Tensor:
+        ctx.layer = layer
+        return x @ layer.dequantize(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        weight = dequantize(*ctx.saved_tensors)[:, : ctx.in_features]
-        return grad @ weight.to(grad.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.layer.dequantize(grad.dtype).T, None
 
 
-class QuantLinear(nn.Linear):
-    """A frozen linear layer over codes: [..., in_features] -> [..., out_features]."""
-
-    qweight: Tensor
-    scales: Tensor
-    zero_points: Tensor
+class QuantLinear(_OverCodes, nn.Linear):
+    """A frozen linear layer over codes: [..., in_features] -> [..., out_features], in the input's dtype."""
 
     def __init__(self, codes: Codes, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = codes.qweight.shape[0], codes.in_features
-        self.block_size = codes.block_size
         self.register_parameter("weight", None)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        _register(self, codes)
+        self._hold(codes)
 
     def forward(self, x: Tensor) -> Tensor:
         if not _exporting:
-            y: Tensor = _FrozenMatMul.apply(x, self.qweight, self.scales, self.zero_points)
-            return y if self.bias is None else y + self.bias
+            y: Tensor = _FrozenMatMul.apply(x, self)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             [x, self.qweight, self.scales, self.zero_points, None, self.bias],
             {
                 "K": self.in_features,
                 "N": self.out_features,
-                "bits": 4,
+                "bits": self.bits,
                 "block_size": self.block_size,
                 "accuracy_level": 1,
             },
@@ -91,44 +146,38 @@ class QuantLinear(nn.Linear):
         )
 
 
-class QuantEmbedding(nn.Embedding):
-    """A frozen embedding over codes: ids [...] -> [..., embedding_dim]."""
-
-    qweight: Tensor
-    scales: Tensor
-    zero_points: Tensor
+class QuantEmbedding(_OverCodes, nn.Embedding):
+    """A frozen embedding over codes: ids [...] -> float32 [..., embedding_dim]."""
 
     def __init__(self, codes: Codes, padding_idx: int | None = None) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = codes.qweight.shape[0], codes.in_features
         self.padding_idx = padding_idx
-        self.block_size = codes.block_size
         self.register_parameter("weight", None)
-        _register(self, codes)
+        self._hold(codes)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if not _exporting:
-            ids = input_ids.flatten()
-            rows = dequantize(self.qweight[ids], self.scales[ids], self.zero_points[ids])
-            return rows.view(*input_ids.shape, -1)
+            return self.dequantize(columns=input_ids.flatten()).T.unflatten(0, input_ids.shape)
         return torch.onnx.ops.symbolic(
             "com.microsoft::GatherBlockQuantized",
             # The operator wants [N, blob]: edge_ft.export.trace gives it the same bytes in that shape.
             [self.qweight, input_ids, self.scales, self.zero_points],
-            {"gather_axis": 0, "quantize_axis": 1, "block_size": self.block_size, "bits": 4},
+            {"gather_axis": 0, "quantize_axis": 1, "block_size": self.block_size, "bits": self.bits},
             dtype=torch.float32,
             shape=(*input_ids.shape, self.embedding_dim),
             version=1,
         )
 
 
-def quantize_model(model: nn.Module, block_size: int, keep: tuple[str, ...] = ()) -> None:
+def quantize_model(model: nn.Module, block_size: int, keep: tuple[str, ...] = (), bits: Bits = 4) -> None:
     """Replace every linear layer and token embedding of `model` by its quantized form, in place.
 
     Args:
         model: A float model with a word embedding as `get_input_embeddings()`.
         block_size: Weights per scale.
         keep: Names of modules that stay float with all that is in them (a head that is trained in full).
+        bits: Of a code.
     """
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     for name, module in list(model.named_modules()):
@@ -139,11 +188,11 @@ def quantize_model(model: nn.Module, block_size: int, keep: tuple[str, ...] = ()
             if module.weight is embedding.weight:
                 continue  # tied to the embedding: set below, over the same codes
             bias = None if module.bias is None else module.bias.data
-            setattr(parent, name.rpartition(".")[2], QuantLinear(_codes(module.weight, block_size), bias))
+            setattr(parent, name.rpartition(".")[2], QuantLinear(_codes(module.weight, block_size, bits), bias))
     # Only whole blocks: GatherBlockQuantized knows no padded last block.
     if embedding.embedding_dim % block_size:
         return
-    codes = _codes(embedding.weight, block_size)
+    codes = _codes(embedding.weight, block_size, bits)
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
     quantized = QuantEmbedding(codes, embedding.padding_idx)
@@ -171,16 +220,11 @@ def codes_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name in sorted(layers):
         digest.update(name.encode())
-        for buffer in (layers[name].qweight, layers[name].scales, layers[name].zero_points):
-            digest.update(buffer.cpu().numpy().tobytes())
+        codes = layers[name].codes()
+        for array in (codes.qweight, codes.scales, codes.zero_points):
+            digest.update(array.tobytes())
     return digest.hexdigest()
 
 
-def _codes(weight: Tensor, block_size: int) -> Codes:
-    return quantize(weight.detach().float().cpu().numpy(), block_size)
-
-
-def _register(module: nn.Module, codes: Codes) -> None:
-    module.register_buffer("qweight", torch.from_numpy(codes.qweight))
-    module.register_buffer("scales", torch.from_numpy(codes.scales))
-    module.register_buffer("zero_points", torch.from_numpy(codes.zero_points))
+def _codes(weight: Tensor, block_size: int, bits: Bits) -> Codes:
+    return quantize(weight.detach().float().cpu().numpy(), block_size, bits)

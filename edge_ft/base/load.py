@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,14 +15,12 @@ from torch import nn
 from edge_ft.artifacts import atomic_folder, file_sha256, write_text
 from edge_ft.base.linear import is_within, quantize_model
 from edge_ft.base.quiet import quiet_libraries
-from edge_ft.config import Task
+from edge_ft.config import BaseFormat, Task
 from edge_ft.data import class_numbers
 from edge_ft.errors import ModelError, did_you_mean
 from edge_ft.families import Family, family_of
 
-__all__ = ["Base", "BaseFormat", "find_base", "load_model"]
-
-BaseFormat = Literal["int4", "fp32"]
+__all__ = ["Base", "find_base", "load_model"]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def test_the_adapter_lane_ships_the_trained_codes_byte_for_byte(
         for kind in ("qweight", "scales", "zero_points"):
             # A tied embedding has the head's scales and zero points, which are stored once.
             stored = shipped.get(f"{name}.{kind}", shipped[f"lm_head.{kind}"])
-            assert stored.tobytes() == getattr(layer, kind).numpy().tobytes()
+            assert stored.tobytes() == getattr(layer.codes(), kind).tobytes()
 
 
 @pytest.mark.parametrize("bundle_name", ["llama_adapter_bundle", "bert_adapter_bundle"])
@@ -207,8 +207,8 @@ def test_a_fallen_metric_refuses(llama_run: RunFolder, tmp_path: Path, monkeypat
 
     whole = linear.quantize
 
-    def broken(weight: np.ndarray, block_size: int) -> Any:
-        codes = whole(weight, block_size)
+    def broken(weight: np.ndarray, block_size: int, bits: Any) -> Any:
+        codes = whole(weight, block_size, bits)
         codes.scales[:] *= 1.5
         return codes
 

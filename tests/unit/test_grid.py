@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edge_ft.base.grid import dequantize, pack_nibbles, quantize, unpack_nibbles
+from edge_ft.base.grid import Bits, dequantize, pack_nibbles, quantize, unpack_nibbles
 
 WEIGHTS = hnp.arrays(
     np.float32,
@@ -20,9 +20,9 @@ def test_packing_is_undone_by_unpacking(values: np.ndarray) -> None:
     assert (unpack_nibbles(pack_nibbles(values), values.shape[1]) == values).all()
 
 
-@given(WEIGHTS, st.sampled_from([16, 32]))
-def test_every_weight_is_within_half_a_step_of_its_code(weight: np.ndarray, block_size: int) -> None:
-    codes = quantize(weight, block_size)
+@given(WEIGHTS, st.sampled_from([16, 32]), st.sampled_from([4, 8]))
+def test_every_weight_is_within_half_a_step_of_its_code(weight: np.ndarray, block_size: int, bits: Bits) -> None:
+    codes = quantize(weight, block_size, bits)
     steps = np.repeat(codes.scales, block_size, axis=1)[:, : weight.shape[1]]
     # A rounded zero point shifts the whole block by up to half a step more at its ends.
     assert (np.abs(dequantize(codes) - weight) <= steps * 1.001 + 1e-6).all()

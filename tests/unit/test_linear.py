@@ -8,20 +8,31 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from edge_ft.base.grid import dequantize, quantize
+from edge_ft.base.grid import Bits, dequantize, quantize
 from edge_ft.base.linear import QuantEmbedding, QuantLinear, codes_sha256, quantize_model
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [64, 80])
-def test_a_quantized_layer_is_a_linear_layer_over_the_dequantized_weight(columns: int) -> None:
+def test_a_quantized_layer_is_a_linear_layer_over_the_dequantized_weight(columns: int, bits: Bits) -> None:
     layer = nn.Linear(columns, 24)
-    codes = quantize(layer.weight.detach().numpy(), 32)
+    codes = quantize(layer.weight.detach().numpy(), 32, bits)
     x = torch.randn(3, 5, columns, requires_grad=True)
     y = QuantLinear(codes, layer.bias.data)(x)
     expected = nn.functional.linear(x, torch.from_numpy(dequantize(codes)), layer.bias)
     torch.testing.assert_close(y, expected)
     gradient = torch.randn_like(y)
     torch.testing.assert_close(torch.autograd.grad(y, x, gradient)[0], torch.autograd.grad(expected, x, gradient)[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [64, 80])
+def test_a_layer_gives_back_the_codes_it_was_made_of(columns: int, bits: Bits) -> None:
+    codes = quantize(np.random.default_rng(0).normal(size=(24, columns)).astype(np.float32), 32, bits)
+    back = QuantLinear(codes).codes()
+    for name in ("qweight", "scales", "zero_points"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(codes, name), strict=True)
+    assert (back.bits, back.block_size, back.in_features) == (bits, 32, columns)
 
 
 def test_a_quantized_embedding_looks_up_the_dequantized_rows() -> None:
