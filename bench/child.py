@@ -20,21 +20,28 @@ _POLL_S = 0.01
 """Seconds between two looks at a watched process."""
 
 
-def run_worker(job: dict[str, Any], doing: str, threads: int, limit: MemoryLimit | None = None) -> dict[str, Any]:
-    """What `edge_ft.bench.worker` answers to a job, from a fresh process.
+def run_worker(
+    job: dict[str, Any],
+    doing: str,
+    threads: int,
+    limit: MemoryLimit | None = None,
+    module: str = "edge_ft.bench.worker",
+) -> dict[str, Any]:
+    """What a worker answers to a job, from a fresh process.
 
     Args:
         job: What the worker reads, without `started`, which is added here.
         doing: What the job is about, for messages.
         threads: CPU threads of the libraries underneath.
         limit: Memory that the process may use.
+        module: The worker, whose `main` is `edge_ft.bench.worker.answer` with work of its own.
 
     Raises:
         WillNotFit: it used more than the limit.
         EdgeFTError: it died, or reported an error, which is raised here as what it was there.
     """
     # -P: a file named like a library, in the folder that the user stands in, must not be imported.
-    command = [sys.executable, "-P", "-m", "edge_ft.bench.worker"]
+    command = [sys.executable, "-P", "-m", module]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile() as stderr, limit.group() if limit else nullcontext() as group:
         if group is not None:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from edge_ft.data import TextTokenizer
     from edge_ft.runtime import TextClassifier, TextGenerator
 
-__all__ = ["classifier_ids", "main", "prompt_ids"]
+__all__ = ["answer", "classifier_ids", "main", "prompt_ids"]
 
 _TEXT = (
     "The pump in the cellar runs at night, when power is cheap. It lifts water from a well of forty metres into "
@@ -37,13 +38,18 @@ _ROWS, _BATCHES = 8, 4
 
 
 def main() -> None:
+    """The worker of `edge-ft bench`."""
+    answer(lambda job: _find(job) if job["do"] == "find" else _measure(job))
+
+
+def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Answer the job on stdin with `{"result": …}`, or `{"error": [class, message]}` for an EdgeFTError."""
     # What a library prints must not end up in the answer.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)
         job = json.load(sys.stdin)
         try:
-            reply: dict[str, Any] = {"result": _find(job) if job["do"] == "find" else _measure(job)}
+            reply: dict[str, Any] = {"result": work(job)}
         except EdgeFTError as error:
             reply = {"error": [type(error).__name__, str(error)]}
         json.dump(reply, answer)

@@ -3,6 +3,7 @@
 Both are plain files that a person can open and read; `docs/bundle.md` describes the bundle.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ __all__ = [
     "Bundle",
     "RunFolder",
     "atomic_folder",
+    "disk_full",
     "file_sha256",
     "kind_of",
     "write_json",
@@ -53,6 +55,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON; NaN is refused, since JSON has none."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room; safetensors reports it in an error of its own."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"os error {code})" in str(error) for code in full)
 
 
 def refuse_existing(out: Path) -> None:
@@ -107,8 +117,20 @@ class RunFolder:
         """
         run = cls(path)
         if not run.report_path.is_file():
-            raise UsageError(f"{path} holds no finished run (report.json is missing): run edge-ft tune again")
+            raise UsageError(
+                f"{path} holds no finished run (report.json is missing): edge-ft tune --config {run.config_path} "
+                "--resume goes on with it"
+            )
         return run
+
+    def is_begun(self) -> bool:
+        """Whether `tune` made this folder, however far it came."""
+        return self.path.is_dir() and ((self.path / "splits").is_dir() or not any(self.path.iterdir()))
+
+    @property
+    def config_path(self) -> Path:
+        """The settings, resolved, as `--config` takes them."""
+        return self.path / "config.yaml"
 
     @property
     def report_path(self) -> Path:

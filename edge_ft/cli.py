@@ -13,7 +13,17 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from edge_ft import __version__
-from edge_ft.config import BenchConfig, EvalConfig, ExportConfig, RunConfig, TuneConfig, VerifyConfig, as_plain
+from edge_ft.config import (
+    BenchConfig,
+    EvalConfig,
+    ExportConfig,
+    PlanConfig,
+    RunConfig,
+    TuneConfig,
+    VerifyConfig,
+    as_plain,
+    preset_file,
+)
 from edge_ft.errors import EdgeFTError, UsageError, WillNotFit
 from edge_ft.progress import Lines, Progress, Silent
 
@@ -82,6 +92,36 @@ def tune(
         f"{report['seconds']:.0f} s, {report['tokens_per_second']:.0f} tok/s, "
         f"peak {report['peak_rss_bytes'] / 1e6:.0f} MB\nnext: edge-ft export {run.path} --out BUNDLE",
     )
+
+
+@app.command
+def plan(
+    *,
+    settings: Annotated[PlanConfig, Parameter(name="*", negative_iterable=(), consume_multiple=True)],
+    output: Annotated[Output, FLAT] = Output(),
+) -> None:
+    """Say what a tune with these settings would take, and what is odd about the rows; writes nothing."""
+    from edge_ft.tune.plan import duration, megabytes
+    from edge_ft.tune.plan import plan as run_plan
+
+    with _progress(output) as progress:
+        result = run_plan(settings, progress)
+    table: list[tuple[str, ...]] = [("layers", "memory mode", "trained", "time", "memory", "disk", "")]
+    for choice in result["choices"]:
+        mark = "recommended" if choice == result["recommended"] else "" if choice["fits"] else "does not fit"
+        figures = (duration(choice["seconds"]), megabytes(choice["peak_rss_bytes"]), megabytes(choice["disk_bytes"]))
+        trained = f"{choice['trainable_parameters'] / 1e6:.2f} M"
+        table.append((choice["layers"], choice["memory"], trained, *figures, mark))
+    tokens, rows = result["tokens"], ", ".join(f"{count} {name}" for name, count in result["rows"].items())
+    lines = [
+        f"{rows} rows; a train row has {tokens['p50']} tokens (p50), {tokens['p95']} (p95), {tokens['max']} (max), "
+        f"all have {tokens['total']}; {result['steps']} steps",
+        *(f"{found['severity']}: {found['message']} [{found['code']}]" for found in result["findings"]),
+        f"recommended: --layers {result['recommended']['layers']} --memory {result['recommended']['memory']}; "
+        f"{result['reason']}",
+        *result.get("shown", []),
+    ]
+    _show(output, result, table, "\n".join(lines))
 
 
 @app.command
@@ -236,19 +276,25 @@ def bench(
 
 @app.meta.default
 def _with_config(
-    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)], config: Path | None = None
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Path | None = None,
+    preset: str | None = None,
 ) -> Any:
-    """Read flags from a file first.
+    """Read flags from files first.
 
     Parameters
     ----------
     config
         YAML file with settings; flags win over it.
+    preset
+        Settings that come with edge-ft, for tune and plan: default, final-layers, thorough or low-memory; flags and
+        --config win over them.
     """
-    if config is not None:
-        if not config.is_file():
-            raise UsageError(f"--config {config}: there is no such file")
-        app.config = cyclopts.config.Yaml(config, use_commands_as_keys=False)
+    files = [*([config] if config is not None else []), *([preset_file(preset)] if preset is not None else [])]
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"--config {file}: there is no such file")
+    app.config = [cyclopts.config.Yaml(file, use_commands_as_keys=False) for file in files]
     return app(tokens, exit_on_error=False, print_error=False)
 
 
@@ -306,6 +352,8 @@ def _progress(output: Output) -> AbstractContextManager[Progress]:
 
 def _show(output: Output, result: Any, table: list[tuple[str, ...]], lines: str) -> None:
     """The result as JSON where asked for, and for people on stdout unless JSON goes there."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes the first one speaks
     if output.json is not None:
         _write_json(output.json, result)
     if output.json == "-":

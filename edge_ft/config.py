@@ -6,25 +6,29 @@ Python API; a field's docstring is its `--help`.
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from edge_ft.errors import UsageError
+from edge_ft.errors import UsageError, did_you_mean
 
 __all__ = [
     "BaseFormat",
     "BenchConfig",
     "EvalConfig",
     "ExportConfig",
+    "PlanConfig",
     "RowsConfig",
     "RunConfig",
     "Task",
     "TuneConfig",
     "VerifyConfig",
+    "Weights",
     "as_plain",
+    "preset_file",
 ]
 
 Task = Literal["text-generation", "text-classification"]
 BaseFormat = Literal["int4", "int8", "nf4", "fp32"]
+Weights = Literal["int4", "int8", "fp16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +43,16 @@ class RowsConfig:
     """Column that holds the class (text-classification)."""
     chat_template: str | None = None
     """auto (the model's own), none, or a jinja file; default auto, with --prompt none."""
-    max_length: int | None = None
-    """Longest sequence in tokens; default the model's limit, at most 1024. Longer rows are cut, and said."""
+    max_length: int | Literal["auto"] | None = None
+    """Longest sequence in tokens; default the model's limit, at most 1024. Longer rows are cut, and said. auto (tune):
+    so many that 99% of the rows are whole, in steps of 32."""
 
     def __post_init__(self) -> None:
         _accept_python_values(self)
-        _check(self.max_length is None or self.max_length >= 8, "--max-length must be at least 8 tokens")
+        _check(
+            self.max_length in (None, "auto") or (isinstance(self.max_length, int) and self.max_length >= 8),
+            "--max-length must be at least 8 tokens, or auto",
+        )
         _check(
             self.completion is None or self.prompt is not None,
             "--completion needs --prompt: give both templates",
@@ -86,9 +94,11 @@ class TuneConfig(RowsConfig):
     memory: Literal["normal", "low"] = "normal"
     """low: recompute activations instead of keeping them; slower, in less memory, to the same result."""
     block_size: Literal[16, 32, 64, 128] = 32
-    """Weights per 4-bit scale."""
+    """Weights per scale of int4 and int8; nf4 has bitsandbytes' 64."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
+    loraplus_lr_ratio: float = 1.0
+    """Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv:2402.12354)."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warm-up."""
     warmup: float = 0.05
@@ -130,6 +140,7 @@ class TuneConfig(RowsConfig):
         super().__post_init__()
         names = tuple(name for names in self.target_modules for name in names.split(",") if name)
         object.__setattr__(self, "target_modules", names)
+        object.__setattr__(self, "allow", tuple(code for codes in self.allow for code in codes.split(",") if code))
         _check(
             len(self.split) == 3 and abs(sum(self.split) - 1) < 1e-6 and min(self.split) >= 0,
             f"--split {' '.join(map(str, self.split))} must be three shares that sum to 1",
@@ -138,6 +149,7 @@ class TuneConfig(RowsConfig):
         _check(self.alpha > 0, "--alpha must be above 0")
         _check(0 <= self.dropout < 1, "--dropout must be in [0, 1)")
         _check(self.learning_rate > 0, "--learning-rate must be above 0")
+        _check(self.loraplus_lr_ratio > 0, "--loraplus-lr-ratio must be above 0")
         _check(0 <= self.warmup <= 1, "--warmup is a share of the steps: 0 to 1")
         _check(self.epochs > 0, "--epochs must be above 0")
         _check(self.max_steps is None or self.max_steps >= 1, "--max-steps must be at least 1")
@@ -154,6 +166,25 @@ class TuneConfig(RowsConfig):
         _check(self.show >= 0, "--show cannot be negative")
         last_layers(self.layers)
 
+    @classmethod
+    def from_preset(cls, name: str, **settings: Any) -> Self:
+        """The settings of a preset, those given here before them.
+
+        Raises:
+            UsageError: there is no such preset.
+        """
+        import yaml
+
+        return cls(**{**yaml.safe_load(preset_file(name).read_text(encoding="utf-8")), **settings})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TuneConfig):
+    """What `edge-ft plan` can be told: all that a tune can."""
+
+    out: Path = Path("run")
+    """Run folder that a tune would write: plan writes nothing, and looks how much room there is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(RowsConfig):
@@ -161,8 +192,9 @@ class ExportConfig(RowsConfig):
 
     out: Path
     """Bundle folder to write; must not exist."""
-    weights: Literal["int4", "fp32"] = "int4"
-    """Format of the weights that ship."""
+    weights: Weights | None = None
+    """Format of the weights that ship: int4 or int8 codes, fp16 (in the file: computed in float32), or fp32; default
+    int4, for a run in the adapter lane what it was trained over."""
     lane: Literal["merged", "adapter"] = "merged"
     """merged: the adapter goes into the weights; adapter: base codes untouched, A and B beside them."""
     adapter: Path | None = None
@@ -172,7 +204,7 @@ class ExportConfig(RowsConfig):
     data: str | None = None
     """Rows to score a model SOURCE on; a run folder brings its own validation and test rows."""
     block_size: Literal[16, 32, 64, 128] | None = None
-    """Weights per 4-bit scale; default the run's, else 32."""
+    """Weights per scale of int4 and int8; default the run's, else 32."""
     max_tax: float = 0.02
     """Refuse when shipped - trained exceeds so many nats per target token."""
     min_retained: float = 0.95
@@ -216,8 +248,8 @@ class EvalConfig(RowsConfig):
     """Task of a plain model; runs and bundles know their own."""
     adapter: str | None = None
     """none: score a bundle or run without its adapter."""
-    base_format: Literal["int4", "fp32"] = "fp32"
-    """Grid on which a plain MODEL is scored; a run is scored on the one it was trained over."""
+    base_format: BaseFormat = "fp32"
+    """Format in which a plain MODEL is scored; a run is scored in the one it was trained over."""
     shots: int = 0
     """Train examples put before each prompt (text-generation); rows may then be as long as the model's limit."""
     shots_from: str | None = None
@@ -331,6 +363,17 @@ def last_layers(layers: str) -> int | None:
         f"--layers {layers}: give all, or last:K with K at least 1",
     )
     return int(count)
+
+
+def preset_file(name: str) -> Path:
+    """The YAML file of a preset, which is like any that --config takes.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    files = {file.stem: file for file in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
+    _check(name in files, f"--preset {name}: there are {', '.join(files)}{did_you_mean(name, list(files))}")
+    return files[name]
 
 
 def as_plain(config: Any) -> dict[str, Any]:

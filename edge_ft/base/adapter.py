@@ -30,7 +30,8 @@ def add_lora(model: nn.Module, family: Family, task: str, config: TuneConfig) ->
     Raises:
         UsageError: target_modules or layers name nothing in this model.
     """
-    from peft import LoraConfig, get_peft_model
+    with quiet_libraries():  # to import it is not silent either
+        from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config.seed)
     lora = LoraConfig(
@@ -51,11 +52,11 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     Raises:
         ModelError: not a LoRA adapter in safetensors, or not one of this model.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
     adapter_config(folder)
     try:
         with quiet_libraries():
+            from peft import PeftModel, get_peft_model_state_dict
+
             loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
             taken = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

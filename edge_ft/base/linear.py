@@ -8,21 +8,34 @@ runs along N in full vectors; along the file's inner dimension, one block, it to
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_ft.base.grid import Bits, Codes, pack_nibbles, quantize, unpack_nibbles
 
-__all__ = ["QuantEmbedding", "QuantLinear", "codes_sha256", "exporting", "is_within", "quantize_model"]
+__all__ = [
+    "FrozenLinear",
+    "QuantEmbedding",
+    "QuantLinear",
+    "codes_sha256",
+    "exporting",
+    "is_within",
+    "quantize_model",
+    "transposed_weight",
+]
 
 # torch.onnx.is_in_onnx_export() is False inside torch.export.export: without a flag of our own the
 # trace would hold a dense float graph, and nothing would say so.
 _exporting = False
+
+_ROUNDED = 2**19
+"""Weights that are rounded at a time."""
 
 
 class _OverCodes(nn.Module):
@@ -61,6 +74,10 @@ class _OverCodes(nn.Module):
             self.in_features if isinstance(self, nn.Linear) else int(self.embedding_dim),  # type: ignore[arg-type]
             self.bits,
         )
+
+    def stored(self) -> tuple[NDArray[np.generic], ...]:
+        codes = self.codes()
+        return codes.qweight, codes.scales, codes.zero_points
 
     def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice | Tensor = slice(None)) -> Tensor:
         """The transposed weight [K, N], or some of its columns, computed in float32 and rounded once to `dtype`."""
@@ -103,11 +120,33 @@ def exporting(model: nn.Module) -> Iterator[None]:
             layer._buffers.update(buffers)
 
 
+class FrozenLinear(nn.Linear):
+    """A frozen linear layer that holds no float weight: [..., in_features] -> [..., out_features], in x's dtype."""
+
+    def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice = slice(None)) -> Tensor:
+        """The transposed weight [in_features, out_features], or some of its columns."""
+        raise NotImplementedError
+
+    def stored(self) -> tuple[NDArray[np.generic], ...]:
+        """What it holds of the weight, in an order that a hash may rely on."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _FrozenMatMul.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
 class _FrozenMatMul(torch.autograd.Function):
     """x Wᵀ with W dequantized in forward and again in backward, so that no float weight is kept between."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: "QuantLinear") -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
         return x @ layer.dequantize(x.dtype)
 
@@ -116,20 +155,16 @@ class _FrozenMatMul(torch.autograd.Function):
         return grad @ ctx.layer.dequantize(grad.dtype).T, None
 
 
-class QuantLinear(_OverCodes, nn.Linear):
-    """A frozen linear layer over codes: [..., in_features] -> [..., out_features], in the input's dtype."""
+class QuantLinear(_OverCodes, FrozenLinear):
+    """A `FrozenLinear` over codes of the grid."""
 
     def __init__(self, codes: Codes, bias: Tensor | None = None) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = codes.qweight.shape[0], codes.in_features
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        FrozenLinear.__init__(self, codes.in_features, codes.qweight.shape[0], bias)
         self._hold(codes)
 
     def forward(self, x: Tensor) -> Tensor:
         if not _exporting:
-            y: Tensor = _FrozenMatMul.apply(x, self)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
+            return super().forward(x)
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             [x, self.qweight, self.scales, self.zero_points, None, self.bias],
@@ -144,6 +179,13 @@ class QuantLinear(_OverCodes, nn.Linear):
             shape=(*x.shape[:-1], self.out_features),
             version=1,
         )
+
+
+def transposed_weight(layer: nn.Module, dtype: torch.dtype, columns: slice = slice(None)) -> Tensor:
+    """[in_features, out_features] of a frozen or float linear layer, or some of its columns."""
+    if isinstance(layer, FrozenLinear):
+        return layer.dequantize(dtype, columns)
+    return layer.get_parameter("weight")[columns].T.to(dtype)
 
 
 class QuantEmbedding(_OverCodes, nn.Embedding):
@@ -170,16 +212,39 @@ class QuantEmbedding(_OverCodes, nn.Embedding):
         )
 
 
-def quantize_model(model: nn.Module, block_size: int, keep: tuple[str, ...] = (), bits: Bits = 4) -> None:
+def quantize_model(
+    model: nn.Module,
+    block_size: int,
+    keep: tuple[str, ...] = (),
+    bits: Bits = 4,
+    read: Callable[[str, slice], Tensor] | None = None,
+) -> None:
     """Replace every linear layer and token embedding of `model` by its quantized form, in place.
 
     Args:
-        model: A float model with a word embedding as `get_input_embeddings()`.
+        model: A model with a word embedding as `get_input_embeddings()`.
         block_size: Weights per scale.
         keep: Names of modules that stay float with all that is in them (a head that is trained in full).
         bits: Of a code.
+        read: Gives some rows of the parameter of a name, where those of `model` are on the meta device; default
+            the model's own.
     """
+    read = read or (lambda name, rows: model.get_parameter(name)[rows])
+
+    def codes_of(name: str, shape: Sequence[int]) -> Codes:
+        """A few rows at a time: rounding takes several times the memory of what it rounds."""
+        size = max(1, _ROUNDED // shape[1])
+        parts = [
+            quantize(read(name, slice(start, start + size)).detach().float().cpu().numpy(), block_size, bits)
+            for start in range(0, shape[0], size)
+        ]
+        qweight, scales, zero_points = (
+            np.concatenate([getattr(part, field) for part in parts]) for field in ("qweight", "scales", "zero_points")
+        )
+        return Codes(qweight, scales, zero_points, shape[1], bits)
+
     embedding = model.get_input_embeddings()  # type: ignore[operator]
+    names = {module: name for name, module in model.named_modules()}
     for name, module in list(model.named_modules()):
         parent = model.get_submodule(name.rpartition(".")[0])
         if is_within(name, keep):
@@ -187,18 +252,19 @@ def quantize_model(model: nn.Module, block_size: int, keep: tuple[str, ...] = ()
         if isinstance(module, nn.Linear):
             if module.weight is embedding.weight:
                 continue  # tied to the embedding: set below, over the same codes
-            bias = None if module.bias is None else module.bias.data
-            setattr(parent, name.rpartition(".")[2], QuantLinear(_codes(module.weight, block_size, bits), bias))
+            bias = None if module.bias is None else read(f"{name}.bias", slice(None)).detach()
+            codes = codes_of(f"{name}.weight", module.weight.shape)
+            setattr(parent, name.rpartition(".")[2], QuantLinear(codes, bias))
     # Only whole blocks: GatherBlockQuantized knows no padded last block.
     if embedding.embedding_dim % block_size:
         return
-    codes = _codes(embedding.weight, block_size, bits)
+    codes = codes_of(f"{names[embedding]}.weight", embedding.weight.shape)
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
     quantized = QuantEmbedding(codes, embedding.padding_idx)
     model.set_input_embeddings(quantized)  # type: ignore[operator]
     if tied:
-        tied_head = QuantLinear(codes, None if head.bias is None else head.bias.data)
+        tied_head = QuantLinear(codes, None if head.bias is None else read(f"{names[head]}.bias", slice(None)).detach())
         for buffer in ("qweight", "scales", "zero_points"):
             setattr(tied_head, buffer, getattr(quantized, buffer))
         model.set_output_embeddings(tied_head)  # type: ignore[operator]
@@ -210,21 +276,16 @@ def is_within(name: str, modules: tuple[str, ...]) -> bool:
 
 
 def codes_sha256(model: nn.Module) -> str:
-    """Hex sha256 over the codes of every quantized layer, in the order of their names."""
+    """Hex sha256 over what every quantized layer holds, in the order of their names."""
     # PEFT wraps a layer as NAME.base_layer inside base_model.model: the layer itself is the same.
     layers = {
         name.removeprefix("base_model.model.").removesuffix(".base_layer"): module
         for name, module in model.named_modules()
-        if isinstance(module, QuantLinear | QuantEmbedding)
+        if isinstance(module, FrozenLinear | QuantEmbedding)
     }
     digest = hashlib.sha256()
     for name in sorted(layers):
         digest.update(name.encode())
-        codes = layers[name].codes()
-        for array in (codes.qweight, codes.scales, codes.zero_points):
+        for array in layers[name].stored():
             digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def _codes(weight: Tensor, block_size: int, bits: Bits) -> Codes:
-    return quantize(weight.detach().float().cpu().numpy(), block_size, bits)

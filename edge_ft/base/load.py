@@ -4,23 +4,28 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from edge_ft.artifacts import atomic_folder, file_sha256, write_text
+from edge_ft.base.grid import Bits
 from edge_ft.base.linear import is_within, quantize_model
 from edge_ft.base.quiet import quiet_libraries
 from edge_ft.config import BaseFormat, Task
 from edge_ft.data import class_numbers
-from edge_ft.errors import ModelError, did_you_mean
+from edge_ft.errors import ModelError, did_you_mean, require
 from edge_ft.families import Family, family_of
 
 __all__ = ["Base", "find_base", "load_model"]
+
+BITS: dict[BaseFormat, Bits] = {"int4": 4, "int8": 8}
 
 
 @dataclass(frozen=True)
@@ -121,32 +126,57 @@ def load_model(
     labels: tuple[str, ...] = (),
     seed: int = 0,
 ) -> nn.Module:
-    """The task model of a base in float32, frozen, its linear layers and embedding on the grid for `int4`.
+    """The task model of a base, frozen: in float32, or rounded: int4 and int8 with the embedding, nf4 without.
 
-    A classification head that the checkpoint lacks, or has for other classes, is drawn from `seed`, and
-    stays float.
+    Codes are made of one weight after the other, so that the float model is never in memory. A classification
+    head that the checkpoint lacks, or has for other classes, is drawn from `seed`, and stays float.
 
     Raises:
         ModelError: the weights cannot be loaded, or some are missing.
     """
     from optimum.exporters.tasks import TasksManager
 
-    arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
+    settings: dict[str, Any] = {}
     if task == "text-classification" and labels:
-        arguments |= {
+        settings = {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
-            "ignore_mismatched_sizes": True,
         }
+    fresh = base.family.head if labels and not base.family.decoder else ()
     model_class = TasksManager.get_model_class_for_task(task, framework="pt")
-    torch.manual_seed(seed)
+    model = None
     try:
         with quiet_libraries():
-            model, found = model_class.from_pretrained(base.path, output_loading_info=True, **arguments)
+            if base_format != "fp32":
+                model = _quantized(base, model_class, settings, base_format, block_size, fresh, seed)
+            if model is None:
+                model = _whole(base, model_class, task, settings, fresh, seed)
+                if base_format != "fp32":
+                    _round(model, base, base_format, block_size)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{base.path} cannot be loaded as {task}: {error}") from error
-    fresh = base.family.head if labels and not base.family.decoder else ()
+    if fresh and base.labels and not base.brings_head_of(labels):
+        head = model.get_submodule(base.family.head[-1])
+        torch.manual_seed(seed)
+        nn.init.normal_(head.weight, std=model.config.initializer_range)
+        nn.init.zeros_(head.bias)
+    return model.eval().requires_grad_(False)
+
+
+def _whole(
+    base: Base, model_class: Any, task: Task, settings: dict[str, Any], fresh: tuple[str, ...], seed: int
+) -> Any:
+    """The float model, as transformers loads it."""
+    torch.manual_seed(seed)
+    model, found = model_class.from_pretrained(
+        base.path,
+        output_loading_info=True,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **(settings | {"ignore_mismatched_sizes": True} if settings else {}),
+    )
     absent = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
     if lost := sorted(key for key in absent if not is_within(key, fresh)):
         raise ModelError(
@@ -154,18 +184,82 @@ def load_model(
             + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
             + (": it has no classification head, tune it first" if is_within(lost[0], base.family.head) else "")
         )
-    if fresh and base.labels and not base.brings_head_of(labels):
-        head = model.get_submodule(base.family.head[-1])
-        torch.manual_seed(seed)
-        nn.init.normal_(head.weight, std=model.config.initializer_range)
-        nn.init.zeros_(head.bias)
-    model.eval().requires_grad_(False)
-    if base_format == "int4":
-        try:
-            quantize_model(model, block_size, () if base.family.decoder else base.family.head)
-        except ValueError as error:
-            raise ModelError(f"{base.path} cannot be put on the 4-bit grid: {error}") from error
     return model
+
+
+def _quantized(
+    base: Base,
+    model_class: Any,
+    settings: dict[str, Any],
+    base_format: BaseFormat,
+    block_size: int,
+    fresh: tuple[str, ...],
+    seed: int,
+) -> Any | None:
+    """The quantized model, read one tensor at a time; None where the file's names are not the model's."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False, **settings)
+    with init_empty_weights(include_buffers=False):
+        model = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.tie_weights()
+    places: dict[str, Path] = {}
+    shapes: dict[str, list[int]] = {}
+    # A headless checkpoint leaves the name of the body out.
+    prefixes = ("", f"{model.base_model_prefix}.")
+    for file in sorted(base.path.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():  # noqa: SIM118
+                places[key], shapes[key] = file, weights.get_slice(key).get_shape()
+    parameters = dict(model.named_parameters())  # a tied one once
+    keys = {
+        name: key
+        for name, parameter in parameters.items()
+        for key in (name.removeprefix(prefix) for prefix in prefixes)
+        if shapes.get(key) == list(parameter.shape)
+    }
+    drawn = {name for name in parameters if name not in keys}
+    modules = {name.rpartition(".")[0] for name in drawn}
+    whole_modules = {name for name in parameters if name.rpartition(".")[0] in modules} == drawn
+    if not whole_modules or not all(is_within(name, fresh) for name in drawn):
+        return None
+
+    def read(name: str, rows: slice) -> Tensor:
+        """A copy, from a mapping of its own: the pages of a mapped file stay in memory as long as it is mapped."""
+        with safe_open(places[keys[name]], "pt") as weights:
+            return weights.get_slice(keys[name])[rows].to(torch.float32, copy=True)
+
+    _round(model, base, base_format, block_size, read)
+    for name in [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        parent, _, attribute = name.rpartition(".")
+        value = torch.empty(parameters[name].shape) if name in drawn else read(name, slice(None))
+        setattr(model.get_submodule(parent), attribute, nn.Parameter(value))
+    head = model.get_output_embeddings()
+    if head is not None and getattr(head.weight, "is_meta", False):  # tied to an embedding that stays float
+        head.weight = model.get_input_embeddings().weight
+    torch.manual_seed(seed)
+    for name, module in model.named_modules():
+        if name in modules:
+            model._init_weights(module)
+    return model
+
+
+def _round(
+    model: nn.Module,
+    base: Base,
+    base_format: BaseFormat,
+    block_size: int,
+    read: Callable[[str, slice], Tensor] | None = None,
+) -> None:
+    """Bring a model's layers to `base_format`, in place; `read` as for `quantize_model`."""
+    keep = () if base.family.decoder else base.family.head
+    if base_format == "nf4":
+        require("bitsandbytes", "train")
+        from edge_ft.base.nf4 import round_to_nf4
+
+        round_to_nf4(model, keep, read)
+    else:
+        quantize_model(model, block_size, keep, BITS[base_format], read)
 
 
 def _convert_gguf(file: Path) -> Path:

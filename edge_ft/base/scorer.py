@@ -1,4 +1,4 @@
-"""Torch's side of scoring and of the loss: logits only where there is a label."""
+"""Torch's side of scoring: logits only where there is a label."""
 
 from typing import Any
 
@@ -7,38 +7,48 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edge_ft.base.head import logit_chunks
 from edge_ft.data import Batch
 from edge_ft.families import Family
 
-__all__ = ["TorchScorer", "target_logits"]
+__all__ = ["TorchScorer", "class_logits", "target_hidden", "task_model_of"]
 
 
-def target_logits(model: Any, family: Family, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits of the labelled positions alone, and their labels.
+def target_hidden(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a decoder's head reads at the labelled positions, and their labels.
 
     The vocabulary is projected where there is a label and nowhere else: on instruction data that is a
     few percent of the positions.
 
     Args:
         model: The task model, with or without PEFT around it.
-        batch: `input_ids`, `attention_mask` [batch, seq]; `labels` [batch, seq] with -100 where there is
-            no loss, or [batch] class indices.
+        batch: `input_ids` [batch, seq] and `labels` [batch, seq] with -100 where there is no loss.
 
     Returns:
-        logits [targets, vocab or classes] float32 and labels [targets] int64.
+        hidden [targets, hidden] float32 and labels [targets] int64.
     """
     input_ids = torch.from_numpy(batch["input_ids"]).to(device)
     labels = torch.from_numpy(batch["labels"]).to(device)
-    if not family.decoder:
-        mask = torch.from_numpy(batch["attention_mask"]).to(device)
-        return model(input_ids=input_ids, attention_mask=mask).logits.float(), labels
-    task_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    task_model = task_model_of(model)
     body = getattr(task_model, task_model.base_model_prefix)
     # Padding is on the right of a causal model, where no labelled position can see it: no mask is needed,
     # and attention takes its fast path.
     hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state  # [batch, seq, hidden]
     targets = labels[:, 1:] != -100
-    return task_model.get_output_embeddings()(hidden[:, :-1][targets]).float(), labels[:, 1:][targets]
+    return hidden[:, :-1][targets].float(), labels[:, 1:][targets]
+
+
+def class_logits(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A classifier's logits [batch, classes] float32, and the labels [batch] int64."""
+    input_ids, mask, labels = (
+        torch.from_numpy(array).to(device) for array in (batch["input_ids"], batch["attention_mask"], batch["labels"])
+    )
+    return model(input_ids=input_ids, attention_mask=mask).logits.float(), labels
+
+
+def task_model_of(model: Any) -> Any:
+    """The transformers model inside PEFT's, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class TorchScorer:
@@ -49,6 +59,8 @@ class TorchScorer:
         self.family = family
         self.stop_ids = stop_ids
         self.device = next(parameter.device for parameter in model.parameters())
+        self.dtype = torch.float32
+        """Of the head's products."""
 
     @torch.inference_mode()
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -59,16 +71,21 @@ class TorchScorer:
             [batch, 1] for a classifier.
         """
         self.model.eval()
-        logits, targets = target_logits(self.model, self.family, batch, self.device)
-        nll = nn.functional.cross_entropy(logits, targets, reduction="none").cpu().numpy()
-        likeliest = logits.argmax(dim=-1).cpu().numpy()
         if not self.family.decoder:
-            return nll[:, None], likeliest[:, None]
+            logits, targets = class_logits(self.model, batch, self.device)
+            nll = nn.functional.cross_entropy(logits, targets, reduction="none")
+            return nll.cpu().numpy()[:, None], logits.argmax(dim=-1).cpu().numpy()[:, None]
+        hidden, targets = target_hidden(self.model, batch, self.device)
+        nll, likeliest = hidden.new_empty(len(hidden)), torch.empty_like(targets)
+        head = task_model_of(self.model).get_output_embeddings()
+        for rows, logits in logit_chunks(hidden, head, self.dtype):
+            nll[rows] = nn.functional.cross_entropy(logits, targets[rows], reduction="none")
+            likeliest[rows] = logits.argmax(dim=-1)
         at = batch["labels"] != -100
         at[:, 0] = False  # the first token is given, not predicted
         nll_at = np.zeros(at.shape, np.float32)
         predicted = np.full(at.shape, -100, np.int64)
-        nll_at[at], predicted[at] = nll, likeliest
+        nll_at[at], predicted[at] = nll.cpu().numpy(), likeliest.cpu().numpy()
         return nll_at, predicted
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Rows in, token ids and loss masks out: the same in training and at run time, without torch."""
 
-from edge_ft.data.audit import Finding, audit
+from edge_ft.data.audit import Finding, audit, template_marks
 from edge_ft.data.batches import Batch, collate, eval_batches, train_batches
 from edge_ft.data.chat import render_chat
 from edge_ft.data.columns import (
@@ -12,6 +12,8 @@ from edge_ft.data.columns import (
     find_columns,
     find_labels,
     guess_task,
+    has_answer,
+    is_empty,
     record,
 )
 from edge_ft.data.read import Row, column_names, read_rows, split_names
@@ -50,6 +52,8 @@ __all__ = [
     "find_labels",
     "fingerprint",
     "guess_task",
+    "has_answer",
+    "is_empty",
     "make_rendering",
     "overlap",
     "read_rows",
@@ -58,5 +62,6 @@ __all__ = [
     "split_names",
     "split_rows",
     "stop_ids",
+    "template_marks",
     "train_batches",
 ]

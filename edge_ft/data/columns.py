@@ -21,6 +21,8 @@ __all__ = [
     "find_columns",
     "find_labels",
     "guess_task",
+    "has_answer",
+    "is_empty",
     "record",
 ]
 
@@ -135,6 +137,24 @@ def record(row: Row, columns: Columns, answer: bool = True) -> Record:
     return Record(row.number, None, prompt, completion, label)
 
 
+def has_answer(row: Row, columns: Columns) -> bool:
+    """Whether there is something to learn in the row: an assistant's turn, or a value where the answer or class is."""
+    if columns.kind == "messages":
+        messages = row.fields.get("messages")
+        return not isinstance(messages, list) or any(
+            not isinstance(message, dict) or message.get("role") == "assistant" for message in messages
+        )  # what is no chat at all is for `record` to refuse
+    if columns.label is not None:
+        value = row.fields.get(columns.label)
+        return not _is_null(value) and str(value).strip() != ""
+    return not any(_is_null(row.fields.get(name)) for name in _named(columns.completion))
+
+
+def is_empty(row: Row) -> bool:
+    """Whether nothing is written in any of the row's fields."""
+    return all(_is_null(value) or value in ([], {}) or str(value).strip() == "" for value in row.fields.values())
+
+
 def fill_text(columns: Columns, text: str) -> str:
     """A text put into a prompt template of one column; as it is where it has the template's form already."""
     named = _named(columns.prompt)
@@ -221,12 +241,16 @@ def _fill(template: str, row: Row) -> Filled:
 def _text(name: str, row: Row) -> str:
     """The value of a column as text: numbers and booleans in Python's spelling, lists and objects as JSON."""
     value = row.fields.get(name)
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN is how tables say null
+    if _is_null(value):
         state = "is null" if name in row.fields else "is missing"
         raise DataError(f"row {row.number}: column {name!r} {state}: fill it in or leave the row out")
     if isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))  # NaN is how tables say null
 
 
 def _label(name: str, row: Row) -> str:

@@ -79,6 +79,8 @@ class Example:
     """Tokens lost to max_length."""
     unlearned_turns: int = 0
     """Assistant turns without loss, because the chat template would write them differently at run time."""
+    cut_targets: int = 0
+    """Tokens with loss among those lost to max_length."""
 
 
 def make_rendering(
@@ -202,6 +204,7 @@ def encode_example(rendering: Rendering, tokenizer: TextTokenizer, record: Recor
         tokenizer.without_controls(completion) if rendering.chat_template is None else completion,
         max(len(ids) - limit, 0),
         skipped,
+        sum(label != IGNORED for label in labels[limit:]),
     )
 
 

@@ -13,7 +13,7 @@ from edge_ft.config import EvalConfig
 from edge_ft.data import Example, Row, encode_rows, read_rows
 from edge_ft.errors import UsageError
 from edge_ft.evaluate.metrics import Metric, exact_match, mean, proportion, token_f1, verbatim_match
-from edge_ft.evaluate.open import Opened, open_source
+from edge_ft.evaluate.open import Opened, longest_sequence, open_source
 from edge_ft.evaluate.score import Answerer, counted, score, summary
 from edge_ft.evaluate.shots import with_shots
 from edge_ft.progress import Progress, Silent, track
@@ -41,7 +41,8 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
     rendering, tokenizer = opened.rendering, opened.tokenizer
     if config.shots:
         # The training length was chosen for rows without shots.
-        rendering = replace(rendering, max_length=config.max_length or opened.model_limit)
+        longest = longest_sequence(config.max_length or opened.model_limit, opened.model_limit)
+        rendering = replace(rendering, max_length=longest)
         examples = with_shots(rendering, tokenizer, rows, shots)
     else:
         examples = encode_rows(rendering, tokenizer, rows)

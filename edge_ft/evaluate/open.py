@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edge_ft.artifacts import Bundle, RunFolder, kind_of
 from edge_ft.config import EvalConfig, RowsConfig, Task
@@ -130,16 +130,20 @@ def open_run_model(run: RunFolder, adapter: bool = True) -> "tuple[Any, Base]":
     labels = tuple(run.rendering()["labels"])
     model = load_model(base, task, identity["format"], identity["block_size"], labels, int(report["seed"]))
     if identity["codes_sha256"] is not None and codes_sha256(model) != identity["codes_sha256"]:
-        raise ModelError(f"the 4-bit codes of {base.path} are not those that {run.path} was trained over: tune again")
+        raise ModelError(
+            f"the {identity['format']} codes of {base.path} are not those that {run.path} was trained over: tune again"
+        )
     return (load_adapter(model, run.adapter) if adapter else model), base
 
 
-def longest_sequence(max_length: int | None, model_limit: int) -> int:
+def longest_sequence(max_length: int | Literal["auto"] | None, model_limit: int) -> int:
     """The longest sequence in tokens: what was asked for, within what the model allows; else at most 1024.
 
     Raises:
-        DataError: more was asked for than the model allows.
+        DataError: more was asked for than the model allows, or `auto`, which only a tune finds out.
     """
+    if max_length == "auto":
+        raise DataError("--max-length auto is for tune and plan: give a number of tokens here")
     if max_length is not None and max_length > model_limit:
         raise DataError(f"--max-length {max_length} is beyond the model's {model_limit} positions")
     return max_length or min(model_limit, 1024)

@@ -1,30 +1,48 @@
 """Train a LoRA adapter over a frozen base: model and rows in, run folder out."""
 
-import json
 import platform
-import resource
+import shlex
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edge_ft.artifacts import RunFolder, refuse_existing, write_json, write_text
+from edge_ft.artifacts import RunFolder, disk_full, refuse_existing, write_json, write_text
 from edge_ft.config import TuneConfig, as_plain
-from edge_ft.data import TextTokenizer
-from edge_ft.errors import Interrupted, ModelError, require
-from edge_ft.evaluate.score import RowScores, score, summary
+from edge_ft.data import TextTokenizer, collate, stop_ids
+from edge_ft.errors import Interrupted, ModelError, UsageError, WillNotFit, require
 from edge_ft.families import family_of
 from edge_ft.progress import Progress, Silent
-from edge_ft.tune.loop import Fit, fit
+from edge_ft.tune.checkpoint import (
+    Checkpoint,
+    examples_sha256,
+    has_checkpoint,
+    read_checkpoint,
+    refuse_other,
+    remove_checkpoint,
+    same_settings,
+    write_checkpoint,
+)
+from edge_ft.tune.interrupt import Interruption
+from edge_ft.tune.log import Metrics
+from edge_ft.tune.loop import Backend, Fit, fit
+from edge_ft.tune.plan import Room, make_plan, refuse_at_sight
 from edge_ft.tune.plot import plot_losses
 from edge_ft.tune.prepare import Prepared, prepare, write_splits
+from edge_ft.tune.report import peak_rss_bytes, results
+
+if TYPE_CHECKING:
+    from edge_ft.base.load import Base
+    from edge_ft.tune.ranks import Ranks
 
 __all__ = ["tune"]
 
 
 def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
-    """Train a LoRA adapter and write the run folder.
+    """Train a LoRA adapter and write the run folder, or go on with one that was stopped.
 
     The test rows are read once, after the best weights were chosen on the validation rows.
 
@@ -32,23 +50,46 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         The finished run folder at `config.out`.
 
     Raises:
-        UsageError: a model, rows or options that cannot be used.
+        UsageError: a model, rows or options that cannot be used, or other ones than the run to go on with has.
         AuditRefused: the rows would train nothing, or overlap between splits.
-        Interrupted: stopped from the keyboard; the best adapter so far is in the folder.
+        WillNotFit: it would take more memory or disk than there is, or the disk is full; what was saved is whole.
+        Interrupted: stopped by Ctrl-C or SIGTERM; a checkpoint and the best adapter so far are in the folder.
     """
-    torch, yaml = require("torch", "train"), require("yaml", "train")
-    require("peft", "train")
+    torch = require("torch", "train")
+    from edge_ft.base.quiet import quiet_libraries
+
+    with quiet_libraries():
+        require("peft", "train")
     from edge_ft.base.adapter import add_lora
     from edge_ft.base.linear import codes_sha256
     from edge_ft.base.load import find_base, load_model
+    from edge_ft.base.scorer import TorchScorer
+    from edge_ft.tune.ranks import RankedBackend, Ranks
     from edge_ft.tune.torch_backend import TorchBackend
 
-    progress = progress or Silent()
     started = time.monotonic()
-    refuse_existing(config.out)
+    progress = progress or Silent()
+    ranks = Ranks.here(progress)
+    if not ranks.first:
+        progress = Silent()
+    run = RunFolder(config.out)
+    if config.resume and run.report_path.is_file():
+        progress.say(f"{run.path} is finished: nothing was changed")
+        return run
+    asked_task = config.task
+    config, checkpoint = _settings(run, config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    base = find_base(config.model, config.task)
+    with ranks.one_after_the_other():  # a GGUF file is converted once
+        base = find_base(config.model, asked_task)  # another model is named as such, not by what it cannot do
+    identity: dict[str, Any] = {}
+
+    def identify(**found: Any) -> None:
+        identity.update(found)
+        if checkpoint is not None:
+            refuse_other(checkpoint.identity, found, run.path)
+
+    identify(model=base.name, data=config.data, content_sha256=base.content_sha256)
     tokenizer = TextTokenizer.load(base.path)
     prepared = prepare(
         config,
@@ -63,16 +104,90 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     longest = max(max(example.input_ids) for rows in prepared.examples.values() for example in rows)
     if longest >= int(base.config["vocab_size"]):
         raise ModelError(f"{base.path}: its tokenizer gives id {longest}, its model knows {base.config['vocab_size']}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counts = {name: len(examples) for name, examples in prepared.examples.items()}
+    identify(data_fingerprint=prepared.fingerprint, rows=counts, examples_sha256=examples_sha256(prepared.examples))
+    device = ranks.device
+    refuse_at_sight(base, config, Room.here(run.path))
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
     model = load_model(base, task, config.base_format, config.block_size, prepared.rendering.labels, config.seed)
-    codes = codes_sha256(model) if config.base_format == "int4" else None
+    identify(codes_sha256=codes_sha256(model) if config.base_format != "fp32" else None)
     peft_model = add_lora(model, base.family, task, config).to(device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
-    backend = TorchBackend(peft_model, base.family, config.weight_decay)
+    backend = (
+        TorchBackend(peft_model, base.family, config)
+        if ranks.world == 1
+        else RankedBackend(peft_model, base.family, config, ranks)
+    )
+    first = collate(prepared.examples["validation"][: config.batch_size], tokenizer.pad_id, task)
+    config = replace(
+        config,
+        task=task,
+        threads=torch.get_num_threads(),
+        max_length=prepared.rendering.max_length,
+        compute=backend.settle(first),
+    )
 
-    run = RunFolder(config.out)
-    run.path.mkdir(parents=True)
+    scorer = TorchScorer(peft_model, base.family, stop_ids(prepared.rendering, tokenizer))
+
+    new = not run.path.exists()
+    ranks.wait()  # all have seen what was there
+    with _kept(run, new and ranks.first):
+        if ranks.first:
+            _begin(run, config, base, prepared, tokenizer, identity)
+        if checkpoint is not None:
+            backend.restore(checkpoint.backend)
+        elif ranks.first:
+            with backend.alone() if isinstance(backend, RankedBackend) else nullcontext():
+                found_plan = make_plan(
+                    config, prepared, backend, scorer, tokenizer, progress, time.monotonic() - started
+                )
+            write_json(run.path / "plan.json", found_plan)
+        result = _train(run, config, backend, prepared, tokenizer, identity, checkpoint, ranks, progress)
+        backend.save(run.adapter)
+        before, resumed_from = 0.0, None if new else 0
+        if checkpoint is not None:
+            before, resumed_from = checkpoint.elapsed, checkpoint.step
+        found = results(scorer, peft_model.disable_adapter, result, prepared, tokenizer, config, progress)
+        report = {
+            "model": base.name,
+            "family": base.family.name,
+            "task": task,
+            "rows": counts,
+            "findings": prepared.findings,
+            "trainable_parameters": sum(p.numel() for p in backend.parameters),
+            "seconds": round(before + time.monotonic() - started, 2),
+            "steps": result.steps,
+            "best_step": result.best_step,
+            "stopped": result.stopped,
+            "resumed_from_step": resumed_from,
+            "tokens_per_second": round(result.tokens / result.seconds, 1),
+            "peak_rss_bytes": peak_rss_bytes(),
+            **found,
+            "seed": config.seed,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "processes": ranks.world,
+            "versions": {name: version(name) for name in ("edge-ft", "torch", "transformers", "peft")},
+            "machine": platform.platform(),
+        }
+        if ranks.first:
+            plot_losses(run.path / "metrics.jsonl", run.path / "loss.png", progress)
+            write_json(run.report_path, report)
+            remove_checkpoint(run.path)
+        ranks.wait()
+    return run
+
+
+def _begin(
+    run: RunFolder,
+    config: TuneConfig,
+    base: "Base",
+    prepared: Prepared,
+    tokenizer: TextTokenizer,
+    identity: dict[str, Any],
+) -> None:
+    """What a run folder holds before the first step; a run that is gone on with has the same already."""
+    run.path.mkdir(parents=True, exist_ok=True)
     write_splits(prepared, run.path / "splits")
     write_json(run.path / "rendering.json", prepared.rendering.to_dict())
     write_json(
@@ -84,100 +199,116 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
             "content_sha256": base.content_sha256,
             "format": config.base_format,
             "block_size": config.block_size,
-            "codes_sha256": codes,
+            "codes_sha256": identity["codes_sha256"],
             "data_fingerprint": prepared.fingerprint,
         },
     )
-    # Opens the same run again: edge-ft tune --config config.yaml --out ANOTHER
-    write_text(run.path / "config.yaml", yaml.safe_dump({**as_plain(config), "task": task}, sort_keys=False))
     for file in tokenizer.files():
         write_text(run.tokenizer / file.name, file.read_text(encoding="utf-8"))
+    _write_settings(run, config)
 
-    with (run.path / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
 
-        def log(line: dict[str, Any]) -> None:
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
+def _settings(run: RunFolder, config: TuneConfig) -> tuple[TuneConfig, Checkpoint | None]:
+    """The settings, with what they leave open as the run to go on with has resolved it, and its checkpoint.
 
-        try:
-            result = fit(
+    Raises:
+        UsageError: --out is there and not to be gone on with, or its settings are others.
+    """
+    yaml = require("yaml", "train")
+    if not config.resume:
+        if has_checkpoint(run.path) and not run.report_path.is_file():
+            raise UsageError(
+                f"{run.path} exists already and holds an unfinished run: --resume goes on with it; "
+                "else give another --out"
+            )
+        refuse_existing(run.path)
+    if not run.path.exists():
+        return config, None
+    if not run.is_begun():
+        raise UsageError(f"--resume: {run.path} is not a run folder: give another --out")
+    checkpoint = read_checkpoint(run.path)
+    if checkpoint is not None:
+        return same_settings(config, checkpoint.config, run.path), checkpoint
+    # Stopped before its first checkpoint: what was learned is lost, what was resolved is not.
+    for folder in (run.adapter, run.path / "checkpoint"):
+        shutil.rmtree(folder, ignore_errors=True)
+    if run.config_path.is_file():
+        saved = yaml.safe_load(run.config_path.read_text(encoding="utf-8"))
+        config = same_settings(config, saved, run.path)
+    return config, None
+
+
+def _write_settings(run: RunFolder, config: TuneConfig) -> None:
+    """config.yaml, which opens the same run again: with --resume, or with another --out."""
+    yaml = require("yaml", "train")
+    plain = {**as_plain(config), "resume": False}
+    write_text(run.config_path, yaml.safe_dump(plain, sort_keys=False))
+
+
+def _train(
+    run: RunFolder,
+    config: TuneConfig,
+    backend: Backend,
+    prepared: Prepared,
+    tokenizer: TextTokenizer,
+    identity: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    ranks: "Ranks",
+    progress: Progress,
+) -> Fit:
+    """The loop, with its log, its checkpoints and its signals; of several processes the first one writes."""
+    settings = config
+
+    def on_plan(steps: int) -> None:
+        nonlocal settings
+        settings = replace(config, max_steps=config.max_steps or steps)
+        if ranks.first:
+            _write_settings(run, settings)
+
+    interruption = Interruption(ranks.any)
+    log = run.path / "metrics.jsonl" if ranks.first else None
+    with Metrics(log, checkpoint.metrics_bytes if checkpoint else 0) as metrics:
+
+        def save(state: Fit) -> None:
+            if not ranks.first:
+                return
+            write_checkpoint(run.path, Checkpoint(identity, as_plain(settings), metrics.sync(), state, backend.state()))
+
+        with interruption.watched():
+            return fit(
                 backend,
                 prepared.examples["train"],
                 prepared.examples["validation"],
                 config,
-                task=task,
+                task=prepared.task,
                 pad_id=tokenizer.pad_id,
                 progress=progress,
-                log=log,
+                log=metrics.log,
                 on_best=lambda: backend.save(run.adapter),
+                on_plan=on_plan,
+                save=save,
+                poll=interruption.poll,
+                agree=ranks.of_first,
+                state=checkpoint.state if checkpoint else None,
             )
-        except KeyboardInterrupt:
-            kept = f"the best adapter so far is in {run.adapter}" if run.adapter.is_dir() else "nothing was better yet"
-            raise Interrupted(f"stopped; {kept}; the run is not finished and will not export") from None
-        except Exception:
-            if not run.adapter.is_dir():
-                shutil.rmtree(run.path)  # nothing was learned yet: the same command can be given again
-            raise
-    backend.save(run.adapter)
-
-    test: dict[str, RowScores] = {}
-    if prepared.examples["test"]:
-        for name in ("test_base", "test"):
-            with peft_model.disable_adapter() if name == "test_base" else nullcontext():
-                test[name] = score(
-                    backend,
-                    prepared.examples["test"],
-                    task=task,
-                    pad_id=tokenizer.pad_id,
-                    batch_size=config.batch_size,
-                    progress=progress,
-                    stage="test rows, base" if name == "test_base" else "test rows, tuned",
-                )
-    report = {
-        "model": base.name,
-        "family": base.family.name,
-        "task": task,
-        "rows": {name: len(examples) for name, examples in prepared.examples.items()},
-        "findings": prepared.findings,
-        "trainable_parameters": sum(p.numel() for p in backend.parameters),
-        "seconds": round(time.monotonic() - started, 2),
-        "steps": result.steps,
-        "best_step": result.best_step,
-        "stopped": result.stopped,
-        "resumed_from_step": None,
-        "tokens_per_second": round(result.tokens / result.seconds, 1),
-        "peak_rss_bytes": peak_rss_bytes(),
-        **_scores(result, test, prepared),
-        "seed": config.seed,
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("edge-ft", "torch", "transformers", "peft")},
-        "machine": platform.platform(),
-    }
-    plot_losses(run.path / "metrics.jsonl", run.path / "loss.png", progress)
-    write_json(run.report_path, report)
-    return run
 
 
-def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def _scores(result: Fit, test: dict[str, RowScores], prepared: Prepared) -> dict[str, Any]:
-    """`nll` and `metrics` of the report: validation rows choose, test rows report."""
-    nll: dict[str, float | None] = {"base": result.base.mean_nll, "best": result.best.mean_nll, "last": result.last_nll}
-    nll |= {name: test[name].mean_nll if name in test else None for name in ("test_base", "test")}
-    metrics: dict[str, dict[str, Any]] = {}
-    for column, scores, split in (
-        ("validation_base", result.base, "validation"),
-        ("validation", result.best, "validation"),
-        ("test_base", test.get("test_base"), "test"),
-        ("test", test.get("test"), "test"),
-    ):
-        if scores is not None:
-            summed = summary(scores, prepared.examples[split], prepared.task, prepared.rendering.labels)
-            for name, value in summed["metrics"].items():
-                metrics.setdefault(name, {})[column] = value
-    return {"nll": nll, "metrics": metrics}
+@contextmanager
+def _kept(run: RunFolder, new: bool) -> Iterator[None]:
+    """Say what is left of a run that stops in this block, and how to go on; leave nothing where nothing was learned."""
+    go_on = f"edge-ft tune --config {shlex.quote(str(run.config_path))} --resume"
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"the best adapter so far is in {run.adapter}" if run.adapter.is_dir() else "nothing was better yet"
+        checkpoint = read_checkpoint(run.path)
+        where = f"from step {checkpoint.step}" if checkpoint is not None else "at step 0, there is no checkpoint yet"
+        raise Interrupted(f"stopped; {kept}; to go on {where}: {go_on}") from None
+    except Exception as error:
+        learned = run.adapter.is_dir() or has_checkpoint(run.path)
+        if new and not learned:
+            shutil.rmtree(run.path, ignore_errors=True)  # the same command can be given again
+        if disk_full(error):
+            again = f"then {go_on}" if run.path.is_dir() else "and run again"
+            raise WillNotFit(f"the disk is full, training cannot go on: free some space, {again}") from error
+        raise

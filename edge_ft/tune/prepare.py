@@ -1,35 +1,44 @@
 """From the user's rows to three lists of examples: read, map, split, tokenize, audit. No torch."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from edge_ft.artifacts import write_text
 from edge_ft.config import Task, TuneConfig
 from edge_ft.data import (
     Columns,
     Example,
+    Finding,
+    Record,
     Rendering,
     Row,
     TextTokenizer,
     audit,
     class_numbers,
     column_names,
-    encode_rows,
+    encode_example,
     find_columns,
     find_labels,
     fingerprint,
     guess_task,
+    has_answer,
+    is_empty,
     make_rendering,
     overlap,
     read_rows,
     record,
     split_names,
     split_rows,
+    template_marks,
 )
-from edge_ft.errors import AuditRefused, DataError
+from edge_ft.data.audit import CODES, excerpt, numbered, shortened
+from edge_ft.data.render import IGNORED
+from edge_ft.errors import AuditRefused, DataError, UsageError, did_you_mean
 from edge_ft.evaluate.open import longest_sequence
 from edge_ft.evaluate.score import scorable
 from edge_ft.progress import Progress
@@ -49,6 +58,9 @@ class Prepared:
     examples: dict[str, list[Example]]
     fingerprint: str
     findings: list[dict[str, Any]]
+    """The audit's, each with the `file` that its row numbers are of."""
+    shown: list[str] = field(default_factory=list)
+    """The first --show train rows as the model reads them."""
 
 
 def prepare(
@@ -64,15 +76,25 @@ def prepare(
 
     Raises:
         DataError: rows that cannot be read or mapped, or a split that stays empty.
-        AuditRefused: nothing would be trained, or a row lies in two given splits.
+        AuditRefused: a finding that refuses the rows and that --allow does not name.
     """
-    given = _read_splits(config)
+    for code in config.allow:
+        if code not in CODES:
+            raise UsageError(f"--allow {code}: there is no such finding{did_you_mean(code, list(CODES))}")
+    given, files = _read_splits(config)
     names = column_names(given["train"])
     task = config.task or guess_task(names, config, decoder)
     if config.task is None:
         progress.say(f"task: {task} (from the model and the columns {', '.join(names)}; --task overrides)")
     columns = find_columns(names, config, task)
-    rows = _split(given, config, columns)
+    findings: list[dict[str, Any]] = []
+    for name, rows_given in given.items():
+        given[name], left_out = _leave_out(rows_given, columns)
+        findings += [finding.plain(file=files[name]) for finding in left_out]
+    if not given["train"]:
+        raise AuditRefused(f"{config.data}: no row has an answer or a class to learn")
+    rows, leaks = _split(given, config, columns)
+    findings += [finding.plain(file=files[name]) for name, finding in leaks]
     labels: tuple[str, ...] = ()
     if task == "text-classification":
         found = find_labels([row for name in SPLITS for row in rows[name]], columns)
@@ -85,24 +107,38 @@ def prepare(
             progress.say(f"{what} {', '.join(model_labels)}")
         if unseen := sorted(set(found) - set(find_labels(rows["train"], columns))):
             progress.say(f"no train row is of class {', '.join(unseen)}: it cannot be learned")
-    rendering = make_rendering(
-        config, columns, task, tokenizer, longest_sequence(config.max_length, model_limit), labels
-    )
-    examples = {name: encode_rows(rendering, tokenizer, rows[name]) for name in SPLITS}
-    findings = [
-        {"split": name, **finding}
-        for name in SPLITS
-        for finding in audit_split(examples[name], rendering.max_length, progress, name)
-    ]
+    longest = model_limit if config.max_length == "auto" else longest_sequence(config.max_length, model_limit)
+    rendering = make_rendering(config, columns, task, tokenizer, longest, labels)
+    records = {name: [record(row, columns) for row in rows[name]] for name in SPLITS}
+    examples = _encode(rendering, tokenizer, records)
+    if config.max_length == "auto":
+        rendering = replace(rendering, max_length=_length_of_most(examples, model_limit))
+        examples = _encode(rendering, tokenizer, records)
+        progress.say(f"--max-length auto: {rendering.max_length} tokens")
+    marks = template_marks(rendering.chat_template, tokenizer)
+    for file in dict.fromkeys(files.values()):
+        together = [name for name in SPLITS if files[name] == file]
+        pairs = sorted(
+            (pair for name in together for pair in zip(records[name], examples[name], strict=True)),
+            key=lambda pair: pair[0].row,
+        )
+        for finding in audit([a for a, _ in pairs], [b for _, b in pairs], rendering.max_length, marks):
+            if finding.code == "one-class" and "train" not in together:
+                finding = replace(finding, severity="warning")
+            findings.append(finding.plain(file=file))
     trainable = {name: scorable(examples[name]) for name in SPLITS}
+    _judge(findings, config, progress)
     for name in SPLITS:
         if examples[name] and not trainable[name]:
             raise AuditRefused(
                 f"no row of the {name} split has a token to learn: every answer is empty or cut off by "
                 f"--max-length {rendering.max_length}"
+                + (" (which --allow cannot mend)" if "nothing-to-learn" in config.allow else "")
             )
     progress.say(", ".join(f"{len(trainable[name])} {name}" for name in SPLITS) + " rows")
-    return Prepared(task, rendering, rows, trainable, fingerprint([r for name in SPLITS for r in rows[name]]), findings)
+    shown = [_shown(example, rendering, tokenizer) for example in trainable["train"][: config.show]]
+    everything = fingerprint([row for name in SPLITS for row in rows[name]])
+    return Prepared(task, rendering, rows, trainable, everything, findings, shown)
 
 
 def _order_labels(found: tuple[str, ...], model_labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -113,15 +149,72 @@ def _order_labels(found: tuple[str, ...], model_labels: tuple[str, ...]) -> tupl
     return found
 
 
-def audit_split(examples: Sequence[Example], max_length: int, progress: Progress, name: str) -> list[dict[str, Any]]:
-    """The audit's findings as plain values, each one said."""
-    findings = audit(examples, max_length)
-    for finding in findings:
-        progress.say(f"{name}: {finding.message}")
-    return [
-        {"code": finding.code, "severity": finding.severity, "rows": list(finding.rows), "message": finding.message}
-        for finding in findings
+def _encode(
+    rendering: Rendering, tokenizer: TextTokenizer, records: dict[str, list[Record]]
+) -> dict[str, list[Example]]:
+    return {name: [encode_example(rendering, tokenizer, row) for row in records[name]] for name in SPLITS}
+
+
+def _length_of_most(examples: dict[str, list[Example]], model_limit: int) -> int:
+    """Tokens in which 99% of the rows are whole, rounded up to a multiple of 32, within the model's limit."""
+    lengths = [len(example.input_ids) + example.cut for rows in examples.values() for example in rows]
+    whole = float(np.quantile(lengths, 0.99, method="inverted_cdf"))
+    return min(math.ceil(whole / 32) * 32, model_limit)
+
+
+def _leave_out(rows: list[Row], columns: Columns) -> tuple[list[Row], list[Finding]]:
+    """The rows that can be learned from, and findings about the others."""
+    empty = [row for row in rows if is_empty(row)]
+    unlabelled = [row for row in rows if not is_empty(row) and not has_answer(row, columns)]
+    findings = [
+        Finding(
+            code,
+            "warning",
+            [row.number for row in found],
+            f"{len(found)} of {len(rows)} rows {what} and are left out ({numbered([row.number for row in found])})",
+            shortened(json.dumps(found[0].fields, ensure_ascii=False)),
+        )
+        for code, found, what in (
+            ("empty-row", empty, "are empty"),
+            ("unlabelled", unlabelled, "have no answer or class"),
+        )
+        if found
     ]
+    return [row for row in rows if not is_empty(row) and has_answer(row, columns)], findings
+
+
+def _judge(findings: list[dict[str, Any]], config: TuneConfig, progress: Progress) -> None:
+    """Say every finding, and make those that --allow names warnings.
+
+    Raises:
+        AuditRefused: one refuses the rows; `nothing-to-learn` is left to the caller, who knows the splits.
+    """
+    for finding in findings:
+        if finding["code"] in config.allow:
+            finding["severity"] = "warning"
+        progress.say(f"{finding['file']}: {finding['message']} [{finding['code']}]")
+    fatal = [found for found in findings if found["severity"] == "error" and found["code"] != "nothing-to-learn"]
+    if fatal:
+        codes = " ".join(dict.fromkeys(found["code"] for found in fatal))
+        reasons = "; ".join(found["message"] for found in fatal)
+        raise AuditRefused(f"{reasons} (--allow {codes} goes on all the same)")
+
+
+def _shown(example: Example, rendering: Rendering, tokenizer: TextTokenizer) -> str:
+    """A row as the model reads it, between ⟦ and ⟧ what it is trained on."""
+    ids = example.input_ids
+    if rendering.task == "text-classification":
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        return f"row {example.row}: {len(ids)} tokens read, 1 class trained\n{text} → ⟦{example.reference}⟧"
+    edges = [at for at in range(1, len(ids)) if (example.labels[at] == IGNORED) != (example.labels[at - 1] == IGNORED)]
+    text, before = "", ""
+    for start, stop in zip([0, *edges], [*edges, len(ids)], strict=True):
+        # Parts are cut from the whole text: a tokenizer may write a token otherwise at the start of a text.
+        whole = tokenizer.decode(ids[:stop], skip_special_tokens=False)
+        part, before = whole[len(before) :], whole
+        text += part if example.labels[start] == IGNORED else f"⟦{part}⟧"
+    trained = sum(label != IGNORED for label in example.labels)
+    return f"row {example.row}: {len(ids)} tokens read, {trained} of them trained\n{text}"
 
 
 def write_splits(prepared: Prepared, folder: Path) -> None:
@@ -131,8 +224,8 @@ def write_splits(prepared: Prepared, folder: Path) -> None:
         write_text(folder / f"{name}.jsonl", "".join(lines))
 
 
-def _read_splits(config: TuneConfig) -> dict[str, list[Row]]:
-    """Rows of the splits that have a source of their own, and under `train` those of --data."""
+def _read_splits(config: TuneConfig) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """Rows of the splits that have a source of their own, under `train` those of --data, and each split's source."""
     # A saved DatasetDict may bring its own validation and test rows.
     own = {name: f"{config.data}:{name}" for name in ("validation", "test") if name in split_names(config.data)}
     sources = own | {
@@ -141,14 +234,16 @@ def _read_splits(config: TuneConfig) -> dict[str, list[Row]]:
         if source is not None
     }
     rows = {name: read_rows(source) for name, source in sources.items()}
-    return {"train": read_rows(config.data, split="train"), **rows}
+    files = {name: sources.get(name, config.data) for name in SPLITS}
+    return {"train": read_rows(config.data, split="train"), **rows}, files
 
 
-def _split(given: dict[str, list[Row]], config: TuneConfig, columns: Columns) -> dict[str, list[Row]]:
-    """The three splits; rows are equal when what the model reads of them is.
+def _split(
+    given: dict[str, list[Row]], config: TuneConfig, columns: Columns
+) -> tuple[dict[str, list[Row]], list[tuple[str, Finding]]]:
+    """The three splits, and what lies in two of them; rows are equal when what the model reads of them is.
 
     Raises:
-        AuditRefused: a row lies in two given splits.
         DataError: a split stays empty.
     """
 
@@ -162,16 +257,19 @@ def _split(given: dict[str, list[Row]], config: TuneConfig, columns: Columns) ->
         raise DataError("--split leaves no rows to train on: its first share is 0")
     splits = split_rows(given["train"], (shares[0] / total, shares[1] / total, shares[2] / total), config.seed, key)
     splits |= {name: rows for name, rows in given.items() if name != "train"}
+    leaks = []
     for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
         if shared := overlap(splits[first], splits[second], key):
             a, b = shared[0]
-            raise AuditRefused(
+            message = (
                 f"{len(shared)} equal row(s) lie in both the {first} and the {second} split, the first is row {a} "
                 f"of one and row {b} of the other: remove them from one"
             )
+            text = next(excerpt(record(row, columns)) for row in splits[second] if row.number == b)
+            leaks.append((second, Finding("leak", "error", [b for _, b in shared], message, text)))
     for name in ("train", "validation"):
         if not splits[name]:
             raise DataError(
                 f"{config.data}: {len(given['train'])} row(s) leave none for {name}; give more rows or another --split"
             )
-    return splits
+    return splits, leaks

@@ -2,39 +2,78 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_ft.base.scorer import TorchScorer, target_logits
+from edge_ft.base.compute import Compute, has_bf16
+from edge_ft.base.head import target_loss
+from edge_ft.base.scorer import TorchScorer, class_logits, target_hidden, task_model_of
+from edge_ft.config import TuneConfig
 from edge_ft.data import Batch
 from edge_ft.families import Family
 
 __all__ = ["TorchBackend"]
 
+_AGREEMENT = 0.02
+"""Share by which the loss may differ between bfloat16 and float32."""
+
 
 class TorchBackend(TorchScorer):
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over the trainable parameters of a PEFT model."""
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over the trainable parameters of a PEFT model.
 
-    def __init__(self, model: Any, family: Family, weight_decay: float) -> None:
+    Steps, and scores of `token_nll`, are computed as `config.compute` says; a `TorchScorer` of the same model
+    scores in float32.
+    """
+
+    def __init__(self, model: Any, family: Family, config: TuneConfig) -> None:
         super().__init__(model, family)
-        self.parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=weight_decay)
+        self._asked = config.compute
+        narrow = config.compute == "bf16" or (config.compute == "auto" and has_bf16(self.device))
+        self.dtype = torch.bfloat16 if narrow else torch.float32
+        self.compute = Compute(model, family, self.dtype, recompute=config.memory == "low")
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.parameters: list[nn.Parameter] = list(trained.values())
+        groups = [
+            {"params": [p for name, p in trained.items() if ("lora_B" in name) == second], "ratio": ratio}
+            for second, ratio in ((False, 1.0), (True, config.loraplus_lr_ratio))
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=True)
         self.best: list[Tensor] = []
 
     def gradient(self, batch: Batch, targets: int) -> float:
         self.model.train()
-        logits, labels = target_logits(self.model, self.family, batch, self.device)
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / targets
-        loss.backward()  # type: ignore[no-untyped-call]
+        with self.compute:
+            if self.family.decoder:
+                hidden, labels = target_hidden(self.model, batch, self.device)
+                loss = target_loss(hidden, task_model_of(self.model).get_output_embeddings(), labels, self.dtype)
+            else:
+                loss = nn.functional.cross_entropy(*class_logits(self.model, batch, self.device), reduction="sum")
+            loss = loss / targets
+            loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
+
+    def settle(self, batch: Batch) -> Literal["fp32", "bf16"]:
+        """What `compute: auto` comes to: bf16 where the device has it and the loss of `batch` is float32's."""
+        if self._asked == "auto" and self.dtype == torch.bfloat16:
+            narrow = float(self.token_nll(batch)[0].sum())
+            wide = float(TorchScorer(self.model, self.family).token_nll(batch)[0].sum())
+            if not abs(narrow - wide) <= _AGREEMENT * wide:  # NaN too
+                self.dtype = self.compute.dtype = torch.float32
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        with self.compute:
+            return super().token_nll(batch)
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
         norm = nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or float("inf"))
         if torch.isfinite(norm):
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["ratio"]
             self.optimizer.step()
         self.discard()
         return float(norm)
@@ -59,3 +98,36 @@ class TorchBackend(TorchScorer):
         (neighbour / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         shutil.rmtree(folder, ignore_errors=True)
         neighbour.rename(folder)
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def mend(self) -> bool:
+        moments = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        if all(bool(torch.isfinite(tensor).all()) for tensor in [*self.parameters, *moments]):
+            return False
+        self.recall()
+        self.optimizer.state.clear()
+        return True
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        tensors = {f"parameters.{index}": parameter.detach() for index, parameter in enumerate(self.parameters)}
+        tensors |= {f"best.{index}": best for index, best in enumerate(self.best)}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
+        return {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        # Copies: a view of what was read would share its memory with whoever holds it.
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+        for index, parameter in enumerate(self.parameters):
+            parameter.copy_(tensors[f"parameters.{index}"])
+        self.best = [tensors[f"best.{index}"].to(self.device) for index in range(len(self.parameters))]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, number, key = name.split(".")
+                moments.setdefault(int(number), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})

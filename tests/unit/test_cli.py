@@ -49,6 +49,8 @@ def test_a_mistyped_flag_is_answered_with_a_near_one() -> None:
         (["--completion", "{a}"], "--prompt"),
         (["--schedule", "linear"], "linear"),
         (["--batch-size", "many"], "many"),
+        (["--max-length", "long"], "long"),
+        (["--preset", "thorogh"], "did you mean 'thorough'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -62,6 +64,39 @@ def test_flags_win_over_the_config_file_and_the_result_can_be_printed(tmp_path: 
     printed = edge_ft("tune", "--config", config, "--rank", "2", "--print-config")
     found = yaml.safe_load(printed.stdout)
     assert (found["model"], found["rank"], found["split"], found["alpha"]) == ("m", 2, [0.7, 0.2, 0.1], 16.0)
+
+
+def test_flags_and_the_config_file_win_over_a_preset(tmp_path: Path) -> None:
+    config = tmp_path / "tune.yaml"
+    config.write_text("model: m\ndata: d\nout: o\npatience: 7\n")
+    flags = ("--preset", "thorough", "--config", config, "--epochs", "9", "--max-length", "auto")
+    found = yaml.safe_load(edge_ft("tune", *flags, "--print-config").stdout)
+    assert (found["learning_rate"], found["patience"], found["epochs"]) == (0.0005, 7, 9.0)
+    assert found["max_length"] == "auto"
+
+
+def test_a_plan_is_printed_for_people_and_for_scripts(llama: Path, sums: Path, tmp_path: Path) -> None:
+    flags = ("plan", "--model", llama, "--data", sums, "--preset", "low-memory", "--show", "1", "--quiet")
+    for_people = edge_ft(*flags, "--json", tmp_path / "plan.json")
+    assert for_people.stderr == ""
+    assert "recommended: --layers all --memory normal" in for_people.stdout
+    assert "⟦" in for_people.stdout
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found.keys() == json.loads(edge_ft(*flags, "--json", "-").stdout).keys()
+    assert found["recommended"] in found["choices"]
+
+
+def test_a_plan_refuses_with_the_codes_of_a_tune(llama: Path, sums: Path, tmp_path: Path) -> None:
+    flags = ("plan", "--model", llama, "--data", sums, "--quiet")
+    assert "--allow leak" in refused(edge_ft(*flags, "--validation", sums), 5)
+    assert "did you mean 'leak'" in refused(edge_ft(*flags, "--allow", "leek"), 2)
+    script = (
+        "import runpy, sys; from edge_ft.tune.plan import Room; "
+        "Room.here = classmethod(lambda cls, out: Room(10, 10)); "
+        "sys.argv[0] = 'edge-ft'; runpy.run_module('edge_ft', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *map(str, flags)], capture_output=True, text=True)
+    assert "take a smaller model" in refused(done, 4)
 
 
 def test_a_config_file_that_is_not_there_or_has_an_unknown_key_is_refused(tmp_path: Path) -> None:

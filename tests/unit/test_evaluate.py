@@ -75,6 +75,8 @@ def test_without_the_adapter_the_base_is_scored(
     "option",
     [
         {"base_format": "int4"},
+        {"base_format": "int8"},
+        {"base_format": "nf4"},
         {"shots": 2},
         {"limit": 3},
         {"prompt": "{prompt}", "completion": "{completion}"},
@@ -90,13 +92,23 @@ def test_every_option_changes_the_score_of_a_model(option: dict[str, Any], llama
     assert changed["nll"] != plain["nll"]
 
 
-def test_answers_can_be_left_out_or_cut_short(llama_run: RunFolder) -> None:
+def test_answers_can_be_left_out_or_cut_short(llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         "exact_match" not in evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), generate=False))["metrics"]
     )
-    short = evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), max_new_tokens=1))
-    whole = evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), max_new_tokens=12))
-    assert short["metrics"]["token_f1"]["value"] < whole["metrics"]["token_f1"]["value"]
+    lengths: list[int] = []
+    whole = TorchScorer.answer
+
+    def answer(self: TorchScorer, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        self.stop_ids = frozenset()
+        lengths.append(len(whole(self, prompt_ids, max_new_tokens)))
+        return []
+
+    monkeypatch.setattr(TorchScorer, "answer", answer)
+    for longest in (1, 12):
+        lengths.clear()
+        evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), max_new_tokens=longest))
+        assert set(lengths) == {longest}
 
 
 def test_batch_size_and_threads_do_not_change_the_score(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from edge_ft.base import grid
 from edge_ft.base.grid import Bits, dequantize, pack_nibbles, quantize, unpack_nibbles
 
 WEIGHTS = hnp.arrays(
@@ -21,11 +22,36 @@ def test_packing_is_undone_by_unpacking(values: np.ndarray) -> None:
 
 
 @given(WEIGHTS, st.sampled_from([16, 32]), st.sampled_from([4, 8]))
-def test_every_weight_is_within_half_a_step_of_its_code(weight: np.ndarray, block_size: int, bits: Bits) -> None:
+def test_a_weight_within_the_range_is_within_half_a_step_of_its_code(
+    weight: np.ndarray, block_size: int, bits: Bits
+) -> None:
     codes = quantize(weight, block_size, bits)
     steps = np.repeat(codes.scales, block_size, axis=1)[:, : weight.shape[1]]
+    zero_points = unpack_nibbles(codes.zero_points, codes.scales.shape[1]) if bits == 4 else codes.zero_points
+    zeros = np.repeat(zero_points.astype(np.float32), block_size, axis=1)[:, : weight.shape[1]]
+    lowest, highest = -zeros * steps, (2**bits - 1 - zeros) * steps
+    inside = np.clip(weight, lowest, highest)
     # A rounded zero point shifts the whole block by up to half a step more at its ends.
-    assert (np.abs(dequantize(codes) - weight) <= steps * 1.001 + 1e-6).all()
+    assert (np.abs(dequantize(codes) - inside) <= steps * 0.501 + 1e-6).all()
+
+
+@given(WEIGHTS, st.sampled_from([16, 32]))
+def test_a_cut_range_is_taken_only_where_it_is_closer(weight: np.ndarray, block_size: int) -> None:
+    def error(weight: np.ndarray) -> np.ndarray:
+        padded = np.pad(dequantize(quantize(weight, block_size)) - weight, ((0, 0), (0, -weight.shape[1] % block_size)))
+        return (padded.reshape(len(weight), -1, block_size) ** 2).sum(axis=2)
+
+    found = error(weight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid, "_SHARES", (1.0,))
+        assert (found <= error(weight) * 1.001 + 1e-6).all()
+
+
+def test_an_outlier_is_cut_for_the_sake_of_the_others() -> None:
+    weight = np.random.default_rng(0).normal(size=(1, 32)).astype(np.float32)
+    weight[0, 0] = 3.2
+    codes = quantize(weight, 32)
+    assert codes.scales[0, 0] < (weight.max() - weight.min()) / 15
 
 
 @given(WEIGHTS)

@@ -1,7 +1,9 @@
 """A base is loaded whole or refused, and a head is kept only for the classes that it knows."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_bert, write_llama
 from transformers import AutoConfig, BertForSequenceClassification
 
+from edge_ft.base import load
 from edge_ft.base.load import find_base, load_model
 from edge_ft.config import TuneConfig
 from edge_ft.errors import DataError, ModelError
@@ -123,3 +126,44 @@ def test_a_run_that_failed_before_it_learned_leaves_its_place(llama: Path, sums:
             )
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("bits", ["int4", "int8", "nf4"])
+@pytest.mark.parametrize("name", ["llama", "untied", "bert"])
+def test_codes_of_one_weight_after_the_other_are_those_of_the_whole_model(
+    name: str, bits: Any, llama: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = {"llama": llama, "bert": bert}.get(name) or write_llama(tmp_path / "untied", tie=False)
+    base = find_base(str(folder))
+    labels = () if base.family.decoder else ("a", "b", "c")
+    task = base.family.tasks[0]
+    read = load_model(base, task, bits, labels=labels)
+    monkeypatch.setattr(load, "_quantized", lambda *_: None)
+    whole = load_model(base, task, bits, labels=labels)
+    found, expected = read.state_dict(), whole.state_dict()
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        if not key.startswith("classifier") and "pooler" not in key:  # drawn, in another order
+            assert torch.equal(found[key], tensor), key
+    assert not read.training and not any(p.requires_grad or p.is_meta for p in read.parameters())
+
+
+@pytest.mark.parametrize("base_format", ["int4", "nf4"])
+def test_an_embedding_that_stays_float_stays_tied(base_format: Any, tmp_path: Path) -> None:
+    """At int4 where its width is not whole blocks."""
+    base = find_base(str(write_llama(tmp_path / "model", hidden_size=48, head_dim=16)))
+    model = load_model(base, "text-generation", base_format)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_names_that_are_not_the_models_are_left_to_transformers(llama: Path, tmp_path: Path) -> None:
+    """As in old checkpoints, which transformers renames while it loads them."""
+    folder = tmp_path / "old"
+    shutil.copytree(llama, folder)
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    lost = {f"other.{key}" if key.endswith("norm.weight") else key: value for key, value in tensors.items()}
+    save_file(lost, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lacks the weights of"):
+        load_model(find_base(str(folder)), "text-generation", "int4")

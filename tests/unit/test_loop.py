@@ -22,14 +22,16 @@ TASK = "text-generation"
 
 
 def config(**settings: Any) -> TuneConfig:
-    return TuneConfig(model="", data="", out=Path("unused"), **{"learning_rate": 1e-2, "batch_size": 4, **settings})
+    return TuneConfig(
+        model="", data="", out=Path("unused"), **{"learning_rate": 1e-2, "batch_size": 4, "compute": "fp32", **settings}
+    )
 
 
 @pytest.fixture
 def backend(llama: Path) -> TorchBackend:
     base = find_base(str(llama))
     model = load_model(base, TASK, "int4")
-    return TorchBackend(add_lora(model, base.family, TASK, config()), base.family, weight_decay=0.0)
+    return TorchBackend(add_lora(model, base.family, TASK, config()), base.family, config())
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +177,150 @@ def test_max_minutes_that_leave_no_step_are_refused(
         train(backend, examples, config(max_minutes=0.1), timed(backend, monkeypatch, 100.0))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(backend: TorchBackend, examples: list[Example]) -> None:
+def poisoned(
+    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch, at: set[int], how: str, accumulation: int = 1
+) -> None:
+    """Steps `at` give a loss, or only a gradient, that is no number."""
+    gradient, calls = backend.gradient, [0]
+
+    def poison(batch: Batch, targets: int) -> float:
+        calls[0] += 1
+        loss = gradient(batch, targets)
+        if math.ceil(calls[0] / accumulation) not in at:
+            return loss
+        for parameter in backend.parameters:
+            if parameter.grad is not None:
+                parameter.grad[0] = math.inf
+        return math.nan if how == "loss" else loss
+
+    monkeypatch.setattr(backend, "gradient", poison)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_an_update_that_is_no_number_is_left_out_and_the_rate_halved(
+    backend: TorchBackend, examples: list[Example], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    poisoned(backend, monkeypatch, {2, 3, 6}, how)
+    before: list[list[torch.Tensor]] = []
+    update = backend.update
+
+    def watched(*arguments: float) -> float:
+        before.append([parameter.detach().clone() for parameter in backend.parameters])
+        return update(*arguments)
+
+    monkeypatch.setattr(backend, "update", watched)
+    result, lines = train(backend, examples, config(max_steps=8, schedule="constant", warmup=0.0))
+    assert (result.steps, result.skipped) == (8, 3)
+    steps = {line["step"]: line for line in lines if "validation_nll" not in line}
+    assert list(steps) == list(range(1, 9))
+    rates = [steps[step]["learning_rate"] for step in range(1, 9)]
+    assert rates == [1e-2, 1e-2, 5e-3, 2.5e-3, 2.5e-3, 2.5e-3, 1.25e-3, 1.25e-3]
+    skipped = [line for line in lines if "skipped" in line]
+    assert [(line["step"], line["skipped"]) for line in skipped] == [(2, how), (3, how), (6, how)]
+    assert all(len(line["rows"]) == 4 and set(line["rows"]) <= {e.row for e in examples} for line in skipped)
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in backend.parameters)
+    if how == "gradient":
+        assert all(torch.equal(a, b) for a, b in zip(before[1], before[2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("at", "stops"),
+    [({4, 5, 6}, 6), ({2, 4, 6, 8, 10}, 10), ({2, 4, 6, 8}, None)],
+    ids=["three-in-a-row", "five-in-all", "four-in-all"],
+)
+def test_too_many_of_them_end_the_run_and_say_where(
+    backend: TorchBackend,
+    examples: list[Example],
+    monkeypatch: pytest.MonkeyPatch,
+    at: set[int],
+    stops: int | None,
+) -> None:
+    poisoned(backend, monkeypatch, at, "loss")
+    if stops is None:
+        assert train(backend, examples, config(max_steps=12))[0].steps == 12
+        return
+    with pytest.raises(UsageError, match=rf"the loss is not a number at step {stops} \(rows \d+, .*--learning-rate"):
+        train(backend, examples, config(max_steps=12))
+
+
+def test_only_the_rows_of_the_bad_pass_are_named(
+    backend: TorchBackend, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradient, calls = backend.gradient, list[list[int]]()
+
+    def poison(batch: Batch, targets: int) -> float:
+        calls.append(batch["rows"])
+        return math.inf if len(calls) == 5 else gradient(batch, targets)
+
+    monkeypatch.setattr(backend, "gradient", poison)
+    _, lines = train(backend, examples, config(max_steps=4, gradient_accumulation=3))
+    assert [line["rows"] for line in lines if "skipped" in line] == [calls[4]]
+
+
+def test_damaged_weights_are_replaced_by_the_best(
+    backend: TorchBackend, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, calls = backend.update, [0]
+
+    def damaging(*arguments: float) -> float:
+        norm = update(*arguments)
+        calls[0] += 1
+        if calls[0] == 7:
+            with torch.no_grad():
+                backend.parameters[0].fill_(math.nan)
+        return norm
+
+    monkeypatch.setattr(backend, "update", damaging)
+    result, lines = train(backend, examples, config(max_steps=20, eval_steps=5))
+    assert [line["step"] for line in lines if "skipped" in line] == [8]
+    looks = [line["validation_nll"] for line in lines if "validation_nll" in line]
+    assert result.best.mean_nll == min(looks) < result.base.mean_nll - 0.5
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in backend.parameters)
+
+
+def test_a_look_that_is_no_number_is_not_the_best(
+    backend: TorchBackend, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, calls = backend.update, [0]
+
+    def damaging(*arguments: float) -> float:
+        calls[0] += 1
+        norm = update(*arguments)
+        if calls[0] == 6:
+            with torch.no_grad():
+                backend.parameters[0].fill_(math.nan)
+        return norm
+
+    monkeypatch.setattr(backend, "update", damaging)
+    result, lines = train(backend, examples, config(max_steps=6, eval_steps=3))
+    assert [line["validation_nll"] for line in lines if line.get("step") == 6 and "validation_nll" in line] == [None]
+    assert result.best_step == 3
+    assert math.isnan(result.last_nll)
+
+
+def test_a_base_whose_loss_is_no_number_is_refused(backend: TorchBackend, examples: list[Example]) -> None:
     with torch.no_grad():
         backend.parameters[1].fill_(math.nan)
-    with pytest.raises(UsageError, match="not a number at step 1: lower --learning-rate"):
+    with pytest.raises(UsageError, match="untuned model's validation loss is not a number, at row 33"):
         train(backend, examples, config(max_steps=3))
+
+
+def test_looks_tell_the_seconds_of_the_training_alone(
+    backend: TorchBackend, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = timed(backend, monkeypatch, 2.0)
+    scored, ticks = backend.token_nll, [0.0]
+
+    def slow(batch: Batch) -> Any:
+        ticks[0] += 100.0
+        return scored(batch)
+
+    monkeypatch.setattr(backend, "token_nll", slow)
+    _, lines = train(backend, examples, config(max_steps=6, eval_steps=2), lambda: clock() + ticks[0])
+    looks = [line for line in lines if "validation_nll" in line]
+    assert [line["seconds"] for line in looks] == [0.0, 4.0, 8.0, 12.0]
+    assert [line["cpu_seconds"] for line in looks] == sorted(line["cpu_seconds"] for line in looks)
+    assert looks[0]["cpu_seconds"] < looks[-1]["cpu_seconds"]
 
 
 def test_clipping_bounds_the_step(backend: TorchBackend, examples: list[Example]) -> None:

@@ -33,8 +33,8 @@ def test_every_flag_in_the_readme_exists() -> None:
         for field in fields(getattr(config, name))
     }
     known |= {field.name for field in fields(cli.Output)}
-    known |= {"config", "print-config", "help", "version", "interactive", "jsonl", "out"}
-    commands = re.findall(r"edge-ft (?:tune|export|run|eval|bench|verify)[^\n`]*", README)
+    known |= {"config", "preset", "print-config", "help", "version", "interactive", "jsonl", "out"}
+    commands = re.findall(r"edge-ft (?:plan|tune|export|run|eval|bench|verify)[^\n`]*", README)
     assert commands
     used = {flag for command in commands for flag in re.findall(r"--([a-z][a-z-]*)", command)}
     assert used <= known

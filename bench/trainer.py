@@ -1,0 +1,226 @@
+"""The training process: prepares the rows of a race, measures the machine, or trains one of the two, once.
+
+`python -m edge_ft.bench.trainer` is started by `edge_ft.bench.child` for `edge_ft.bench.training`.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from edge_ft.artifacts import write_text
+from edge_ft.bench.meters import peak_rss_bytes
+from edge_ft.bench.worker import answer
+from edge_ft.config import TuneConfig
+from edge_ft.errors import require
+from edge_ft.progress import Silent
+
+if TYPE_CHECKING:
+    from edge_ft.base.load import Base
+    from edge_ft.data import TextTokenizer
+    from edge_ft.tune.prepare import Prepared
+
+__all__ = ["main", "work"]
+
+LOOKS = 12
+"""Looks at the held-out rows in a training, unless told otherwise."""
+SGEMM_SECONDS = 1.5
+
+
+def main() -> None:
+    """Answer one job; see `edge_ft.bench.worker.answer`."""
+    answer(work)
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """What `job["do"]` names: prepare, sgemm, rival or ours."""
+    return {"prepare": _prepare, "sgemm": _sgemm, "rival": _rival, "ours": _ours}[job["do"]](job)
+
+
+def _config(job: dict[str, Any], **more: Any) -> TuneConfig:
+    return TuneConfig(**{"out": Path("unused"), **job["tune"], **more})
+
+
+def _read(config: TuneConfig) -> "tuple[Base, TextTokenizer, Prepared]":
+    """What `tune` reads before it loads weights."""
+    from edge_ft.base.load import find_base
+    from edge_ft.data import TextTokenizer
+    from edge_ft.tune.prepare import prepare
+
+    base = find_base(config.model, config.task)
+    tokenizer = TextTokenizer.load(base.path)
+    prepared = prepare(
+        config,
+        tokenizer,
+        decoder=base.family.decoder,
+        model_limit=base.max_length,
+        model_labels=base.labels,
+        progress=Silent(),
+    )
+    return base, tokenizer, prepared
+
+
+def _prepare(job: dict[str, Any]) -> dict[str, Any]:
+    """Write the rows that every training reads, and say what a training over them computes.
+
+    Each seed trains on the same rows and is measured on the same ones, so that their curves compare.
+    """
+    import numpy as np
+
+    from edge_ft.tune.loop import planned_steps
+    from edge_ft.tune.prepare import write_splits
+
+    require("torch", "train")
+    from edge_ft.base.quiet import quiet_libraries
+
+    with quiet_libraries():
+        require("peft", "train")
+    split = (1.0, 0.0, 0.0) if job["validation"] else (0.8, 0.2, 0.0)
+    _, _, whole = _read(_config(job, data=job["data"], validation=job["validation"], split=split, seed=0))
+    chosen = {}
+    for name, wanted in (("train", job["train_rows"]), ("validation", job["eval_rows"])):
+        order = np.random.default_rng(0).permutation(len(whole.rows[name]))[:wanted]
+        chosen[name] = [whole.rows[name][index] for index in sorted(order)]
+    write_splits(replace(whole, rows=chosen | {"test": []}), Path(job["rows"]))
+    config = _config(job, task=whole.task)
+    base, _, prepared = _read(config)
+    examples = prepared.examples["train"]
+    tokens = sum(len(example.input_ids) for example in examples)
+    targets = sum(sum(label != -100 for label in example.labels) for example in examples)
+    model = base.path
+    if job["same_recipe"]:
+        model = _without_dropout(base.path, Path(job["folder"]) / "model")
+        if job["weights"]:
+            _write_weights(base, config, prepared, Path(job["weights"]))
+    body, head = _linear_weights(base, prepared)
+    hidden, wide = int(base.config["hidden_size"]), int(base.config["intermediate_size"])
+    length = round(median(len(example.input_ids) for example in examples))
+    return {
+        "task": whole.task,
+        "model": str(model.resolve()),
+        "fingerprint": prepared.fingerprint,
+        "rows": {name: len(prepared.examples[name]) for name in ("train", "validation")},
+        "tokens_per_epoch": tokens,
+        "targets_per_epoch": targets,
+        "flops_per_token": 4 * (body + head * targets / tokens),
+        "sgemm_shape": [config.batch_size * length, hidden, wide],
+        "eval_steps": job["eval_steps"] or max(1, math.ceil(planned_steps(len(examples), config) / LOOKS)),
+    }
+
+
+def _linear_weights(base: "Base", prepared: "Prepared") -> tuple[int, int]:
+    """Weights of the frozen linear layers that every token passes, and of those that only a target does."""
+    import torch
+    from transformers import AutoConfig
+
+    from edge_ft.base.linear import is_within
+    from edge_ft.bench.rival import MODEL_CLASSES
+
+    settings = AutoConfig.from_pretrained(base.path)
+    if not base.family.decoder:
+        settings.num_labels = len(prepared.rendering.labels)
+    with torch.device("meta"):
+        model = MODEL_CLASSES[prepared.task].from_config(settings)
+    sizes = {False: 0, True: 0}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            sizes[is_within(name, base.family.head)] += module.weight.numel()
+    return sizes[False], sizes[True]
+
+
+def _without_dropout(path: Path, folder: Path) -> Path:
+    """The same model whose layers drop nothing out: two trainers draw other random numbers, and their curves part."""
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    dropouts = {key: 0.0 for key, value in settings.items() if "dropout" in key and isinstance(value, float) and value}
+    if not dropouts:
+        return path
+    for file in path.iterdir():
+        if file.name != "config.json" and not (folder / file.name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / file.name).symlink_to(file.resolve())
+    write_text(folder / "config.json", json.dumps(settings | dropouts, indent=2))
+    return folder
+
+
+def _write_weights(base: "Base", config: TuneConfig, prepared: "Prepared", file: Path) -> None:
+    """What the codes of our base stand for, in float: the rival then trains over the very same model."""
+    from safetensors.numpy import save_file
+
+    from edge_ft.base.grid import dequantize
+    from edge_ft.base.linear import QuantEmbedding, QuantLinear
+    from edge_ft.base.load import load_model
+
+    model = load_model(base, prepared.task, config.base_format, config.block_size, prepared.rendering.labels, 0)
+    weights = {
+        f"{name}.weight": dequantize(module.codes())
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear | QuantEmbedding)
+    }
+    neighbour = file.with_suffix(".tmp")
+    save_file(weights, neighbour)
+    neighbour.rename(file)
+
+
+def _sgemm(job: dict[str, Any]) -> dict[str, Any]:
+    """float32 GFLOP/s of [M, K] x [K, N], a layer's product in a training step: the best of many."""
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    m, k, n = job["shape"]
+    x, weight = torch.randn(m, k), torch.randn(n, k)
+    best, ends = math.inf, time.perf_counter() + SGEMM_SECONDS
+    while (began := time.perf_counter()) < ends:
+        torch.nn.functional.linear(x, weight)
+        best = min(best, time.perf_counter() - began)
+    return {"sgemm_gflops": 2 * m * k * n / best / 1e9}
+
+
+def _rival(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from edge_ft.bench.rival import train_rival
+
+    torch.set_num_threads(job["threads"])
+    config = _config(job, seed=job["seed"])
+    base, tokenizer, prepared = _read(config)
+    found = train_rival(base, prepared, tokenizer.pad_id, config, learning_rate=job["learning_rate"], job=job)
+    return _result(job, job["learning_rate"], found)
+
+
+def _ours(job: dict[str, Any]) -> dict[str, Any]:
+    import yaml
+
+    from edge_ft.tune import tune
+
+    config = _config(job, seed=job["seed"], out=Path(job["out"]), threads=job["threads"])
+    run = tune(config)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    looks = [line for line in lines if "validation_nll" in line]
+    curve = [
+        {key: look[key] for key in ("step", "seconds", "cpu_seconds")}
+        | {"nll": look["validation_nll"] if math.isfinite(look["validation_nll"]) else None}
+        for look in looks
+    ]
+    tokens = sum(line.get("tokens", 0) for line in lines)
+    settings = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
+    found = {"curve": curve, "steps": looks[-1]["step"], "tokens": tokens, "config": settings}
+    return _result(job, config.learning_rate, found)
+
+
+def _result(job: dict[str, Any], learning_rate: float, found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "seed": job["seed"],
+        "learning_rate": learning_rate,
+        **found,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "process_seconds": time.monotonic() - job["started"],
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+    }
+
+
+if __name__ == "__main__":
+    main()

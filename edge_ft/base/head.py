@@ -1,0 +1,91 @@
+"""The projection onto the vocabulary and the loss behind it, a part at a time: never all logits at once."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edge_ft.base.linear import FrozenLinear, transposed_weight
+
+__all__ = ["logit_chunks", "target_loss"]
+
+_LOGITS = 2**22
+"""Logits held at a time: 16 MiB in float32."""
+_COLUMNS = 8192
+"""Entries of the vocabulary whose weights are dequantized at a time."""
+
+
+def logit_chunks(hidden: Tensor, head: Any, dtype: torch.dtype = torch.float32) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of some positions after the other.
+
+    Args:
+        hidden: [targets, hidden] float32, the inputs of the head.
+        head: [hidden] -> [vocab].
+        dtype: Of its products.
+
+    Yields:
+        Which targets, and their logits [some, vocab] float32, which the caller may overwrite.
+    """
+    size = max(1, _LOGITS // int(head.out_features))
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        if not _is_plain(head):
+            yield rows, head(hidden[rows]).float()
+            continue
+        narrow = hidden[rows].to(dtype)
+        logits = torch.empty(len(narrow), head.out_features, device=hidden.device)
+        for part in _parts(head):
+            logits[:, part] = narrow @ transposed_weight(head, dtype, part)
+        if head.bias is not None:
+            logits += head.bias
+        yield rows, logits
+
+
+def target_loss(hidden: Tensor, head: nn.Linear, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cross-entropy summed over positions, float32; differentiable in `hidden`.
+
+    The gradient is made together with the loss, so that no logits are kept (as Liger's fused linear
+    cross-entropy, arXiv:2410.10989).
+
+    Args:
+        hidden: [targets, hidden] float32, the inputs of the head.
+        head: Its layer, frozen: [hidden] -> [vocab].
+        labels: [targets] int64.
+        dtype: Of the head's products; the loss itself is float32.
+    """
+    loss: Tensor = _TargetLoss.apply(hidden, head, labels, dtype)
+    return loss
+
+
+class _TargetLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: nn.Linear, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        loss = torch.zeros((), device=hidden.device)
+        grad = torch.zeros_like(hidden)
+        for rows, logits in logit_chunks(hidden, head, dtype):
+            right = labels[rows, None]
+            normaliser = logits.logsumexp(1, keepdim=True)
+            loss += (normaliser - logits.gather(1, right)).sum()
+            if not hidden.requires_grad:
+                continue
+            slope = logits.sub_(normaliser).exp_()  # softmax - one-hot
+            slope.scatter_add_(1, right, -torch.ones_like(normaliser))
+            for part in _parts(head):
+                grad[rows] += slope[:, part].to(dtype) @ transposed_weight(head, dtype, part).T
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.saved_tensors[0] * grad, None, None, None
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether the layer is its weight and bias alone, without an adapter around it."""
+    return isinstance(head, FrozenLinear) or type(head) is nn.Linear
+
+
+def _parts(head: Any) -> list[slice]:
+    size = int(head.out_features)
+    return [slice(start, min(start + _COLUMNS, size)) for start in range(0, size, _COLUMNS)]

@@ -1,0 +1,531 @@
+"""What a tune will take, found out before its first step: time, memory and disk, from a few steps that are measured.
+
+A few rows, a typical batch and the longest batch of the run's own are trained on and forgotten. Time and memory grow
+about evenly with the padded tokens of a batch (attention is computed in tiles, logits where there is a label), so
+these sizes give both for every batch of the run; where the longest would not fit, it is foreseen from the others.
+"""
+
+import gc
+import json
+import math
+import os
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import safe_open
+
+from edge_ft.config import TuneConfig, last_layers
+from edge_ft.data import Batch, Example, TextTokenizer, collate, eval_batches, train_batches
+from edge_ft.errors import WillNotFit, require
+from edge_ft.evaluate.score import Answerer
+from edge_ft.progress import Progress, Silent
+from edge_ft.tune.loop import LOOKS, Backend, planned_steps
+from edge_ft.tune.prepare import SPLITS, Prepared, prepare
+from edge_ft.tune.report import OVERFITTING_ROWS, SAMPLE_TOKENS, SAMPLES, peak_rss_bytes
+
+if TYPE_CHECKING:
+    from edge_ft.base.load import Base
+
+__all__ = ["Room", "make_plan", "plan", "refuse_at_sight"]
+
+MARGIN = 0.9
+"""Share of the free memory and disk that a run may take."""
+BYTES_PER_WEIGHT = {"int4": 0.65, "nf4": 0.65, "int8": 1.15, "fp32": 4.0}
+"""What a frozen weight takes in memory, with its scale and zero point at blocks of 32."""
+CHECKPOINT = 4
+"""A checkpoint's size in adapters: the weights, the best ones, and AdamW's two moments."""
+PIECES = 1.08
+"""Memory that stays with the process because batches of other sizes leave it in pieces: 3 to 18% were seen."""
+LAST_SECONDS = 1.5
+"""The plot and the report."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What this process may still take."""
+
+    memory: int
+    """Bytes of memory, those that it holds already included."""
+    disk: int
+    """Bytes free where the run folder will lie."""
+
+    @classmethod
+    def here(cls, out: Path) -> "Room":
+        """What this machine, its control group and the limits of this process leave."""
+        parent = next(folder for folder in [*out.absolute().parents] if folder.is_dir())
+        return cls(_free_memory() + _resident_bytes(), shutil.disk_usage(parent).free)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Something that grows with the padded tokens of a batch: measured at some sizes, straight between and beyond."""
+
+    sizes: list[int]
+    """Tokens, growing."""
+    values: list[float]
+
+    def at(self, tokens: float) -> float:
+        sizes, values = self.sizes, self.values
+        if tokens <= sizes[0]:
+            return values[0]
+        if tokens <= sizes[-1]:
+            return float(np.interp(tokens, sizes, values))
+        slope = max((values[-1] - values[-2]) / (sizes[-1] - sizes[-2]), 0.0) if len(sizes) > 1 else 0.0
+        return max(values) + slope * (tokens - sizes[-1])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found out about one setting on this machine."""
+
+    step: Curve
+    """Seconds of forward and backward over a batch."""
+    look: Curve
+    """Seconds of a forward pass that scores a batch."""
+    report: float
+    """How many times as long as that the report takes over it, in float32."""
+    token: float
+    """Seconds of a generated token."""
+    memory: Curve
+    """Resident bytes at the peak of a step."""
+    held: int
+    """The most resident bytes before the first step: where loading takes more than training."""
+    answering: int
+    """Bytes that scoring and answering for the report come to, on top of what is held then."""
+    trainable: int
+    """Parameters."""
+
+
+def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None = None) -> dict[str, Any]:
+    """What tuning with these settings would take, and what the few others worth choosing between would.
+
+    Args:
+        room: What there is, in place of what this machine has free.
+
+    Returns:
+        `rows` of each split; `tokens` of the train rows (`p50`, `p95`, `max`, `total`); `trainable_parameters`;
+        `steps`; the audit's `findings`; `available` memory and disk; `choices` with `layers`, `memory`, `seconds`,
+        `peak_rss_bytes`, `disk_bytes` and whether it `fits`; the `recommended` one of them and the `reason`; the
+        rows `shown` as --show asks.
+
+    Raises:
+        UsageError: a model, rows or options that cannot be used.
+        AuditRefused: the rows would train nothing, or overlap between splits.
+        WillNotFit: no choice fits into memory and disk.
+    """
+    torch = require("torch", "train")
+    from edge_ft.base.quiet import quiet_libraries
+
+    with quiet_libraries():
+        require("peft", "train")
+    from edge_ft.base.load import find_base
+
+    progress = progress or Silent()
+    room = room or Room.here(config.out)
+    started = time.monotonic()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    base = find_base(config.model, config.task)
+    tokenizer = TextTokenizer.load(base.path)
+    prepared = prepare(
+        config,
+        tokenizer,
+        decoder=base.family.decoder,
+        model_limit=base.max_length,
+        model_labels=base.labels,
+        progress=progress,
+    )
+    ready = time.monotonic() - started
+    choices, loaded = [], []
+    for option in _options(config, int(base.config["num_hidden_layers"])):
+        refuse_at_sight(base, option, room)
+        progress.say(f"measuring layers {option.layers}, memory {option.memory}")
+        began = time.monotonic()
+        with _Peak() as loading:
+            backend, scorer = _load(base, prepared, option)
+        loaded.append(time.monotonic() - began)
+        first = collate(prepared.examples["validation"][: config.batch_size], tokenizer.pad_id, prepared.task)
+        option = replace(option, compute=backend.settle(first))
+        measured = _measure(backend, scorer, prepared, option, tokenizer.pad_id, room, loading.bytes)
+        # The first time is also that of what a tune imports.
+        before = ready + loaded[0] + time.monotonic() - began - loaded[-1]
+        choices.append(_choice(option, prepared, measured, tokenizer, before, room))
+        del backend, scorer
+        _give_back()
+    recommended = next((choice for choice in choices if choice["fits"]), None)
+    if recommended is None:
+        raise WillNotFit(_too_much(min(choices, key=lambda choice: choice["peak_rss_bytes"]), room))
+    return _result(config, prepared, room, choices, recommended)
+
+
+def make_plan(
+    config: TuneConfig,
+    prepared: Prepared,
+    backend: Backend,
+    scorer: Answerer,
+    tokenizer: TextTokenizer,
+    progress: Progress,
+    before: float,
+    room: Room | None = None,
+) -> dict[str, Any]:
+    """The plan of the one setting that a tune is about to train with, as `plan` returns it; also said.
+
+    `backend` is left as it was: gradients are forgotten, and every step of a run seeds its own random numbers.
+
+    Args:
+        before: Seconds that the tune has been going on.
+
+    Raises:
+        WillNotFit: it takes more memory or disk than there is.
+    """
+    room, began = room or Room.here(config.out), time.monotonic()
+    measured = _measure(backend, scorer, prepared, config, tokenizer.pad_id, room, peak_rss_bytes())
+    before += time.monotonic() - began
+    choice = _choice(config, prepared, measured, tokenizer, before, room)
+    for text in prepared.shown:
+        progress.say(text)
+    result = _result(config, prepared, room, [choice], choice)
+    tokens = result["tokens"]
+    progress.say(
+        f"plan: {tokens['total']} tokens in {result['rows']['train']} train rows (half have up to {tokens['p50']}, the "
+        f"longest {tokens['max']}), {result['trainable_parameters'] / 1e6:.2f} M trainable parameters, "
+        f"{result['steps']} steps; about {duration(choice['seconds'])}, {megabytes(choice['peak_rss_bytes'])} "
+        f"of memory, {megabytes(choice['disk_bytes'])} of disk"
+    )
+    if not choice["fits"]:
+        raise WillNotFit(_too_much(choice, room))
+    return result
+
+
+def refuse_at_sight(base: "Base", config: TuneConfig, room: Room) -> None:
+    """Refuse a base whose weights alone are more than there is, before they are loaded.
+
+    Raises:
+        WillNotFit: so it is.
+    """
+    weights = 0
+    for file in base.path.glob("*.safetensors"):
+        with safe_open(file, "np") as tensors:
+            weights += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    needed = int(weights * BYTES_PER_WEIGHT[config.base_format]) + _resident_bytes()
+    if needed > MARGIN * room.memory:
+        raise WillNotFit(
+            f"{base.name} has {weights / 1e6:.0f} M weights, which take {megabytes(needed)} of memory as "
+            f"{config.base_format}: {megabytes(room.memory)} are free; take a smaller model"
+        )
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def megabytes(size: float) -> str:
+    """Bytes as `1234 MB`."""
+    return f"{size / 1e6:.0f} MB"
+
+
+def _options(config: TuneConfig, layers: int) -> list[TuneConfig]:
+    """The settings worth choosing between, the best first: fewer layers learn less, less memory only costs time."""
+    own = min(last_layers(config.layers) or layers, layers)
+    counts = sorted({layers, max(layers // 2, 1), own}, reverse=True)
+    named = [config.layers if count == own else "all" if count == layers else f"last:{count}" for count in counts]
+    return [replace(config, layers=name, memory=memory) for name in named for memory in ("normal", "low")]
+
+
+def _load(base: "Base", prepared: Prepared, config: TuneConfig) -> tuple[Any, Answerer]:
+    import torch
+
+    from edge_ft.base.adapter import add_lora
+    from edge_ft.base.load import load_model
+    from edge_ft.base.scorer import TorchScorer
+    from edge_ft.tune.torch_backend import TorchBackend
+
+    labels = prepared.rendering.labels
+    model = load_model(base, prepared.task, config.base_format, config.block_size, labels, config.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peft_model = add_lora(model, base.family, prepared.task, config).to(device)
+    return TorchBackend(peft_model, base.family, config), TorchScorer(peft_model, base.family)
+
+
+def _batches(config: TuneConfig, train: Sequence[Example]) -> list[list[int]]:
+    """The batches that the run will train on, those of at most three epochs: later ones are like them."""
+    lengths = [len(example.input_ids) for example in train]
+    count = planned_steps(len(train), config) * config.gradient_accumulation
+    found: list[list[int]] = []
+    for epoch in range(3):
+        if len(found) < count:
+            found += train_batches(lengths, config.batch_size, config.seed, epoch)
+    return found[:count]
+
+
+def _padded(batch: Sequence[int], examples: Sequence[Example]) -> int:
+    """Tokens of a batch with its padding."""
+    return len(batch) * max(len(examples[index].input_ids) for index in batch)
+
+
+def _measure(
+    backend: Backend,
+    scorer: Answerer,
+    prepared: Prepared,
+    config: TuneConfig,
+    pad_id: int,
+    room: Room,
+    held: int,
+) -> Measured:
+    """Train on a few short rows, a typical batch and the longest, or as much of them as surely fits, and forget it."""
+    train = prepared.examples["train"]
+    batches = sorted(_batches(config, train), key=lambda batch: _padded(batch, train))
+    few, typical, longest = batches[0][: max(1, len(batches[0]) // 4)], batches[len(batches) // 2], batches[-1]
+
+    def collated(indices: Sequence[int]) -> Batch:
+        return collate([train[index] for index in indices], pad_id, prepared.task)
+
+    def timed(work: Callable[[], object]) -> tuple[float, int]:
+        """Seconds, and the bytes that were held in between on top of what was held before."""
+        before = _resident_bytes()
+        with _Peak() as peak:
+            began = time.perf_counter()
+            work()
+            seconds = time.perf_counter() - began
+        return seconds, peak.bytes - before
+
+    def trained(batch: Batch) -> tuple[float, int]:
+        before = _resident_bytes()
+        seconds, more = timed(lambda: backend.gradient(batch, 1))
+        backend.discard()
+        return seconds, before + more
+
+    _give_back()
+    idle = _resident_bytes()
+    trained(collated(few))  # the first pass also pays for what is set up once
+    taken: list[Batch] = []
+    sizes, steps, looks, memory = [0], [0.0], [0.0], [float(idle)]
+    for indices in (few, typical, longest):
+        if len(sizes) > 1:
+            # No more rows than would fit if all that was taken so far were due to the tokens.
+            tokens = sizes[-1] * (room.memory - idle) / max(memory[-1] - idle, 1)
+            indices = indices[: max(int(tokens * len(indices) / _padded(indices, train)), 0)]
+            if not indices or _padded(indices, train) <= sizes[-1]:
+                continue
+        batch = collated(indices)
+        seconds, most = trained(batch)
+        sizes.append(batch["input_ids"].size)
+        steps.append(seconds)
+        memory.append(most)
+        looks.append(timed(lambda scored=batch: backend.token_nll(scored))[0])  # type: ignore[misc]
+        taken.append(batch)
+    scorer.token_nll(taken[0])
+    seconds, answering = timed(lambda: scorer.token_nll(taken[len(taken) // 2]))
+    report, token = seconds / looks[1 + len(taken) // 2], 0.0
+    if prepared.task == "text-generation":
+        example = train[few[0]]
+        answers: list[list[int]] = []
+        prompt = example.input_ids[: example.prompt_length]
+        seconds, more = timed(lambda: answers.append(scorer.answer(prompt, 4)))
+        token, answering = seconds / (len(answers[0]) + 1), max(answering, more)
+    trainable = sum(array.size for name, array in backend.state().items() if name.startswith("parameters."))
+    first = 1 if len(sizes) > 2 else 0  # of no tokens only memory is known; it takes the place of a second size
+    return Measured(
+        Curve(sizes[first:], steps[first:]),
+        Curve(sizes[first:], looks[first:]),
+        report,
+        token,
+        Curve(sizes, memory),
+        held,
+        answering,
+        trainable,
+    )
+
+
+def _choice(
+    config: TuneConfig,
+    prepared: Prepared,
+    measured: Measured,
+    tokenizer: TextTokenizer,
+    before: float,
+    room: Room,
+) -> dict[str, Any]:
+    """What a run with these settings takes; `before` it are so many seconds."""
+    train = prepared.examples["train"]
+    sizes = [_padded(batch, train) for batch in _batches(config, train)]
+    steps = planned_steps(len(train), config)
+    passes = steps * config.gradient_accumulation * statistics.fmean(map(measured.step.at, sizes))
+
+    def look(examples: Sequence[Example]) -> float:
+        lengths = [len(example.input_ids) for example in examples]
+        return sum(measured.look.at(_padded(batch, examples)) for batch in eval_batches(lengths, config.batch_size))
+
+    validation = prepared.examples["validation"]
+    looks = math.ceil(steps / (config.eval_steps or math.ceil(steps / LOOKS)))
+    loop = passes + (1 + looks) * look(validation)
+    if config.max_minutes is not None:
+        loop = min(loop, config.max_minutes * 60)
+    after = 2 * look(prepared.examples["test"]) + look(train[: min(len(validation), OVERFITTING_ROWS)])
+    after += 2 * look(validation) if config.compute == "bf16" else 0.0
+    after *= measured.report
+    if prepared.task == "text-generation":
+        answer = statistics.median(len(example.input_ids) - example.prompt_length for example in train)
+        after += SAMPLES * (SAMPLE_TOKENS + min(answer, SAMPLE_TOKENS)) * measured.token
+    state = 4 * measured.trainable  # bytes of all trained weights
+    # AdamW's two moments and the best weights come on top of what was measured; and little of what a step took is
+    # given back before the report is made.
+    peak = max(measured.held, round((measured.memory.at(max(sizes)) + 3 * state + measured.answering) * PIECES))
+    rows = sum(len(json.dumps(row.fields, default=str)) for name in SPLITS for row in prepared.rows[name])
+    texts = sum(file.stat().st_size for file in tokenizer.files())
+    disk = rows + texts + 2 * state + 2 * CHECKPOINT * state + 1_000_000  # each is written beside what it replaces
+    return {
+        "layers": config.layers,
+        "memory": config.memory,
+        "trainable_parameters": measured.trainable,
+        "seconds": round(before + loop + after + LAST_SECONDS, 1),
+        "peak_rss_bytes": peak,
+        "disk_bytes": disk,
+        "fits": peak <= MARGIN * room.memory and disk <= MARGIN * room.disk,
+    }
+
+
+def _result(
+    config: TuneConfig, prepared: Prepared, room: Room, choices: list[dict[str, Any]], recommended: dict[str, Any]
+) -> dict[str, Any]:
+    train = prepared.examples["train"]
+    lengths = [len(example.input_ids) for example in train]
+    what = f"layers {recommended['layers']} with {recommended['memory']} memory"
+    better = "the only setting asked for" if len(choices) == 1 else "the best of the choices"
+    if recommended is not choices[0]:
+        better = "the best of the choices that fit"
+    reason = (
+        f"{what} is {better}: it takes {megabytes(recommended['peak_rss_bytes'])} of {megabytes(room.memory)} free "
+        f"memory, {megabytes(recommended['disk_bytes'])} of {megabytes(room.disk)} free disk"
+        f" and {duration(recommended['seconds'])}"
+    )
+    return {
+        "rows": {name: len(prepared.examples[name]) for name in SPLITS},
+        "tokens": {
+            **{
+                name: int(np.quantile(lengths, share, method="inverted_cdf"))
+                for name, share in (("p50", 0.5), ("p95", 0.95), ("max", 1.0))
+            },
+            "total": sum(lengths),
+        },
+        "max_length": prepared.rendering.max_length,
+        "trainable_parameters": recommended["trainable_parameters"],
+        "steps": planned_steps(len(train), config),
+        "findings": prepared.findings,
+        "available": {"memory_bytes": room.memory, "disk_bytes": room.disk},
+        "choices": choices,
+        "recommended": recommended,
+        "reason": reason,
+        **({"shown": prepared.shown} if prepared.shown else {}),
+    }
+
+
+def _too_much(choice: dict[str, Any], room: Room) -> str:
+    what = f"layers {choice['layers']} with {choice['memory']} memory"
+    if choice["disk_bytes"] > MARGIN * room.disk:
+        return f"{what} takes {megabytes(choice['disk_bytes'])} of disk and {megabytes(room.disk)} are free: free some"
+    others = [*(["--memory low"] if choice["memory"] == "normal" else []), "a smaller --batch-size or --max-length"]
+    return (
+        f"{what} takes {megabytes(choice['peak_rss_bytes'])} of memory and {megabytes(room.memory)} are free: "
+        f"give {', or '.join(others)}"
+    )
+
+
+class _Peak:
+    """The most that this process holds resident while inside, in bytes.
+
+    By watching: the kernel's own mark would have to be reset for it, and it is what others measure this process by.
+    """
+
+    def __enter__(self) -> "_Peak":
+        self.bytes = _resident_bytes()
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watcher.join()
+        self.bytes = max(self.bytes, _resident_bytes())
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.bytes = max(self.bytes, _resident_bytes())
+
+
+def _resident_bytes() -> int:
+    """What this process holds now; where nobody tells, the most it ever held."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return peak_rss_bytes()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_memory() -> int:
+    """Bytes that this process could still take without anything being swapped or killed."""
+    import resource
+
+    found = [_number(Path("/proc/meminfo"), "MemAvailable:", 1024)]
+    if found == [None] and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - _resident_bytes()]
+    for folder, limit, used in _groups():
+        most, now = _number(folder / limit), _number(folder / used)
+        if most is not None and now is not None:
+            # Cached files are given back when memory is short.
+            found.append(most - now + (_number(folder / "memory.stat", "inactive_file") or 0))
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = _number(Path("/proc/self/status"), "VmSize:", 1024)
+    if address_space != resource.RLIM_INFINITY and mapped is not None:
+        found.append(address_space - mapped)
+    known = [size for size in found if size is not None]
+    return max(min(known), 0) if known else 2**62
+
+
+def _groups() -> list[tuple[Path, str, str]]:
+    """Control groups that this process is in, from its own upwards, and their files for limit and use."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        top = root if not controllers else root / "memory"
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        names = ("memory.max", "memory.current")
+        if controllers:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        own = top / path.lstrip("/")
+        found += [(folder, *names) for folder in (own, *own.parents) if folder.is_relative_to(top)]
+    return found
+
+
+def _number(file: Path, name: str = "", scale: int = 1) -> int | None:
+    """The number in a file, or the one behind `name` in it; None where there is none."""
+    with suppress(OSError, ValueError, StopIteration, IndexError):
+        lines = file.read_text().splitlines()
+        return scale * int(next(line for line in lines if line.startswith(name)).removeprefix(name).split()[0])
+    return None
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, so that the next measurement does not find it lying about."""
+    import ctypes
+
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,164 @@
+"""What a run came to: losses, metrics, over-fitting, guards, and a few answers before and after."""
+
+import platform
+import resource
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from edge_ft.config import TuneConfig
+from edge_ft.data import Example, TextTokenizer
+from edge_ft.evaluate.score import Answerer, RowScores, score, summary
+from edge_ft.progress import Progress
+from edge_ft.tune.loop import Fit
+from edge_ft.tune.prepare import Prepared
+
+__all__ = ["peak_rss_bytes", "results"]
+
+SAMPLES = 3
+SAMPLE_TOKENS = 48
+PROMPT_TAIL = 400
+"""Characters of a prompt that a sample shows: its end, where the question is."""
+OVERFITTING_ROWS = 256
+OVERFITTING_GAP = 0.25
+"""Share of the train loss by which the validation loss may lie above it before it is said."""
+
+
+def results(
+    scorer: Answerer,
+    base: Callable[[], AbstractContextManager[Any]],
+    fitted: Fit,
+    prepared: Prepared,
+    tokenizer: TextTokenizer,
+    config: TuneConfig,
+    progress: Progress,
+) -> dict[str, Any]:
+    """`nll`, `metrics`, `overfitting`, `guards` and `samples` of report.json.
+
+    Validation rows chose the weights that `scorer` holds; test rows are read here, once.
+
+    Args:
+        scorer: The tuned model, in float32.
+        base: Inside the context that this gives, `scorer` is the untuned base.
+    """
+
+    def scored(examples: Sequence[Example], stage: str) -> RowScores:
+        return score(
+            scorer,
+            examples,
+            task=prepared.task,
+            pad_id=tokenizer.pad_id,
+            batch_size=config.batch_size,
+            progress=progress,
+            stage=stage,
+        )
+
+    scores = {"validation_base": fitted.base, "validation": fitted.best}
+    if config.compute == "bf16":
+        # The loop's own scores are in the numbers of its steps; reported is what export will be held to.
+        with base():
+            scores["validation_base"] = scored(prepared.examples["validation"], "validation rows, base, in float32")
+        scores["validation"] = scored(prepared.examples["validation"], "validation rows, best, in float32")
+    if prepared.examples["test"]:
+        with base():
+            scores["test_base"] = scored(prepared.examples["test"], "test rows, base")
+        scores["test"] = scored(prepared.examples["test"], "test rows, tuned")
+    metrics: dict[str, dict[str, Any]] = {}
+    for column, found in scores.items():
+        examples = prepared.examples[column.removesuffix("_base")]
+        for name, value in summary(found, examples, prepared.task, prepared.rendering.labels)["metrics"].items():
+            metrics.setdefault(name, {})[column] = value
+
+    train = prepared.examples["train"]
+    count = min(len(train), len(prepared.examples["validation"]), OVERFITTING_ROWS)
+    chosen = sorted(np.random.default_rng(config.seed).permutation(len(train))[:count].tolist())
+    train_nll = scored([train[index] for index in chosen], "train rows").mean_nll
+    overfitting = _overfitting(train_nll, scores["validation"].mean_nll, fitted, len(train), config, progress)
+
+    split = "test" if "test" in scores else "validation"
+    examples = prepared.examples[split][:SAMPLES]
+    if prepared.task == "text-generation":
+        samples = _answers(scorer, base, examples, tokenizer, progress)
+    else:
+        labels, before, after = prepared.rendering.labels, scores[f"{split}_base"], scores[split]
+        samples = [
+            {
+                **_shown(example, tokenizer),
+                "base": labels[int(before.predicted[index][0])],
+                "tuned": labels[int(after.predicted[index][0])],
+            }
+            for index, example in enumerate(examples)
+        ]
+    return {
+        "nll": {
+            "base": scores["validation_base"].mean_nll,
+            "best": scores["validation"].mean_nll,
+            "last": fitted.last_nll if np.isfinite(fitted.last_nll) else None,
+            **{name: scores[name].mean_nll if name in scores else None for name in ("test_base", "test")},
+        },
+        "metrics": metrics,
+        "overfitting": overfitting,
+        "guards": {"skipped": fitted.skipped, "rate_factor": fitted.rate_factor},
+        "samples": [{"split": split, **sample} for sample in samples],
+    }
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _overfitting(
+    train_nll: float, best: float, fitted: Fit, rows: int, config: TuneConfig, progress: Progress
+) -> dict[str, Any]:
+    """Train and validation loss of the best weights, said where they are far apart."""
+    gap = best - train_nll
+    epoch = fitted.best_step * config.batch_size * config.gradient_accumulation / rows
+    if gap > OVERFITTING_GAP * train_nll:
+        progress.say(
+            f"over-fitted: at its best (epoch {epoch:.1f}) the train loss is {train_nll:.4f}, the validation loss "
+            f"{best:.4f}: more rows, a lower --rank or --dropout may help"
+        )
+    if fitted.best_step < fitted.steps and fitted.last_nll > best:
+        progress.say(f"the validation loss was best at epoch {epoch:.1f} and is {fitted.last_nll:.4f} at the end")
+    return {
+        "train_nll": train_nll,
+        "validation_nll": best,
+        "gap": gap,
+        "best_step": fitted.best_step,
+        "best_epoch": round(epoch, 3),
+    }
+
+
+def _answers(
+    scorer: Answerer,
+    base: Callable[[], AbstractContextManager[Any]],
+    examples: Sequence[Example],
+    tokenizer: TextTokenizer,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Greedy answers of the base and of the tuned model."""
+    answers: dict[str, list[str]] = {}
+    for name, context in (("base", base), ("tuned", nullcontext)):
+        with context():
+            answers[name] = [
+                tokenizer.decode(scorer.answer(example.input_ids[: example.prompt_length], SAMPLE_TOKENS))
+                for example in examples
+            ]
+    samples = []
+    for index, example in enumerate(examples):
+        sample = {**_shown(example, tokenizer), **{name: texts[index] for name, texts in answers.items()}}
+        samples.append(sample)
+        progress.say(
+            f"row {example.row}: {sample['reference']!r} is right; base {sample['base']!r}, tuned {sample['tuned']!r}"
+        )
+    return samples
+
+
+def _shown(example: Example, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """What was asked, and the right answer."""
+    prompt = tokenizer.decode(example.input_ids[: example.prompt_length], skip_special_tokens=False)
+    return {"row": example.row, "prompt": prompt[-PROMPT_TAIL:], "reference": example.reference}

@@ -1,0 +1,545 @@
+"""A run that is stopped at any moment goes on from its checkpoint and ends as one that was not stopped."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file
+from tiny_models import write_bert, write_llama, write_sums
+
+from edge_ft.artifacts import RunFolder, disk_full, kind_of
+from edge_ft.config import TuneConfig
+from edge_ft.errors import Interrupted, UsageError, WillNotFit
+from edge_ft.tune import checkpoint as checkpoints
+from edge_ft.tune import tune
+from edge_ft.tune.checkpoint import has_checkpoint, read_checkpoint
+from edge_ft.tune.interrupt import Interruption
+from edge_ft.tune.loop import StopAtOnce
+from edge_ft.tune.torch_backend import TorchBackend
+
+LONG: dict[str, Any] = {
+    "max_steps": 250,
+    "eval_steps": 10,
+    "learning_rate": 5e-3,
+    "split": (0.6, 0.2, 0.2),
+    "threads": 1,
+    "checkpoint_steps": 1,
+    "batch_size": 2,
+    "gradient_accumulation": 2,
+    "dropout": 0.1,
+}
+SHORT = {**LONG, "max_steps": 12, "eval_steps": 4}
+
+
+def settings(llama: Path, sums: Path, out: Path, **others: Any) -> TuneConfig:
+    return TuneConfig(**{"model": str(llama), "data": str(sums), "out": out, **SHORT, **others})
+
+
+def adapter(run: RunFolder) -> dict[str, bytes]:
+    return {name: tensor.tobytes() for name, tensor in load_file(run.adapter / "adapter_model.safetensors").items()}
+
+
+def lines(run: RunFolder) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock says."""
+    found = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.endswith("seconds")} for line in found]
+
+
+def stopped_at(config: TuneConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until `step` updates were made, then fail as a killed process does: nothing is saved on the way out."""
+    update, updates = TorchBackend.update, [0]
+
+    def failing(self: TorchBackend, *arguments: Any) -> float:
+        if updates[0] == step:
+            raise ZeroDivisionError
+        updates[0] += 1
+        return update(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(TorchBackend, "update", failing)
+        tune(config)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The run that nobody stopped."""
+    return tune(settings(llama, sums, tmp_path_factory.mktemp("whole") / "run"))
+
+
+@pytest.fixture
+def stopped(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TuneConfig:
+    """Settings that go on with a run stopped at step 7."""
+    config = settings(llama, sums, tmp_path / "run")
+    stopped_at(config, 7, monkeypatch)
+    return replace(config, resume=True)
+
+
+def test_a_run_that_is_gone_on_with_ends_as_one_that_was_not_stopped(stopped: TuneConfig, whole: RunFolder) -> None:
+    assert kind_of(str(stopped.out)) == "run"
+    with pytest.raises(UsageError, match="--resume goes on"):
+        RunFolder.open(stopped.out)
+    run = tune(stopped)
+    assert run.report()["resumed_from_step"] == 7
+    assert adapter(run) == adapter(whole)
+    assert lines(run) == lines(whole)
+    assert not has_checkpoint(run.path)
+    for name in ("nll", "metrics", "best_step", "steps", "overfitting", "samples"):
+        assert run.report()[name] == whole.report()[name]
+
+
+def test_the_command_that_is_said_goes_on(stopped: TuneConfig, whole: RunFolder) -> None:
+    command = [sys.executable, "-m", "edge_ft", "tune", "--config", str(stopped.out / "config.yaml"), "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 7" in done.stderr
+    assert adapter(RunFolder.open(stopped.out)) == adapter(whole)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "nothing was changed" in again.stderr
+
+
+def test_a_classifier_goes_on_too(bert: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = tune(settings(bert, reviews, tmp_path / "once"))
+    config = settings(bert, reviews, tmp_path / "run")
+    stopped_at(config, 5, monkeypatch)
+    again = tune(replace(config, resume=True))
+    assert again.report()["resumed_from_step"] == 5
+    assert adapter(again) == adapter(once)
+
+
+def test_every_so_many_steps_and_minutes_are_kept(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_at(settings(llama, sums, tmp_path / "steps", checkpoint_steps=3), 8, monkeypatch)
+    assert read_checkpoint(tmp_path / "steps").step == 6  # type: ignore[union-attr]
+    often = settings(llama, sums, tmp_path / "minutes", checkpoint_steps=None, checkpoint_minutes=1e-9)
+    stopped_at(often, 8, monkeypatch)
+    assert read_checkpoint(tmp_path / "minutes").step == 8  # type: ignore[union-attr]
+    never = settings(llama, sums, tmp_path / "never", checkpoint_steps=None, checkpoint_minutes=0)
+    stopped_at(never, 8, monkeypatch)
+    assert not has_checkpoint(tmp_path / "never")
+
+
+def test_without_a_checkpoint_it_starts_at_the_first_step(
+    llama: Path, sums: Path, tmp_path: Path, whole: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(llama, sums, tmp_path / "run", checkpoint_steps=None)
+    stopped_at(config, 7, monkeypatch)
+    run = tune(replace(config, resume=True))
+    assert run.report()["resumed_from_step"] == 0
+    assert (adapter(run), lines(run)) == (adapter(whole), lines(whole))
+
+
+def test_without_a_run_it_starts_one(llama: Path, sums: Path, tmp_path: Path, whole: RunFolder) -> None:
+    run = tune(settings(llama, sums, tmp_path / "run", resume=True))
+    assert run.report()["resumed_from_step"] is None
+    assert adapter(run) == adapter(whole)
+
+
+def test_a_finished_run_is_not_touched(whole: RunFolder, llama: Path, sums: Path) -> None:
+    def content() -> dict[Path, tuple[int, bytes]]:
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in whole.path.rglob("*") if p.is_file()}
+
+    before = content()
+    assert tune(settings(llama, sums, whole.path, resume=True)) == whole
+    assert content() == before
+
+
+def test_a_folder_that_is_no_run_is_not_written_to(llama: Path, sums: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("meow")
+    with pytest.raises(UsageError, match="not a run folder"):
+        tune(settings(llama, sums, tmp_path / "photos", resume=True))
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+
+
+def test_an_unfinished_run_is_not_overwritten(stopped: TuneConfig) -> None:
+    with pytest.raises(UsageError, match=r"exists already.*--resume"):
+        tune(replace(stopped, resume=False))
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"learning_rate": 1e-4}, "--learning-rate 0.005 and not 0.0001"),
+        ({"split": (0.5, 0.3, 0.2)}, "--split 0.6 0.2 0.2 and not"),
+        ({"max_steps": 100}, "--max-steps 12 and not 100"),
+        ({"threads": 2}, "--threads 1 and not 2"),
+        ({"patience": 3}, "--patience None and not 3"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_settings_are_refused_by_name(stopped: TuneConfig, other: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        tune(replace(stopped, **other))
+    assert has_checkpoint(stopped.out)
+
+
+def test_other_settings_in_the_runs_own_file_are_refused_too(stopped: TuneConfig) -> None:
+    file = stopped.out / "config.yaml"
+    edited = {**yaml.safe_load(file.read_text()), "rank": 4, "resume": True}
+    with pytest.raises(UsageError, match="--rank 8 and not 4"):
+        tune(TuneConfig(**edited))
+
+
+def test_settings_that_were_left_open_are_those_of_the_run(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(out: str) -> TuneConfig:
+        return settings(llama, sums, tmp_path / out, epochs=2.0, max_steps=None, threads=None, checkpoint_minutes=0)
+
+    torch.set_num_threads(1)
+    once = tune(config("once"))
+    stopped_at(config("run"), 5, monkeypatch)
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (saved["max_steps"], saved["threads"], saved["task"]) == (12, 1, "text-generation")
+    torch.set_num_threads(2)
+    again = tune(replace(config("run"), resume=True, checkpoint_steps=5))
+    assert again.report()["threads"] == 1
+    assert adapter(again) == adapter(once)
+
+
+def test_another_model_is_refused_by_name(stopped: TuneConfig, tmp_path: Path) -> None:
+    other = write_llama(tmp_path / "other", seed=1)
+    with pytest.raises(UsageError, match="--model holds other weights"):
+        tune(replace(stopped, model=str(other)))
+    with pytest.raises(UsageError, match="--model holds other weights"):
+        tune(replace(stopped, model=str(write_bert(tmp_path / "bert"))))
+
+
+def test_other_rows_are_refused_by_name(stopped: TuneConfig, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--data holds other rows"):
+        tune(replace(stopped, data=str(write_sums(tmp_path / "more.jsonl", rows=41))))
+
+
+def test_another_tokenizer_is_refused(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = shutil.copytree(llama, tmp_path / "llama")
+    config = settings(own, sums, tmp_path / "run")
+    stopped_at(config, 3, monkeypatch)
+    template = own / "chat_template.jinja"
+    template.write_text("hello " + template.read_text())
+    with pytest.raises(UsageError, match="--data reads otherwise"):
+        tune(replace(config, resume=True))
+
+
+def test_model_rows_and_run_may_have_moved(
+    llama: Path, sums: Path, tmp_path: Path, whole: RunFolder, stopped: TuneConfig
+) -> None:
+    model, rows = shutil.copytree(llama, tmp_path / "there"), shutil.copy(sums, tmp_path / "rows.jsonl")
+    stopped.out.rename(tmp_path / "elsewhere")
+    run = tune(replace(stopped, model=str(model), data=str(rows), out=tmp_path / "elsewhere"))
+    assert run.report()["resumed_from_step"] == 7
+    assert adapter(run) == adapter(whole)
+
+
+def test_a_damaged_checkpoint_is_refused(stopped: TuneConfig) -> None:
+    weights = stopped.out / "checkpoint" / "state.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UsageError, match="not the file that was written"):
+        tune(stopped)
+
+
+@pytest.mark.parametrize("call", range(10))
+def test_a_stop_between_any_two_file_operations_leaves_a_whole_checkpoint(
+    stopped: TuneConfig, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """The process ends at the `call`th operation of the writing, and does nothing more."""
+    older = read_checkpoint(stopped.out)
+    assert older is not None
+    calls = [0]
+
+    class Killed(BaseException):
+        pass
+
+    def mortal(function: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            if calls[0] == call:
+                raise Killed
+            calls[0] += 1
+            return function(*arguments, **named)
+
+        return counted
+
+    newer = replace(older, state=replace(older.state, steps=8))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", mortal(checkpoints.save_file))
+        patch.setattr(checkpoints, "write_json", mortal(checkpoints.write_json))
+        patch.setattr(checkpoints, "_sync", mortal(checkpoints._sync))
+        patch.setattr(checkpoints.shutil, "rmtree", mortal(shutil.rmtree))
+        patch.setattr(checkpoints.Path, "rename", mortal(Path.rename))
+        with suppress(Killed):
+            checkpoints.write_checkpoint(stopped.out, newer)
+    found = read_checkpoint(stopped.out)
+    assert found is not None
+    assert found.step in (7, 8)
+    assert all(np.array_equal(found.backend[name], array) for name, array in older.backend.items())
+
+
+def process(config: TuneConfig, **environment: str) -> subprocess.Popen[str]:
+    """`edge-ft tune` in a process of its own."""
+    file = config.out.with_name(f"{config.out.name}.yaml")
+    plain = {name: value for name, value in vars(config).items() if value is not None}
+    plain |= {"out": str(config.out), "split": list(config.split), "target_modules": list(config.target_modules)}
+    file.write_text(yaml.safe_dump({**plain, "allow": [], "resume": config.resume}))
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom edge_ft.cli import main; main()"
+    )
+    command = [sys.executable, "-c", script, "tune", "--config", str(file)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+
+
+def wait_for_step(run: Path, step: int, running: subprocess.Popen[str]) -> None:
+    """Until a checkpoint of `step` or later is there."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until and running.poll() is None:
+        try:
+            if json.loads((run / "checkpoint" / "state.json").read_text())["step"] >= step:
+                return
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.01)
+    raise AssertionError(running.communicate())
+
+
+def killed_and_resumed(llama: Path, sums: Path, tmp_path: Path, moments: int, steps: int) -> None:
+    once = tune(settings(llama, sums, tmp_path / "once", **{**LONG, "max_steps": steps}))
+    config = settings(llama, sums, tmp_path / "run", **{**LONG, "max_steps": steps}, resume=True)
+    at, moment = 1, random.Random(moments)
+    for _ in range(moments):
+        running = process(config)
+        wait_for_step(config.out, at, running)
+        time.sleep(moment.uniform(0, 0.3))
+        running.kill()
+        running.communicate()
+        assert running.returncode == -signal.SIGKILL
+        found = read_checkpoint(config.out)
+        assert found is not None
+        assert found.step >= at
+        at = found.step + 2
+    run = tune(config)
+    assert run.report()["resumed_from_step"] == at - 2
+    assert adapter(run) == adapter(once)
+    assert lines(run) == lines(once)
+
+
+def test_kill_9_at_two_moments(llama: Path, sums: Path, tmp_path: Path) -> None:
+    killed_and_resumed(llama, sums, tmp_path, moments=2, steps=150)
+
+
+@pytest.mark.long
+def test_kill_9_at_ten_moments(llama: Path, sums: Path, tmp_path: Path) -> None:
+    killed_and_resumed(llama, sums, tmp_path, moments=10, steps=600)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_saves_and_says_how_to_go_on(llama: Path, sums: Path, tmp_path: Path, number: signal.Signals) -> None:
+    rare = settings(llama, sums, tmp_path / "run", **{**LONG, "max_steps": 5000, "checkpoint_steps": 2})
+    running = process(rare)
+    wait_for_step(rare.out, 2, running)
+    running.send_signal(number)
+    _, errors = running.communicate()
+    assert running.returncode == 130, errors
+    assert f"edge-ft tune --config {rare.out}/config.yaml --resume" in errors.splitlines()[-1]
+    found = read_checkpoint(rare.out)
+    assert found is not None
+    steps = [json.loads(line)["step"] for line in (rare.out / "metrics.jsonl").read_text().splitlines()]
+    assert f"from step {found.step}" in errors
+    assert max(steps) == found.step
+
+
+def test_ctrl_c_while_the_validation_rows_are_read_saves_the_step_before(
+    llama: Path, sums: Path, tmp_path: Path, whole: RunFolder
+) -> None:
+    class Impatient:
+        def say(self, text: str) -> None:
+            pass
+
+        def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
+            if stage == "validation at step 8" and done == 1:
+                raise KeyboardInterrupt
+
+    config = settings(llama, sums, tmp_path / "run", checkpoint_steps=None)
+    with pytest.raises(Interrupted, match=r"best adapter so far.*from step 8: edge-ft tune --config .* --resume"):
+        tune(config, Impatient())
+    run = tune(replace(config, resume=True))
+    assert run.report()["resumed_from_step"] == 8
+    assert (adapter(run), lines(run)) == (adapter(whole), lines(whole))
+
+
+def test_ctrl_c_between_two_gradients_of_a_step_saves_the_step_before(
+    llama: Path, sums: Path, tmp_path: Path, whole: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, gradient, updates = TorchBackend.update, TorchBackend.gradient, [0]
+
+    def counted(self: TorchBackend, *arguments: Any) -> float:
+        updates[0] += 1
+        return update(self, *arguments)
+
+    def signalled(self: TorchBackend, *arguments: Any) -> float:
+        if updates[0] == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return gradient(self, *arguments)
+
+    config = settings(llama, sums, tmp_path / "run", checkpoint_steps=None)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="from step 5"):
+        patch.setattr(TorchBackend, "update", counted)
+        patch.setattr(TorchBackend, "gradient", signalled)
+        tune(config)
+    assert adapter(tune(replace(config, resume=True))) == adapter(whole)
+
+
+def test_the_second_ctrl_c_stops_at_once() -> None:
+    interruption, before = Interruption(), signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with interruption.watched():
+            interruption.poll()
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)  # launchers send it after the first one
+            with pytest.raises(KeyboardInterrupt):
+                interruption.poll()
+            with pytest.raises(StopAtOnce):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_thread_trains_without_signals(llama: Path, sums: Path, tmp_path: Path, whole: RunFolder) -> None:
+    runs: list[RunFolder] = []
+    thread = threading.Thread(target=lambda: runs.append(tune(settings(llama, sums, tmp_path / "run"))))
+    thread.start()
+    thread.join()
+    assert adapter(runs[0]) == adapter(whole)
+
+
+class Told:
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        pass
+
+
+def test_a_full_disk_during_a_checkpoint_is_said_once_and_the_run_goes_on(
+    stopped: TuneConfig, whole: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    told = Told()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", full)
+        updates = [0]
+        update = TorchBackend.update
+
+        def failing(self: TorchBackend, *arguments: Any) -> float:
+            updates[0] += 1
+            if updates[0] == 4:
+                raise ZeroDivisionError
+            return update(self, *arguments)
+
+        patch.setattr(TorchBackend, "update", failing)
+        with pytest.raises(ZeroDivisionError):
+            tune(stopped, told)
+    assert sum("disk is full" in line for line in told.lines) == 1
+    assert read_checkpoint(stopped.out).step == 7  # type: ignore[union-attr]
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    run = tune(stopped)
+    assert run.report()["resumed_from_step"] == 7
+    assert (adapter(run), lines(run)) == (adapter(whole), lines(whole))
+
+
+def test_when_nothing_can_be_written_the_run_ends_and_goes_on_later(
+    stopped: TuneConfig, whole: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+
+        def full(self: Any, line: dict[str, Any]) -> None:
+            self.file.write(json.dumps(line).encode()[:9])  # what still went in
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr("edge_ft.tune.log.Metrics.log", full)
+        with pytest.raises(WillNotFit, match=r"disk is full.*edge-ft tune --config .* --resume"):
+            tune(stopped)
+    run = tune(stopped)
+    assert run.report()["resumed_from_step"] == 7
+    assert (adapter(run), lines(run)) == (adapter(whole), lines(whole))
+
+
+def test_a_file_size_limit_does_not_cost_the_older_checkpoint(
+    llama: Path, sums: Path, tmp_path: Path, whole: RunFolder
+) -> None:
+    """The real thing: the system refuses to write a large file, from step 3 on."""
+    config = settings(llama, sums, tmp_path / "run")
+    script = (
+        "import resource, sys; from pathlib import Path; from edge_ft.config import TuneConfig\n"
+        "from edge_ft.tune import tune; import yaml; from edge_ft.tune.torch_backend import TorchBackend\n"
+        "update, done = TorchBackend.update, []\n"
+        "def limited(self, *arguments):\n"
+        "    done.append(1)\n"
+        "    if len(done) == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "    return update(self, *arguments)\n"
+        "TorchBackend.update = limited\n"
+        "tune(TuneConfig(**yaml.safe_load(Path(sys.argv[1]).read_text())))\n"
+    )
+    plain = {**vars(config), "out": str(config.out), "split": list(config.split), "target_modules": ["all-linear"]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**plain, "allow": []}))
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "config.yaml")], capture_output=True, text=True)
+    assert "WillNotFit: the disk is full" in done.stderr  # the adapter of the look at step 4 is too large as well
+    found = read_checkpoint(config.out)
+    assert found is not None
+    assert found.step == 3
+    run = tune(replace(config, resume=True))
+    assert (adapter(run), lines(run)) == (adapter(whole), lines(whole))
+
+
+def test_which_errors_are_a_full_disk() -> None:
+    assert disk_full(OSError(errno.ENOSPC, "")) and disk_full(OSError(errno.EFBIG, ""))
+    assert disk_full(Exception("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert not disk_full(OSError(errno.EACCES, "")) and not disk_full(ValueError("28"))
+
+
+def test_max_minutes_are_summed_over_resumes_and_the_steps_stay(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(llama, sums, tmp_path / "run", max_minutes=5.0)
+    stopped_at(config, 7, monkeypatch)
+    state = tmp_path / "run" / "checkpoint" / "state.json"
+    document = json.loads(state.read_text())
+    document["loop"]["elapsed"] = 301.0  # as if it had taken so long
+    state.write_text(json.dumps(document))
+    report = tune(replace(config, resume=True)).report()
+    assert (report["steps"], report["stopped"]) == (8, "minutes")
+    assert report["seconds"] > 301

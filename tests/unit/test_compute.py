@@ -1,0 +1,261 @@
+"""A fused, narrow or recomputed step gives the gradient that plain PEFT and PyTorch give."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from edge_ft.base import attention, head
+from edge_ft.base.adapter import add_lora
+from edge_ft.base.compute import Compute, has_bf16
+from edge_ft.base.grid import quantize
+from edge_ft.base.linear import QuantLinear, quantize_model
+from edge_ft.base.load import find_base, load_model
+from edge_ft.base.scorer import TorchScorer
+from edge_ft.config import TuneConfig
+from edge_ft.data import Batch
+from edge_ft.families import family_of
+from edge_ft.tune import torch_backend
+from edge_ft.tune.torch_backend import TorchBackend
+
+
+def config(**settings: Any) -> TuneConfig:
+    return TuneConfig(model="", data="", out=Path("unused"), **{"compute": "fp32", **settings})
+
+
+def decoder_batch(rows: int = 3, length: int = 21) -> Batch:
+    random = np.random.default_rng(0)
+    ids = random.integers(3, 60, (rows, length))
+    mask = np.ones_like(ids)
+    mask[1, 9:] = 0
+    labels = np.where(random.random(ids.shape) < 0.5, ids, -100)
+    labels[mask == 0] = -100
+    return Batch(input_ids=ids, attention_mask=mask, labels=labels, rows=list(range(rows)))
+
+
+def classifier_batch() -> Batch:
+    ids = np.random.default_rng(0).integers(4, 15, (3, 12))
+    mask = np.ones_like(ids)
+    mask[1, 7:] = 0
+    return Batch(input_ids=ids, attention_mask=mask, labels=np.array([0, 1, 1]), rows=[0, 1, 2])
+
+
+def adapted(folder: Path, settings: TuneConfig, base_format: Any = "int4") -> Any:
+    """A PEFT model whose B matrices are no zeros, so that every gradient says something."""
+    base = find_base(str(folder))
+    task = base.family.tasks[0]
+    model = load_model(base, task, base_format, labels=() if base.family.decoder else ("a", "b"))
+    peft_model = add_lora(model, base.family, task, settings)
+    torch.manual_seed(1)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return peft_model
+
+
+def plain_gradients(peft_model: Any, batch: Batch) -> tuple[float, dict[str, Tensor]]:
+    """The loss as transformers' own model and cross-entropy give it."""
+    ids, mask, labels = (torch.from_numpy(batch[key]) for key in ("input_ids", "attention_mask", "labels"))  # type: ignore[literal-required]
+    logits = peft_model(input_ids=ids, attention_mask=mask).logits
+    if labels.dim() == 2:
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    loss.backward()
+    return loss.item(), gradients(peft_model)
+
+
+def gradients(peft_model: Any) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in peft_model.named_parameters() if p.requires_grad}
+
+
+def backend_gradients(
+    peft_model: Any, family: str, batch: Batch, settings: TuneConfig
+) -> tuple[float, dict[str, Tensor]]:
+    backend = TorchBackend(peft_model, family_of(family), settings)
+    return backend.gradient(batch, 1), gradients(peft_model)
+
+
+@pytest.mark.parametrize("memory", ["normal", "low"])
+@pytest.mark.parametrize("base_format", ["int4", "nf4", "fp32"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_float32_step_is_that_of_plain_peft(
+    family: str, base_format: str, memory: str, request: pytest.FixtureRequest
+) -> None:
+    settings = config(memory=memory)
+    folder = request.getfixturevalue(family)
+    batch = decoder_batch() if family == "llama" else classifier_batch()
+    loss, expected = plain_gradients(adapted(folder, settings, base_format).eval(), batch)
+    model = adapted(folder, settings, base_format)
+    for module in model.modules():  # BERT's own dropout
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    found, actual = backend_gradients(model, family, batch, settings)
+    assert found == pytest.approx(loss, rel=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            actual[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("base_format", ["int4", "nf4", "fp32"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_bfloat16_step_points_the_same_way(family: str, base_format: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(family)
+    batch = decoder_batch() if family == "llama" else classifier_batch()
+    targets = ("q_proj", "down_proj") if family == "llama" else ("query", "output.dense")
+    loss, expected = plain_gradients(adapted(folder, config(target_modules=targets), base_format).eval(), batch)
+    model = adapted(folder, config(target_modules=targets), base_format)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    found, actual = backend_gradients(model, family, batch, config(compute="bf16"))
+    assert found == pytest.approx(loss, rel=0.02)
+    assert found != loss
+    flat, exact = (torch.cat([part[name].flatten() for name in expected]) for part in (actual, expected))
+    assert flat.dtype == torch.float32
+    assert nn.functional.cosine_similarity(flat, exact, dim=0) > 0.99
+
+
+def test_low_memory_keeps_fewer_activations(llama: Path) -> None:
+    kept = {}
+    for memory in ("normal", "low"):
+        settings = config(memory=memory)
+        backend = TorchBackend(adapted(llama, settings), family_of("llama"), settings)
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            backend.gradient(decoder_batch(4, 64), 1)
+        kept[memory] = sum(sizes)
+    assert kept["low"] < kept["normal"] / 3
+
+
+def test_dropout_is_the_same_when_it_is_recomputed(llama: Path) -> None:
+    found = []
+    for memory in ("normal", "low"):
+        settings = config(memory=memory, dropout=0.5)
+        model = adapted(llama, settings)
+        torch.manual_seed(3)
+        found.append(backend_gradients(model, "llama", decoder_batch(), settings)[1])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+
+
+def test_scores_of_a_scorer_are_float32_beside_a_bfloat16_backend(llama: Path) -> None:
+    batch = decoder_batch()
+    model = adapted(llama, config())
+    expected, _ = TorchScorer(model, family_of("llama")).token_nll(batch)
+    backend = TorchBackend(model, family_of("llama"), config(compute="bf16"))
+    narrow, _ = backend.token_nll(batch)
+    wide, _ = TorchScorer(model, family_of("llama")).token_nll(batch)
+    np.testing.assert_allclose(wide, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(narrow - expected).max() > 1e-4
+
+
+def test_a_step_after_a_look(llama: Path) -> None:
+    """What scoring leaves behind in inference mode must not reach a gradient."""
+    attention._causal_bias.cache_clear()
+    backend = TorchBackend(adapted(llama, config()), family_of("llama"), config())
+    backend.token_nll(decoder_batch())
+    assert backend.gradient(decoder_batch(), 1) > 0
+
+
+def test_an_adapter_that_is_switched_off_is_off(llama: Path) -> None:
+    model = adapted(llama, config())
+    backend = TorchBackend(model, family_of("llama"), config())
+    on = backend.token_nll(decoder_batch())[0]
+    with model.disable_adapter():
+        off = backend.token_nll(decoder_batch())[0]
+    base = find_base(str(llama))
+    expected = TorchScorer(load_model(base, "text-generation", "int4"), base.family).token_nll(decoder_batch())[0]
+    np.testing.assert_allclose(off, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(on - off).max() > 1e-3
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("mask", ["causal", "padding", "none"])
+def test_short_attention_is_attention(groups: int, mask: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, 7, 16, generator=generator, requires_grad=True) for heads in (2 * groups, 2, 2)
+    )
+    allowed = None
+    if mask == "padding":
+        allowed = torch.ones(2, 1, 7, 7, dtype=torch.bool)
+        allowed[1, :, :, 4:] = False
+    module = nn.Module()
+    module.is_causal = mask == "causal"  # type: ignore[assignment]
+    found, _ = attention._attend(module, query, key, value, allowed)
+    expected = nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), allowed, is_causal=mask == "causal"
+    ).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    slope = torch.randn(expected.shape, generator=generator)
+    for one, other in zip(
+        torch.autograd.grad(found, (query, key, value), slope, retain_graph=True),
+        torch.autograd.grad(expected, (query, key, value), slope),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_the_loss_in_parts_is_cross_entropy(quantized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_LOGITS", 200)
+    monkeypatch.setattr(head, "_COLUMNS", 32)
+    torch.manual_seed(0)
+    layer: nn.Linear = nn.Linear(64, 80).requires_grad_(False)
+    if quantized:
+        layer = QuantLinear(quantize(layer.weight.numpy(), 32), layer.bias.data)
+    hidden = torch.randn(9, 64, requires_grad=True)
+    labels = torch.randint(80, (9,))
+    expected = nn.functional.cross_entropy(layer(hidden), labels, reduction="sum")
+    found = head.target_loss(hidden, layer, labels, torch.float32)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, hidden)[0], torch.autograd.grad(expected, hidden)[0])
+
+
+def test_a_norm_of_another_form_is_left_alone() -> None:
+    """Gemma's adds 1 to its weight."""
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    quantize_model(model, 32)
+    model.requires_grad_(False)
+
+    class GemmaRMSNorm(type(model.model.layers[0].input_layernorm)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states) + hidden_states
+
+    other = GemmaRMSNorm(32)
+    model.model.layers[0].input_layernorm = other.requires_grad_(False)
+    plain = other.forward
+    Compute(add_lora(model, family_of("llama"), "text-generation", config()), family_of("llama"), torch.float32, False)
+    assert other.forward == plain
+
+
+def test_the_cpu_is_asked_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in ({"avx512_bf16": True}, {"amx_bf16": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        assert has_bf16(torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    assert not has_bf16(torch.device("cpu"))
+
+
+def test_auto_is_bfloat16_where_the_processor_has_it_and_the_loss_agrees(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, batch = config(compute="auto"), decoder_batch()
+    for narrow, agreement, expected in ((True, 0.05, "bf16"), (True, 0.0, "fp32"), (False, 0.05, "fp32")):
+        monkeypatch.setattr(torch_backend, "has_bf16", lambda _, narrow=narrow: narrow)
+        monkeypatch.setattr(torch_backend, "_AGREEMENT", agreement)
+        backend = TorchBackend(adapted(llama, settings), family_of("llama"), settings)
+        assert backend.settle(batch) == expected
+        assert (backend.dtype == backend.compute.dtype == torch.bfloat16) == (expected == "bf16")

@@ -1,0 +1,199 @@
+"""What a tune will take is said before it starts, refused where it is too much, and changes nothing of the run."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from edge_ft.artifacts import RunFolder
+from edge_ft.config import PlanConfig, TuneConfig
+from edge_ft.errors import AuditRefused, WillNotFit
+from edge_ft.tune import plan as planning
+from edge_ft.tune import tune
+from edge_ft.tune.plan import Curve, Room, duration, plan
+
+PLENTY = Room(memory=2**50, disk=2**50)
+FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
+
+
+class Heard:
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        self.lines.append(f"{stage} {done}")
+
+
+@pytest.fixture(scope="module")
+def planned(llama: Path, sums: Path) -> dict[str, Any]:
+    return plan(
+        PlanConfig(model=str(llama), data=str(sums), batch_size=4, epochs=3, split=(0.6, 0.2, 0.2)), room=PLENTY
+    )
+
+
+def test_a_plan_counts_rows_tokens_steps_and_parameters(planned: dict[str, Any], llama_run: RunFolder) -> None:
+    assert planned["rows"] == {"train": 24, "validation": 8, "test": 8} == llama_run.report()["rows"]
+    assert planned["steps"] == 24 * 3 // 4
+    tokens = planned["tokens"]
+    assert 0 < tokens["p50"] <= tokens["p95"] <= tokens["max"] < tokens["total"] <= 24 * tokens["max"]
+    assert planned["trainable_parameters"] == llama_run.report()["trainable_parameters"]
+    assert planned["findings"] == []
+    json.dumps(planned, allow_nan=False)
+
+
+def test_the_best_choice_that_fits_is_recommended_with_a_reason(planned: dict[str, Any]) -> None:
+    assert [(choice["layers"], choice["memory"]) for choice in planned["choices"]] == [
+        ("all", "normal"),
+        ("all", "low"),
+        ("last:1", "normal"),
+        ("last:1", "low"),
+    ]
+    for choice in planned["choices"]:
+        assert choice["fits"] and min(choice[key] for key in ("seconds", "peak_rss_bytes", "disk_bytes")) > 0
+    assert planned["recommended"] == planned["choices"][0]
+    assert "layers all with normal memory is the best of the choices" in planned["reason"]
+
+
+def test_fewer_layers_are_recommended_where_more_do_not_fit(planned: dict[str, Any], llama: Path, sums: Path) -> None:
+    all_layers, half = planned["choices"][0]["disk_bytes"], planned["choices"][2]["disk_bytes"]
+    assert half < all_layers
+    room = Room(PLENTY.memory, (all_layers + half) // 2 * 10 // 9)
+    found = plan(PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2)), room=room)
+    assert [choice["fits"] for choice in found["choices"]] == [False, False, True, True]
+    assert found["recommended"]["layers"] == "last:1"
+    assert "best of the choices that fit" in found["reason"]
+
+
+@pytest.mark.parametrize(
+    ("room", "says"), [(Room(PLENTY.memory, 10), "of disk and"), (Room(10, PLENTY.disk), "of memory as int4")]
+)
+def test_what_fits_nowhere_is_refused(llama: Path, sums: Path, room: Room, says: str) -> None:
+    with pytest.raises(WillNotFit, match=says):
+        plan(PlanConfig(model=str(llama), data=str(sums)), room=room)
+
+
+def test_steps_that_do_not_fit_are_refused_without_taking_them(
+    llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest batch would need more than there is: it is foreseen from a few rows of a batch."""
+    rows = planning._resident_bytes() + 2**28  # enough for the weights and a few rows of this tiny model
+    taken: list[int] = []
+    watched = planning._Peak.__exit__
+
+    def heavy(self: Any, *arguments: object) -> None:
+        """As if every pass took 200 MB."""
+        watched(self, *arguments)
+        self.bytes = planning._resident_bytes() + 200_000_000
+
+    def collated(examples: Any, *arguments: Any) -> Any:
+        taken.append(len(examples))
+        return collate(examples, *arguments)
+
+    collate = planning.collate
+    monkeypatch.setattr(planning._Peak, "__exit__", heavy)
+    monkeypatch.setattr(planning, "collate", collated)
+    with pytest.raises(WillNotFit, match=r"of memory and .* are free: give .*--batch-size"):
+        plan(PlanConfig(model=str(llama), data=str(sums), batch_size=16), room=Room(rows, PLENTY.disk))
+    assert max(taken) < 16
+
+
+def test_a_base_too_large_is_refused_before_it_is_loaded(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Room, "here", classmethod(lambda cls, out: Room(1000, PLENTY.disk)))
+    monkeypatch.setattr("edge_ft.base.load.load_model", None)
+    with pytest.raises(WillNotFit, match="take a smaller model"):
+        tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_train_nothing_are_refused_by_a_plan_too(llama: Path, sums: Path) -> None:
+    with pytest.raises(AuditRefused):
+        plan(PlanConfig(model=str(llama), data=str(sums), max_length=10), room=PLENTY)
+
+
+def test_settings_of_ones_own_are_among_the_choices(llama: Path, sums: Path) -> None:
+    found = plan(PlanConfig(model=str(llama), data=str(sums), layers="last:2", memory="low"), room=PLENTY)
+    assert {choice["layers"] for choice in found["choices"]} == {"last:2", "last:1"}
+
+
+def test_a_limit_of_time_limits_the_predicted_time(llama: Path, sums: Path) -> None:
+    settings: dict[str, Any] = {"model": str(llama), "data": str(sums), "max_steps": 10**6}
+    free, limited = (
+        plan(PlanConfig(**settings, max_minutes=minutes), room=PLENTY)["choices"][0]["seconds"] for minutes in (None, 1)
+    )
+    assert free > 1000 > limited > 60
+
+
+def test_a_plan_shows_rows_as_asked(llama: Path, sums: Path, planned: dict[str, Any]) -> None:
+    assert "shown" not in planned
+    found = plan(PlanConfig(model=str(llama), data=str(sums), show=2), room=PLENTY)
+    assert len(found["shown"]) == 2 and all("⟦" in text for text in found["shown"])
+
+
+def test_a_classifier_is_planned_too(bert: Path, reviews: Path) -> None:
+    found = plan(PlanConfig(model=str(bert), data=str(reviews)), room=PLENTY)
+    assert found["recommended"]["layers"] == "all"
+    assert [finding["code"] for finding in found["findings"]] in ([], ["duplicated"])
+
+
+@pytest.fixture(scope="module")
+def with_plan(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunFolder, Heard]]:
+    heard = Heard()
+    settings = TuneConfig(
+        model=str(llama), data=str(sums), out=tmp_path_factory.mktemp("planned") / "run", dropout=0.3, show=1, **FAST
+    )
+    yield tune(settings, heard), heard
+
+
+def test_a_tune_says_its_plan_before_its_first_step_and_keeps_it(with_plan: tuple[RunFolder, Heard]) -> None:
+    run, heard = with_plan
+    kept = json.loads((run.path / "plan.json").read_text())
+    assert kept["choices"] == [kept["recommended"]]
+    assert kept["steps"] == 3 == run.report()["steps"]
+    said = next(at for at, line in enumerate(heard.lines) if line.startswith("plan: "))
+    assert "3 steps" in heard.lines[said]
+    assert said < next(at for at, line in enumerate(heard.lines) if line.startswith("train "))
+    assert any("⟦" in line for line in heard.lines)
+
+
+def test_a_plan_leaves_the_run_as_it_would_have_been(
+    with_plan: tuple[RunFolder, Heard], llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_ft.tune.make_plan", lambda *_, **__: {})
+    without = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", dropout=0.3, **FAST))
+    adapters = [load_file(run.adapter / "adapter_model.safetensors") for run in (with_plan[0], without)]
+    assert all((adapters[0][name] == adapters[1][name]).all() for name in adapters[1])
+
+
+def test_a_tune_that_does_not_fit_is_refused_and_leaves_nothing(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Room, "here", classmethod(lambda cls, out: Room(PLENTY.memory, 1000)))
+    with pytest.raises(WillNotFit, match="free some"):
+        tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_free_here_is_found(tmp_path: Path) -> None:
+    room = Room.here(tmp_path / "not" / "there")
+    assert planning._resident_bytes() < room.memory < 2**50
+    assert 0 < room.disk < 2**60
+
+
+def test_a_curve_goes_through_its_points_and_on_from_them() -> None:
+    curve = Curve([10, 20, 40], [3.0, 5.0, 6.0])
+    assert [curve.at(tokens) for tokens in (1, 10, 15, 20, 30, 40, 60)] == [3.0, 3.0, 4.0, 5.0, 5.5, 6.0, 7.0]
+    assert Curve([10, 20], [5.0, 4.0]).at(100) == 5.0  # noise
+
+
+def test_times_are_said_in_their_own_unit() -> None:
+    assert [duration(seconds) for seconds in (12, 600, 9000)] == ["12 s", "10 min", "2.5 h"]
