@@ -95,8 +95,8 @@ class TuneConfig(RowsConfig):
     """low: recompute activations instead of keeping them; slower, in less memory, to the same result."""
     block_size: Literal[16, 32, 64, 128] = 32
     """Weights per scale of int4 and int8; nf4 has bitsandbytes' 64."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; default 2e-3 for decoders, 1e-3 for encoders."""
     loraplus_lr_ratio: float = 1.0
     """Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv:2402.12354)."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -148,7 +148,7 @@ class TuneConfig(RowsConfig):
         _check(self.rank >= 1, "--rank must be at least 1")
         _check(self.alpha > 0, "--alpha must be above 0")
         _check(0 <= self.dropout < 1, "--dropout must be in [0, 1)")
-        _check(self.learning_rate > 0, "--learning-rate must be above 0")
+        _check(self.learning_rate is None or self.learning_rate > 0, "--learning-rate must be above 0")
         _check(self.loraplus_lr_ratio > 0, "--loraplus-lr-ratio must be above 0")
         _check(0 <= self.warmup <= 1, "--warmup is a share of the steps: 0 to 1")
         _check(self.epochs > 0, "--epochs must be above 0")

@@ -26,13 +26,15 @@ class Family:
     trained in full."""
     decoder: bool
     """True: causal, with a KV cache."""
+    learning_rate: float
+    """Peak rate for LoRA, chosen by measurement (docs/decisions/010)."""
 
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llama", ("text-generation",), "model.layers", ("lm_head",), decoder=True),
-        Family("bert", ("text-classification",), "bert.encoder.layer", ("bert.pooler", "classifier"), decoder=False),
+        Family("llama", ("text-generation",), "model.layers", ("lm_head",), True, 2e-3),
+        Family("bert", ("text-classification",), "bert.encoder.layer", ("bert.pooler", "classifier"), False, 1e-3),
     )
 }
 

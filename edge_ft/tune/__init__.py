@@ -125,6 +125,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         threads=torch.get_num_threads(),
         max_length=prepared.rendering.max_length,
         compute=backend.settle(first),
+        learning_rate=config.learning_rate or base.family.learning_rate,
     )
 
     scorer = TorchScorer(peft_model, base.family, stop_ids(prepared.rendering, tokenizer))

@@ -142,12 +142,14 @@ class Stopwatch:
 
 def learning_rate_at(step: int, steps: int, config: TuneConfig) -> float:
     """Rate of step 1 … `steps`: linear warm-up, then constant or half a cosine to 0 after the last step."""
+    peak = config.learning_rate
+    assert peak is not None
     warmup = math.ceil(config.warmup * steps)
     if step <= warmup:
-        return config.learning_rate * step / warmup
+        return peak * step / warmup
     if config.schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup - 1) / max(1, steps - warmup)))
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup - 1) / max(1, steps - warmup)))
 
 
 def planned_steps(rows: int, config: TuneConfig) -> int:

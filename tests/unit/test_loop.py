@@ -117,11 +117,25 @@ def test_training_lowers_the_loss_and_ends_with_the_best_weights(
     assert again == pytest.approx(result.best.mean_nll, rel=1e-4)
 
 
-def test_the_last_weights_are_not_kept_when_they_are_worse(backend: TorchBackend, examples: list[Example]) -> None:
-    settings = config(max_steps=60, eval_steps=10, learning_rate=0.5, schedule="constant", max_grad_norm=0.0)
-    result, lines = train(backend, examples, settings)
+def test_the_last_weights_are_not_kept_when_they_are_worse(
+    backend: TorchBackend, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every look is worse than the one before it."""
+    before = [parameter.clone() for parameter in backend.parameters]
+    score, calls = backend.token_nll, 0
+
+    def worse(batch: Batch) -> Any:
+        nonlocal calls
+        calls += 1
+        nll, predicted = score(batch)
+        return nll * 2.0**calls, predicted
+
+    monkeypatch.setattr(backend, "token_nll", worse)
+    result, lines = train(backend, examples, config(max_steps=4, eval_steps=2))
     looks = [line["validation_nll"] for line in lines if "validation_nll" in line]
     assert result.last_nll == looks[-1] > result.best.mean_nll == min(looks)
+    assert result.best_step == 0
+    assert all(torch.equal(one, other) for one, other in zip(before, backend.parameters, strict=True))
 
 
 def test_patience_ends_a_run_that_no_longer_improves(backend: TorchBackend, examples: list[Example]) -> None:
