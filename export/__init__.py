@@ -23,8 +23,11 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
         GateRefused: too much was lost, or nothing was learned; the bundle is kept as `NAME.rejected`.
     """
     torch = require("torch", "train")
-    for module in ("onnxscript", "peft", "optimum"):
-        require(module, "train")
+    from edge_ft.base.quiet import quiet_libraries
+
+    with quiet_libraries():
+        for module in ("onnxscript", "peft", "optimum"):
+            require(module, "train")
     from edge_ft.export.bundle import describe, write_bundle
     from edge_ft.export.check import check_bundle, score_torch
     from edge_ft.export.source import open_export_source
@@ -38,7 +41,7 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
     if not _is_rejected(rejected):
         refuse_existing(rejected)
     with atomic_folder(config.out) as folder:
-        shipped_model = opened.load_shipped(config.weights, config.lane)
+        shipped_model = opened.load_shipped(config.lane)
         scores = score_torch(opened, shipped_model, config, progress)
         graphs = write_bundle(folder, opened, shipped_model, config, progress)
         del shipped_model
@@ -48,7 +51,10 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
             (folder / graphs[level]).unlink()
         Bundle.seal(
             folder,
-            {**describe(opened, config, kept), "verification": {**checked.verification, "refused": checked.reasons}},
+            {
+                **describe(opened, config, kept, checked.main),
+                "verification": {**checked.verification, "refused": checked.reasons},
+            },
         )
         if checked.reasons:
             shutil.rmtree(rejected, ignore_errors=True)

@@ -8,14 +8,23 @@ from typing import Any
 
 from edge_ft.artifacts import write_json, write_text
 from edge_ft.base.adapter import lora_pairs
-from edge_ft.config import ExportConfig
-from edge_ft.export.lowering import add_lora_inputs, lower
+from edge_ft.base.load import BITS
+from edge_ft.config import ExportConfig, Weights
+from edge_ft.export.lowering import add_lora_inputs, lower, store_in_fp16
 from edge_ft.export.pack import write
 from edge_ft.export.source import Source
 from edge_ft.export.trace import trace
 from edge_ft.progress import Progress
 
 __all__ = ["describe", "write_bundle"]
+
+NAMES: dict[Weights, tuple[str, str]] = {
+    "int4": ("model_q4", "q4"),
+    "int8": ("model_int8", "int8"),
+    "fp16": ("model_fp16", "fp16"),
+    "fp32": ("model", "fp32"),
+}
+"""The graph's file and its `dtype`, both as transformers.js says them."""
 
 
 def write_bundle(folder: Path, source: Source, model: Any, config: ExportConfig, progress: Progress) -> dict[int, str]:
@@ -24,7 +33,7 @@ def write_bundle(folder: Path, source: Source, model: Any, config: ExportConfig,
     Returns:
         The graph of each accuracy level, relative to `folder`.
     """
-    progress.say(f"tracing {source.base.name} ({config.weights}, {lane(source, config)} lane)")
+    progress.say(f"tracing {source.base.name} ({source.weights}, {lane(source, config)} lane)")
     pairs = {}
     if lane(source, config) == "adapter":
         pairs = lora_pairs(model)
@@ -32,15 +41,17 @@ def write_bundle(folder: Path, source: Source, model: Any, config: ExportConfig,
     graph = trace(model, source.base.family)
     add_lora_inputs(graph, pairs)
     lower(graph)
-    int4 = config.weights == "int4"
-    graphs = write(graph, folder, "model_q4" if int4 else "model", (1, 4) if int4 else (1,))
+    if source.weights == "fp16":
+        store_in_fp16(graph)
+    name, dtype = NAMES[source.weights]
+    graphs = write(graph, folder, name, (1, 4) if source.weights in BITS else (1,))
     for file in source.tokenizer.files():
         shutil.copyfile(file, folder / file.name)
     if source.rendering.chat_template is not None:
         write_text(folder / "chat_template.jinja", source.rendering.chat_template)
     model_config = json.loads(model.config.to_json_string(use_diff=False))
     # Read by transformers.js: which file to take, and that its weights lie beside it.
-    model_config["transformers.js_config"] = {"use_external_data_format": True, "dtype": "q4" if int4 else "fp32"}
+    model_config["transformers.js_config"] = {"use_external_data_format": True, "dtype": dtype}
     write_json(folder / "config.json", model_config)
     if source.base.family.decoder and not (folder / "generation_config.json").exists():
         write_text(folder / "generation_config.json", model.generation_config.to_json_string())
@@ -52,19 +63,19 @@ def lane(source: Source, config: ExportConfig) -> str:
     return "base" if source.adapter is None else config.lane
 
 
-def describe(source: Source, config: ExportConfig, graphs: dict[int, str]) -> dict[str, Any]:
-    """The manifest, without its files and its verification."""
-    int4 = config.weights == "int4"
+def describe(source: Source, config: ExportConfig, graphs: dict[int, str], main: int) -> dict[str, Any]:
+    """The manifest, without its files and its verification; `main` is the level of the graph that runs by default."""
+    rounded = source.weights in BITS
     base = source.base
     manifest: dict[str, Any] = {
         "task": source.task,
         "family": base.family.name,
-        "model": graphs[1],
+        "model": graphs[main],
         "graphs": {str(level): path for level, path in graphs.items()},
         "quantization": {
-            "method": "rtn" if int4 else None,
-            "bits": 4 if int4 else 32,
-            "block_size": source.block_size if int4 else None,
+            "method": "rtn" if rounded else None,
+            "bits": {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}[source.weights],
+            "block_size": source.block_size if rounded else None,
             "symmetric": False,
         },
         "lane": lane(source, config),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, IdentityEliminationPass, RemoveUnusedNodesPass
 from onnxscript.optimizer import optimize
 
-__all__ = ["add_lora_inputs", "lower", "quiet"]
+__all__ = ["add_lora_inputs", "lower", "quiet", "store_in_fp16"]
 
 LINEARS = ("MatMulNBits", "Linear")
 
@@ -102,6 +102,34 @@ def add_lora_inputs(model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32],
         add.replace_input_with(0, layer.outputs[0])
         graph.insert_after(layer, [down, up, add])
     return names
+
+
+def store_in_fp16(model: ir.Model) -> None:
+    """Store every matrix that float16 holds exactly in it, and widen it where it is read; after `lower`.
+
+    Rows that an embedding looks up are widened after the lookup, so that the table stays as it lies in the file.
+    """
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        array = _array(value)
+        if array.dtype != np.float32 or array.ndim < 2 or value.is_graph_input():
+            continue
+        narrow = array.astype(np.float16)
+        if not np.array_equal(narrow, array):
+            continue
+        uses = list(value.uses())
+        value.const_value, value.type = ir.tensor(narrow, name=value.name), ir.TensorType(ir.DataType.FLOAT16)
+        whole = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+        for node, index in uses:
+            if node.op_type == "Gather":
+                rows = ir.node("Cast", [node.outputs[0]], {"to": ir.DataType.FLOAT})
+                _take_over(node.outputs[0], rows.outputs[0])
+                rows.replace_input_with(0, node.outputs[0])
+                graph.insert_after(node, rows)
+            else:
+                node.replace_input_with(index, whole.outputs[0])
+        if whole.outputs[0].uses():
+            graph.insert_before(graph[0], whole)
 
 
 def _bypass_reshapes(graph: ir.Graph) -> None:

@@ -4,13 +4,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
+from torch import nn
 
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.base.adapter import adapter_config, load_adapter, merge_adapter
-from edge_ft.base.linear import quantize_model
-from edge_ft.base.load import Base, find_base, load_model
-from edge_ft.config import BaseFormat, ExportConfig, Task
+from edge_ft.base.linear import is_within, quantize_model
+from edge_ft.base.load import BITS, Base, find_base, load_model
+from edge_ft.config import BaseFormat, ExportConfig, Task, Weights
 from edge_ft.data import (
     Columns,
     Example,
@@ -42,6 +44,8 @@ class Source:
     adapter: Path | None
     trained_format: BaseFormat
     """What the adapter was trained over; float for one that was trained elsewhere."""
+    weights: Weights
+    """Format of the weights that ship."""
     block_size: int
     tokenizer: TextTokenizer
     rendering: Rendering
@@ -53,9 +57,14 @@ class Source:
     run: RunFolder | None
     seed: int
 
-    def load(self, weights: BaseFormat) -> Any:
-        """The base alone, in float or on the grid."""
-        return load_model(self.base, self.task, weights, self.block_size, self.rendering.labels, self.seed)
+    def load(self, base_format: BaseFormat | Weights) -> Any:
+        """The base alone, in float or on the grid; fp16 is float whose matrices float16 holds exactly."""
+        narrow = base_format == "fp16"
+        base_format = "fp32" if base_format == "fp16" else base_format
+        model = load_model(self.base, self.task, base_format, self.block_size, self.rendering.labels, self.seed)
+        if narrow:
+            self._round_to_fp16(model)
+        return model
 
     def load_trained(self) -> Any:
         """The model as it was trained: the base in its format, the adapter beside it."""
@@ -64,16 +73,32 @@ class Source:
             return open_run_model(self.run)[0]
         return load_adapter(self.load(self.trained_format), self.adapter)
 
-    def load_shipped(self, weights: BaseFormat, lane: str) -> Any:
+    def load_shipped(self, lane: str) -> Any:
         """The model that ships: merged in float and then rounded, or the base with the adapter beside it."""
         if self.adapter is None:
-            return self.load(weights)
+            return self.load(self.weights)
         if lane == "adapter":
-            return load_adapter(self.load(weights), self.adapter)
+            return load_adapter(self.load(self.weights), self.adapter)
         merged = merge_adapter(self.load("fp32"), self.adapter)
-        if weights == "int4":
-            quantize_model(merged, self.block_size, () if self.base.family.decoder else self.base.family.head)
+        if self.weights == "fp16":
+            self._round_to_fp16(merged)
+        elif self.weights != "fp32":
+            quantize_model(merged, self.block_size, self._keep, BITS[self.weights])
         return merged
+
+    @property
+    def _keep(self) -> tuple[str, ...]:
+        """What stays float32 whatever the rest is: a head that is trained in full."""
+        return () if self.base.family.decoder else self.base.family.head
+
+    def _round_to_fp16(self, model: nn.Module) -> None:
+        largest = torch.finfo(torch.float16).max
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2 or is_within(name, self._keep):
+                continue  # norms and biases are not worth a rounding
+            if parameter.abs().max() > largest:
+                raise ModelError(f"{name} holds a value beyond float16's {largest:.0f}: export with --weights fp32")
+            parameter.data = parameter.data.half().float()
 
 
 def open_export_source(source: str, config: ExportConfig) -> Source:
@@ -93,6 +118,14 @@ def _from_run(run: RunFolder, config: ExportConfig) -> Source:
         if value is not None:
             raise UsageError(f"{flag} is for a model: the run folder {run.path} brings its own")
     identity, report = run.base(), run.report()
+    trained_format: BaseFormat = identity["format"]
+    weights = config.weights or "int4"
+    if config.lane == "adapter":
+        if trained_format == "nf4":
+            raise UsageError(
+                f"{run.path} was trained over nf4, which bundles do not hold: export it with --lane merged"
+            )
+        weights = config.weights or trained_format
     tokenizer = TextTokenizer.load(run.tokenizer)
     rendering = Rendering.from_dict(run.rendering())
     rows = read_rows(str(run.split("validation")))[:VERIFY_ROWS]
@@ -101,7 +134,8 @@ def _from_run(run: RunFolder, config: ExportConfig) -> Source:
         base=find_run_base(run),
         task=report["task"],
         adapter=run.adapter,
-        trained_format=identity["format"],
+        trained_format=trained_format,
+        weights=weights,
         block_size=config.block_size or int(identity["block_size"]),
         tokenizer=tokenizer,
         rendering=rendering,
@@ -150,6 +184,7 @@ def _from_model(source: str, config: ExportConfig) -> Source:
         task=task,
         adapter=config.adapter,
         trained_format="fp32",
+        weights=config.weights or "int4",
         block_size=config.block_size or 32,
         tokenizer=tokenizer,
         rendering=rendering,

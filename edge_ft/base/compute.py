@@ -10,6 +10,8 @@ A PEFT model with `Compute` gives the same as without, up to rounding, for less 
 - with `recompute` only the inputs of the transformer layers are kept (Chen et al., arXiv:1604.06174).
 """
 
+import ctypes
+import platform
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
@@ -40,6 +42,7 @@ class Compute:
     def __init__(self, model: Any, family: Family, dtype: torch.dtype, recompute: bool) -> None:
         self.dtype = dtype
         self.active = False
+        _give_freed_memory_back(recompute)
         task_model = model.get_base_model()
         layers = task_model.get_submodule(family.layers)
         use_short_attention(task_model)
@@ -132,6 +135,20 @@ class Compute:
             return nn.functional.linear(x, layer.weight.to(x.dtype), bias)
 
         layer.forward = forward
+
+
+def _give_freed_memory_back(at_once: bool) -> None:
+    """Let glibc map large blocks, which return to the system when they are freed (mallopt(3)); else as it does itself.
+
+    At 4 x 256 tokens that takes a third off the peak, since freed blocks of other sizes are not reused, and costs
+    half as much time again: the pages of every block are new.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mmap_threshold, trim_threshold = -3, -1
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 2**20 if at_once else 2**25)
+    libc.mallopt(trim_threshold, 2**21 if at_once else 2**26)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

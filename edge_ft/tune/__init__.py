@@ -29,10 +29,11 @@ from edge_ft.tune.checkpoint import (
 from edge_ft.tune.interrupt import Interruption
 from edge_ft.tune.log import Metrics
 from edge_ft.tune.loop import Backend, Fit, fit
-from edge_ft.tune.plan import Room, make_plan, refuse_at_sight
+from edge_ft.tune.plan import make_plan, refuse_at_sight
 from edge_ft.tune.plot import plot_losses
 from edge_ft.tune.prepare import Prepared, prepare, write_splits
 from edge_ft.tune.report import peak_rss_bytes, results
+from edge_ft.tune.room import Room
 
 if TYPE_CHECKING:
     from edge_ft.base.load import Base

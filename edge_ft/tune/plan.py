@@ -5,18 +5,12 @@ about evenly with the padded tokens of a batch (attention is computed in tiles, 
 these sizes give both for every batch of the run; where the longest would not fit, it is foreseen from the others.
 """
 
-import gc
 import json
 import math
-import os
-import shutil
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,15 +24,16 @@ from edge_ft.progress import Progress, Silent
 from edge_ft.tune.loop import LOOKS, Backend, planned_steps
 from edge_ft.tune.prepare import SPLITS, Prepared, prepare
 from edge_ft.tune.report import OVERFITTING_ROWS, SAMPLE_TOKENS, SAMPLES, peak_rss_bytes
+from edge_ft.tune.room import Peak, Room, give_back, resident_bytes
 
 if TYPE_CHECKING:
     from edge_ft.base.load import Base
 
-__all__ = ["Room", "make_plan", "plan", "refuse_at_sight"]
+__all__ = ["make_plan", "plan", "refuse_at_sight"]
 
 MARGIN = 0.9
 """Share of the free memory and disk that a run may take."""
-BYTES_PER_WEIGHT = {"int4": 0.65, "nf4": 0.65, "int8": 1.15, "fp32": 4.0}
+BYTES_PER_WEIGHT = {"int4": 0.65, "nf4": 1.3, "int8": 1.15, "fp32": 4.0}
 """What a frozen weight takes in memory, with its scale and zero point at blocks of 32."""
 CHECKPOINT = 4
 """A checkpoint's size in adapters: the weights, the best ones, and AdamW's two moments."""
@@ -46,22 +41,6 @@ PIECES = 1.08
 """Memory that stays with the process because batches of other sizes leave it in pieces: 3 to 18% were seen."""
 LAST_SECONDS = 1.5
 """The plot and the report."""
-
-
-@dataclass(frozen=True)
-class Room:
-    """What this process may still take."""
-
-    memory: int
-    """Bytes of memory, those that it holds already included."""
-    disk: int
-    """Bytes free where the run folder will lie."""
-
-    @classmethod
-    def here(cls, out: Path) -> "Room":
-        """What this machine, its control group and the limits of this process leave."""
-        parent = next(folder for folder in [*out.absolute().parents] if folder.is_dir())
-        return cls(_free_memory() + _resident_bytes(), shutil.disk_usage(parent).free)
 
 
 @dataclass(frozen=True)
@@ -149,7 +128,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
         refuse_at_sight(base, option, room)
         progress.say(f"measuring layers {option.layers}, memory {option.memory}")
         began = time.monotonic()
-        with _Peak() as loading:
+        with Peak() as loading:
             backend, scorer = _load(base, prepared, option)
         loaded.append(time.monotonic() - began)
         first = collate(prepared.examples["validation"][: config.batch_size], tokenizer.pad_id, prepared.task)
@@ -159,7 +138,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
         before = ready + loaded[0] + time.monotonic() - began - loaded[-1]
         choices.append(_choice(option, prepared, measured, tokenizer, before, room))
         del backend, scorer
-        _give_back()
+        give_back()
     recommended = next((choice for choice in choices if choice["fits"]), None)
     if recommended is None:
         raise WillNotFit(_too_much(min(choices, key=lambda choice: choice["peak_rss_bytes"]), room))
@@ -215,7 +194,7 @@ def refuse_at_sight(base: "Base", config: TuneConfig, room: Room) -> None:
     for file in base.path.glob("*.safetensors"):
         with safe_open(file, "np") as tensors:
             weights += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    needed = int(weights * BYTES_PER_WEIGHT[config.base_format]) + _resident_bytes()
+    needed = int(weights * BYTES_PER_WEIGHT[config.base_format]) + resident_bytes()
     if needed > MARGIN * room.memory:
         raise WillNotFit(
             f"{base.name} has {weights / 1e6:.0f} M weights, which take {megabytes(needed)} of memory as "
@@ -293,21 +272,21 @@ def _measure(
 
     def timed(work: Callable[[], object]) -> tuple[float, int]:
         """Seconds, and the bytes that were held in between on top of what was held before."""
-        before = _resident_bytes()
-        with _Peak() as peak:
+        before = resident_bytes()
+        with Peak() as peak:
             began = time.perf_counter()
             work()
             seconds = time.perf_counter() - began
         return seconds, peak.bytes - before
 
     def trained(batch: Batch) -> tuple[float, int]:
-        before = _resident_bytes()
+        before = resident_bytes()
         seconds, more = timed(lambda: backend.gradient(batch, 1))
         backend.discard()
         return seconds, before + more
 
-    _give_back()
-    idle = _resident_bytes()
+    give_back()
+    idle = resident_bytes()
     trained(collated(few))  # the first pass also pays for what is set up once
     taken: list[Batch] = []
     sizes, steps, looks, memory = [0], [0.0], [0.0], [float(idle)]
@@ -439,93 +418,3 @@ def _too_much(choice: dict[str, Any], room: Room) -> str:
         f"{what} takes {megabytes(choice['peak_rss_bytes'])} of memory and {megabytes(room.memory)} are free: "
         f"give {', or '.join(others)}"
     )
-
-
-class _Peak:
-    """The most that this process holds resident while inside, in bytes.
-
-    By watching: the kernel's own mark would have to be reset for it, and it is what others measure this process by.
-    """
-
-    def __enter__(self) -> "_Peak":
-        self.bytes = _resident_bytes()
-        self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._watcher.join()
-        self.bytes = max(self.bytes, _resident_bytes())
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self.bytes = max(self.bytes, _resident_bytes())
-
-
-def _resident_bytes() -> int:
-    """What this process holds now; where nobody tells, the most it ever held."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return peak_rss_bytes()
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _free_memory() -> int:
-    """Bytes that this process could still take without anything being swapped or killed."""
-    import resource
-
-    found = [_number(Path("/proc/meminfo"), "MemAvailable:", 1024)]
-    if found == [None] and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - _resident_bytes()]
-    for folder, limit, used in _groups():
-        most, now = _number(folder / limit), _number(folder / used)
-        if most is not None and now is not None:
-            # Cached files are given back when memory is short.
-            found.append(most - now + (_number(folder / "memory.stat", "inactive_file") or 0))
-    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    mapped = _number(Path("/proc/self/status"), "VmSize:", 1024)
-    if address_space != resource.RLIM_INFINITY and mapped is not None:
-        found.append(address_space - mapped)
-    known = [size for size in found if size is not None]
-    return max(min(known), 0) if known else 2**62
-
-
-def _groups() -> list[tuple[Path, str, str]]:
-    """Control groups that this process is in, from its own upwards, and their files for limit and use."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        top = root if not controllers else root / "memory"
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        names = ("memory.max", "memory.current")
-        if controllers:
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        own = top / path.lstrip("/")
-        found += [(folder, *names) for folder in (own, *own.parents) if folder.is_relative_to(top)]
-    return found
-
-
-def _number(file: Path, name: str = "", scale: int = 1) -> int | None:
-    """The number in a file, or the one behind `name` in it; None where there is none."""
-    with suppress(OSError, ValueError, StopIteration, IndexError):
-        lines = file.read_text().splitlines()
-        return scale * int(next(line for line in lines if line.startswith(name)).removeprefix(name).split()[0])
-    return None
-
-
-def _give_back() -> None:
-    """Return freed memory to the system, so that the next measurement does not find it lying about."""
-    import ctypes
-
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

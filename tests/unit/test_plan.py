@@ -13,7 +13,8 @@ from edge_ft.config import PlanConfig, TuneConfig
 from edge_ft.errors import AuditRefused, WillNotFit
 from edge_ft.tune import plan as planning
 from edge_ft.tune import tune
-from edge_ft.tune.plan import Curve, Room, duration, plan
+from edge_ft.tune.plan import Curve, duration, plan
+from edge_ft.tune.room import Room
 
 PLENTY = Room(memory=2**50, disk=2**50)
 FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
@@ -84,21 +85,21 @@ def test_steps_that_do_not_fit_are_refused_without_taking_them(
     llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest batch would need more than there is: it is foreseen from a few rows of a batch."""
-    rows = planning._resident_bytes() + 2**28  # enough for the weights and a few rows of this tiny model
+    rows = planning.resident_bytes() + 2**28  # enough for the weights and a few rows of this tiny model
     taken: list[int] = []
-    watched = planning._Peak.__exit__
+    watched = planning.Peak.__exit__
 
     def heavy(self: Any, *arguments: object) -> None:
         """As if every pass took 200 MB."""
         watched(self, *arguments)
-        self.bytes = planning._resident_bytes() + 200_000_000
+        self.bytes = planning.resident_bytes() + 200_000_000
 
     def collated(examples: Any, *arguments: Any) -> Any:
         taken.append(len(examples))
         return collate(examples, *arguments)
 
     collate = planning.collate
-    monkeypatch.setattr(planning._Peak, "__exit__", heavy)
+    monkeypatch.setattr(planning.Peak, "__exit__", heavy)
     monkeypatch.setattr(planning, "collate", collated)
     with pytest.raises(WillNotFit, match=r"of memory and .* are free: give .*--batch-size"):
         plan(PlanConfig(model=str(llama), data=str(sums), batch_size=16), room=Room(rows, PLENTY.disk))
@@ -185,7 +186,7 @@ def test_a_tune_that_does_not_fit_is_refused_and_leaves_nothing(
 
 def test_what_is_free_here_is_found(tmp_path: Path) -> None:
     room = Room.here(tmp_path / "not" / "there")
-    assert planning._resident_bytes() < room.memory < 2**50
+    assert planning.resident_bytes() < room.memory < 2**50
     assert 0 < room.disk < 2**60
 
 
