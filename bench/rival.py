@@ -33,8 +33,9 @@ from edge_ft.config import TuneConfig
 from edge_ft.data import Example, collate, train_batches
 from edge_ft.evaluate.score import score
 from edge_ft.progress import Silent
-from edge_ft.tune.loop import Stopwatch, learning_rate_at, planned_steps
+from edge_ft.tune.loop import learning_rate_at, planned_steps
 from edge_ft.tune.prepare import Prepared
+from edge_ft.tune.stopwatch import Stopwatch
 
 __all__ = ["MODEL_CLASSES", "train_rival"]
 

@@ -185,7 +185,7 @@ def _rival(job: dict[str, Any]) -> dict[str, Any]:
     from edge_ft.bench.rival import train_rival
 
     torch.set_num_threads(job["threads"])
-    config = _config(job, seed=job["seed"])
+    config = _config(job, seed=job["seed"], epochs=job["epochs"])
     base, tokenizer, prepared = _read(config)
     found = train_rival(base, prepared, tokenizer.pad_id, config, learning_rate=job["learning_rate"], job=job)
     return _result(job, job["learning_rate"], found)

@@ -27,6 +27,7 @@ __all__ = ["Race", "main", "run"]
 
 LIBRARY_RATE = 5e-5
 """`TrainingArguments.learning_rate` of transformers."""
+RIVAL_EPOCHS = 2.0
 AGREEMENT = 0.02
 """Nats that two curves of the same recipe may differ by."""
 SAME_RECIPE = {
@@ -59,7 +60,7 @@ class Race:
     task: Task | None = None
     train_rows: int | None = None
     eval_rows: int | None = None
-    epochs: float = 2.0
+    epochs: float | None = None
     rank: int = 8
     batch_size: int | None = None
     max_length: int | None = None
@@ -69,10 +70,10 @@ class Race:
 
     def tune(self, rows: Path) -> dict[str, Any]:
         """The `TuneConfig` of ours, without what differs between trainings; what the user left out is its default."""
-        given = {name: getattr(self, name) for name in ("batch_size", "base_format")}
+        given = {name: getattr(self, name) for name in ("epochs", "batch_size", "base_format")}
         return {
             **{name: getattr(self, name) for name in ("model", "prompt", "completion", "label", "task")},
-            **{name: getattr(self, name) for name in ("epochs", "rank", "max_length")},
+            **{name: getattr(self, name) for name in ("rank", "max_length")},
             **{name: value for name, value in given.items() if value is not None},
             "data": str(rows / "train.jsonl"),
             "validation": str(rows / "validation.jsonl"),
@@ -88,7 +89,9 @@ class Trainings:
         self._check_settings()
         rows = out.resolve() / "rows"
         self.tune = settings.tune(rows) | (SAME_RECIPE if same_recipe else {})
-        self.base_format = TuneConfig(**self.tune, out=Path("unused")).base_format
+        ours = TuneConfig(**self.tune, out=Path("unused"))
+        self.base_format = ours.base_format
+        self.epochs = settings.epochs or (ours.epochs if same_recipe else RIVAL_EPOCHS)
         self.prefix = f"same-recipe-{self.base_format}-" if same_recipe else ""
         held = same_recipe and self.base_format != "fp32"
         self.weights = str(out.resolve() / f"weights-{self.base_format}.safetensors") if held else None
@@ -111,6 +114,7 @@ class Trainings:
             "do": "rival",
             "learning_rate": learning_rate,
             "batch_size": self.settings.batch_size or 8,
+            "epochs": self.epochs,
             "same_recipe": self.same_recipe,
             "weights": self.weights,
         }
@@ -237,7 +241,7 @@ def main(
     threads: int | None = None,
     train_rows: int | None = None,
     eval_rows: int | None = None,
-    epochs: float = 2.0,
+    epochs: float | None = None,
     rank: int = 8,
     batch_size: int | None = None,
     max_length: int | None = None,
@@ -269,7 +273,9 @@ def main(
         CPU threads of both; default all cores.
     train_rows, eval_rows
         So many of the rows, drawn once; default all.
-    epochs, rank
+    epochs
+        Of both; left out, ours takes its default and the rival 2.
+    rank
         Of both.
     batch_size
         Of both; left out, ours takes its default and the rival 8.

@@ -107,7 +107,7 @@ class TuneConfig(RowsConfig):
     """AdamW weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 switches clipping off."""
-    epochs: float = 2.0
+    epochs: float = 3.0
     """Passes over the training rows."""
     max_steps: int | None = None
     """Optimizer steps; wins over --epochs."""

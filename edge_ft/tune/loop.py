@@ -7,7 +7,6 @@ that the rest depends on is in a `Fit` and in the backend's state: there it can 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from edge_ft.data import Batch, Example, collate, train_batches
 from edge_ft.errors import UsageError
 from edge_ft.evaluate.score import RowScores, Scorer, score
 from edge_ft.progress import Progress
+from edge_ft.tune.stopwatch import Stopwatch
 
 __all__ = ["Backend", "Fit", "StopAtOnce", "fit", "learning_rate_at", "planned_steps"]
 
@@ -100,46 +100,6 @@ class Fit:
     """Why it ends: `steps`, `patience` or `minutes`."""
 
 
-class Stopwatch:
-    """Seconds of a run, and those of the training alone: not what is done under `paused`."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.started = [clock(), time.process_time()]
-        self.aside = [0.0, 0.0]
-
-    def go_on(self, state: Fit) -> None:
-        """Count on from where `state` stood."""
-        self.started[0] -= state.elapsed
-        self.started[1] -= state.cpu_seconds
-        self.aside[0] += state.elapsed - state.seconds
-
-    @property
-    def elapsed(self) -> float:
-        """Wall seconds, all of them."""
-        return self.clock() - self.started[0]
-
-    @property
-    def seconds(self) -> float:
-        """Wall seconds of the training."""
-        return self.elapsed - self.aside[0]
-
-    @property
-    def cpu_seconds(self) -> float:
-        """CPU seconds of the training, over all threads."""
-        return time.process_time() - self.started[1] - self.aside[1]
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Looks at the validation rows and checkpoints are not training."""
-        began = self.clock(), time.process_time()
-        try:
-            yield
-        finally:
-            self.aside[0] += self.clock() - began[0]
-            self.aside[1] += time.process_time() - began[1]
-
-
 def learning_rate_at(step: int, steps: int, config: TuneConfig) -> float:
     """Rate of step 1 … `steps`: linear warm-up, then constant or half a cosine to 0 after the last step."""
     peak = config.learning_rate
@@ -198,7 +158,7 @@ def fit(
         state = loop.begin()
         on_plan(state.planned)
     else:
-        loop.watch.go_on(state)
+        loop.watch.go_on(state.elapsed, state.seconds, state.cpu_seconds)
     every = config.eval_steps or max(1, math.ceil(state.planned / LOOKS))
     progress.say(
         f"{state.planned} steps, validation every {every}; untuned validation loss {state.base.mean_nll:.4f}"

@@ -18,7 +18,7 @@ from edge_ft.tune.prepare import Prepared
 __all__ = ["peak_rss_bytes", "results"]
 
 SAMPLES = 3
-SAMPLE_TOKENS = 48
+SAMPLE_TOKENS = 32
 PROMPT_TAIL = 400
 """Characters of a prompt that a sample shows: its end, where the question is."""
 OVERFITTING_ROWS = 256
