@@ -208,7 +208,7 @@ def _ours(job: dict[str, Any]) -> dict[str, Any]:
     tokens = sum(line.get("tokens", 0) for line in lines)
     settings = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
     found = {"curve": curve, "steps": looks[-1]["step"], "tokens": tokens, "config": settings}
-    return _result(job, config.learning_rate, found)
+    return _result(job, settings["learning_rate"], found)
 
 
 def _result(job: dict[str, Any], learning_rate: float, found: dict[str, Any]) -> dict[str, Any]:

@@ -159,7 +159,12 @@ def test_the_exports_own_rows_must_score_as_they_did(
 ) -> None:
     config = VerifyConfig(data=rows(llama_run, "validation"), max_tax=1.0)
     assert verify(llama_bundle.path, config)["same_rows"] is True
-    changed = forge(llama_bundle, tmp_path, lambda found: found["nll"].update(shipped=found["nll"]["shipped"] - 0.1))
+
+    def lower(found: Any) -> None:
+        exact = found["by_accuracy_level"]["1"]
+        exact["nll"] -= 0.1
+
+    changed = forge(llama_bundle, tmp_path, lower)
     with pytest.raises(GateRefused, match="the export's rows score"):
         verify(changed, config)
 

