@@ -198,9 +198,10 @@ def _our_batches(train: Sequence[Example], steps: int, config: TuneConfig) -> li
 def _optimizer(model: Any, steps: int, config: TuneConfig) -> tuple[Any, Any]:
     """AdamW and the schedule of our loop."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
+    # The rate is the schedule's alone.
+    optimizer = torch.optim.AdamW(trainable, lr=1.0, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: learning_rate_at(min(done + 1, steps), steps, config) / config.learning_rate
+        optimizer, lambda done: learning_rate_at(min(done + 1, steps), steps, config)
     )
     return optimizer, schedule
 
