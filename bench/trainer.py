@@ -53,15 +53,7 @@ def _read(config: TuneConfig) -> "tuple[Base, TextTokenizer, Prepared]":
 
     base = find_base(config.model, config.task)
     tokenizer = TextTokenizer.load(base.path)
-    prepared = prepare(
-        config,
-        tokenizer,
-        decoder=base.family.decoder,
-        model_limit=base.max_length,
-        model_labels=base.labels,
-        progress=Silent(),
-    )
-    return base, tokenizer, prepared
+    return base, tokenizer, prepare(config, base, tokenizer, Silent())
 
 
 def _prepare(job: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The command line: flags, progress bars and exit codes; each command is one call of the Python API."""
 
-import errno
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from edge_ft import __version__
+from edge_ft.artifacts import disk_full
 from edge_ft.config import (
     BenchConfig,
     EvalConfig,
@@ -314,7 +314,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if disk_full(error):
             _fail(
                 f"the disk is full: {error.filename or error}; free some space and run again",
                 WillNotFit.exit_code,
@@ -324,9 +324,7 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory: give a smaller --batch-size or --max-length", WillNotFit.exit_code, debug)
     except Exception as error:  # noqa: BLE001 - whatever is left is a defect, and gets its own code
-        if "os error 28" in str(error) or "os error 27" in str(
-            error
-        ):  # safetensors reports a full disk in an error of its own
+        if disk_full(error):
             _fail("the disk is full: free some space and run again", WillNotFit.exit_code, debug)
         _fail(f"a defect of ours, {type(error).__name__}: {error} (--debug shows where)", EdgeFTError.exit_code, debug)
 

@@ -49,9 +49,11 @@ class _OverCodes(nn.Module):
     """uint8 [K_blocks, N]"""
     bits: Bits
     block_size: int
+    size: int
+    """K of the weight [N, K], without the last block's padding."""
 
     def _hold(self, codes: Codes) -> None:
-        self.bits, self.block_size = codes.bits, codes.block_size
+        self.bits, self.block_size, self.size = codes.bits, codes.block_size, codes.in_features
         rows, blocks = codes.scales.shape
         zero_points = unpack_nibbles(codes.zero_points, blocks) if codes.bits == 4 else codes.zero_points
         for name, array in (
@@ -71,7 +73,7 @@ class _OverCodes(nn.Module):
             qweight.reshape(rows, blocks, -1),
             scales,
             pack_nibbles(zero_points) if self.bits == 4 else zero_points,
-            self.in_features if isinstance(self, nn.Linear) else int(self.embedding_dim),  # type: ignore[arg-type]
+            self.size,
             self.bits,
         )
 
@@ -94,8 +96,7 @@ class _OverCodes(nn.Module):
         else:
             weight = values.to(torch.float32).sub_(zero_points[:, None])
         weight = weight.mul_(scales[:, None]).flatten(0, 1).to(dtype)
-        size = self.in_features if isinstance(self, nn.Linear) else self.embedding_dim
-        return weight[:size]
+        return weight[: self.size]
 
 
 @contextmanager
@@ -108,8 +109,7 @@ def exporting(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         at = layer.qweight.data_ptr()
         if at not in files:
-            codes = layer.codes()
-            files[at] = tuple(map(torch.from_numpy, (codes.qweight, codes.scales, codes.zero_points)))
+            files[at] = tuple(map(torch.from_numpy, layer.stored()))
         layer.qweight, layer.scales, layer.zero_points = files[at]
     _exporting = True
     try:

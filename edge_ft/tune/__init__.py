@@ -92,14 +92,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
 
     identify(model=base.name, data=config.data, content_sha256=base.content_sha256)
     tokenizer = TextTokenizer.load(base.path)
-    prepared = prepare(
-        config,
-        tokenizer,
-        decoder=base.family.decoder,
-        model_limit=base.max_length,
-        model_labels=base.labels,
-        progress=progress,
-    )
+    prepared = prepare(config, base, tokenizer, progress)
     task = prepared.task
     family_of(base.family.name, task)  # a guessed task too
     longest = max(max(example.input_ids) for rows in prepared.examples.values() for example in rows)
@@ -132,6 +125,9 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     scorer = TorchScorer(peft_model, base.family, stop_ids(prepared.rendering, tokenizer))
 
     new = not run.path.exists()
+    before, resumed_from = 0.0, None if new else 0
+    if checkpoint is not None:  # its state goes on with the loop
+        before, resumed_from = checkpoint.state.elapsed, checkpoint.step
     ranks.wait()  # all have seen what was there
     with _kept(run, new and ranks.first):
         if ranks.first:
@@ -146,9 +142,6 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
             write_json(run.path / "plan.json", found_plan)
         result = _train(run, config, backend, prepared, tokenizer, identity, checkpoint, ranks, progress)
         backend.save(run.adapter)
-        before, resumed_from = 0.0, None if new else 0
-        if checkpoint is not None:
-            before, resumed_from = checkpoint.elapsed, checkpoint.step
         found = results(scorer, peft_model.disable_adapter, result, prepared, tokenizer, config, progress)
         report = {
             "model": base.name,

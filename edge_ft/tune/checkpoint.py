@@ -64,9 +64,11 @@ class Checkpoint:
     state: Fit
     """The loop's; `fit` goes on with this very object."""
     backend: dict[str, NDArray[Any]]
-    step: int = 0
-    """The state's when it was read."""
-    elapsed: float = 0.0
+
+    @property
+    def step(self) -> int:
+        """Whole steps done."""
+        return self.state.steps
 
 
 def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
@@ -144,15 +146,7 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
     counters["last_nll"] = float(counters["last_nll"])  # written as text: JSON has no NaN
     state = Fit(base=scores("base"), best=scores("best"), **counters)
     backend = {name.removeprefix("backend."): array for name, array in arrays.items() if name.startswith("backend.")}
-    return Checkpoint(
-        document["identity"],
-        document["config"],
-        document["metrics_bytes"],
-        state,
-        backend,
-        state.steps,
-        state.elapsed,
-    )
+    return Checkpoint(document["identity"], document["config"], document["metrics_bytes"], state, backend)
 
 
 def remove_checkpoint(run: Path) -> None:

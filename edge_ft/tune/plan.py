@@ -114,14 +114,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
         torch.set_num_threads(config.threads)
     base = find_base(config.model, config.task)
     tokenizer = TextTokenizer.load(base.path)
-    prepared = prepare(
-        config,
-        tokenizer,
-        decoder=base.family.decoder,
-        model_limit=base.max_length,
-        model_labels=base.labels,
-        progress=progress,
-    )
+    prepared = prepare(config, base, tokenizer, progress)
     ready = time.monotonic() - started
     choices, loaded = [], []
     for option in _options(config, int(base.config["num_hidden_layers"])):

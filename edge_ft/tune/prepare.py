@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,6 +43,9 @@ from edge_ft.evaluate.open import longest_sequence
 from edge_ft.evaluate.score import scorable
 from edge_ft.progress import Progress
 
+if TYPE_CHECKING:
+    from edge_ft.base.load import Base
+
 __all__ = ["Prepared", "prepare", "write_splits"]
 
 SPLITS = ("train", "validation", "test")
@@ -63,16 +66,11 @@ class Prepared:
     """The first --show train rows as the model reads them."""
 
 
-def prepare(
-    config: TuneConfig,
-    tokenizer: TextTokenizer,
-    *,
-    decoder: bool,
-    model_limit: int,
-    model_labels: tuple[str, ...],
-    progress: Progress,
-) -> Prepared:
+def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress: Progress) -> Prepared:
     """Read, split, encode and audit the rows of a tune.
+
+    Args:
+        base: Its family, labels and longest sequence are asked for; nothing of it is loaded.
 
     Raises:
         DataError: rows that cannot be read or mapped, or a split that stays empty.
@@ -81,9 +79,10 @@ def prepare(
     for code in config.allow:
         if code not in CODES:
             raise UsageError(f"--allow {code}: there is no such finding{did_you_mean(code, list(CODES))}")
+    model_labels = base.labels  # a weight file that cannot be read is said here, before the rows
     given, files = _read_splits(config)
     names = column_names(given["train"])
-    task = config.task or guess_task(names, config, decoder)
+    task = config.task or guess_task(names, config, base.family.decoder)
     if config.task is None:
         progress.say(f"task: {task} (from the model and the columns {', '.join(names)}; --task overrides)")
     columns = find_columns(names, config, task)
@@ -107,12 +106,12 @@ def prepare(
             progress.say(f"{what} {', '.join(model_labels)}")
         if unseen := sorted(set(found) - set(find_labels(rows["train"], columns))):
             progress.say(f"no train row is of class {', '.join(unseen)}: it cannot be learned")
-    longest = model_limit if config.max_length == "auto" else longest_sequence(config.max_length, model_limit)
+    longest = base.max_length if config.max_length == "auto" else longest_sequence(config.max_length, base.max_length)
     rendering = make_rendering(config, columns, task, tokenizer, longest, labels)
     records = {name: [record(row, columns) for row in rows[name]] for name in SPLITS}
     examples = _encode(rendering, tokenizer, records)
     if config.max_length == "auto":
-        rendering = replace(rendering, max_length=_length_of_most(examples, model_limit))
+        rendering = replace(rendering, max_length=_length_of_most(examples, base.max_length))
         examples = _encode(rendering, tokenizer, records)
         progress.say(f"--max-length auto: {rendering.max_length} tokens")
     marks = template_marks(rendering.chat_template, tokenizer)

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from small_tokenizers import write_bpe
 
+from edge_ft.base.load import Base
 from edge_ft.config import TuneConfig
 from edge_ft.data import Example, Finding, Record, TextTokenizer, audit, template_marks
 from edge_ft.data.audit import CODES
 from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import AuditRefused, UsageError
+from edge_ft.families import family_of
 from edge_ft.progress import Silent
 from edge_ft.tune.prepare import Prepared, prepare
 
@@ -118,6 +120,7 @@ def test_a_value_that_holds_a_chat_template_is_said(tmp_path: Path) -> None:
 def prepared(tmp_path: Path) -> Any:
     """Rows to what `prepare` makes of them."""
     tokenizer = TextTokenizer.load(write_bpe(tmp_path))
+    base = Base("m", tmp_path, family_of("llama"), "", {"max_position_embeddings": 256})
 
     def run(train: list[Any] | str, validation: list[Any] | None = None, **config: Any) -> Prepared:
         content = train if isinstance(train, str) else "".join(json.dumps(one) + "\n" for one in train)
@@ -127,7 +130,7 @@ def prepared(tmp_path: Path) -> Any:
             (tmp_path / "held.jsonl").write_text("".join(json.dumps(one) + "\n" for one in validation))
             config["validation"] = str(tmp_path / "held.jsonl")
         settings = TuneConfig(model="m", data=str(data), out=tmp_path / "run", **config)
-        return prepare(settings, tokenizer, decoder=True, model_limit=256, model_labels=(), progress=Silent())
+        return prepare(settings, base, tokenizer, Silent())
 
     return run
 

@@ -21,6 +21,7 @@ import torch
 import yaml
 from safetensors.numpy import load_file
 from tiny_models import write_bert, write_llama, write_sums
+from told import Told
 
 from edge_ft.artifacts import RunFolder, disk_full, kind_of
 from edge_ft.config import TuneConfig
@@ -437,19 +438,6 @@ def test_a_thread_trains_without_signals(llama: Path, sums: Path, tmp_path: Path
     thread.start()
     thread.join()
     assert adapter(runs[0]) == adapter(whole)
-
-
-class Told:
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        pass
 
 
 def test_a_full_disk_during_a_checkpoint_is_said_once_and_the_run_goes_on(

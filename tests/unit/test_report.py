@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from told import Told
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
@@ -23,16 +24,6 @@ def test_train_and_validation_loss_of_the_best_weights_are_compared(llama_run: R
 
 
 def test_over_fitting_is_said(llama: Path, tmp_path: Path) -> None:
-    class Told:
-        def __init__(self) -> None:
-            self.lines: list[str] = []
-
-        def say(self, text: str) -> None:
-            self.lines.append(text)
-
-        def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
-            pass
-
     def rows(name: str, answers: list[str], start: int) -> str:
         lines = [{"prompt": f"hello {n} the", "completion": answer} for n, answer in enumerate(answers, start)]
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
