@@ -83,7 +83,7 @@ def train_rival(
             peft_model = get_peft_model(model, lora)
         if base.family.decoder:
             model.config.use_cache = False
-        looks = _Looks(TorchScorer(peft_model, base.family), prepared, pad_id, config)
+        looks = _Looks(TorchScorer(peft_model, task), prepared, pad_id, config)
         with tempfile.TemporaryDirectory() as folder:
             arguments: dict[str, Any] = {
                 "output_dir": folder,
@@ -177,10 +177,11 @@ class _Counting(Trainer):
 
 def _tensors(examples: Sequence[Example], pad_id: int, task: str) -> dict[str, torch.Tensor]:
     batch = collate(examples, pad_id, task)
+    labels = batch["labels"][:, 0] if task == "text-classification" else batch["labels"]
     return {
         "input_ids": torch.from_numpy(batch["input_ids"]),
         "attention_mask": torch.from_numpy(batch["attention_mask"]),
-        "labels": torch.from_numpy(batch["labels"]),
+        "labels": torch.from_numpy(labels),
     }
 
 

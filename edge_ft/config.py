@@ -26,7 +26,15 @@ __all__ = [
     "preset_file",
 ]
 
-Task = Literal["text-generation", "text-classification"]
+Task = Literal[
+    "text-generation",
+    "text2text-generation",
+    "text-classification",
+    "token-classification",
+    "feature-extraction",
+    "fill-mask",
+]
+"""As transformers' pipelines call them."""
 BaseFormat = Literal["int4", "int8", "nf4", "fp32"]
 Weights = Literal["int4", "int8", "fp16", "fp32"]
 
@@ -70,7 +78,7 @@ class TuneConfig(RowsConfig):
     out: Path
     """Run folder to write; must not exist."""
     task: Task | None = None
-    """text-generation or text-classification; guessed from the model and the columns when absent."""
+    """What to learn; guessed from the model and the columns when absent."""
     validation: str | None = None
     """File with the validation rows; otherwise they are split off --data."""
     test: str | None = None

@@ -4,11 +4,14 @@ Everything that is not in a row is read from the model's own config or modules.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from edge_ft.config import Task
 from edge_ft.errors import ModelError
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "Kind", "family_of"]
+
+Kind = Literal["decoder", "encoder", "encoder-decoder"]
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,22 @@ class Family:
     head: tuple[str, ...]
     """Dotted names of the modules that make the output. LoRA leaves them alone; a classifier's stay float and are
     trained in full."""
-    decoder: bool
-    """True: causal, with a KV cache."""
+    kind: Kind
+    """decoder: causal, with a KV cache; encoder: bidirectional, one pass; encoder-decoder: one of each."""
     learning_rate: float
     """Peak rate for LoRA, chosen by measurement (docs/decisions/010)."""
+
+    @property
+    def decoder(self) -> bool:
+        """Whether it is one decoder and nothing else."""
+        return self.kind == "decoder"
 
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llama", ("text-generation",), "model.layers", ("lm_head",), True, 2e-3),
-        Family("bert", ("text-classification",), "bert.encoder.layer", ("bert.pooler", "classifier"), False, 1e-3),
+        Family("llama", ("text-generation",), "model.layers", ("lm_head",), "decoder", 2e-3),
+        Family("bert", ("text-classification",), "bert.encoder.layer", ("bert.pooler", "classifier"), "encoder", 1e-3),
     )
 }
 

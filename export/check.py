@@ -52,7 +52,7 @@ def score_torch(source: Source, shipped_model: Any, config: ExportConfig, progre
     family = source.base.family
 
     def scored(model: Any, examples: list[Example], stage: str) -> RowScores:
-        scorer = TorchScorer(model, family)
+        scorer = TorchScorer(model, source.task)
         return score_examples(scorer, examples, source.tokenizer, source.rendering, progress, stage)
 
     probes = probe_examples(source.tokenizer, source.rendering)

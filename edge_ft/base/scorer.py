@@ -1,5 +1,6 @@
 """Torch's side of scoring: logits only where there is a label."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_ft.base.head import logit_chunks
-from edge_ft.data import Batch
-from edge_ft.families import Family
+from edge_ft.config import Task
+from edge_ft.data import Batch, target_mask
+from edge_ft.data.render import IGNORED
 
-__all__ = ["TorchScorer", "class_logits", "target_hidden", "task_model_of"]
+__all__ = ["HIDDEN", "LOSSES", "TorchScorer", "task_model_of"]
 
 
 def target_hidden(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -38,12 +40,23 @@ def target_hidden(model: Any, batch: Batch, device: torch.device) -> tuple[Tenso
     return hidden[:, :-1][targets].float(), labels[:, 1:][targets]
 
 
-def class_logits(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A classifier's logits [batch, classes] float32, and the labels [batch] int64."""
+def class_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A classifier's nll [batch] and likeliest class [batch]."""
     input_ids, mask, labels = (
         torch.from_numpy(array).to(device) for array in (batch["input_ids"], batch["attention_mask"], batch["labels"])
     )
-    return model(input_ids=input_ids, attention_mask=mask).logits.float(), labels
+    logits = model(input_ids=input_ids, attention_mask=mask).logits.float()
+    return nn.functional.cross_entropy(logits, labels[:, 0], reduction="none"), logits.argmax(dim=-1)
+
+
+Targets = Callable[[Any, Batch, torch.device], tuple[Tensor, Tensor]]
+"""model, batch, device -> two tensors with an entry for each target, in the order of `target_mask`."""
+
+HIDDEN: dict[Task, Targets] = {"text-generation": target_hidden}
+"""Tasks whose targets are tokens: what the head over the vocabulary reads at each, float32, and the label."""
+
+LOSSES: dict[Task, Targets] = {"text-classification": class_losses}
+"""All others: nll (nats, float32, differentiable) of each target, and what was predicted there."""
 
 
 def task_model_of(model: Any) -> Any:
@@ -54,9 +67,9 @@ def task_model_of(model: Any) -> Any:
 class TorchScorer:
     """A torch model that `edge_ft.evaluate` can score and ask."""
 
-    def __init__(self, model: nn.Module, family: Family, stop_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(self, model: nn.Module, task: Task, stop_ids: frozenset[int] = frozenset()) -> None:
         self.model = model
-        self.family = family
+        self.task = task
         self.stop_ids = stop_ids
         self.device = next(parameter.device for parameter in model.parameters())
         self.dtype = torch.float32
@@ -67,26 +80,23 @@ class TorchScorer:
         """Negative log-likelihood (nats) and likeliest token or class, where there is a label.
 
         Returns:
-            nll float32 and predicted int64, both [batch, seq] for a decoder (0 and -100 without a label),
-            [batch, 1] for a classifier.
+            nll float32 and predicted, both shaped as the labels, 0 and -100 where there is no target.
         """
         self.model.eval()
-        if not self.family.decoder:
-            logits, targets = class_logits(self.model, batch, self.device)
-            nll = nn.functional.cross_entropy(logits, targets, reduction="none")
-            return nll.cpu().numpy()[:, None], logits.argmax(dim=-1).cpu().numpy()[:, None]
-        hidden, targets = target_hidden(self.model, batch, self.device)
-        nll, likeliest = hidden.new_empty(len(hidden)), torch.empty_like(targets)
-        head = task_model_of(self.model).get_output_embeddings()
-        for rows, logits in logit_chunks(hidden, head, self.dtype):
-            nll[rows] = nn.functional.cross_entropy(logits, targets[rows], reduction="none")
-            likeliest[rows] = logits.argmax(dim=-1)
-        at = batch["labels"] != -100
-        at[:, 0] = False  # the first token is given, not predicted
+        if self.task in HIDDEN:
+            hidden, targets = HIDDEN[self.task](self.model, batch, self.device)
+            nll, predicted = hidden.new_empty(len(hidden)), torch.empty_like(targets)
+            head = task_model_of(self.model).get_output_embeddings()
+            for rows, logits in logit_chunks(hidden, head, self.dtype):
+                nll[rows] = nn.functional.cross_entropy(logits, targets[rows], reduction="none")
+                predicted[rows] = logits.argmax(dim=-1)
+        else:
+            nll, predicted = LOSSES[self.task](self.model, batch, self.device)
+        at = target_mask(batch["labels"], self.task)
         nll_at = np.zeros(at.shape, np.float32)
-        predicted = np.full(at.shape, -100, np.int64)
-        nll_at[at], predicted[at] = nll.cpu().numpy(), likeliest.cpu().numpy()
-        return nll_at, predicted
+        predicted_at = np.full(at.shape, IGNORED, batch["labels"].dtype)
+        nll_at[at], predicted_at[at] = nll.float().cpu().numpy(), predicted.cpu().numpy()
+        return nll_at, predicted_at
 
     @torch.inference_mode()
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:

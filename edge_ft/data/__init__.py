@@ -1,7 +1,7 @@
 """Rows in, token ids and loss masks out: the same in training and at run time, without torch."""
 
 from edge_ft.data.audit import Finding, audit, template_marks
-from edge_ft.data.batches import Batch, collate, eval_batches, train_batches
+from edge_ft.data.batches import Batch, collate, eval_batches, target_mask, train_batches
 from edge_ft.data.chat import render_chat
 from edge_ft.data.columns import (
     Columns,
@@ -62,6 +62,7 @@ __all__ = [
     "split_names",
     "split_rows",
     "stop_ids",
+    "target_mask",
     "template_marks",
     "train_batches",
 ]

@@ -1,14 +1,14 @@
 """Rows of similar length go together, so that little of a batch is padding."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_ft.data.render import IGNORED, Example
 
-__all__ = ["Batch", "collate", "eval_batches", "train_batches"]
+__all__ = ["Batch", "collate", "eval_batches", "target_mask", "train_batches"]
 
 WINDOW = 50
 """Batches that are sorted by length together: enough for even lengths, few enough to stay random."""
@@ -22,7 +22,7 @@ class Batch(TypedDict):
     attention_mask: NDArray[np.int64]
     """[batch, seq], 1 on tokens and 0 on padding."""
     labels: NDArray[np.int64]
-    """[batch, seq], -100 where there is no loss; text-classification: [batch]."""
+    """[batch, seq], -100 where there is no loss; text-classification: [batch, 1]."""
     rows: list[int]
     """Numbers of the rows in the user's file."""
 
@@ -40,13 +40,21 @@ def collate(examples: Sequence[Example], pad_id: int, task: str) -> Batch:
         if task == "text-generation":
             labels[index, :length] = example.labels
     if task == "text-classification":
-        labels = np.array([example.labels[0] for example in examples], np.int64)
+        labels = np.array([example.labels for example in examples], np.int64)
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         labels=labels,
         rows=[example.row for example in examples],
     )
+
+
+def target_mask(labels: NDArray[Any], task: str) -> NDArray[np.bool_]:
+    """Where a batch's `labels` [batch, targets] are targets: what is scored, and what `token_nll` is about."""
+    at: NDArray[np.bool_] = labels != IGNORED
+    if task == "text-generation":
+        at[:, 0] = False  # the first token is given, not predicted
+    return at
 
 
 def train_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

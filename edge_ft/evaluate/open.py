@@ -72,7 +72,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         own = Rendering.from_dict(run.rendering())
         rendering = rendering_for(config, rows, tokenizer, own, model_limit=limit)
         model, base = open_run_model(run, adapter=config.adapter != "none")
-        scorer = TorchScorer(model.to(device), base.family, stop_ids(rendering, tokenizer))
+        scorer = TorchScorer(model.to(device), rendering.task, stop_ids(rendering, tokenizer))
         return Opened(scorer, tokenizer, rendering, limit)
 
     from edge_ft.base.load import find_base, load_model
@@ -92,7 +92,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         labels=base.labels,
     )
     model = load_model(base, rendering.task, config.base_format).to(device)
-    scorer = TorchScorer(model, base.family, stop_ids(rendering, tokenizer))
+    scorer = TorchScorer(model, rendering.task, stop_ids(rendering, tokenizer))
     return Opened(scorer, tokenizer, rendering, base.max_length)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_ft.data import Batch, Example, collate, eval_batches
+from edge_ft.data import Batch, Example, collate, eval_batches, target_mask
 from edge_ft.data.render import IGNORED
 from edge_ft.errors import AuditRefused
 from edge_ft.evaluate.metrics import accuracy, macro_f1, mean, perplexity
@@ -20,7 +20,7 @@ class Scorer(Protocol):
     """What scoring needs of a model."""
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """nll (nats) and the likeliest token or class, [batch, seq] (classifier: [batch, 1])."""
+        """nll (nats) and the likeliest token or class, shaped as the labels; only `target_mask` of it counts."""
 
 
 @runtime_checkable
@@ -107,11 +107,9 @@ def score(
     for indices in track(progress, stage, batches, len(batches)):
         batch = collate([examples[index] for index in indices], pad_id, task)
         losses, likeliest = scorer.token_nll(batch)
-        labels = batch["labels"].reshape(losses.shape[0], -1).copy()
-        if task == "text-generation":
-            labels[:, 0] = -100  # the first token is given, not predicted
+        labels, targets = batch["labels"], target_mask(batch["labels"], task)
         for position, index in enumerate(indices):
-            at = labels[position] != -100
+            at = targets[position]
             nll[index] = losses[position][at].sum()
             tokens[index] = at.sum()
             predicted[index] = likeliest[position][at]

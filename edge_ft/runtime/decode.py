@@ -20,6 +20,7 @@ from edge_ft.data import (
     encode_prompt,
     make_rendering,
     stop_ids,
+    target_mask,
 )
 from edge_ft.errors import UsageError
 from edge_ft.runtime.cache import CacheShape, KVCache
@@ -139,8 +140,7 @@ class TextGenerator:
             the token at t given those before it; 0 and -100 where there is no label.
         """
         labels: NDArray[np.int64] = batch["labels"]
-        targets = labels != -100
-        targets[:, 0] = False  # the first token is given, not predicted
+        targets = target_mask(labels, "text-generation")
         nll = np.zeros(labels.shape, np.float32)
         predicted = np.full(labels.shape, -100, np.int64)
         if not targets.any():

@@ -76,7 +76,7 @@ class TextClassifier:
         """Negative log-likelihood (nats) of the right class, and the likeliest class, both [batch, 1]."""
         log_probabilities = _log_softmax(self.logits(batch["input_ids"], batch["attention_mask"]))
         rows = np.arange(len(log_probabilities))
-        return -log_probabilities[rows, batch["labels"]][:, None], log_probabilities.argmax(axis=-1)[:, None]
+        return -log_probabilities[rows, batch["labels"][:, 0]][:, None], log_probabilities.argmax(axis=-1)[:, None]
 
     def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits of every label.

@@ -108,9 +108,9 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     peft_model = add_lora(model, base.family, task, config).to(device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
     backend = (
-        TorchBackend(peft_model, base.family, config)
+        TorchBackend(peft_model, base.family, task, config)
         if ranks.world == 1
-        else RankedBackend(peft_model, base.family, config, ranks)
+        else RankedBackend(peft_model, base.family, task, config, ranks)
     )
     first = collate(prepared.examples["validation"][: config.batch_size], tokenizer.pad_id, task)
     config = replace(
@@ -122,7 +122,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         learning_rate=config.learning_rate or base.family.learning_rate,
     )
 
-    scorer = TorchScorer(peft_model, base.family, stop_ids(prepared.rendering, tokenizer))
+    scorer = TorchScorer(peft_model, task, stop_ids(prepared.rendering, tokenizer))
 
     new = not run.path.exists()
     before, resumed_from = 0.0, None if new else 0

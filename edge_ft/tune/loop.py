@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edge_ft.artifacts import disk_full
 from edge_ft.config import TuneConfig
-from edge_ft.data import Batch, Example, collate, train_batches
+from edge_ft.data import Batch, Example, collate, target_mask, train_batches
 from edge_ft.errors import UsageError
 from edge_ft.evaluate.score import RowScores, Scorer, score
 from edge_ft.progress import Progress
@@ -251,7 +251,7 @@ class _Loop:
         """One optimizer step; nothing of `state` changes before its update."""
         config, step, started = self.config, state.steps + 1, self.watch.seconds
         micro_batches = list(islice(batches, config.gradient_accumulation))
-        targets = sum(_targets(batch, self.task) for batch in micro_batches)
+        targets = sum(int(target_mask(batch["labels"], self.task).sum()) for batch in micro_batches)
         rate = learning_rate_at(step, state.planned, config) * state.rate_factor
         self.backend.seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
         loss, rows = 0.0, [row for batch in micro_batches for row in batch["rows"]]
@@ -394,8 +394,3 @@ def _endless_batches(
                 continue
             yield collate([train[index] for index in indices], pad_id, task)
         epoch += 1
-
-
-def _targets(batch: Batch, task: str) -> int:
-    labels = batch["labels"]
-    return int((labels[:, 1:] != -100).sum()) if task == "text-generation" else len(labels)

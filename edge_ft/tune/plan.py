@@ -227,7 +227,8 @@ def _load(base: "Base", prepared: Prepared, config: TuneConfig) -> tuple[Any, An
     model = load_model(base, prepared.task, config.base_format, config.block_size, labels, config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peft_model = add_lora(model, base.family, prepared.task, config).to(device)
-    return TorchBackend(peft_model, base.family, config), TorchScorer(peft_model, base.family)
+    task = prepared.task
+    return TorchBackend(peft_model, base.family, task, config), TorchScorer(peft_model, task)
 
 
 def _batches(config: TuneConfig, train: Sequence[Example]) -> list[list[int]]:

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import distributed
 
-from edge_ft.config import TuneConfig
+from edge_ft.config import Task, TuneConfig
 from edge_ft.data import Batch
 from edge_ft.families import Family
 from edge_ft.progress import Progress
@@ -90,8 +90,8 @@ class Ranks:
 class RankedBackend(TorchBackend):
     """One of several processes; the calls that are marked so must be made by all of them, in the same order."""
 
-    def __init__(self, model: Any, family: Family, config: TuneConfig, ranks: Ranks) -> None:
-        super().__init__(model, family, config)
+    def __init__(self, model: Any, family: Family, task: Task, config: TuneConfig, ranks: Ranks) -> None:
+        super().__init__(model, family, task, config)
         self.ranks = ranks
         self.together = True
 
@@ -131,8 +131,7 @@ class RankedBackend(TorchBackend):
         if not self.together:
             return super().token_nll(batch)
         own = self._own(batch)
-        shape = (len(batch["rows"]), batch["labels"].shape[1] if batch["labels"].ndim == 2 else 1)
-        nll, predicted = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
+        nll, predicted = np.zeros(batch["labels"].shape, np.float32), np.zeros_like(batch["labels"])
         if own["rows"]:
             nll[self.ranks.rank :: self.ranks.world], predicted[self.ranks.rank :: self.ranks.world] = (
                 super().token_nll(own)
@@ -150,9 +149,4 @@ class RankedBackend(TorchBackend):
     def _own(self, batch: Batch) -> Batch:
         """This process's rows of a batch."""
         share = slice(self.ranks.rank, None, self.ranks.world)
-        return Batch(
-            input_ids=batch["input_ids"][share],
-            attention_mask=batch["attention_mask"][share],
-            labels=batch["labels"][share],
-            rows=batch["rows"][share],
-        )
+        return cast(Batch, {name: values[share] for name, values in batch.items()})  # type: ignore[index]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from edge_ft.base.compute import Compute, has_bf16
 from edge_ft.base.head import target_loss
-from edge_ft.base.scorer import TorchScorer, class_logits, target_hidden, task_model_of
-from edge_ft.config import TuneConfig
+from edge_ft.base.scorer import HIDDEN, LOSSES, TorchScorer, task_model_of
+from edge_ft.config import Task, TuneConfig
 from edge_ft.data import Batch
 from edge_ft.families import Family
 
@@ -29,8 +29,8 @@ class TorchBackend(TorchScorer):
     scores in float32.
     """
 
-    def __init__(self, model: Any, family: Family, config: TuneConfig) -> None:
-        super().__init__(model, family)
+    def __init__(self, model: Any, family: Family, task: Task, config: TuneConfig) -> None:
+        super().__init__(model, task)
         self._asked = config.compute
         narrow = config.compute == "bf16" or (config.compute == "auto" and has_bf16(self.device))
         self.dtype = torch.bfloat16 if narrow else torch.float32
@@ -47,11 +47,11 @@ class TorchBackend(TorchScorer):
     def gradient(self, batch: Batch, targets: int) -> float:
         self.model.train()
         with self.compute:
-            if self.family.decoder:
-                hidden, labels = target_hidden(self.model, batch, self.device)
+            if self.task in HIDDEN:
+                hidden, labels = HIDDEN[self.task](self.model, batch, self.device)
                 loss = target_loss(hidden, task_model_of(self.model).get_output_embeddings(), labels, self.dtype)
             else:
-                loss = nn.functional.cross_entropy(*class_logits(self.model, batch, self.device), reduction="sum")
+                loss = LOSSES[self.task](self.model, batch, self.device)[0].sum()
             loss = loss / targets
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
@@ -60,7 +60,7 @@ class TorchBackend(TorchScorer):
         """What `compute: auto` comes to: bf16 where the device has it and the loss of `batch` is float32's."""
         if self._asked == "auto" and self.dtype == torch.bfloat16:
             narrow = float(self.token_nll(batch)[0].sum())
-            wide = float(TorchScorer(self.model, self.family).token_nll(batch)[0].sum())
+            wide = float(TorchScorer(self.model, self.task).token_nll(batch)[0].sum())
             if not abs(narrow - wide) <= _AGREEMENT * wide:  # NaN too
                 self.dtype = self.compute.dtype = torch.float32
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"

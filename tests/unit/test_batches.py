@@ -22,7 +22,7 @@ def test_padding_has_no_mask_and_no_loss_even_where_pad_is_eos() -> None:
 
 def test_a_class_is_one_label_a_row() -> None:
     batch = collate([Example(1, [5, 6], [3], 2, "d", 0), Example(2, [5], [0], 1, "a", 0)], 0, "text-classification")
-    assert batch["labels"].tolist() == [3, 0]
+    assert batch["labels"].tolist() == [[3], [0]]
     assert batch["input_ids"].tolist() == [[5, 6], [5, 0]]
 
 

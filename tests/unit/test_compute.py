@@ -41,7 +41,7 @@ def classifier_batch() -> Batch:
     ids = np.random.default_rng(0).integers(4, 15, (3, 12))
     mask = np.ones_like(ids)
     mask[1, 7:] = 0
-    return Batch(input_ids=ids, attention_mask=mask, labels=np.array([0, 1, 1]), rows=[0, 1, 2])
+    return Batch(input_ids=ids, attention_mask=mask, labels=np.array([[0], [1], [1]]), rows=[0, 1, 2])
 
 
 def adapted(folder: Path, settings: TuneConfig, base_format: Any = "int4") -> Any:
@@ -61,8 +61,10 @@ def plain_gradients(peft_model: Any, batch: Batch) -> tuple[float, dict[str, Ten
     """The loss as transformers' own model and cross-entropy give it."""
     ids, mask, labels = (torch.from_numpy(batch[key]) for key in ("input_ids", "attention_mask", "labels"))  # type: ignore[literal-required]
     logits = peft_model(input_ids=ids, attention_mask=mask).logits
-    if labels.dim() == 2:
+    if logits.dim() == 3:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    else:
+        labels = labels[:, 0]
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     loss.backward()
     return loss.item(), gradients(peft_model)
@@ -75,7 +77,7 @@ def gradients(peft_model: Any) -> dict[str, Tensor]:
 def backend_gradients(
     peft_model: Any, family: str, batch: Batch, settings: TuneConfig
 ) -> tuple[float, dict[str, Tensor]]:
-    backend = TorchBackend(peft_model, family_of(family), settings)
+    backend = TorchBackend(peft_model, family_of(family), family_of(family).tasks[0], settings)
     return backend.gradient(batch, 1), gradients(peft_model)
 
 
@@ -124,7 +126,7 @@ def test_low_memory_keeps_fewer_activations(llama: Path) -> None:
     kept = {}
     for memory in ("normal", "low"):
         settings = config(memory=memory)
-        backend = TorchBackend(adapted(llama, settings), family_of("llama"), settings)
+        backend = TorchBackend(adapted(llama, settings), family_of("llama"), "text-generation", settings)
         sizes: list[int] = []
 
         def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
@@ -151,10 +153,10 @@ def test_dropout_is_the_same_when_it_is_recomputed(llama: Path) -> None:
 def test_scores_of_a_scorer_are_float32_beside_a_bfloat16_backend(llama: Path) -> None:
     batch = decoder_batch()
     model = adapted(llama, config())
-    expected, _ = TorchScorer(model, family_of("llama")).token_nll(batch)
-    backend = TorchBackend(model, family_of("llama"), config(compute="bf16"))
+    expected, _ = TorchScorer(model, "text-generation").token_nll(batch)
+    backend = TorchBackend(model, family_of("llama"), "text-generation", config(compute="bf16"))
     narrow, _ = backend.token_nll(batch)
-    wide, _ = TorchScorer(model, family_of("llama")).token_nll(batch)
+    wide, _ = TorchScorer(model, "text-generation").token_nll(batch)
     np.testing.assert_allclose(wide, expected, rtol=1e-5, atol=1e-5)
     assert np.abs(narrow - expected).max() > 1e-4
 
@@ -162,19 +164,19 @@ def test_scores_of_a_scorer_are_float32_beside_a_bfloat16_backend(llama: Path) -
 def test_a_step_after_a_look(llama: Path) -> None:
     """What scoring leaves behind in inference mode must not reach a gradient."""
     attention._causal_bias.cache_clear()
-    backend = TorchBackend(adapted(llama, config()), family_of("llama"), config())
+    backend = TorchBackend(adapted(llama, config()), family_of("llama"), "text-generation", config())
     backend.token_nll(decoder_batch())
     assert backend.gradient(decoder_batch(), 1) > 0
 
 
 def test_an_adapter_that_is_switched_off_is_off(llama: Path) -> None:
     model = adapted(llama, config())
-    backend = TorchBackend(model, family_of("llama"), config())
+    backend = TorchBackend(model, family_of("llama"), "text-generation", config())
     on = backend.token_nll(decoder_batch())[0]
     with model.disable_adapter():
         off = backend.token_nll(decoder_batch())[0]
     base = find_base(str(llama))
-    expected = TorchScorer(load_model(base, "text-generation", "int4"), base.family).token_nll(decoder_batch())[0]
+    expected = TorchScorer(load_model(base, "text-generation", "int4"), "text-generation").token_nll(decoder_batch())[0]
     np.testing.assert_allclose(off, expected, rtol=1e-5, atol=1e-5)
     assert np.abs(on - off).max() > 1e-3
 
@@ -256,6 +258,6 @@ def test_auto_is_bfloat16_where_the_processor_has_it_and_the_loss_agrees(
     for narrow, agreement, expected in ((True, 0.05, "bf16"), (True, 0.0, "fp32"), (False, 0.05, "fp32")):
         monkeypatch.setattr(torch_backend, "has_bf16", lambda _, narrow=narrow: narrow)
         monkeypatch.setattr(torch_backend, "_AGREEMENT", agreement)
-        backend = TorchBackend(adapted(llama, settings), family_of("llama"), settings)
+        backend = TorchBackend(adapted(llama, settings), family_of("llama"), "text-generation", settings)
         assert backend.settle(batch) == expected
         assert (backend.dtype == backend.compute.dtype == torch.bfloat16) == (expected == "bf16")

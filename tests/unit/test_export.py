@@ -104,9 +104,9 @@ def test_padded_batches_answer_as_single_rows_do(llama_bundle: Bundle, llama_run
 
 
 def test_greedy_answers_are_those_of_torch(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
-    model, base = open_run_model(llama_run)
+    model, _base = open_run_model(llama_run)
     generator = load(llama_adapter_bundle)
-    scorer = TorchScorer(model, base.family, generator.stop_ids)
+    scorer = TorchScorer(model, "text-generation", generator.stop_ids)
     rendering, tokenizer = generator.rendering, generator.tokenizer
     for example in encode_rows(rendering, tokenizer, read_rows(str(llama_run.split("test")))):
         prompt = example.input_ids[: example.prompt_length]

@@ -31,7 +31,7 @@ def config(**settings: Any) -> TuneConfig:
 def backend(llama: Path) -> TorchBackend:
     base = find_base(str(llama))
     model = load_model(base, TASK, "int4")
-    return TorchBackend(add_lora(model, base.family, TASK, config()), base.family, config())
+    return TorchBackend(add_lora(model, base.family, TASK, config()), base.family, TASK, config())
 
 
 @pytest.fixture(scope="module")
