@@ -86,7 +86,7 @@ def find(source: str) -> dict[str, Any]:
             find_run_base(run), str(run.report()["task"]), tuple(run.rendering()["labels"]), run.tokenizer, run.adapter
         )
     base = find_base(source)
-    return _found(base, base.family.tasks[0], base.labels, base.path, None)
+    return _found(base, base.task, base.labels(base.task), base.path, None)
 
 
 def find_bundle_base(source: str) -> dict[str, Any]:

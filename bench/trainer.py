@@ -120,7 +120,7 @@ def _linear_weights(base: "Base", prepared: "Prepared") -> tuple[int, int]:
     sizes = {False: 0, True: 0}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            sizes[is_within(name, base.family.head)] += module.weight.numel()
+            sizes[is_within(name, base.family.heads[prepared.task])] += module.weight.numel()
     return sizes[False], sizes[True]
 
 

@@ -9,9 +9,12 @@ from typing import Literal
 from edge_ft.config import Task
 from edge_ft.errors import ModelError
 
-__all__ = ["FAMILIES", "Family", "Kind", "family_of"]
+__all__ = ["CLASSIFIERS", "FAMILIES", "Family", "Kind", "family_of"]
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
+
+CLASSIFIERS: tuple[Task, ...] = ("text-classification", "token-classification")
+"""Tasks whose head has an output for each of the user's classes."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +23,24 @@ class Family:
 
     name: str
     """`model_type` in config.json."""
-    tasks: tuple[Task, ...]
-    """What can be tuned and exported; the first is the default."""
+    heads: dict[Task, tuple[str, ...]]
+    """What can be tuned and exported, the default first, and dotted names of the modules that make its output from
+    the layers'. LoRA leaves them alone; the last of a classifier's has a row of weights for each class."""
     layers: str
-    """Dotted name of the list of transformer layers inside the task model."""
-    head: tuple[str, ...]
-    """Dotted names of the modules that make the output. LoRA leaves them alone; a classifier's stay float and are
-    trained in full."""
+    """Dotted name of the list of transformer layers inside a task model."""
     kind: Kind
     """decoder: causal, with a KV cache; encoder: bidirectional, one pass; encoder-decoder: one of each."""
     learning_rate: float
     """Peak rate for LoRA, chosen by measurement (docs/decisions/010)."""
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What can be tuned and exported; the first is the default."""
+        return tuple(self.heads)
+
+    def trained_head(self, task: Task) -> tuple[str, ...]:
+        """Modules that stay float and are trained in full: a classifier's head is made for the user's own classes."""
+        return self.heads[task] if task in CLASSIFIERS and not self.decoder else ()
 
     @property
     def decoder(self) -> bool:
@@ -41,8 +51,16 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llama", ("text-generation",), "model.layers", ("lm_head",), "decoder", 2e-3),
-        Family("bert", ("text-classification",), "bert.encoder.layer", ("bert.pooler", "classifier"), "encoder", 1e-3),
+        Family("llama", {"text-generation": ("lm_head",)}, "model.layers", "decoder", 2e-3),
+        Family(
+            "bert",
+            {
+                "text-classification": ("bert.pooler", "classifier"),
+            },
+            "bert.encoder.layer",
+            "encoder",
+            1e-3,
+        ),
     )
 }
 

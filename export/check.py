@@ -49,7 +49,6 @@ class Checked:
 
 def score_torch(source: Source, shipped_model: Any, config: ExportConfig, progress: Progress) -> TorchScores:
     """Torch's scores, with one model in memory at a time besides `shipped_model`."""
-    family = source.base.family
 
     def scored(model: Any, examples: list[Example], stage: str) -> RowScores:
         scorer = TorchScorer(model, source.task)
@@ -63,9 +62,9 @@ def score_torch(source: Source, shipped_model: Any, config: ExportConfig, progre
     base = scored(base_model, source.validation, "validation, base") if source.validation else None
     if source.adapter is None:
         return TorchScores(shipped_probe, None, base, None)
-    if not family.decoder:
+    if head := source.base.family.trained_head(source.task):
         whole = shipped_model.get_base_model() if hasattr(shipped_model, "get_base_model") else shipped_model
-        for name in family.head:
+        for name in head:
             base_model.set_submodule(name, whole.get_submodule(name))
     untuned_probe = scored(base_model, probes, "probe, base")
     del base_model

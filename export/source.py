@@ -89,7 +89,7 @@ class Source:
     @property
     def _keep(self) -> tuple[str, ...]:
         """What stays float32 whatever the rest is: a head that is trained in full."""
-        return () if self.base.family.decoder else self.base.family.head
+        return self.base.family.trained_head(self.task)
 
     def _round_to_fp16(self, model: nn.Module) -> None:
         largest = torch.finfo(torch.float16).max
@@ -151,11 +151,11 @@ def _from_run(run: RunFolder, config: ExportConfig) -> Source:
 def _from_model(source: str, config: ExportConfig) -> Source:
     base = find_base(source, config.task)
     tokenizer = TextTokenizer.load(base.path)
-    task = config.task or base.family.tasks[0]
+    task = config.task or base.task
     if config.adapter is not None:
         adapter_config(config.adapter)  # refused before any work
     rows = read_rows(config.data)[:VERIFY_ROWS] if config.data is not None else []
-    labels = _labels(base, config, rows) if task == "text-classification" else ()
+    labels = _labels(base, task, config, rows) if base.family.trained_head(task) else ()
     if rows:
         rendering = rendering_for(
             config,
@@ -197,21 +197,21 @@ def _from_model(source: str, config: ExportConfig) -> Source:
     )
 
 
-def _labels(base: Base, config: ExportConfig, rows: list[Row]) -> tuple[str, ...]:
+def _labels(base: Base, task: Task, config: ExportConfig, rows: list[Row]) -> tuple[str, ...]:
     """Class names: the checkpoint's; for the head that an adapter brings, the rows' if they are as many, else LABEL_i.
 
     Raises:
         ModelError: neither the model nor the adapter has a head.
     """
-    size = 0
+    own, size = base.labels(task), 0
     if config.adapter is not None:
         with safe_open(config.adapter / "adapter_model.safetensors", "np") as weights:
             for key in weights.keys():  # noqa: SIM118 - not a dict
-                if key.endswith(f"{base.family.head[-1]}.weight"):
+                if key.endswith(f"{base.family.heads[task][-1]}.weight"):
                     size = weights.get_slice(key).get_shape()[0]
-    if size in (0, len(base.labels)):
-        if not base.labels:
-            raise ModelError(f"{base.path} has no classification head: tune it first")
-        return base.labels
-    found = find_labels(rows, find_columns(column_names(rows), config, "text-classification")) if rows else ()
+    if size in (0, len(own)):
+        if not own:
+            raise ModelError(f"{base.path} has no head for {task}: tune it first")
+        return own
+    found = find_labels(rows, find_columns(column_names(rows), config, task)) if rows else ()
     return found if len(found) == size else tuple(f"LABEL_{index}" for index in range(size))

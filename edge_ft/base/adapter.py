@@ -10,18 +10,24 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import nn
 
-from edge_ft.base.linear import is_within
+from edge_ft.base.linear import is_within, layers_name
 from edge_ft.base.quiet import quiet_libraries
-from edge_ft.config import TuneConfig, last_layers
+from edge_ft.config import Task, TuneConfig, last_layers
 from edge_ft.errors import ModelError, UsageError, did_you_mean
 from edge_ft.families import Family
 
 __all__ = ["add_lora", "load_adapter", "lora_pairs", "merge_adapter"]
 
-PEFT_TASKS = {"text-generation": "CAUSAL_LM", "text-classification": "SEQ_CLS"}
+PEFT_TASKS: dict[Task, str | None] = {
+    "text-generation": "CAUSAL_LM",
+    "text-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "feature-extraction": "FEATURE_EXTRACTION",
+    "fill-mask": None,  # PEFT has no name for it
+}
 
 
-def add_lora(model: nn.Module, family: Family, task: str, config: TuneConfig) -> Any:
+def add_lora(model: nn.Module, family: Family, task: Task, config: TuneConfig) -> Any:
     """Wrap `model` with fresh LoRA layers; a classifier's head is trained in full beside them.
 
     Returns:
@@ -39,8 +45,8 @@ def add_lora(model: nn.Module, family: Family, task: str, config: TuneConfig) ->
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
-        target_modules=_targets(model, family, config),
-        modules_to_save=None if family.decoder else [name.rpartition(".")[2] for name in family.head],
+        target_modules=_targets(model, family, task, config),
+        modules_to_save=[name.rpartition(".")[2] for name in family.trained_head(task)] or None,
     )
     with quiet_libraries():
         return get_peft_model(model, lora)
@@ -160,16 +166,17 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
     return merged.eval()
 
 
-def _targets(model: nn.Module, family: Family, config: TuneConfig) -> list[str]:
+def _targets(model: nn.Module, family: Family, task: Task, config: TuneConfig) -> list[str]:
     """Full names of the linear layers to adapt."""
-    layers = len(model.get_submodule(family.layers))  # type: ignore[arg-type]
+    within = layers_name(model, family)
+    layers = len(model.get_submodule(within))  # type: ignore[arg-type]
     count = last_layers(config.layers)
     if count is not None and count > layers:
         raise UsageError(f"--layers {config.layers}: this model has {layers} layers")
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not is_within(name, family.head)
+        if isinstance(module, nn.Linear) and not is_within(name, family.heads[task])
     ]
     if config.target_modules != ("all-linear",):
         endings = sorted({name.rpartition(".")[2] for name in linear})
@@ -183,7 +190,7 @@ def _targets(model: nn.Module, family: Family, config: TuneConfig) -> list[str]:
             name for name in linear if any(name == end or name.endswith(f".{end}") for end in config.target_modules)
         ]
     if count is not None:
-        last = tuple(f"{family.layers}.{index}." for index in range(layers - count, layers))
+        last = tuple(f"{within}.{index}." for index in range(layers - count, layers))
         linear = [name for name in linear if name.startswith(last)]
     if not linear:
         raise UsageError("--target-modules and --layers together leave nothing to train")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from edge_ft.base.attention import use_short_attention
-from edge_ft.base.linear import transposed_weight
+from edge_ft.base.linear import layers_name, transposed_weight
 from edge_ft.families import Family
 
 __all__ = ["Compute", "has_bf16"]
@@ -44,7 +44,7 @@ class Compute:
         self.active = False
         _give_freed_memory_back(recompute)
         task_model = model.get_base_model()
-        layers = task_model.get_submodule(family.layers)
+        layers = task_model.get_submodule(layers_name(task_model, family))
         use_short_attention(task_model)
         for layer in layers:
             layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_ft.base.grid import Bits, Codes, pack_nibbles, quantize, unpack_nibbles
+from edge_ft.families import Family
 
 __all__ = [
     "FrozenLinear",
@@ -26,6 +27,7 @@ __all__ = [
     "codes_sha256",
     "exporting",
     "is_within",
+    "layers_name",
     "quantize_model",
     "transposed_weight",
 ]
@@ -273,6 +275,12 @@ def quantize_model(
 def is_within(name: str, modules: tuple[str, ...]) -> bool:
     """Whether a dotted name is one of `modules`, or of something inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def layers_name(model: nn.Module, family: Family) -> str:
+    """Dotted name of the list of transformer layers in `model`: a body without a head has no prefix."""
+    prefix = str(model.base_model_prefix)
+    return family.layers if hasattr(model, prefix) else family.layers.removeprefix(f"{prefix}.")
 
 
 def codes_sha256(model: nn.Module) -> str:

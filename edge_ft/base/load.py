@@ -21,11 +21,20 @@ from edge_ft.base.quiet import quiet_libraries
 from edge_ft.config import BaseFormat, Task
 from edge_ft.data import class_numbers
 from edge_ft.errors import ModelError, did_you_mean, require
-from edge_ft.families import Family, family_of
+from edge_ft.families import CLASSIFIERS, Family, family_of
 
 __all__ = ["Base", "find_base", "load_model"]
 
 BITS: dict[BaseFormat, Bits] = {"int4": 4, "int8": 8}
+MADE_FOR: dict[str, Task] = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "ForConditionalGeneration": "text2text-generation",
+    "Model": "feature-extraction",
+}
+"""How transformers ends the names of its classes."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +56,33 @@ class Base:
         return int(self.config.get("max_position_embeddings", 1024))
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names that the checkpoint brings, in the order of its head; none for a headless one."""
-        key = f"{self.family.head[-1]}.weight"
+    def task(self) -> Task:
+        """What the checkpoint was made for, by the name of its class; else what its family does first."""
+        written = next(iter(self.config.get("architectures") or ()), "")
+        found = next((task for ending, task in MADE_FOR.items() if written.endswith(ending)), None)
+        return found if found in self.family.tasks else self.family.tasks[0]
+
+    def labels(self, task: Task) -> tuple[str, ...]:
+        """Class names that the checkpoint brings for `task`, in the order of its head; none where it has no head."""
+        if not self.family.trained_head(task) or task != self.task:
+            return ()
+        key = f"{self.family.heads[task][-1]}.weight"
         for file in sorted(self.path.glob("*.safetensors")):
             try:
                 with safe_open(file, "np") as weights:
                     size = weights.get_slice(key).get_shape()[0] if key in weights.keys() else 0  # noqa: SIM118
             except SafetensorError as error:
                 raise ModelError(f"{file} cannot be read as safetensors: {error}") from error
-            if size and not self.family.decoder:
+            if size:
                 # transformers leaves out names that are LABEL_0, LABEL_1 ...
                 names: dict[str, str] = self.config.get("id2label") or {}
                 return tuple(names.get(str(index), f"LABEL_{index}") for index in range(size))
         return ()
 
-    def brings_head_of(self, labels: tuple[str, ...]) -> bool:
+    def brings_head_of(self, task: Task, labels: tuple[str, ...]) -> bool:
         """Whether the checkpoint's head is one of these classes: by their names, or by their numbers."""
-        return bool(self.labels) and labels in (self.labels, class_numbers(self.labels))
+        own = self.labels(task)
+        return bool(own) and labels in (own, class_numbers(own))
 
     @property
     def license(self) -> str | None:
@@ -137,27 +155,27 @@ def load_model(
     from optimum.exporters.tasks import TasksManager
 
     settings: dict[str, Any] = {}
-    if task == "text-classification" and labels:
+    if task in CLASSIFIERS and labels:
         settings = {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
         }
-    fresh = base.family.head if labels and not base.family.decoder else ()
+    fresh = base.family.trained_head(task) if labels else ()
     model_class = TasksManager.get_model_class_for_task(task, framework="pt")
     model = None
     try:
         with quiet_libraries():
             if base_format != "fp32":
-                model = _quantized(base, model_class, settings, base_format, block_size, fresh, seed)
+                model = _quantized(base, model_class, task, settings, base_format, block_size, fresh, seed)
             if model is None:
                 model = _whole(base, model_class, task, settings, fresh, seed)
                 if base_format != "fp32":
-                    _round(model, base, base_format, block_size)
+                    _round(model, base, task, base_format, block_size)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{base.path} cannot be loaded as {task}: {error}") from error
-    if fresh and base.labels and not base.brings_head_of(labels):
-        head = model.get_submodule(base.family.head[-1])
+    if fresh and base.labels(task) and not base.brings_head_of(task, labels):
+        head = model.get_submodule(fresh[-1])
         torch.manual_seed(seed)
         nn.init.normal_(head.weight, std=model.config.initializer_range)
         nn.init.zeros_(head.bias)
@@ -182,7 +200,7 @@ def _whole(
         raise ModelError(
             f"{base.path} lacks the weights of {lost[0]}"
             + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
-            + (": it has no classification head, tune it first" if is_within(lost[0], base.family.head) else "")
+            + (": it has no head for this, tune it first" if is_within(lost[0], base.family.trained_head(task)) else "")
         )
     return model
 
@@ -190,6 +208,7 @@ def _whole(
 def _quantized(
     base: Base,
     model_class: Any,
+    task: Task,
     settings: dict[str, Any],
     base_format: BaseFormat,
     block_size: int,
@@ -229,7 +248,7 @@ def _quantized(
         with safe_open(places[keys[name]], "pt") as weights:
             return weights.get_slice(keys[name])[rows].to(torch.float32, copy=True)
 
-    _round(model, base, base_format, block_size, read)
+    _round(model, base, task, base_format, block_size, read)
     for name in [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         parent, _, attribute = name.rpartition(".")
         value = torch.empty(parameters[name].shape) if name in drawn else read(name, slice(None))
@@ -247,12 +266,13 @@ def _quantized(
 def _round(
     model: nn.Module,
     base: Base,
+    task: Task,
     base_format: BaseFormat,
     block_size: int,
     read: Callable[[str, slice], Tensor] | None = None,
 ) -> None:
     """Bring a model's layers to `base_format`, in place; `read` as for `quantize_model`."""
-    keep = () if base.family.decoder else base.family.head
+    keep = base.family.trained_head(task)
     if base_format == "nf4":
         require("bitsandbytes", "train")
         from edge_ft.base.nf4 import round_to_nf4

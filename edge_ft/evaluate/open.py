@@ -80,6 +80,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
     if config.adapter is not None:
         raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter")
     base = find_base(source, config.task)
+    task = config.task or guess_task(column_names(rows), config, base.family.decoder)
     tokenizer = TextTokenizer.load(base.path)
     rendering = rendering_for(
         config,
@@ -87,9 +88,9 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         tokenizer,
         None,
         decoder=base.family.decoder,
-        task=config.task,
+        task=task,
         model_limit=base.max_length,
-        labels=base.labels,
+        labels=base.labels(task),
     )
     model = load_model(base, rendering.task, config.base_format).to(device)
     scorer = TorchScorer(model, rendering.task, stop_ids(rendering, tokenizer))

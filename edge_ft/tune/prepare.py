@@ -79,12 +79,12 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
     for code in config.allow:
         if code not in CODES:
             raise UsageError(f"--allow {code}: there is no such finding{did_you_mean(code, list(CODES))}")
-    model_labels = base.labels  # a weight file that cannot be read is said here, before the rows
     given, files = _read_splits(config)
     names = column_names(given["train"])
     task = config.task or guess_task(names, config, base.family.decoder)
     if config.task is None:
         progress.say(f"task: {task} (from the model and the columns {', '.join(names)}; --task overrides)")
+    model_labels = base.labels(task)  # a weight file that cannot be read is said here, before the rows are mapped
     columns = find_columns(names, config, task)
     findings: list[dict[str, Any]] = []
     for name, rows_given in given.items():

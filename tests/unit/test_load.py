@@ -40,7 +40,7 @@ def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
 
 
 def test_an_encoder_without_a_head_cannot_classify_yet(bert: Path) -> None:
-    with pytest.raises(ModelError, match="no classification head, tune it first"):
+    with pytest.raises(ModelError, match="no head for this, tune it first"):
         load_model(find_base(str(bert)), "text-classification")
 
 
@@ -88,13 +88,13 @@ def test_a_head_for_other_classes_is_drawn_anew(tmp_path: Path, reviews: Path) -
 
 def test_a_head_with_default_names_has_them(tmp_path: Path) -> None:
     folder = write_headed(tmp_path / "model", ("LABEL_0", "LABEL_1"))
-    assert find_base(str(folder)).labels == ("LABEL_0", "LABEL_1")
+    assert find_base(str(folder)).labels("text-classification") == ("LABEL_0", "LABEL_1")
 
 
 def test_numbers_mean_the_heads_own_order(tmp_path: Path) -> None:
     folder = write_headed(tmp_path / "model", ("no", "yes"))
-    assert find_base(str(folder)).brings_head_of(("0", "1"))
-    assert not find_base(str(folder)).brings_head_of(("yes", "no"))
+    assert find_base(str(folder)).brings_head_of("text-classification", ("0", "1"))
+    assert not find_base(str(folder)).brings_head_of("text-classification", ("yes", "no"))
 
 
 def test_a_rare_class_does_not_stop_a_run(bert: Path, reviews: Path, tmp_path: Path) -> None:
