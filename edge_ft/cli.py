@@ -84,6 +84,13 @@ def tune(
     for name, values in report["metrics"].items():
         split = "test" if "test" in values else "validation"
         table.append((f"{split} {name} [95%]", _interval(values[f"{split}_base"]), _interval(values[split])))
+    if answers := report["answers"]:
+        table.append(
+            (f"{answers['rows']} {answers['split']} answers, up to {answers['max_new_tokens']} tokens:", "", "")
+        )
+        table += [
+            (name, _interval(found["base"]), _interval(found["tuned"])) for name, found in answers["metrics"].items()
+        ]
     _show(
         output,
         report,

@@ -1,6 +1,6 @@
 """Torch's side of scoring: logits only where there is a label."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,3 +115,40 @@ class TorchScorer:
             answer.append(token)
             past, input_ids = output.past_key_values, torch.tensor([[token]], device=self.device)
         return answer
+
+    @torch.inference_mode()
+    def answer_batch(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """`answer` to each of the prompts, none of them empty; a decoder reads them together, padded on the left."""
+        if self.task != "text-generation":
+            return [self.answer(prompt, max_new_tokens) for prompt in prompts]
+        self.model.eval()
+        longest = max(map(len, prompts))
+        ids = np.zeros((len(prompts), longest), np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
+        input_ids, attention_mask = (torch.from_numpy(array).to(self.device) for array in (ids, mask))
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        answers: list[list[int]] = [[] for _ in prompts]
+        going = set(range(len(prompts)))
+        past = None
+        for _ in range(max_new_tokens):
+            output = self.model(  # type: ignore[operator]
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            input_ids = output.logits[:, -1].argmax(-1, keepdim=True)
+            for row, token in enumerate(input_ids[:, 0].tolist()):
+                if token in self.stop_ids:
+                    going.discard(row)
+                elif row in going:
+                    answers[row].append(token)
+            if not going:
+                break
+            past, position_ids = output.past_key_values, position_ids[:, -1:] + 1
+            attention_mask = torch.cat((attention_mask, torch.ones_like(input_ids)), dim=1)
+        return answers

@@ -6,17 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.config import EvalConfig
-from edge_ft.data import Example, Row, encode_rows, read_rows
+from edge_ft.data import Row, encode_rows, read_rows
 from edge_ft.errors import UsageError
-from edge_ft.evaluate.metrics import Metric, exact_match, mean, proportion, token_f1, verbatim_match
-from edge_ft.evaluate.open import Opened, longest_sequence, open_source
+from edge_ft.evaluate.answers import ANSWERING, answer_metrics, generate_answers
+from edge_ft.evaluate.open import longest_sequence, open_source
 from edge_ft.evaluate.score import Answerer, counted, score, summary
 from edge_ft.evaluate.shots import with_shots
-from edge_ft.progress import Progress, Silent, track
+from edge_ft.progress import Progress, Silent
 
 __all__ = ["evaluate"]
 
@@ -27,7 +25,7 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
     Returns:
         `rows` that were scored, `dropped` ones with nothing to score, those `cut` to the longest sequence and
         the `cut_tokens` they lost; `nll` (nats per target token), `perplexity`, `metrics` ({name: {value, low,
-        high}}, 95% intervals over rows), `shots`, `seconds`.
+        high}}, 95% intervals over rows; see `summary` and `answer_metrics`), `shots`, `seconds`.
 
     Raises:
         UsageError: rows, source or options that cannot be used.
@@ -58,8 +56,12 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
     )
     result = summary(scores, examples, rendering.task, rendering.labels)
     asks = rendering.columns.kind == "messages" or bool(rendering.columns.prompt)  # rows of text alone do not
-    if rendering.task == "text-generation" and config.generate and asks:
-        result["metrics"] |= _answers(opened, examples, config.max_new_tokens, progress)
+    if rendering.task in ANSWERING and config.generate and asks:
+        assert isinstance(opened.scorer, Answerer)
+        answers = generate_answers(
+            opened.scorer, tokenizer.decode, examples, config.max_new_tokens, opened.model_limit, progress
+        )
+        result["metrics"] |= answer_metrics(answers, progress)
     return {
         "source": source,
         "task": rendering.task,
@@ -78,23 +80,3 @@ def _shot_rows(source: str, config: EvalConfig) -> Sequence[Row]:
     raise UsageError(
         "--shots needs --shots-from FILE, e.g. the splits/train.jsonl of its run: a bundle or model brings no rows"
     )
-
-
-def _answers(opened: Opened, examples: Sequence[Example], max_new_tokens: int, progress: Progress) -> dict[str, Metric]:
-    """How greedy answers compare with the right ones: to the letter, by what they say, by their words."""
-    assert isinstance(opened.scorer, Answerer)
-    if not (examples := [example for example in examples if example.prompt_length]):
-        return {}
-    verbatim, matches, overlaps = [], [], []
-    for example in track(progress, "answer", examples, len(examples)):
-        room = opened.model_limit - example.prompt_length  # torch would go on past the model's positions
-        ids = opened.scorer.answer(example.input_ids[: example.prompt_length], min(max_new_tokens, room))
-        text = opened.tokenizer.decode(ids)
-        verbatim.append(verbatim_match(text, example.reference))
-        matches.append(exact_match(text, example.reference))
-        overlaps.append(token_f1(text, example.reference))
-    return {
-        "exact_match": proportion(matches),
-        "verbatim_match": proportion(verbatim),
-        "token_f1": mean(np.array(overlaps)),
-    }

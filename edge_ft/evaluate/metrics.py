@@ -12,6 +12,8 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_ft.errors import require
+
 __all__ = [
     "Metric",
     "accuracy",
@@ -22,6 +24,7 @@ __all__ = [
     "paired_bootstrap",
     "perplexity",
     "proportion",
+    "spearman",
     "token_f1",
     "verbatim_match",
     "wilson",
@@ -99,6 +102,28 @@ def macro_f1(predicted: NDArray[np.int64], gold: NDArray[np.int64], classes: int
         seen = confusion.sum(1) + confusion.sum(2)  # [samples, classes] predicted + gold
         f1 = 2 * right / np.maximum(seen, 1)
         return np.asarray(f1.sum(1) / (seen > 0).sum(1))
+
+    value = float(score(np.arange(len(gold))[None])[0])
+    low, high = _bounds(np.concatenate([score(rows) for rows in _resamples(len(gold), seed, 2000)]))
+    return Metric(value=value, low=low, high=high)
+
+
+def spearman(predicted: Numbers, gold: Numbers, seed: int = 0) -> Metric:
+    """Spearman's rank correlation of two columns of numbers [rows], with its bootstrap interval.
+
+    A column of one value has no ranks to correlate: that counts as 0.
+
+    Raises:
+        MissingExtra: scipy is not installed.
+    """
+    ranked = require("scipy.stats", "metrics").rankdata
+
+    def score(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Correlation of each resample; rows [samples, rows]."""
+        ranks = [ranked(column[rows], axis=1) for column in (predicted, gold)]
+        a, b = (rank - rank.mean(1, keepdims=True) for rank in ranks)
+        scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+        return np.asarray(np.divide((a * b).sum(1), scale, out=np.zeros(len(rows)), where=scale > 0))
 
     value = float(score(np.arange(len(gold))[None])[0])
     low, high = _bounds(np.concatenate([score(rows) for rows in _resamples(len(gold), seed, 2000)]))

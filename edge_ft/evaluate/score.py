@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edge_ft.data import Batch, Example, collate, eval_batches, target_mask
 from edge_ft.data.render import IGNORED
 from edge_ft.errors import AuditRefused
-from edge_ft.evaluate.metrics import accuracy, macro_f1, mean, perplexity
+from edge_ft.evaluate.metrics import accuracy, bootstrap, macro_f1, mean, perplexity
 from edge_ft.progress import Progress, track
 
 __all__ = ["Answerer", "RowScores", "Scorer", "counted", "scorable", "score", "summary"]
@@ -118,7 +118,7 @@ def score(
 
 
 def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: tuple[str, ...]) -> dict[str, Any]:
-    """`nll` (nats per target token), `perplexity`, and `metrics` with 95% intervals over rows."""
+    """`nll` (nats per target token), `perplexity` and `metrics`, each with its 95% interval over rows."""
     right = scores.correct / scores.tokens
     if task == "text-generation":
         metrics = {"token_accuracy": mean(right, scores.tokens)}
@@ -126,4 +126,11 @@ def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: t
         gold = np.array([example.labels[0] for example in examples])
         predicted = np.array([int(classes[0]) for classes in scores.predicted])
         metrics = {"accuracy": accuracy(predicted, gold), "macro_f1": macro_f1(predicted, gold, len(labels))}
-    return {"nll": scores.mean_nll, "perplexity": perplexity(scores.mean_nll), "metrics": metrics}
+    interval = bootstrap(scores.nll / scores.tokens, scores.tokens)
+    return {
+        "nll": scores.mean_nll,
+        "nll_interval": list(interval),
+        "perplexity": perplexity(scores.mean_nll),
+        "perplexity_interval": [perplexity(nll) for nll in interval],
+        "metrics": metrics,
+    }

@@ -142,7 +142,9 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
             write_json(run.path / "plan.json", found_plan)
         result = _train(run, config, backend, prepared, tokenizer, identity, checkpoint, ranks, progress)
         backend.save(run.adapter)
-        found = results(scorer, peft_model.disable_adapter, result, prepared, tokenizer, config, progress)
+        found = results(
+            scorer, peft_model.disable_adapter, result, prepared, tokenizer, base.max_length, config, progress
+        )
         report = {
             "model": base.name,
             "family": base.family.name,

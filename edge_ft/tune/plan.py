@@ -23,7 +23,7 @@ from edge_ft.evaluate.score import Answerer
 from edge_ft.progress import Progress, Silent
 from edge_ft.tune.loop import LOOKS, Backend, planned_steps
 from edge_ft.tune.prepare import SPLITS, Prepared, prepare
-from edge_ft.tune.report import OVERFITTING_ROWS, SAMPLE_TOKENS, SAMPLES, peak_rss_bytes
+from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS, peak_rss_bytes
 from edge_ft.tune.room import Peak, Room, give_back, resident_bytes
 
 if TYPE_CHECKING:
@@ -349,7 +349,7 @@ def _choice(
     after *= measured.report
     if prepared.task == "text-generation":
         answer = statistics.median(len(example.input_ids) - example.prompt_length for example in train)
-        after += SAMPLES * (SAMPLE_TOKENS + min(answer, SAMPLE_TOKENS)) * measured.token
+        after += BATCH_COST * (SAMPLE_TOKENS + min(answer, SAMPLE_TOKENS)) * measured.token
     state = 4 * measured.trainable  # bytes of all trained weights
     # AdamW's two moments and the best weights come on top of what was measured; and little of what a step took is
     # given back before the report is made.

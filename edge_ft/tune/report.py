@@ -10,14 +10,19 @@ import numpy as np
 
 from edge_ft.config import TuneConfig
 from edge_ft.data import Example, TextTokenizer
+from edge_ft.evaluate.answers import ANSWERING, Answer, answer_metrics, generate_answers
 from edge_ft.evaluate.score import Answerer, RowScores, score, summary
-from edge_ft.progress import Progress
+from edge_ft.progress import Progress, Silent
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.prepare import Prepared
 
 __all__ = ["peak_rss_bytes", "results"]
 
 SAMPLES = 3
+ANSWERS = 16
+"""Rows whose generated answers are scored: one batch of the base, and one of the tuned model."""
+BATCH_COST = 3
+"""A batch of so many takes as long as this many answers alone (SmolLM2, one slow core: 13 s a batch)."""
 SAMPLE_TOKENS = 32
 PROMPT_TAIL = 400
 """Characters of a prompt that a sample shows: its end, where the question is."""
@@ -32,16 +37,19 @@ def results(
     fitted: Fit,
     prepared: Prepared,
     tokenizer: TextTokenizer,
+    model_limit: int,
     config: TuneConfig,
     progress: Progress,
 ) -> dict[str, Any]:
-    """`nll`, `metrics`, `overfitting`, `guards` and `samples` of report.json.
+    """`nll`, `metrics`, `overfitting`, `guards`, `answers` and `samples` of report.json.
 
-    Validation rows chose the weights that `scorer` holds; test rows are read here, once.
+    Validation rows chose the weights that `scorer` holds; test rows are read here, once. Of those that a model
+    answers in text, the answers to the first `ANSWERS` are scored (`answers`, else null).
 
     Args:
         scorer: The tuned model, in float32.
         base: Inside the context that this gives, `scorer` is the untuned base.
+        model_limit: Positions that the model has.
     """
 
     def scored(examples: Sequence[Example], stage: str) -> RowScores:
@@ -78,10 +86,12 @@ def results(
     overfitting = _overfitting(train_nll, scores["validation"].mean_nll, fitted, len(train), config, progress)
 
     split = "test" if "test" in scores else "validation"
-    examples = prepared.examples[split][:SAMPLES]
-    if prepared.task == "text-generation":
-        samples = _answers(scorer, base, examples, tokenizer, progress)
+    answers: dict[str, Any] | None = None
+    if prepared.task in ANSWERING:
+        examples = prepared.examples[split][:ANSWERS]
+        samples, answers = _answers(scorer, base, examples, tokenizer, model_limit, split, progress)
     else:
+        examples = prepared.examples[split][:SAMPLES]
         labels, before, after = prepared.rendering.labels, scores[f"{split}_base"], scores[split]
         samples = [
             {
@@ -101,6 +111,7 @@ def results(
         "metrics": metrics,
         "overfitting": overfitting,
         "guards": {"skipped": fitted.skipped, "rate_factor": fitted.rate_factor},
+        "answers": answers,
         "samples": [{"split": split, **sample} for sample in samples],
     }
 
@@ -138,24 +149,30 @@ def _answers(
     base: Callable[[], AbstractContextManager[Any]],
     examples: Sequence[Example],
     tokenizer: TextTokenizer,
+    model_limit: int,
+    split: str,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    """Greedy answers of the base and of the tuned model."""
-    answers: dict[str, list[str]] = {}
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Greedy answers of the base and of the tuned model: a few as samples, and the figures of all."""
+    examples = [example for example in examples if 0 < example.prompt_length < model_limit]
+    if not examples:
+        return [], None
+    answers: dict[str, list[Answer]] = {}
     for name, context in (("base", base), ("tuned", nullcontext)):
         with context():
-            answers[name] = [
-                tokenizer.decode(scorer.answer(example.input_ids[: example.prompt_length], SAMPLE_TOKENS))
-                for example in examples
-            ]
+            answers[name] = generate_answers(
+                scorer, tokenizer.decode, examples, SAMPLE_TOKENS, model_limit, progress, f"answers, {name}"
+            )
     samples = []
-    for index, example in enumerate(examples):
-        sample = {**_shown(example, tokenizer), **{name: texts[index] for name, texts in answers.items()}}
+    for index, example in enumerate(examples[:SAMPLES]):
+        sample = {**_shown(example, tokenizer), **{name: found[index].text for name, found in answers.items()}}
         samples.append(sample)
         progress.say(
             f"row {example.row}: {sample['reference']!r} is right; base {sample['base']!r}, tuned {sample['tuned']!r}"
         )
-    return samples
+    before, after = answer_metrics(answers["base"], progress), answer_metrics(answers["tuned"], Silent())
+    metrics = {name: {"base": before.get(name), "tuned": value} for name, value in after.items()}
+    return samples, {"split": split, "rows": len(examples), "max_new_tokens": SAMPLE_TOKENS, "metrics": metrics}
 
 
 def _shown(example: Example, tokenizer: TextTokenizer) -> dict[str, Any]:

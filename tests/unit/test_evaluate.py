@@ -1,7 +1,9 @@
 """`eval` gives the same figures for torch and ONNX, and `verify` finds what no longer scores as it did."""
 
 import json
+import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,11 @@ def test_a_run_and_its_exact_bundle_score_alike(llama_run: RunFolder, llama_adap
     assert onnx_side["nll"] == pytest.approx(torch_side["nll"], abs=1e-4)
     assert onnx_side["metrics"] == torch_side["metrics"]
     assert torch_side["nll"] == pytest.approx(llama_run.report()["nll"]["test"], abs=1e-5)
-    assert set(torch_side["metrics"]) == {"token_accuracy", "exact_match", "verbatim_match", "token_f1"}
+    said = {"exact_match", "verbatim_match", "token_f1", "rouge1", "rouge2", "rougeL", "chrf", "eos_rate", "distinct_1"}
+    assert set(torch_side["metrics"]) == {"token_accuracy", *said}
+    low, high = torch_side["nll_interval"]
+    assert low < torch_side["nll"] < high
+    assert torch_side["perplexity_interval"] == pytest.approx([math.exp(low), math.exp(high)])
 
 
 def test_a_classifier_is_scored_by_accuracy_and_macro_f1(bert_run: RunFolder, bert_bundle: Bundle) -> None:
@@ -97,14 +103,14 @@ def test_answers_can_be_left_out_or_cut_short(llama_run: RunFolder, monkeypatch:
         "exact_match" not in evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), generate=False))["metrics"]
     )
     lengths: list[int] = []
-    whole = TorchScorer.answer
+    whole = TorchScorer.answer_batch
 
-    def answer(self: TorchScorer, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+    def answer_batch(self: TorchScorer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         self.stop_ids = frozenset()
-        lengths.append(len(whole(self, prompt_ids, max_new_tokens)))
-        return []
+        lengths.extend(map(len, whole(self, prompts, max_new_tokens)))
+        return [[] for _ in prompts]
 
-    monkeypatch.setattr(TorchScorer, "answer", answer)
+    monkeypatch.setattr(TorchScorer, "answer_batch", answer_batch)
     for longest in (1, 12):
         lengths.clear()
         evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), max_new_tokens=longest))

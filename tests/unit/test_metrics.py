@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from sklearn.metrics import f1_score
 
 from edge_ft.evaluate.metrics import (
     accuracy,
@@ -16,6 +18,7 @@ from edge_ft.evaluate.metrics import (
     paired_bootstrap,
     perplexity,
     proportion,
+    spearman,
     token_f1,
     verbatim_match,
     wilson,
@@ -84,6 +87,26 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
     score = macro_f1(noisy, many, 4)
     assert score["low"] < score["value"] < score["high"]
     assert score["high"] - score["low"] == pytest.approx(2 * 1.96 * math.sqrt(0.75 * 0.25 / 400), rel=0.2)
+
+
+def test_class_scores_are_scikit_learns() -> None:
+    random = np.random.default_rng(3)
+    for classes in (2, 5):
+        gold, predicted = random.integers(0, classes, (2, 60))
+        assert macro_f1(predicted, gold, classes)["value"] == pytest.approx(f1_score(gold, predicted, average="macro"))
+        # Of one class a row, micro F1 is accuracy.
+        assert accuracy(predicted, gold)["value"] == pytest.approx(f1_score(gold, predicted, average="micro"))
+
+
+def test_spearman_is_scipys_ties_included() -> None:
+    random = np.random.default_rng(4)
+    gold = random.integers(0, 6, 200).astype(float)
+    predicted = gold + random.normal(0, 2, 200).round()
+    found = spearman(predicted, gold)
+    assert found["value"] == pytest.approx(spearmanr(predicted, gold).statistic)
+    assert found["low"] < found["value"] < found["high"]
+    assert spearman(np.exp(gold), gold)["value"] == pytest.approx(1)
+    assert spearman(np.zeros(200), gold) == {"value": 0, "low": 0, "high": 0}
 
 
 def test_accuracy_is_never_certain() -> None:

@@ -58,6 +58,19 @@ def test_answers_of_test_rows_are_shown_before_and_after(llama_run: RunFolder) -
     assert not any(sample["base"] == sample["reference"] for sample in samples)
 
 
+def test_a_bounded_number_of_answers_is_scored(llama_run: RunFolder) -> None:
+    report = llama_run.report()
+    found = report["answers"]
+    assert (found["split"], found["max_new_tokens"]) == ("test", 32)
+    assert found["rows"] == min(16, report["rows"]["test"])
+    assert found["metrics"]["exact_match"]["tuned"]["value"] > found["metrics"]["exact_match"]["base"]["value"]
+    assert {"rougeL", "chrf", "eos_rate"} <= set(found["metrics"])
+
+
+def test_a_classifier_writes_no_answers(bert_run: RunFolder) -> None:
+    assert bert_run.report()["answers"] is None
+
+
 def test_labels_are_shown_before_and_after(bert_run: RunFolder) -> None:
     report = bert_run.report()
     assert len(report["samples"]) == 3

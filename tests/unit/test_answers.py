@@ -1,0 +1,127 @@
+"""Figures of generated answers: those of the libraries that define them, and counted by hand where none does."""
+
+from collections.abc import Sequence
+
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import CHRF
+from told import Told
+
+from edge_ft.artifacts import RunFolder
+from edge_ft.base.scorer import TorchScorer
+from edge_ft.data import Example, TextTokenizer
+from edge_ft.errors import MissingExtra
+from edge_ft.evaluate import answers as module
+from edge_ft.evaluate.answers import Answer, answer_metrics, generate_answers
+from edge_ft.evaluate.open import open_run_model
+from edge_ft.progress import Silent
+
+REFERENCE = "The pump runs at night."
+
+
+def figures(texts: Sequence[str], references: Sequence[str], ended: bool = True) -> dict[str, float]:
+    answers = [Answer(text, reference, ended) for text, reference in zip(texts, references, strict=True)]
+    return {name: found["value"] for name, found in answer_metrics(answers, Silent()).items()}
+
+
+def test_overlaps_are_those_of_rouge_score_and_sacrebleu() -> None:
+    texts = ["The pump runs by day.", "A float closes the valve.", ""]
+    references = [REFERENCE, "The float closes a valve.", REFERENCE]
+    found = figures(texts, references)
+    for kind in ("rouge1", "rouge2", "rougeL"):
+        scores = [
+            RougeScorer([kind]).score(right, text)[kind].fmeasure for right, text in zip(references, texts, strict=True)
+        ]
+        assert found[kind] == pytest.approx(sum(scores) / 3)
+    chrf = [CHRF().sentence_score(text, [right]).score for right, text in zip(references, texts, strict=True)]
+    assert found["chrf"] == pytest.approx(sum(chrf) / 300)
+    # By hand: "the pump runs" is 3 of 5 words of both, and 2 of 4 pairs.
+    first = figures(texts[:1], references[:1])
+    assert (first["rouge1"], first["rouge2"], first["rougeL"]) == pytest.approx((0.6, 0.5, 0.6))
+
+
+def test_a_right_answer_has_every_point() -> None:
+    found = figures([REFERENCE], [REFERENCE])
+    assert all(found[name] == pytest.approx(1) for name in found if name != "repetition_4"), found
+    assert found["repetition_4"] == 0
+
+
+def test_repetition_is_counted_within_an_answer() -> None:
+    loop = "on and on and on and on and"  # 8 words, 2 of them different; pairs 2 of 7; phrases of four 2 of 5
+    found = figures([loop, "a b c d e"], ["", ""])
+    assert found["distinct_1"] == pytest.approx((2 / 8 + 1) / 2)
+    assert found["distinct_2"] == pytest.approx((2 / 7 + 1) / 2)
+    assert found["repetition_4"] == pytest.approx((3 / 5 + 0) / 2)
+
+
+def test_answers_too_short_to_repeat_themselves_say_nothing_of_it() -> None:
+    found = figures(["yes", ""], ["yes", "no"])
+    assert "repetition_4" not in found
+    assert "distinct_2" not in found
+    assert found["distinct_1"] == 1
+
+
+def test_eos_rate_is_the_share_that_ended() -> None:
+    answers = [Answer("x", "x", n != 0) for n in range(4)]
+    assert answer_metrics(answers, Silent())["eos_rate"]["value"] == 0.75
+
+
+def test_every_figure_lies_in_its_interval() -> None:
+    answers = [Answer(" ".join(["the pump runs"] * (n % 3 + 1)), REFERENCE, n % 2 == 0) for n in range(30)]
+    for name, found in answer_metrics(answers, Silent()).items():
+        assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1, name
+
+
+def test_on_a_device_what_needs_the_extra_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str, extra: str) -> None:
+        raise MissingExtra(f"this needs the package {name!r}: pip install 'edge-ft[{extra}]'")
+
+    monkeypatch.setattr(module, "require", missing)
+    told = Told()
+    found = answer_metrics([Answer("yes", "yes", True)], told)
+    assert {"exact_match", "token_f1", "eos_rate"} <= set(found)
+    assert not {"rouge1", "chrf"} & set(found)
+    assert told.lines == [
+        "ROUGE and chrF are left out: this needs the package 'rouge_score.rouge_scorer': pip install 'edge-ft[metrics]'"
+    ]
+
+
+def examples(*prompts: list[int]) -> list[Example]:
+    return [
+        Example(row, [*ids, 7], [-100] * len(ids) + [7], len(ids), "seven", 0) for row, ids in enumerate(prompts, 1)
+    ]
+
+
+class Counter:
+    """Writes 1, 2, 3 … up to as many tokens as it is asked for, or to the prompt's first token."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def token_nll(self, batch: object) -> None:  # type: ignore[return]
+        ...
+
+    def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        self.asked.append(max_new_tokens)
+        return list(range(1, min(max_new_tokens, prompt_ids[0]) + 1))
+
+
+def test_an_answer_that_was_cut_did_not_end_and_none_goes_beyond_the_model() -> None:
+    counter = Counter()
+    found = generate_answers(counter, str, examples([2], [9], [], [9] * 6, [9] * 8), 4, 8, Silent())  # type: ignore[arg-type]
+    assert [(answer.text, answer.ended) for answer in found] == [
+        ("[1, 2]", True),
+        ("[1, 2, 3, 4]", False),
+        ("[1, 2]", False),  # 6 of 8 positions were taken; the row without a prompt and the full one are not asked
+    ]
+    assert counter.asked == [4, 4, 2]
+
+
+def test_together_or_alone_torch_answers_the_same(llama_run: RunFolder) -> None:
+    model, _ = open_run_model(llama_run)
+    scorer = TorchScorer(model, "text-generation", frozenset({2}))
+    tokenizer = TextTokenizer.load(llama_run.tokenizer)
+    prompts = [tokenizer.encode(text) for text in ("hello 3 the answer", "hello", "the answer hello 12 hello 4 the")]
+    alone = [scorer.answer(prompt, 12) for prompt in prompts]
+    assert scorer.answer_batch(prompts, 12) == alone
+    assert len({len(answer) for answer in alone}) > 1, "they end at different tokens"
