@@ -37,7 +37,7 @@ from edge_ft.tune.loop import learning_rate_at, planned_steps
 from edge_ft.tune.prepare import Prepared
 from edge_ft.tune.stopwatch import Stopwatch
 
-__all__ = ["MODEL_CLASSES", "train_rival"]
+__all__ = ["MODEL_CLASSES", "CountingTrainer", "batch_tensors", "our_batches", "our_optimizer", "train_rival"]
 
 MODEL_CLASSES: dict[str, Any] = {
     "text-generation": AutoModelForCausalLM,
@@ -104,13 +104,13 @@ def train_rival(
             if job["same_recipe"]:
                 steps = planned_steps(len(train), config)
                 arguments |= {"max_steps": steps, "max_grad_norm": config.max_grad_norm}
-                optimizers = _optimizer(peft_model, steps, config)
-                batches = _our_batches(train, steps, config)
-            trainer = _Counting(
+                optimizers = our_optimizer(peft_model, steps, config)
+                batches = our_batches(train, steps, config)
+            trainer = CountingTrainer(
                 model=peft_model,
                 args=TrainingArguments(**arguments),
                 train_dataset=[{"input_ids": example.input_ids, "example": example} for example in train],
-                data_collator=lambda rows: _tensors([row["example"] for row in rows], pad_id, task),
+                data_collator=lambda rows: batch_tensors([row["example"] for row in rows], pad_id, task),
                 callbacks=[looks],
                 optimizers=optimizers,
                 batches=batches,
@@ -157,7 +157,7 @@ class _Looks(TrainerCallback):
         )
 
 
-class _Counting(Trainer):
+class CountingTrainer(Trainer):
     """Trainer that counts tokens, and may be fed given batches."""
 
     def __init__(self, *, batches: list[list[int]] | None, **arguments: Any) -> None:
@@ -175,7 +175,7 @@ class _Counting(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)  # type: ignore[arg-type]
 
 
-def _tensors(examples: Sequence[Example], pad_id: int, task: str) -> dict[str, torch.Tensor]:
+def batch_tensors(examples: Sequence[Example], pad_id: int, task: str) -> dict[str, torch.Tensor]:
     batch = collate(examples, pad_id, task)
     labels = batch["labels"][:, 0] if task == "text-classification" else batch["labels"]
     return {
@@ -185,7 +185,7 @@ def _tensors(examples: Sequence[Example], pad_id: int, task: str) -> dict[str, t
     }
 
 
-def _our_batches(train: Sequence[Example], steps: int, config: TuneConfig) -> list[list[int]]:
+def our_batches(train: Sequence[Example], steps: int, config: TuneConfig) -> list[list[int]]:
     """Indices of every batch that our loop would read, in its order."""
     lengths = [len(example.input_ids) for example in train]
     batches: list[list[int]] = []
@@ -196,11 +196,12 @@ def _our_batches(train: Sequence[Example], steps: int, config: TuneConfig) -> li
     return batches[:steps]
 
 
-def _optimizer(model: Any, steps: int, config: TuneConfig) -> tuple[Any, Any]:
+def our_optimizer(model: Any, steps: int, config: TuneConfig) -> tuple[Any, Any]:
     """AdamW and the schedule of our loop."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # The rate is the schedule's alone.
-    optimizer = torch.optim.AdamW(trainable, lr=1.0, weight_decay=config.weight_decay)
+    fused = trainable[0].is_cuda or None  # Trainer's own choice there
+    optimizer = torch.optim.AdamW(trainable, lr=1.0, weight_decay=config.weight_decay, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: learning_rate_at(min(done + 1, steps), steps, config)
     )

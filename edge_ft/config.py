@@ -35,7 +35,7 @@ Task = Literal[
     "fill-mask",
 ]
 """As transformers' pipelines call them."""
-BaseFormat = Literal["int4", "int8", "nf4", "fp32"]
+BaseFormat = Literal["int4", "int8", "nf4", "bf16", "fp32"]
 Weights = Literal["int4", "int8", "fp16", "fp32"]
 
 
@@ -96,7 +96,8 @@ class TuneConfig(RowsConfig):
     layers: str = "all"
     """all, or last:K to adapt only the last K transformer layers."""
     base_format: BaseFormat = "int4"
-    """What the frozen base is held in while training: int4 or int8 codes as they ship, bitsandbytes' nf4, or float."""
+    """What the frozen base is held in while training: int4 or int8 codes as they ship, bitsandbytes' nf4, bf16, or
+    float32."""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """Numbers of a training step; auto takes bf16 where the processor has it, it is faster and its loss agrees."""
     memory: Literal["normal", "low"] = "normal"

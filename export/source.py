@@ -121,9 +121,9 @@ def _from_run(run: RunFolder, config: ExportConfig) -> Source:
     trained_format: BaseFormat = identity["format"]
     weights = config.weights or "int4"
     if config.lane == "adapter":
-        if trained_format == "nf4":
+        if trained_format == "nf4" or trained_format == "bf16":
             raise UsageError(
-                f"{run.path} was trained over nf4, which bundles do not hold: export it with --lane merged"
+                f"{run.path} was trained over {trained_format}, which bundles do not hold: export it with --lane merged"
             )
         weights = config.weights or trained_format
     tokenizer = TextTokenizer.load(run.tokenizer)

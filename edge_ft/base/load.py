@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from edge_ft.artifacts import atomic_folder, file_sha256, write_text
+from edge_ft.base.bf16 import round_to_bf16
 from edge_ft.base.grid import Bits
 from edge_ft.base.linear import is_within, quantize_model
 from edge_ft.base.quiet import quiet_libraries
@@ -144,7 +145,8 @@ def load_model(
     labels: tuple[str, ...] = (),
     seed: int = 0,
 ) -> nn.Module:
-    """The task model of a base, frozen: in float32, or rounded: int4 and int8 with the embedding, nf4 without.
+    """The task model of a base, frozen: in float32, or rounded: int4, int8 and bf16 with the embedding, nf4
+    without.
 
     Codes are made of one weight after the other, so that the float model is never in memory. A classification
     head that the checkpoint lacks, or has for other classes, is drawn from `seed`, and stays float.
@@ -278,6 +280,8 @@ def _round(
         from edge_ft.base.nf4 import round_to_nf4
 
         round_to_nf4(model, keep, read)
+    elif base_format == "bf16":
+        round_to_bf16(model, keep, read)
     else:
         quantize_model(model, block_size, keep, BITS[base_format], read)
 

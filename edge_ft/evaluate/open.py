@@ -60,6 +60,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         return Opened(load(bundle, threads=config.threads, adapter=config.adapter), tokenizer, rendering, limit)
 
     torch = require("torch", "train")
+    from edge_ft.base.linear import move
     from edge_ft.base.scorer import TorchScorer
 
     if config.threads is not None:
@@ -72,7 +73,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         own = Rendering.from_dict(run.rendering())
         rendering = rendering_for(config, rows, tokenizer, own, model_limit=limit)
         model, base = open_run_model(run, adapter=config.adapter != "none")
-        scorer = TorchScorer(model.to(device), rendering.task, stop_ids(rendering, tokenizer))
+        scorer = TorchScorer(move(model, device), rendering.task, stop_ids(rendering, tokenizer))
         return Opened(scorer, tokenizer, rendering, limit)
 
     from edge_ft.base.load import find_base, load_model
@@ -92,7 +93,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         model_limit=base.max_length,
         labels=base.labels(task),
     )
-    model = load_model(base, rendering.task, config.base_format).to(device)
+    model = move(load_model(base, rendering.task, config.base_format), device)
     scorer = TorchScorer(model, rendering.task, stop_ids(rendering, tokenizer))
     return Opened(scorer, tokenizer, rendering, base.max_length)
 

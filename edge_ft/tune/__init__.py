@@ -62,7 +62,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     with quiet_libraries():
         require("peft", "train")
     from edge_ft.base.adapter import add_lora
-    from edge_ft.base.linear import codes_sha256
+    from edge_ft.base.linear import codes_sha256, move
     from edge_ft.base.load import find_base, load_model
     from edge_ft.base.scorer import TorchScorer
     from edge_ft.tune.ranks import RankedBackend, Ranks
@@ -105,7 +105,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
     model = load_model(base, task, config.base_format, config.block_size, prepared.rendering.labels, config.seed)
     identify(codes_sha256=codes_sha256(model) if config.base_format != "fp32" else None)
-    peft_model = add_lora(model, base.family, task, config).to(device)
+    peft_model = move(add_lora(model, base.family, task, config), device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
     backend = (
         TorchBackend(peft_model, base.family, task, config)
@@ -159,6 +159,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
             "resumed_from_step": resumed_from,
             "tokens_per_second": round(result.tokens / result.seconds, 1),
             "peak_rss_bytes": peak_rss_bytes(),
+            "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             **found,
             "seed": config.seed,
             "device": str(device),
@@ -302,10 +303,16 @@ def _kept(run: RunFolder, new: bool) -> Iterator[None]:
         where = f"from step {checkpoint.step}" if checkpoint is not None else "at step 0, there is no checkpoint yet"
         raise Interrupted(f"stopped; {kept}; to go on {where}: {go_on}") from None
     except Exception as error:
+        from torch import OutOfMemoryError
+
         learned = run.adapter.is_dir() or has_checkpoint(run.path)
         if new and not learned:
             shutil.rmtree(run.path, ignore_errors=True)  # the same command can be given again
         if disk_full(error):
             again = f"then {go_on}" if run.path.is_dir() else "and run again"
             raise WillNotFit(f"the disk is full, training cannot go on: free some space, {again}") from error
+        if isinstance(error, OutOfMemoryError):
+            raise WillNotFit(
+                "the GPU's memory is too small for this: take a smaller --batch-size or --max-length, or --memory low"
+            ) from error
         raise

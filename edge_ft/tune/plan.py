@@ -33,7 +33,7 @@ __all__ = ["make_plan", "plan", "refuse_at_sight"]
 
 MARGIN = 0.9
 """Share of the free memory and disk that a run may take."""
-BYTES_PER_WEIGHT = {"int4": 0.65, "nf4": 1.3, "int8": 1.15, "fp32": 4.0}
+BYTES_PER_WEIGHT = {"int4": 0.65, "nf4": 1.3, "int8": 1.15, "bf16": 2.05, "fp32": 4.0}
 """What a frozen weight takes in memory, with its scale and zero point at blocks of 32."""
 CHECKPOINT = 4
 """A checkpoint's size in adapters: the weights, the best ones, and AdamW's two moments."""
@@ -219,6 +219,7 @@ def _load(base: "Base", prepared: Prepared, config: TuneConfig) -> tuple[Any, An
     import torch
 
     from edge_ft.base.adapter import add_lora
+    from edge_ft.base.linear import move
     from edge_ft.base.load import load_model
     from edge_ft.base.scorer import TorchScorer
     from edge_ft.tune.torch_backend import TorchBackend
@@ -226,7 +227,7 @@ def _load(base: "Base", prepared: Prepared, config: TuneConfig) -> tuple[Any, An
     labels = prepared.rendering.labels
     model = load_model(base, prepared.task, config.base_format, config.block_size, labels, config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peft_model = add_lora(model, base.family, prepared.task, config).to(device)
+    peft_model = move(add_lora(model, base.family, prepared.task, config), device)
     task = prepared.task
     return TorchBackend(peft_model, base.family, task, config), TorchScorer(peft_model, task)
 

@@ -6,19 +6,21 @@ from typing import Any
 import pytest
 import torch
 
+from edge_ft.base.linear import FrozenLinear, move
 from edge_ft.base.load import find_base, load_model
 from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import EvalConfig, ExportConfig, TuneConfig
 from edge_ft.evaluate import evaluate
 from edge_ft.export import export
 from edge_ft.tune import tune
+from edge_ft.tune.torch_backend import TorchBackend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 SETTINGS: dict[str, Any] = {"max_steps": 30, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
 
 
-@pytest.mark.parametrize("base_format", ["int4", "int8", "nf4", "fp32"])
+@pytest.mark.parametrize("base_format", ["int4", "int8", "nf4", "bf16", "fp32"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_a_decoder_learns_on_the_device(
     base_format: Any, compute: Any, llama: Path, sums: Path, tmp_path: Path
@@ -27,6 +29,7 @@ def test_a_decoder_learns_on_the_device(
     run = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **settings))
     report = run.report()
     assert report["device"] == "cuda"
+    assert report["peak_device_bytes"] > 0
     assert report["nll"]["best"] < report["nll"]["base"] - 1
     scores = evaluate(str(run.path), EvalConfig(data=str(run.split("validation")), generate=False))
     assert scores["nll"] == pytest.approx(report["nll"]["best"], abs=1e-2)
@@ -52,11 +55,31 @@ def test_a_run_from_the_device_is_exported(llama: Path, sums: Path, tmp_path: Pa
     assert abs(bundle.manifest["verification"]["quantization_tax"]) < 1e-2
 
 
-def test_codes_mean_the_same_on_both_devices(llama: Path) -> None:
-    base = find_base(str(llama))
-    model = load_model(base, "text-generation", "int4")
-    layer = model.get_submodule("model.layers.0.mlp.down_proj")
-    here = layer.dequantize()  # type: ignore[operator]
-    there = layer.to("cuda").dequantize()  # type: ignore[operator]
-    torch.testing.assert_close(there.cpu(), here, rtol=0, atol=0)
-    assert TorchScorer(model.to("cuda"), "text-generation").device.type == "cuda"
+def test_a_stopped_run_goes_on_from_its_checkpoint(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same losses but for rounding: attention's gradients on a GPU are not summed in a fixed order."""
+    settings: dict[str, Any] = {"model": str(llama), "data": str(sums), "checkpoint_steps": 1, **SETTINGS}
+    whole = tune(TuneConfig(out=tmp_path / "whole", **settings))
+    update, updates = TorchBackend.update, iter(range(12))
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(TorchBackend, "update", lambda self, *given: (next(updates), update(self, *given))[1])
+        tune(TuneConfig(out=tmp_path / "run", **settings))
+    run = tune(TuneConfig(out=tmp_path / "run", resume=True, **settings))
+    assert run.report()["resumed_from_step"] == 12
+    assert run.report()["nll"]["last"] == pytest.approx(whole.report()["nll"]["last"], abs=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base_format", ["int4", "int8", "nf4", "bf16"])
+def test_codes_mean_the_same_on_both_devices(base_format: Any, dtype: torch.dtype, llama: Path) -> None:
+    model = load_model(find_base(str(llama)), "text-generation", base_format)
+    layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    here = [layer.dequantize(dtype) for layer in layers]
+    move(model, "cuda")
+    for layer, weight in zip(layers, here, strict=True):
+        torch.testing.assert_close(layer.dequantize(dtype).cpu(), weight, rtol=0, atol=0)
+    assert TorchScorer(model, "text-generation").device.type == "cuda"
+    if base_format != "nf4":  # whose embedding and head stay float
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+        assert head.qweight.data_ptr() == embedding.qweight.data_ptr()

@@ -46,7 +46,7 @@ def runs(
             )
         )
         for family, model, data, epochs in (("llama", llama, sums, 12), ("bert", bert, reviews, 6))
-        for base_format in ("int8", "nf4", "fp32")
+        for base_format in ("int8", "nf4", "bf16", "fp32")
     }
 
 
@@ -55,7 +55,7 @@ def initializers(bundle: Bundle) -> dict[str, np.ndarray]:
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
-@pytest.mark.parametrize("base_format", ["int8", "nf4", "fp32"])
+@pytest.mark.parametrize("base_format", ["int8", "nf4", "bf16", "fp32"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_run_over_any_base_ships_merged_with_its_tax(
     family: str, base_format: str, runs: dict[tuple[str, str], RunFolder], tmp_path: Path
@@ -70,7 +70,7 @@ def test_a_run_over_any_base_ships_merged_with_its_tax(
     assert found["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-4
 
 
-@pytest.mark.parametrize("base_format", ["int8", "nf4", "fp32"])
+@pytest.mark.parametrize("base_format", ["int8", "nf4", "bf16", "fp32"])
 def test_a_run_is_scored_over_its_own_base(
     base_format: str, runs: dict[tuple[str, str], RunFolder], llama: Path
 ) -> None:
@@ -112,9 +112,12 @@ def test_the_adapter_lane_ships_what_was_trained_over_unless_told_otherwise(
     assert own.manifest["quantization"] == {"method": None, "bits": 32, "block_size": None, "symmetric": False}
 
 
-def test_an_nf4_run_has_no_adapter_lane(runs: dict[tuple[str, str], RunFolder], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"trained over nf4.*--lane merged"):
-        export(str(runs["llama", "nf4"].path), ExportConfig(out=tmp_path / "bundle", lane="adapter"))
+@pytest.mark.parametrize("base_format", ["nf4", "bf16"])
+def test_a_run_over_what_no_bundle_holds_has_no_adapter_lane(
+    base_format: str, runs: dict[tuple[str, str], RunFolder], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=rf"trained over {base_format}.*--lane merged"):
+        export(str(runs["llama", base_format].path), ExportConfig(out=tmp_path / "bundle", lane="adapter"))
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp16"])

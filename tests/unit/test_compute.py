@@ -82,7 +82,7 @@ def backend_gradients(
 
 
 @pytest.mark.parametrize("memory", ["normal", "low"])
-@pytest.mark.parametrize("base_format", ["int4", "nf4", "fp32"])
+@pytest.mark.parametrize("base_format", ["int4", "nf4", "bf16", "fp32"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_float32_step_is_that_of_plain_peft(
     family: str, base_format: str, memory: str, request: pytest.FixtureRequest
@@ -103,7 +103,7 @@ def test_a_float32_step_is_that_of_plain_peft(
         )
 
 
-@pytest.mark.parametrize("base_format", ["int4", "nf4", "fp32"])
+@pytest.mark.parametrize("base_format", ["int4", "nf4", "bf16", "fp32"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_bfloat16_step_points_the_same_way(family: str, base_format: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(family)
@@ -210,8 +210,8 @@ def test_short_attention_is_attention(groups: int, mask: str) -> None:
 
 @pytest.mark.parametrize("quantized", [True, False])
 def test_the_loss_in_parts_is_cross_entropy(quantized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "_LOGITS", 200)
-    monkeypatch.setattr(head, "_COLUMNS", 32)
+    monkeypatch.setitem(head._LOGITS, "cpu", 200)
+    monkeypatch.setitem(head._COLUMNS, "cpu", 32)
     torch.manual_seed(0)
     layer: nn.Linear = nn.Linear(64, 80).requires_grad_(False)
     if quantized:

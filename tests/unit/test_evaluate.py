@@ -83,6 +83,7 @@ def test_without_the_adapter_the_base_is_scored(
         {"base_format": "int4"},
         {"base_format": "int8"},
         {"base_format": "nf4"},
+        {"base_format": "bf16"},
         {"shots": 2},
         {"limit": 3},
         {"prompt": "{prompt}", "completion": "{completion}"},

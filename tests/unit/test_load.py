@@ -128,7 +128,7 @@ def test_a_run_that_failed_before_it_learned_leaves_its_place(llama: Path, sums:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("bits", ["int4", "int8", "nf4"])
+@pytest.mark.parametrize("bits", ["int4", "int8", "nf4", "bf16"])
 @pytest.mark.parametrize("name", ["llama", "untied", "bert"])
 def test_codes_of_one_weight_after_the_other_are_those_of_the_whole_model(
     name: str, bits: Any, llama: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,9 +14,10 @@ from tiny_models import write_bert
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import EvalConfig, TuneConfig
 from edge_ft.data import TextTokenizer, encode_rows, read_rows
-from edge_ft.errors import AuditRefused, DataError, Interrupted, ModelError, UsageError
+from edge_ft.errors import AuditRefused, DataError, Interrupted, ModelError, UsageError, WillNotFit
 from edge_ft.evaluate.open import open_source
 from edge_ft.tune import tune
+from edge_ft.tune.torch_backend import TorchBackend
 
 FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
 
@@ -83,6 +84,7 @@ def test_the_saved_config_gives_the_same_run(plain_run: RunFolder, tmp_path: Pat
         {"base_format": "fp32"},
         {"base_format": "int8"},
         {"base_format": "nf4"},
+        {"base_format": "bf16"},
         {"batch_size": 4},
         {"block_size": 16},
         {"chat_template": "none"},
@@ -232,6 +234,18 @@ def test_ctrl_c_keeps_the_best_adapter_and_says_so(llama: Path, sums: Path, tmp_
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     with pytest.raises(UsageError, match="no finished run"):
         RunFolder.open(tmp_path / "run")
+
+
+def test_a_gpu_that_is_too_small_is_said(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(TorchBackend, "gradient", full)
+    with pytest.raises(WillNotFit, match=r"GPU's memory is too small.*--batch-size"):
+        tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_that_differ_only_in_an_unused_column_stay_together(llama: Path, tmp_path: Path) -> None:
