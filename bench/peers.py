@@ -112,7 +112,8 @@ def prepare(job: dict[str, Any]) -> Base:
     torch.set_num_threads(job["threads"])
     base = job["base"]
     family = FAMILIES[base["family"]]
-    import_module(f"transformers.models.{family.name}.modeling_{family.name}")
+    module = family.name.replace("-", "_")
+    import_module(f"transformers.models.{module}.modeling_{module}")
     if job["adapter"] is not None:
         import_module("peft")
     return Base(**base | {"path": Path(base["path"]), "family": family})

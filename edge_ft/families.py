@@ -32,6 +32,8 @@ class Family:
     """decoder: causal, with a KV cache; encoder: bidirectional, one pass; encoder-decoder: one of each."""
     learning_rate: float
     """Peak rate for LoRA, chosen by measurement (docs/decisions/010)."""
+    positions_after_pad: bool = False
+    """Positions are numbered from `pad_token_id` + 1 on, so that many of the table are never used."""
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -41,6 +43,10 @@ class Family:
     def trained_head(self, task: Task) -> tuple[str, ...]:
         """Modules that stay float and are trained in full: a classifier's head is made for the user's own classes."""
         return self.heads[task] if task in CLASSIFIERS and not self.decoder else ()
+
+    def class_weights(self, task: Task) -> tuple[str, str]:
+        """Names that a classifier's weight [classes, hidden] may have: of a linear layer, of the last of several."""
+        return f"{self.heads[task][-1]}.weight", f"{self.heads[task][-1]}.out_proj.weight"
 
     @property
     def decoder(self) -> bool:
@@ -61,6 +67,46 @@ FAMILIES: dict[str, Family] = {
             "encoder",
             1e-3,
         ),
+        Family(
+            "roberta",
+            {"text-classification": ("classifier",)},
+            "roberta.encoder.layer",
+            "encoder",
+            1e-3,
+            positions_after_pad=True,
+        ),
+        Family(
+            "xlm-roberta",
+            {"text-classification": ("classifier",)},
+            "roberta.encoder.layer",
+            "encoder",
+            1e-3,
+            positions_after_pad=True,
+        ),
+        Family("electra", {"text-classification": ("classifier",)}, "electra.encoder.layer", "encoder", 1e-3),
+        Family(
+            "distilbert",
+            {"text-classification": ("pre_classifier", "classifier")},
+            "distilbert.transformer.layer",
+            "encoder",
+            1e-3,
+        ),
+        Family(
+            "albert",
+            {"text-classification": ("albert.pooler", "classifier")},
+            "albert.encoder.albert_layer_groups",
+            "encoder",
+            1e-3,
+        ),
+        Family(
+            "mpnet",
+            {"text-classification": ("classifier",)},
+            "mpnet.encoder.layer",
+            "encoder",
+            1e-3,
+            positions_after_pad=True,
+        ),
+        Family("modernbert", {"text-classification": ("head", "classifier")}, "model.layers", "encoder", 1e-3),
     )
 }
 

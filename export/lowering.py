@@ -83,10 +83,10 @@ def add_lora_inputs(model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32],
     for module, (a, b) in pairs.items():
         rank = "rank" if len(ranks) == 1 else f"rank_{a.shape[0]}"
         weight = graph.initializers.get(f"{module}.qweight") or graph.initializers.get(f"{module}.weight")
+        # More than one where a model runs the same layers several times.
         layers = [] if weight is None else [use.node for use in weight.uses() if use.node.op_type in LINEARS]
-        if len(layers) != 1:
+        if not layers:
             raise ValueError(f"the adapter changes {module!r}, but the graph holds no linear layer of that name")
-        layer = layers[0]
         for name, array, dims in (
             (f"lora_A.{module}", a, (rank, a.shape[1])),
             (f"lora_B.{module}", b, (b.shape[0], rank)),
@@ -95,12 +95,13 @@ def add_lora_inputs(model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32],
             value.shape = ir.Shape(dims)
             graph.inputs.append(value)
             names.append(name)
-        down = _fused_matmul(_input(layer, 0), graph.initializers[f"lora_A.{module}"])
-        up = _fused_matmul(down.outputs[0], graph.initializers[f"lora_B.{module}"])
-        add = ir.node("Add", [layer.outputs[0], up.outputs[0]])
-        _take_over(layer.outputs[0], add.outputs[0])
-        add.replace_input_with(0, layer.outputs[0])
-        graph.insert_after(layer, [down, up, add])
+        for layer in layers:
+            down = _fused_matmul(_input(layer, 0), graph.initializers[f"lora_A.{module}"])
+            up = _fused_matmul(down.outputs[0], graph.initializers[f"lora_B.{module}"])
+            add = ir.node("Add", [layer.outputs[0], up.outputs[0]])
+            _take_over(layer.outputs[0], add.outputs[0])
+            add.replace_input_with(0, layer.outputs[0])
+            graph.insert_after(layer, [down, up, add])
     return names
 
 
@@ -178,16 +179,16 @@ def _join_qkv(graph: ir.Graph) -> None:
 
 def _lower_linears(graph: ir.Graph) -> None:
     """edge_ft::Linear -> MatMul over the transposed weight; FusedMatMul where an embedding reads the weight too."""
+    weights = {_input(node, 1) for node in graph if node.op_type == "Linear"}
+    alone = {weight for weight in weights if all(use.node.op_type == "Linear" for use in weight.uses())}
+    for weight in alone:
+        transposed = _array(weight).T
+        weight.const_value, weight.shape = ir.tensor(transposed, name=weight.name), ir.Shape(transposed.shape)
     for node in graph:
         if node.op_type != "Linear":
             continue
         x, weight, bias = _input(node, 0), _input(node, 1), (*node.inputs, None)[2]
-        if len(weight.uses()) == 1:
-            transposed = _array(weight).T
-            weight.const_value, weight.shape = ir.tensor(transposed, name=weight.name), ir.Shape(transposed.shape)
-            product = ir.node("MatMul", [x, weight])
-        else:
-            product = _fused_matmul(x, weight)
+        product = ir.node("MatMul", [x, weight]) if weight in alone else _fused_matmul(x, weight)
         nodes = [product] if bias is None else [product, ir.node("Add", [product.outputs[0], bias])]
         _take_over(node.outputs[0], nodes[-1].outputs[0])
         graph.insert_before(node, nodes)

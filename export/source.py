@@ -207,7 +207,7 @@ def _labels(base: Base, task: Task, config: ExportConfig, rows: list[Row]) -> tu
     if config.adapter is not None:
         with safe_open(config.adapter / "adapter_model.safetensors", "np") as weights:
             for key in weights.keys():  # noqa: SIM118 - not a dict
-                if key.endswith(f"{base.family.heads[task][-1]}.weight"):
+                if key.endswith(base.family.class_weights(task)):
                     size = weights.get_slice(key).get_shape()[0]
     if size in (0, len(own)):
         if not own:

@@ -65,7 +65,7 @@ def trace(model: PreTrainedModel, family: Family) -> ir.Model:
         }
         for dims in wrapper.inputs.values()
     )
-    with _hooks(model), quiet(), torch.no_grad():
+    with _hooks(model, family), quiet(), torch.no_grad():
         program = torch.onnx.export(
             torch.export.export(wrapper, examples, dynamic_shapes=(dynamic,), strict=False),
             dynamo=True,
@@ -156,30 +156,62 @@ class _Encoder(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.inputs: dict[str, Dims] = {
-            name: ("batch_size", "sequence_length")
-            for name in ("input_ids", "attention_mask", "token_type_ids")
-            if name in signature(model.forward).parameters
-        }
+        takes = signature(model.forward).parameters
+        names = ["input_ids", "attention_mask"]
+        # RoBERTa has the argument, and one type alone: its tokenizers give none.
+        if "token_type_ids" in takes and getattr(model.config, "type_vocab_size", 1) > 1:
+            names.append("token_type_ids")
+        self.inputs: dict[str, Dims] = dict.fromkeys(names, ("batch_size", "sequence_length"))
+        self.fills_types = "token_type_ids" in takes and "token_type_ids" not in names
         labels: int = model.config.num_labels  # type: ignore[assignment]
         self.outputs: dict[str, Dims] = {"logits": ("batch_size", labels)}
 
     def forward(self, *tensors: Tensor) -> Tensor:
         inputs = dict(zip(self.inputs, tensors, strict=True))
         key_padding_mask = inputs["attention_mask"].to(torch.int32)
+        if self.fills_types:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        windows: dict[int, Tensor] = {}
 
-        def attend(_: int, query: Tensor, key: Tensor, value: Tensor, attributes: dict[str, Any]) -> Tensor:
-            return symbolic(
+        def attend(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            bias: Tensor | None,
+            *,
+            scaling: float,
+            sliding_window: int | None = None,
+            **_: Any,
+        ) -> tuple[Tensor, None]:
+            """transformers' attention interface; a mask is made here, so what stands in its place is a bias."""
+            if sliding_window is not None:
+                if sliding_window not in windows:
+                    windows[sliding_window] = _window_bias(query.shape[2], sliding_window)
+                bias = windows[sliding_window]
+            heads, size = query.shape[1], query.shape[3]
+            flat = [x.transpose(1, 2).flatten(2) for x in (query, key, value)]
+            output = symbolic(
                 "com.microsoft::MultiHeadAttention",
-                [query, key, value, None, key_padding_mask],
-                attributes,
+                [*flat, None, key_padding_mask, *([] if bias is None else [bias])],
+                {"num_heads": heads, "scale": scaling},
                 dtype=query.dtype,
-                shape=query.shape,
+                shape=flat[0].shape,
                 version=1,
             )
+            return output.unflatten(2, (heads, size)), None
 
-        logits: Tensor = self.model(**inputs, attend=attend).logits
+        AttentionInterface.register("edge_ft", attend)
+        logits: Tensor = self.model(**inputs).logits
         return logits
+
+
+def _window_bias(length: Any, window: int) -> Tensor:
+    """[1, 1, length, length] float32: 0 where two tokens are less than `window` apart, the lowest number elsewhere."""
+    position = torch.arange(length)
+    apart = (position[:, None] - position[None, :]).abs()
+    bias = torch.where(apart < window, 0.0, torch.finfo(torch.float32).min)
+    return bias[None, None]
 
 
 def _name(graph_model: ir.Model, model: PreTrainedModel, wrapper: _Decoder | _Encoder) -> None:
@@ -209,7 +241,7 @@ def _name(graph_model: ir.Model, model: PreTrainedModel, wrapper: _Decoder | _En
 
 
 @contextmanager
-def _hooks(model: PreTrainedModel) -> Iterator[None]:
+def _hooks(model: PreTrainedModel, family: Family) -> Iterator[None]:
     """Replace what ONNX Runtime fuses by single operators while inside."""
     with ExitStack() as undo:
 
@@ -222,7 +254,7 @@ def _hooks(model: PreTrainedModel) -> Iterator[None]:
         for kind in {type(module) for module in model.modules()}:
             if kind.__name__.endswith("RMSNorm"):
                 patch(kind, "forward", _rms_norm)
-            if kind.__name__.endswith("RotaryEmbedding"):
+            if kind.__name__.endswith("RotaryEmbedding") and family.decoder:
                 # GroupQueryAttention rotates, by the tables that are its inputs.
                 patch(kind, "forward", lambda *_, **__: (None, None))
                 patch(sys.modules[kind.__module__], "apply_rotary_pos_emb", lambda query, key, *_, **__: (query, key))

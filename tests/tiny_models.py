@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from small_tokenizers import write_bpe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, BertConfig, LlamaConfig, LlamaForCausalLM
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "the", "was", "very", "not", "a", "[", "]", "sep"]
 
@@ -37,8 +37,63 @@ def write_llama(folder: Path, *, tie: bool = True, seed: int = 0, **config: Any)
 
 def write_bert(folder: Path, *, seed: int = 0, **config: Any) -> Path:
     """A two-layer BERT without a head, with a WordPiece tokenizer."""
+    settings: dict[str, Any] = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+    }
+    return write_encoder(folder, BertConfig(**{**settings, **config}), seed=seed)
+
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "roberta": {"pad_token_id": 1, "type_vocab_size": 1},
+    "xlm-roberta": {"pad_token_id": 1, "type_vocab_size": 1},
+    "electra": {"embedding_size": 32},
+    "distilbert": {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0},
+    "albert": {"embedding_size": 32, "inner_group_num": 1, "num_hidden_groups": 1, "num_hidden_layers": 3},
+    "mpnet": {"pad_token_id": 1},
+    "modernbert": {
+        "pad_token_id": 0,
+        "cls_token_id": 2,
+        "sep_token_id": 3,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "local_attention": 8,
+        "global_attn_every_n_layers": 2,
+        "classifier_pooling": "mean",
+    },
+}
+"""What a tiny model of each family is told besides its size."""
+
+
+def tiny_encoder_config(name: str) -> Any:
+    """A family's config with two or three narrow layers and no dropout."""
+    settings: dict[str, Any] = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    if name == "distilbert":  # has names of its own for the same
+        settings = {"vocab_size": len(WORDS), "max_position_embeddings": 64, "initializer_range": 0.1}
+    return AutoConfig.for_model(name, **{**settings, **ENCODERS[name]})
+
+
+def write_encoder(folder: Path, config: Any, *, seed: int = 0) -> Path:
+    """An encoder without a head, with a WordPiece tokenizer that pads with the config's own token."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    words = list(WORDS)
+    words.insert(config.pad_token_id, words.pop(0))
+    vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -50,16 +105,7 @@ def write_bert(folder: Path, *, seed: int = 0, **config: Any) -> Path:
     named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     (folder / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
     torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": len(WORDS),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.1,
-    }
-    BertModel(BertConfig(**{**settings, **config})).save_pretrained(folder)
+    AutoModel.from_config(config).save_pretrained(folder)
     return folder
 
 

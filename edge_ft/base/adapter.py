@@ -171,6 +171,12 @@ def _targets(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
     within = layers_name(model, family)
     layers = len(model.get_submodule(within))  # type: ignore[arg-type]
     count = last_layers(config.layers)
+    runs = int(getattr(model.config, "num_hidden_layers", layers))
+    if count is not None and runs != layers:
+        raise UsageError(
+            f"--layers {config.layers}: this model runs the same {layers} layer(s) {runs} times, so the last ones "
+            "are the first ones too: use --layers all"
+        )
     if count is not None and count > layers:
         raise UsageError(f"--layers {config.layers}: this model has {layers} layers")
     linear = [

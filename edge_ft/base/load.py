@@ -18,6 +18,7 @@ from edge_ft.artifacts import atomic_folder, file_sha256, write_text
 from edge_ft.base.bf16 import round_to_bf16
 from edge_ft.base.grid import Bits
 from edge_ft.base.linear import is_within, quantize_model
+from edge_ft.base.mpnet import use_attention_interface
 from edge_ft.base.quiet import quiet_libraries
 from edge_ft.config import BaseFormat, Task
 from edge_ft.data import class_numbers
@@ -36,6 +37,8 @@ MADE_FOR: dict[str, Task] = {
     "Model": "feature-extraction",
 }
 """How transformers ends the names of its classes."""
+ADAPTED: dict[str, Callable[[Any], None]] = {"mpnet": use_attention_interface}
+"""Families of which transformers' own module lacks something that all others have."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ class Base:
 
     @property
     def max_length(self) -> int:
-        """Positions that the model has."""
-        return int(self.config.get("max_position_embeddings", 1024))
+        """Tokens that the model's positions are enough for."""
+        unused = int(self.config.get("pad_token_id", 1)) + 1 if self.family.positions_after_pad else 0
+        return int(self.config.get("max_position_embeddings", 1024)) - unused
 
     @property
     def task(self) -> Task:
@@ -67,11 +71,12 @@ class Base:
         """Class names that the checkpoint brings for `task`, in the order of its head; none where it has no head."""
         if not self.family.trained_head(task) or task != self.task:
             return ()
-        key = f"{self.family.heads[task][-1]}.weight"
+        known = self.family.class_weights(task)
         for file in sorted(self.path.glob("*.safetensors")):
             try:
                 with safe_open(file, "np") as weights:
-                    size = weights.get_slice(key).get_shape()[0] if key in weights.keys() else 0  # noqa: SIM118
+                    found = [key for key in weights.keys() if key in known]  # noqa: SIM118
+                    size = weights.get_slice(found[0]).get_shape()[0] if found else 0
             except SafetensorError as error:
                 raise ModelError(f"{file} cannot be read as safetensors: {error}") from error
             if size:
@@ -126,6 +131,8 @@ def find_base(model: str, task: Task | None = None) -> Base:
         head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
         if head_dim % 16:
             raise ModelError(f"{folder} has heads of size {head_dim}: ONNX Runtime's attention takes multiples of 16")
+    if family.kind == "encoder" and config.get("is_decoder"):
+        raise ModelError(f"{folder} is a {family.name} that was made a decoder (is_decoder): that cannot be exported")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ModelError(
@@ -178,9 +185,12 @@ def load_model(
         raise ModelError(f"{base.path} cannot be loaded as {task}: {error}") from error
     if fresh and base.labels(task) and not base.brings_head_of(task, labels):
         head = model.get_submodule(fresh[-1])
+        head = getattr(head, "out_proj", head)
         torch.manual_seed(seed)
         nn.init.normal_(head.weight, std=model.config.initializer_range)
         nn.init.zeros_(head.bias)
+    if base.family.name in ADAPTED:
+        ADAPTED[base.family.name](model)
     return model.eval().requires_grad_(False)
 
 

@@ -1,0 +1,46 @@
+"""MPNet's attention behind transformers' attention interface, which its module alone does not go through."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import eager_attention_forward
+from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
+
+__all__ = ["use_attention_interface"]
+
+
+class _Attention(MPNetSelfAttention):
+    """The same function; what is the model's position bias is added to the mask."""
+
+    config: Any
+    is_causal = False
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor]:
+        """[batch, seq, hidden] -> [batch, seq, hidden]; position_bias [batch, heads, seq, seq]."""
+        split = (*hidden.shape[:-1], -1, self.attention_head_size)
+        query, key, value = (layer(hidden).view(split).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        bias = position_bias
+        if bias is not None and attention_mask is not None:
+            if attention_mask.dtype == torch.bool:
+                bias = bias.masked_fill(~attention_mask, torch.finfo(bias.dtype).min)
+            else:
+                bias = bias + attention_mask
+        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.dropout.p if self.training else 0.0
+        output, _weights = attend(
+            self, query, key, value, bias, dropout=dropout, scaling=self.attention_head_size**-0.5
+        )
+        return (self.o(output.flatten(2)),)
+
+
+def use_attention_interface(model: Any) -> None:
+    """Let an MPNet attend as `model.set_attn_implementation` says, in place."""
+    for module in model.modules():
+        if type(module) is MPNetSelfAttention:
+            module.__class__ = _Attention
+            module.config = model.config
+    model._can_set_attn_implementation = lambda: True  # transformers asks the module's source
