@@ -302,6 +302,9 @@ class RunConfig:
     """Seed of the sampling."""
     stop: tuple[str, ...] = ()
     """Strings at which the answer ends (they are not part of it)."""
+    labels: tuple[str, ...] = ()
+    """Choose among these answers instead of writing one (text-generation), with a score for each; auto: those that the
+    training rows had, where they were few."""
     system: str | None = None
     """System message put before a chat."""
     chat_template: str | None = None
@@ -314,6 +317,7 @@ class RunConfig:
     """CPU threads; default all cores."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(name for names in self.labels for name in names.split(",") if name))
         _check(self.max_new_tokens is None or self.max_new_tokens >= 1, "--max-new-tokens must be at least 1")
         _check(self.temperature >= 0, "--temperature cannot be negative")
         _check(self.top_k >= 0, "--top-k cannot be negative")

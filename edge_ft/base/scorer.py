@@ -152,3 +152,25 @@ class TorchScorer:
             past, position_ids = output.past_key_values, position_ids[:, -1:] + 1
             attention_mask = torch.cat((attention_mask, torch.ones_like(input_ids)), dim=1)
         return answers
+
+    @torch.inference_mode()
+    def answer_nll(self, prompt_ids: list[int], answers: Sequence[list[int]]) -> NDArray[np.float64]:
+        """Negative log-likelihood (nats) of each whole answer to one prompt; the prompt is read once."""
+        self.model.eval()
+        shape = (len(answers), max(map(len, answers)))
+        targets = torch.full(shape, IGNORED)
+        for row, ids in enumerate(answers):
+            targets[row, : len(ids)] = torch.tensor(ids)
+        targets = targets.to(self.device)
+        prompt = torch.tensor([prompt_ids], device=self.device)
+        output = self.model(input_ids=prompt, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
+        logits = output.logits.float().expand(len(answers), -1, -1)
+        if shape[1] > 1:
+            past = output.past_key_values
+            past.batch_repeat_interleave(len(answers))
+            # Padding is on the right, where no answer looks.
+            later = self.model(input_ids=targets[:, :-1].clamp(min=0), past_key_values=past, use_cache=True)  # type: ignore[operator]
+            logits = torch.cat((logits, later.logits.float()), dim=1)
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        found: NDArray[np.float64] = losses.sum(1).double().cpu().numpy()
+        return found

@@ -1,5 +1,6 @@
 """Rows in, token ids and loss masks out: the same in training and at run time, without torch."""
 
+from edge_ft.data.answers import answer_ids, find_answers
 from edge_ft.data.audit import Finding, audit, template_marks
 from edge_ft.data.batches import Batch, collate, eval_batches, target_mask, train_batches
 from edge_ft.data.chat import render_chat
@@ -39,6 +40,7 @@ __all__ = [
     "Rendering",
     "Row",
     "TextTokenizer",
+    "answer_ids",
     "audit",
     "class_numbers",
     "collate",
@@ -48,6 +50,7 @@ __all__ = [
     "encode_rows",
     "eval_batches",
     "fill_text",
+    "find_answers",
     "find_columns",
     "find_labels",
     "fingerprint",

@@ -16,7 +16,9 @@ __all__ = [
     "Columns",
     "Message",
     "Record",
+    "answer_of",
     "class_numbers",
+    "fill_answer",
     "fill_text",
     "find_columns",
     "find_labels",
@@ -164,6 +166,24 @@ def fill_text(columns: Columns, text: str) -> str:
     form = "(.*)".join(re.escape(own) for own in parts[::2])
     found = re.fullmatch(form, text, re.DOTALL)
     parts[1::2] = found.groups() if found else [text] * (len(parts) // 2)
+    return Filled(parts)
+
+
+def answer_of(row: Row, columns: Columns) -> str | None:
+    """What a row's answer says without the text that --completion puts around it; None where there is none."""
+    named = _named(columns.completion)
+    if len(named) == 1:
+        (name,) = named
+        return None if _is_null(row.fields.get(name)) else _text(name, row)
+    return record(row, columns, answer=False).completion
+
+
+def fill_answer(columns: Columns, answer: str) -> str:
+    """`answer`, as `answer_of` gives it, in a --completion template of one column; as it is under any other."""
+    if columns.completion is None or len(_named(columns.completion)) != 1:
+        return answer
+    parts = _split(columns.completion)
+    parts[1::2] = [answer] * (len(parts) // 2)
     return Filled(parts)
 
 

@@ -51,15 +51,18 @@ class Rendering:
     """Id put in front of a plain prompt."""
     appended_eos: int | None
     """Id put behind the last completion; None where the chat template ends a turn itself."""
+    answers: tuple[str, ...] = ()
+    """The few answers that its rows had, if they were few: what `classify` chooses from (text-generation)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for `from_dict`."""
-        return {**asdict(self), "labels": list(self.labels)}
+        return {**asdict(self), "labels": list(self.labels), "answers": list(self.answers)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Rendering":
         """What `to_dict` gave."""
-        return cls(**{**values, "columns": Columns(**values["columns"]), "labels": tuple(values["labels"])})
+        names = {name: tuple(values.get(name, ())) for name in ("labels", "answers")}
+        return cls(**{**values, **names, "columns": Columns(**values["columns"])})
 
 
 @dataclass(slots=True)

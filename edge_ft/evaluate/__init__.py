@@ -8,9 +8,9 @@ from typing import Any
 
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.config import EvalConfig
-from edge_ft.data import Row, encode_rows, read_rows
+from edge_ft.data import Row, answer_ids, encode_rows, read_rows
 from edge_ft.errors import UsageError
-from edge_ft.evaluate.answers import ANSWERING, answer_metrics, generate_answers
+from edge_ft.evaluate.answers import ANSWERING, Chooser, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.open import longest_sequence, open_source
 from edge_ft.evaluate.score import Answerer, counted, score, summary
 from edge_ft.evaluate.shots import with_shots
@@ -62,6 +62,9 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
             opened.scorer, tokenizer.decode, examples, config.max_new_tokens, opened.model_limit, progress
         )
         result["metrics"] |= answer_metrics(answers, progress)
+        if rendering.answers and isinstance(opened.scorer, Chooser):
+            choices = [answer_ids(rendering, tokenizer, answer) for answer in rendering.answers]
+            result["metrics"] |= choice_metrics(opened.scorer, examples, choices, opened.model_limit, progress)
     return {
         "source": source,
         "task": rendering.task,

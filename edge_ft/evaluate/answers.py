@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_ft.data import Example, eval_batches
+from edge_ft.data.render import IGNORED
 from edge_ft.errors import MissingExtra, require
-from edge_ft.evaluate.metrics import Metric, exact_match, mean, proportion, token_f1, verbatim_match
+from edge_ft.evaluate.metrics import Metric, accuracy, exact_match, macro_f1, mean, proportion, token_f1, verbatim_match
 from edge_ft.evaluate.score import Answerer
 from edge_ft.progress import Progress, track
 
-__all__ = ["ANSWERING", "Answer", "answer_metrics", "generate_answers"]
+__all__ = ["ANSWERING", "Answer", "Chooser", "answer_metrics", "choice_metrics", "generate_answers"]
 
 ANSWERING = ("text-generation", "text2text-generation")
 """Tasks whose models write answers."""
@@ -28,6 +30,14 @@ class BatchAnswerer(Answerer, Protocol):
 
     def answer_batch(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         """As `answer`, for each of the prompts."""
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """What choosing among given answers needs of a model."""
+
+    def answer_nll(self, prompt_ids: list[int], answers: Sequence[list[int]]) -> NDArray[np.float64]:
+        """Negative log-likelihood (nats) of each whole answer, its end included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +111,32 @@ def answer_metrics(answers: Sequence[Answer], progress: Progress) -> dict[str, M
         if len(shares):
             metrics[name] = mean(1 - shares if name.startswith("repetition") else shares)
     return metrics
+
+
+def choice_metrics(
+    chooser: Chooser,
+    examples: Sequence[Example],
+    answers: Sequence[list[int]],
+    model_limit: int,
+    progress: Progress,
+    stage: str = "choose",
+) -> dict[str, Metric]:
+    """`choice_accuracy` and `choice_macro_f1` of the likeliest of the `answers` that rows of these few may have.
+
+    Rows whose prompt leaves no room for the longest answer are left out; a row with another answer than these is wrong.
+    """
+    room = model_limit - max(map(len, answers))
+    asked = [example for example in examples if 0 < example.prompt_length <= room]
+    if not asked:
+        return {}
+    gold, predicted = np.full(len(asked), len(answers)), np.zeros(len(asked), np.int64)
+    for row, example in enumerate(track(progress, stage, asked, len(asked))):
+        right = [label for label in example.labels[example.prompt_length :] if label != IGNORED]
+        if right in answers:
+            gold[row] = list(answers).index(right)
+        predicted[row] = chooser.answer_nll(example.input_ids[: example.prompt_length], answers).argmin()
+    classes = len(answers) + 1
+    return {"choice_accuracy": accuracy(predicted, gold), "choice_macro_f1": macro_f1(predicted, gold, classes)}
 
 
 def _overlaps(pairs: Sequence[tuple[str, str]]) -> dict[str, Metric]:

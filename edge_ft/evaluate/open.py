@@ -182,7 +182,8 @@ def rendering_for(
         columns = find_columns(names, config, own.task) if config.prompt or not own.columns.fits(names) else own.columns
         if config.chat_template is None:
             return replace(own, columns=columns)
-        return make_rendering(config, columns, own.task, tokenizer, own.max_length, own.labels)
+        anew = make_rendering(config, columns, own.task, tokenizer, own.max_length, own.labels)
+        return replace(anew, answers=own.answers)
     task = task or guess_task(names, config, decoder)
     if task == "text-classification" and not labels:
         raise DataError("this model has no class names of its own: tune it first")

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ from edge_ft.data import Columns, Message, Rendering, Row, read_rows, record
 from edge_ft.data.columns import fill_text
 from edge_ft.errors import DataError, UsageError
 from edge_ft.progress import Progress, track
-from edge_ft.runtime import Conversation, TextClassifier, TextGenerator, load
+from edge_ft.runtime import Classification, Conversation, TextClassifier, TextGenerator, load
 from edge_ft.runtime.decode import TooLong
 
 __all__ = ["answer_file", "answer_one", "converse"]
@@ -34,8 +34,8 @@ def answer_one(bundle: Path, text: str, config: RunConfig, stream: TextIO | None
         `prompt_tokens` and `cut`.
     """
     opened = _open(bundle, config)
-    if isinstance(opened, TextClassifier):
-        found = opened.classify([fill_text(opened.rendering.columns, text)])[0]
+    if isinstance(opened, TextClassifier) or config.labels:
+        found = _labelled(opened, [fill_text(opened.rendering.columns, text)], config)[0]
         if stream is not None:
             for label, score in sorted(found.scores.items(), key=lambda pair: -pair[1])[:5]:
                 print(f"{score:7.2%}  {label}", file=stream)
@@ -70,7 +70,7 @@ def answer_file(bundle: Path, source: Path, out: Path, config: RunConfig, progre
     opened = _open(bundle, config)
     if isinstance(opened, TextClassifier):
         texts = [_text(row, opened.rendering) for row in rows]
-        answers: Iterator[dict[str, Any]] = (asdict(found) for found in opened.classify(texts))
+        answers: Iterator[dict[str, Any]] = (asdict(found) for found in _labelled(opened, texts, config))
     else:
         prompts = [_prompt(row, opened.rendering) for row in rows]
         answers = (_answer_or_error(opened, prompt, config) for prompt in prompts)
@@ -123,9 +123,25 @@ def _say(conversation: Conversation, line: str, target: TextIO) -> None:
 def _answer_or_error(opened: TextGenerator, prompt: str | list[Message], config: RunConfig) -> dict[str, Any]:
     """One row that cannot be answered does not cost the others theirs."""
     try:
-        return asdict(opened.generate(prompt, config))
+        return asdict(_labelled(opened, [prompt], config)[0] if config.labels else opened.generate(prompt, config))
     except UsageError as error:
         return {"error": str(error)}
+
+
+def _labelled(
+    opened: TextGenerator | TextClassifier, prompts: Sequence[Any], config: RunConfig
+) -> list[Classification]:
+    """Labels of a classifier, or of a generator under --labels.
+
+    Raises:
+        UsageError: --labels for a classifier, whose labels are its own.
+    """
+    if isinstance(opened, TextGenerator):
+        return opened.classify(prompts, None if config.labels == ("auto",) else config.labels)
+    if config.labels:
+        own = ", ".join(opened.labels)
+        raise UsageError(f"--labels is for models that write text; this one's labels are its own: {own}")
+    return opened.classify(prompts)
 
 
 def _open(bundle: Path, config: RunConfig) -> TextGenerator | TextClassifier:

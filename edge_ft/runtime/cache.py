@@ -71,12 +71,20 @@ class KVCache:
         """
         self._reserve(len(self.ids) + len(ids))
         for start in range(0, len(ids), _PREFILL):
-            run = ids[start : start + _PREFILL]
-            self._binding.bind_cpu_input("input_ids", np.array([run], np.int64))
-            self._binding.bind_cpu_input("attention_mask", self._mask[:, : len(self.ids) + len(run)])
-            self._session.run_with_iobinding(self._binding)
-            self.ids.extend(run)
+            self._run(ids[start : start + _PREFILL])
         logits: NDArray[np.float32] = self._logits[0, 0]
+        return logits
+
+    def extend_each(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """As `extend`, of a few tokens: logits [ids, vocab] after each of them, in memory of their own."""
+        self._reserve(len(self.ids) + len(ids))
+        every = np.zeros((1, len(ids), self._logits.shape[-1]), np.float32)
+        self._bind_logits(every, 0)
+        try:
+            self._run(ids)
+        finally:
+            self._bind_logits(self._logits, 1)
+        logits: NDArray[np.float32] = every[0]
         return logits
 
     def rewind(self, ids: Sequence[int]) -> int:
@@ -92,6 +100,18 @@ class KVCache:
             same += 1
         del self.ids[same:]
         return same
+
+    def _run(self, ids: Sequence[int]) -> None:
+        self._binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
+        self._binding.bind_cpu_input("attention_mask", self._mask[:, : len(self.ids) + len(ids)])
+        self._session.run_with_iobinding(self._binding)
+        self.ids.extend(ids)
+
+    def _bind_logits(self, logits: NDArray[np.float32], keep: int) -> None:
+        """Have the graph write the logits of the last `keep` tokens of a run there; 0 is all."""
+        number = ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
+        self._binding.bind_ortvalue_input("num_logits_to_keep", number)
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
 
     def _reserve(self, length: int) -> None:
         if length <= self.capacity:

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 import onnxruntime as ort
@@ -17,6 +17,7 @@ from edge_ft.data import (
     Message,
     Rendering,
     TextTokenizer,
+    answer_ids,
     encode_prompt,
     make_rendering,
     stop_ids,
@@ -24,6 +25,8 @@ from edge_ft.data import (
 )
 from edge_ft.errors import UsageError
 from edge_ft.runtime.cache import CacheShape, KVCache
+from edge_ft.runtime.choose import answer_nll
+from edge_ft.runtime.encode import Classification
 from edge_ft.runtime.sample import Sampler
 from edge_ft.runtime.text import TextPieces
 
@@ -106,6 +109,65 @@ class TextGenerator:
         if self._rendering(config).chat_template is None:
             raise UsageError("this bundle has no chat template, so it cannot chat: give --chat-template FILE")
         return Conversation(self, config)
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too; the first match is meant
+        self, prompts: str, labels: Sequence[str] | None = None
+    ) -> Classification: ...
+
+    @overload
+    def classify(
+        self, prompts: Sequence[str | list[Message]], labels: Sequence[str] | None = None
+    ) -> list[Classification]: ...
+
+    def classify(
+        self, prompts: str | Sequence[str | list[Message]], labels: Sequence[str] | None = None
+    ) -> Classification | list[Classification]:
+        """Choose among answers instead of writing one.
+
+        Args:
+            prompts: Texts or chats, as for `generate`; or one text, for one result.
+            labels: The answers allowed, without what --completion put around them in training; default those that
+                the training rows had, where they were few.
+
+        Returns:
+            For each prompt the likeliest label; its scores are the softmax of the labels' log-probabilities as whole
+            answers, end included, so that they sum to 1.
+
+        Raises:
+            TooLong: a prompt and the longest label are longer together than the model can read.
+            UsageError: fewer than two different labels, or none given and none learned; or an empty prompt.
+        """
+        if isinstance(prompts, str):
+            return self.classify([prompts], labels)[0]
+        names = tuple(labels or self.rendering.answers)
+        if not names:
+            raise UsageError("this bundle was not trained on a few answers: say which are allowed, with --labels a,b,c")
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise UsageError(f"labels {', '.join(names)}: give at least two different ones")
+        answers = [answer_ids(self.rendering, self.tokenizer, name) for name in names]
+        found = []
+        for prompt in prompts:
+            prompt_ids = encode_prompt(self.rendering, self.tokenizer, prompt)
+            if not prompt_ids:
+                raise UsageError("the prompt is empty: give it at least one character")
+            nll = self.answer_nll(prompt_ids, answers)
+            scores = np.exp(nll.min() - nll)
+            scores /= scores.sum()
+            best = names[int(scores.argmax())]
+            found.append(Classification(best, dict(zip(names, scores.tolist(), strict=True)), len(prompt_ids), 0))
+        return found
+
+    def answer_nll(self, prompt_ids: list[int], answers: Sequence[list[int]]) -> NDArray[np.float64]:
+        """See `edge_ft.runtime.choose.answer_nll`; the prompt is read once.
+
+        Raises:
+            TooLong: prompt and longest answer are longer together than the model can read.
+        """
+        longest = max(map(len, answers))
+        if len(prompt_ids) + longest > self.max_length:
+            raise _too_long(len(prompt_ids), longest, self.max_length)
+        return answer_nll(self.open_cache(), prompt_ids, answers)
 
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
         """Greedy continuation of a tokenized prompt, up to and without the first stop token.

@@ -22,6 +22,7 @@ from edge_ft.data import (
     class_numbers,
     column_names,
     encode_example,
+    find_answers,
     find_columns,
     find_labels,
     fingerprint,
@@ -114,6 +115,9 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
         rendering = replace(rendering, max_length=_length_of_most(examples, base.max_length))
         examples = _encode(rendering, tokenizer, records)
         progress.say(f"--max-length auto: {rendering.max_length} tokens")
+    if task == "text-generation" and (answers := find_answers(rows["train"], columns, rendering, tokenizer)):
+        rendering = replace(rendering, answers=answers)
+        progress.say(f"the rows have {len(answers)} different answers: run --labels auto will choose among them")
     marks = template_marks(rendering.chat_template, tokenizer)
     for file in dict.fromkeys(files.values()):
         together = [name for name in SPLITS if files[name] == file]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from edge_ft.config import TuneConfig
-from edge_ft.data import Example, TextTokenizer
-from edge_ft.evaluate.answers import ANSWERING, Answer, answer_metrics, generate_answers
+from edge_ft.data import Example, Rendering, TextTokenizer, answer_ids
+from edge_ft.evaluate.answers import ANSWERING, Answer, Chooser, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.score import Answerer, RowScores, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.tune.loop import Fit
@@ -89,7 +89,8 @@ def results(
     answers: dict[str, Any] | None = None
     if prepared.task in ANSWERING:
         examples = prepared.examples[split][:ANSWERS]
-        samples, answers = _answers(scorer, base, examples, tokenizer, model_limit, split, progress)
+        samples, answers = _answers(scorer, base, examples, tokenizer, prepared.rendering, model_limit, progress)
+        answers = None if answers is None else {"split": split, **answers}
     else:
         examples = prepared.examples[split][:SAMPLES]
         labels, before, after = prepared.rendering.labels, scores[f"{split}_base"], scores[split]
@@ -149,8 +150,8 @@ def _answers(
     base: Callable[[], AbstractContextManager[Any]],
     examples: Sequence[Example],
     tokenizer: TextTokenizer,
+    rendering: Rendering,
     model_limit: int,
-    split: str,
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Greedy answers of the base and of the tuned model: a few as samples, and the figures of all."""
@@ -158,21 +159,26 @@ def _answers(
     if not examples:
         return [], None
     answers: dict[str, list[Answer]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
+    choices = [answer_ids(rendering, tokenizer, answer) for answer in rendering.answers]
     for name, context in (("base", base), ("tuned", nullcontext)):
         with context():
             answers[name] = generate_answers(
                 scorer, tokenizer.decode, examples, SAMPLE_TOKENS, model_limit, progress, f"answers, {name}"
             )
+            found = answer_metrics(answers[name], progress if name == "base" else Silent())
+            if choices and isinstance(scorer, Chooser):
+                found |= choice_metrics(scorer, examples, choices, model_limit, progress, f"choices, {name}")
+        for metric, value in found.items():
+            metrics.setdefault(metric, {"base": None, "tuned": None})[name] = value
     samples = []
     for index, example in enumerate(examples[:SAMPLES]):
-        sample = {**_shown(example, tokenizer), **{name: found[index].text for name, found in answers.items()}}
+        sample = {**_shown(example, tokenizer), **{name: texts[index].text for name, texts in answers.items()}}
         samples.append(sample)
         progress.say(
             f"row {example.row}: {sample['reference']!r} is right; base {sample['base']!r}, tuned {sample['tuned']!r}"
         )
-    before, after = answer_metrics(answers["base"], progress), answer_metrics(answers["tuned"], Silent())
-    metrics = {name: {"base": before.get(name), "tuned": value} for name, value in after.items()}
-    return samples, {"split": split, "rows": len(examples), "max_new_tokens": SAMPLE_TOKENS, "metrics": metrics}
+    return samples, {"rows": len(examples), "max_new_tokens": SAMPLE_TOKENS, "metrics": metrics}
 
 
 def _shown(example: Example, tokenizer: TextTokenizer) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_a_run_and_its_exact_bundle_score_alike(llama_run: RunFolder, llama_adap
     assert onnx_side["metrics"] == torch_side["metrics"]
     assert torch_side["nll"] == pytest.approx(llama_run.report()["nll"]["test"], abs=1e-5)
     said = {"exact_match", "verbatim_match", "token_f1", "rouge1", "rouge2", "rougeL", "chrf", "eos_rate", "distinct_1"}
-    assert set(torch_side["metrics"]) == {"token_accuracy", *said}
+    assert set(torch_side["metrics"]) == {"token_accuracy", "choice_accuracy", "choice_macro_f1", *said}
     low, high = torch_side["nll_interval"]
     assert low < torch_side["nll"] < high
     assert torch_side["perplexity_interval"] == pytest.approx([math.exp(low), math.exp(high)])

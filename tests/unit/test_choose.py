@@ -1,0 +1,220 @@
+"""Classification with a decoder: the scores of the allowed answers, each as a whole, from one reading of the prompt."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_bundle import write_classifier, write_decoder
+
+from edge_ft.artifacts import Bundle, RunFolder
+from edge_ft.base.scorer import TorchScorer
+from edge_ft.config import EvalConfig, RunConfig
+from edge_ft.data import Columns, Example, Rendering, Row, TextTokenizer, answer_ids, collate, find_answers
+from edge_ft.errors import UsageError
+from edge_ft.evaluate import evaluate
+from edge_ft.evaluate.open import open_run_model
+from edge_ft.progress import Silent
+from edge_ft.runtime import KVCache, TextGenerator, load
+from edge_ft.runtime.answer import answer_file, answer_one
+from edge_ft.runtime.decode import TooLong
+
+LABELS = ("no", "not sure", "yes", "no way")
+"""Of different lengths, one the beginning of others."""
+
+
+def generator(bundle: Path) -> TextGenerator:
+    opened = load(bundle, threads=1)
+    assert isinstance(opened, TextGenerator)
+    return opened
+
+
+def whole_nll(opened: TextGenerator, prompt: str, label: str) -> float:
+    """What the scorer says of the prompt and one answer, read together."""
+    prompt_ids, answer = opened.tokenizer.encode(prompt), answer_ids(opened.rendering, opened.tokenizer, label)
+    ids = [*prompt_ids, *answer]
+    example = Example(1, ids, [-100] * len(prompt_ids) + answer, len(prompt_ids), label, 0)
+    losses, _ = opened.token_nll(collate([example], opened.tokenizer.pad_id, "text-generation"))
+    return float(losses.sum())
+
+
+def test_scores_are_the_softmax_of_whole_answers_their_ends_included(tmp_path: Path) -> None:
+    opened = generator(write_decoder(tmp_path / "b"))
+    found = opened.classify(["Is it?", "Was it so?"], LABELS)
+    for prompt, result in zip(("Is it?", "Was it so?"), found, strict=True):
+        nll = np.array([whole_nll(opened, prompt, label) for label in LABELS])
+        expected = np.exp(-nll) / np.exp(-nll).sum()
+        assert list(result.scores) == list(LABELS)
+        assert list(result.scores.values()) == pytest.approx(expected.tolist(), rel=1e-3)
+        assert sum(result.scores.values()) == pytest.approx(1)
+        assert result.label == LABELS[int(nll.argmin())]
+        assert result.prompt_tokens == len(prompt)
+
+
+def test_one_text_gives_one_result(tmp_path: Path) -> None:
+    opened = generator(write_decoder(tmp_path / "b"))
+    assert opened.classify("Is it?", LABELS) == opened.classify(["Is it?"], LABELS)[0]
+
+
+def test_a_label_can_win_that_the_model_would_not_write(tmp_path: Path) -> None:
+    opened = generator(write_decoder(tmp_path / "b", script="yes"))
+    assert opened.generate("Is it:").text == "yes"
+    assert opened.classify("Is it:", ("yes", "ye")).label == "yes"
+    assert opened.classify("Is it:", ("no", "maybe")).label in ("no", "maybe")
+
+
+def test_the_prompt_and_what_labels_share_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = generator(write_decoder(tmp_path / "b"))
+    read: list[str] = []
+    run = KVCache._run
+
+    def counted(self: KVCache, ids: Sequence[int]) -> None:
+        read.append(opened.tokenizer.decode(list(ids)))
+        run(self, ids)
+
+    monkeypatch.setattr(KVCache, "_run", counted)
+    opened.classify("Is it?", LABELS)
+    assert sorted(read) == [" way", "Is it?", "not sure", "yes"]  # "no" lies on the way to the others
+
+
+def test_the_order_of_labels_does_not_change_their_scores(tmp_path: Path) -> None:
+    opened = generator(write_decoder(tmp_path / "b"))
+    scores = opened.classify("Is it?", LABELS).scores
+    assert opened.classify("Is it?", LABELS[::-1]).scores == pytest.approx(scores)
+
+
+def with_rendering(bundle: Path, **changes: Any) -> Path:
+    manifest = Bundle.open(bundle).manifest
+    manifest["rendering"] = replace(Rendering.from_dict(manifest["rendering"]), **changes).to_dict()
+    Bundle.seal(bundle, manifest)
+    return bundle
+
+
+def test_labels_go_into_the_completion_of_training(tmp_path: Path) -> None:
+    columns = Columns("template", "{question}?", " {answer}.")
+    opened = generator(with_rendering(write_decoder(tmp_path / "b"), columns=columns))
+    ids = answer_ids(opened.rendering, opened.tokenizer, "no")
+    assert opened.tokenizer.decode(ids, skip_special_tokens=False) == " no.<|end|>"
+
+
+def test_in_a_chat_an_answer_ends_as_a_turn_does(tmp_path: Path) -> None:
+    opened = generator(with_rendering(write_decoder(tmp_path / "b", chat=True), appended_eos=None))
+    ids = answer_ids(opened.rendering, opened.tokenizer, "no")
+    assert opened.tokenizer.decode(ids, skip_special_tokens=False) == "no<|end|>"
+    messages = [{"role": "user", "content": "Is it?"}]
+    assert opened.classify([messages], LABELS)[0].scores == opened.classify("Is it?", LABELS).scores
+
+
+@pytest.mark.parametrize(
+    ("prompt", "labels", "says"),
+    [
+        ("Is it?", None, "not trained on a few answers"),
+        ("Is it?", ("yes",), "at least two"),
+        ("Is it?", ("yes", "yes"), "at least two"),
+        ("", ("yes", "no"), "empty"),
+    ],
+)
+def test_what_cannot_be_chosen_from_is_refused(
+    tmp_path: Path, prompt: str, labels: tuple[str, ...] | None, says: str
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        generator(write_decoder(tmp_path / "b")).classify([prompt], labels)
+
+
+def test_a_prompt_without_room_for_the_longest_label_is_too_long(tmp_path: Path) -> None:
+    opened = generator(write_decoder(tmp_path / "b", max_length=12))
+    assert opened.classify("a" * 9, ("no", "ok"))
+    with pytest.raises(TooLong, match="9 tokens and 5 new ones"):
+        opened.classify("a" * 9, ("no", "sure"))
+
+
+# What rows teach, and what a bundle remembers
+
+
+def answers_of(values: Sequence[str | None], tmp_path: Path, columns: Columns | None = None) -> tuple[str, ...]:
+    opened = generator(write_decoder(tmp_path / "b"))
+    columns = columns or Columns("prompt_completion", "{prompt}", "{completion}")
+    rows = [Row(n, {"prompt": f"{n}", "completion": value}) for n, value in enumerate(values, 1)]
+    return find_answers(rows, columns, replace(opened.rendering, columns=columns), opened.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (["no", "yes"] * 4, ("no", "yes")),
+        (["no", "yes"] * 3, ()),  # three rows each
+        (["no"] * 8, ()),
+        ([f"{n % 64}" for n in range(256)], tuple(sorted(map(str, range(64))))),
+        ([f"{n % 65}" for n in range(260)], ()),
+        (["no", "x" * 15] * 4, ("no", "x" * 15)),  # 15 and the end
+        (["no", "x" * 16] * 4, ()),
+        (["no", "yes", None] * 4, ("no", "yes")),
+    ],
+    ids=["few", "too-few-rows", "one", "64", "65", "16-tokens", "17-tokens", "gaps"],
+)
+def test_few_short_answers_that_return_are_remembered(
+    values: list[str | None], found: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert answers_of(values, tmp_path) == found
+
+
+def test_what_a_template_puts_around_an_answer_is_no_part_of_it(tmp_path: Path) -> None:
+    columns = Columns("template", "{prompt}:", " It is {completion}.")
+    assert answers_of(["no", "yes"] * 4, tmp_path, columns) == ("no", "yes")
+
+
+def test_a_run_remembers_its_answers_and_is_scored_on_choosing(llama_run: RunFolder, llama_bundle: Bundle) -> None:
+    opened = generator(llama_bundle.path)
+    assert opened.rendering.answers == (" hello", " seven")
+    assert opened.classify("hello 3 the answer").label in (" hello", " seven")
+    data = str(llama_run.split("test"))
+    found = [evaluate(str(path), EvalConfig(data=data))["metrics"] for path in (llama_run.path, llama_bundle.path)]
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    chosen = opened.classify([row["prompt"] for row in rows])
+    share = sum(one.label == row["completion"] for one, row in zip(chosen, rows, strict=True)) / len(rows)
+    assert found[1]["choice_accuracy"]["value"] == share
+    assert found[0]["choice_accuracy"]["value"] == pytest.approx(share, abs=0.15)  # on the grid before rounding
+    assert 0 <= found[1]["choice_macro_f1"]["value"] <= 1
+    assert "choice_accuracy" in llama_run.report()["answers"]["metrics"]
+
+
+def test_torch_gives_the_same_scores(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
+    model, _ = open_run_model(llama_run)
+    tokenizer = TextTokenizer.load(llama_run.tokenizer)
+    rendering = Rendering.from_dict(llama_run.rendering())
+    answers = [answer_ids(rendering, tokenizer, label) for label in (" hello", " seven", " seven hello", "")]
+    prompt = tokenizer.encode("hello 3 the answer")
+    expected = generator(llama_adapter_bundle.path).answer_nll(prompt, answers)
+    assert TorchScorer(model, "text-generation").answer_nll(prompt, answers) == pytest.approx(expected, abs=1e-3)
+
+
+# edge-ft run
+
+
+def test_run_prints_labels_and_scores(tmp_path: Path) -> None:
+    bundle, shown = write_decoder(tmp_path / "b", script="yes"), io.StringIO()
+    found = answer_one(bundle, "Is it:", RunConfig(threads=1, labels=("no,maybe", "yes")), shown)
+    assert list(found["scores"]) == ["no", "maybe", "yes"]
+    assert found["label"] == "yes"
+    assert shown.getvalue().splitlines()[0].split() == [f"{found['scores']['yes']:.2%}", "yes"]
+
+
+def test_run_labels_every_row_of_a_file_and_one_that_is_too_long_costs_no_other(tmp_path: Path) -> None:
+    bundle = with_rendering(write_decoder(tmp_path / "b", max_length=16), answers=("no", "yes"))
+    source, out = tmp_path / "rows.jsonl", tmp_path / "labels.jsonl"
+    source.write_text('{"prompt": "Is it:"}\n{"prompt": "' + "a" * 20 + '"}\n')
+    summary = answer_file(bundle, source, out, RunConfig(threads=1, labels=("auto",)), Silent())
+    first, second = map(json.loads, out.read_text().splitlines())
+    assert set(first["scores"]) == {"no", "yes"}
+    assert "error" in second
+    assert summary["failed"] == 1
+
+
+def test_a_classifiers_labels_are_its_own(tmp_path: Path) -> None:
+    bundle = write_classifier(tmp_path / "b")
+    with pytest.raises(UsageError, match="no, maybe, yes"):
+        answer_one(bundle, "text", RunConfig(threads=1, labels=("a", "b")), None)
