@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from edge_ft.artifacts import Bundle, RunFolder, kind_of
 from edge_ft.base.load import Base, find_base, load_model
@@ -112,7 +113,7 @@ def prepare(job: dict[str, Any]) -> Base:
     torch.set_num_threads(job["threads"])
     base = job["base"]
     family = FAMILIES[base["family"]]
-    module = family.name.replace("-", "_")
+    module = model_type_to_module_name(family.name)
     import_module(f"transformers.models.{module}.modeling_{module}")
     if job["adapter"] is not None:
         import_module("peft")

@@ -89,7 +89,7 @@ def _prepare(job: dict[str, Any]) -> dict[str, Any]:
         if job["weights"]:
             _write_weights(base, config, prepared, Path(job["weights"]))
     body, head = _linear_weights(base, prepared)
-    hidden, wide = int(base.config["hidden_size"]), int(base.config["intermediate_size"])
+    hidden, wide = base.sizes.hidden, base.sizes.intermediate
     length = round(median(len(example.input_ids) for example in examples))
     return {
         "task": whole.task,

@@ -34,6 +34,8 @@ class Family:
     """Peak rate for LoRA, chosen by measurement (docs/decisions/010)."""
     positions_after_pad: bool = False
     """Positions are numbered from `pad_token_id` + 1 on, so that many of the table are never used."""
+    fan_in_fan_out: bool = False
+    """The checkpoint's linear layers lie the other way round, [in, out] (transformers' Conv1D; PEFT's name for it)."""
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -54,10 +56,21 @@ class Family:
         return self.kind == "decoder"
 
 
+def _decoder(name: str, layers: str = "model.layers", fan_in_fan_out: bool = False) -> Family:
+    heads: dict[Task, tuple[str, ...]] = {"text-generation": ("lm_head",)}
+    return Family(name, heads, layers, "decoder", 2e-3, fan_in_fan_out=fan_in_fan_out)
+
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llama", {"text-generation": ("lm_head",)}, "model.layers", "decoder", 2e-3),
+        *(
+            _decoder(name)
+            for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3")
+        ),
+        _decoder("gpt_neox", "gpt_neox.layers"),
+        _decoder("opt", "model.decoder.layers"),
+        _decoder("gpt2", "transformer.h", fan_in_fan_out=True),
         Family(
             "bert",
             {

@@ -91,10 +91,6 @@ def describe(source: Source, config: ExportConfig, graphs: dict[int, str], main:
         },
     }
     if base.family.decoder:
-        heads = int(base.config["num_attention_heads"])
-        manifest["cache"] = {
-            "layers": int(base.config["num_hidden_layers"]),
-            "kv_heads": int(base.config.get("num_key_value_heads") or heads),
-            "head_dim": int(base.config.get("head_dim") or base.config["hidden_size"] // heads),
-        }
+        sizes = base.sizes
+        manifest["cache"] = {"layers": sizes.layers, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
     return manifest

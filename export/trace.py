@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from torch.onnx.ops import symbolic, symbolic_multi_out
 from transformers import AttentionInterface, PreTrainedModel
 
 from edge_ft.base.linear import exporting
-from edge_ft.errors import ModelError
+from edge_ft.base.norm import plain_rms_norm
+from edge_ft.base.sizes import Sizes
+from edge_ft.base.supported import refuse_unsupported
 from edge_ft.export.lowering import quiet
 from edge_ft.families import Family
 
@@ -45,7 +48,7 @@ def trace(model: PreTrainedModel, family: Family) -> ir.Model:
         family: Its row; a decoder gets a KV cache, an encoder a padding mask.
 
     Raises:
-        ModelError: a decoder whose head size ONNX Runtime's attention does not take.
+        ModelError: a decoder that ONNX Runtime's attention does not take.
     """
     wrapper = _Decoder(model) if family.decoder else _Encoder(model)
     examples = tuple(
@@ -56,7 +59,7 @@ def trace(model: PreTrainedModel, family: Family) -> ir.Model:
         for dims in wrapper.inputs.values()
     )
     # A table of absolute positions can be sliced no further than its end.
-    length = torch.export.Dim("sequence_length", max=model.config.max_position_embeddings)
+    length = torch.export.Dim("sequence_length", max=Sizes(model.config).positions)
     dynamic = tuple(
         {
             axis: length if size == "sequence_length" else torch.export.Dim.DYNAMIC
@@ -65,7 +68,7 @@ def trace(model: PreTrainedModel, family: Family) -> ir.Model:
         }
         for dims in wrapper.inputs.values()
     )
-    with _hooks(model, family), quiet(), torch.no_grad():
+    with _hooks(model, wrapper), quiet(), torch.no_grad():
         program = torch.onnx.export(
             torch.export.export(wrapper, examples, dynamic_shapes=(dynamic,), strict=False),
             dynamo=True,
@@ -83,50 +86,61 @@ def trace(model: PreTrainedModel, family: Family) -> ir.Model:
 class _Decoder(nn.Module):
     """A causal model with its KV cache as inputs and outputs."""
 
-    cos_cache: Tensor
-    sin_cache: Tensor
-
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        config = model.config
-        heads = config.num_key_value_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        if size % 16:
-            raise ModelError(
-                f"the model's attention heads have size {size}, and ONNX Runtime's grouped-query attention takes "
-                "multiples of 16 only: export another model"
-            )
+        sizes = Sizes(model.config)
+        refuse_unsupported(sizes, "the model")
+        heads, size = sizes.kv_heads, sizes.head_dim
         self.inputs: dict[str, Dims] = {
             "input_ids": ("batch_size", "sequence_length"),
             "attention_mask": ("batch_size", "total_sequence_length"),
             "num_logits_to_keep": (),
         }
-        self.outputs: dict[str, Dims] = {"logits": ("batch_size", "num_logits", config.vocab_size)}
-        for layer in range(config.num_hidden_layers):
+        self.outputs: dict[str, Dims] = {"logits": ("batch_size", "num_logits", sizes.vocabulary)}
+        for layer in range(sizes.layers):
             for part in ("key", "value"):
                 self.inputs[f"past_key_values.{layer}.{part}"] = ("batch_size", heads, "past_sequence_length", size)
                 self.outputs[f"present.{layer}.{part}"] = ("batch_size", heads, "total_sequence_length", size)
+        self.rotation = SimpleNamespace(tables=None)
+        """By which tables the layer at hand rotates: set by the rotary function, taken by the attention after it."""
+        rotary = next((module for module in model.modules() if _is_rotary(module)), None)
+        if rotary is None:
+            return
         # The model's own module fills the tables, so that whatever scaling it applies is in them.
-        positions = torch.arange(config.max_position_embeddings).unsqueeze(0)
-        for name, table in zip(("cos_cache", "sin_cache"), _rotary(model)(torch.zeros(1), positions), strict=True):
-            self.register_buffer(name, table[0, :, : table.shape[-1] // 2].contiguous())
+        positions = torch.arange(sizes.positions).unsqueeze(0)
+        kinds = set(model.config.layer_types) if "layer_type" in signature(rotary.forward).parameters else {None}
+        for kind in sorted(kinds):
+            tables = rotary(torch.zeros(1), positions, *() if kind is None else (kind,))
+            for name, table in zip(_table_names(kind), tables, strict=True):
+                self.register_buffer(name, table[0, :, : table.shape[-1] // 2].contiguous())
+
+    def rotary_tables(self, kind: str | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin [positions, rotated / 2] of a kind of layer."""
+        cos, sin = (self.get_buffer(name) for name in _table_names(kind))
+        return cos, sin
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         input_ids, attention_mask, num_logits_to_keep, *past = tensors
         present: list[Tensor] = []
-        last_positions = (attention_mask.sum(1) - 1).to(torch.int32)
+        lengths = attention_mask.sum(1)
+        last_positions = (lengths - 1).to(torch.int32)
         total = symbolic("Shape", [attention_mask], {"start": 1, "end": 2}, dtype=torch.int64, shape=(1,))
         total = total.squeeze().to(torch.int32)
+
+        # Of learned positions: rows are padded on the right, so all but their first run begins where the text ended.
+        starts = (lengths - input_ids.shape[1]).clamp(min=0).unsqueeze(1)
+        position_ids = starts + torch.arange(input_ids.shape[1])
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, attributes: dict[str, Any]) -> Tensor:
             past_key, past_value = past[2 * layer : 2 * layer + 2]
             heads, size = past_key.shape[1], past_key.shape[3]
             cache = (query.shape[0], heads, attention_mask.shape[1], size)
+            rotation, self.rotation.tables = self.rotation.tables, None
             output, *pair = symbolic_multi_out(
                 "com.microsoft::GroupQueryAttention",
-                [query, key, value, past_key, past_value, last_positions, total, self.cos_cache, self.sin_cache],
-                {**attributes, "kv_num_heads": heads, "do_rotary": 1},
+                [query, key, value, past_key, past_value, last_positions, total, *(rotation or ())],
+                {**attributes, "kv_num_heads": heads, "do_rotary": int(rotation is not None)},
                 dtypes=[query.dtype] * 3,
                 shapes=[query.shape, cache, cache],
                 version=1,
@@ -144,7 +158,7 @@ class _Decoder(nn.Module):
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(keep_last)
         try:
-            logits = self.model(input_ids=input_ids, use_cache=False, attend=attend).logits
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, attend=attend).logits
         finally:
             handle.remove()
         return (logits, *present)
@@ -241,7 +255,7 @@ def _name(graph_model: ir.Model, model: PreTrainedModel, wrapper: _Decoder | _En
 
 
 @contextmanager
-def _hooks(model: PreTrainedModel, family: Family) -> Iterator[None]:
+def _hooks(model: PreTrainedModel, wrapper: _Decoder | _Encoder) -> Iterator[None]:
     """Replace what ONNX Runtime fuses by single operators while inside."""
     with ExitStack() as undo:
 
@@ -251,21 +265,48 @@ def _hooks(model: PreTrainedModel, family: Family) -> Iterator[None]:
 
         undo.enter_context(exporting(model))
         patch(nn.Linear, "forward", _linear)
+        _fuse_norms(patch, model)
         for kind in {type(module) for module in model.modules()}:
-            if kind.__name__.endswith("RMSNorm"):
-                patch(kind, "forward", _rms_norm)
-            if kind.__name__.endswith("RotaryEmbedding") and family.decoder:
-                # GroupQueryAttention rotates, by the tables that are its inputs.
-                patch(kind, "forward", lambda *_, **__: (None, None))
-                patch(sys.modules[kind.__module__], "apply_rotary_pos_emb", lambda query, key, *_, **__: (query, key))
+            if isinstance(wrapper, _Decoder) and _is_rotary(kind):
+                _rotate_in_attention(patch, kind, wrapper)
         AttentionInterface.register("edge_ft", _attention)
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation("edge_ft")
         yield
 
 
-def _rotary(model: nn.Module) -> nn.Module:
-    return next(module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding"))
+def _is_rotary(module: nn.Module | type) -> bool:
+    kind = module if isinstance(module, type) else type(module)
+    return kind.__name__.endswith("RotaryEmbedding")
+
+
+def _table_names(kind: str | None) -> tuple[str, str]:
+    """Of cos and sin, for a kind of layer that has its own or for all layers."""
+    end = "" if kind is None else f"_{kind}"
+    return f"cos_cache{end}", f"sin_cache{end}"
+
+
+def _fuse_norms(patch: Callable[..., None], model: nn.Module) -> None:
+    """RMSNorm as one operator, over the weight that it multiplies by (Gemma's plus 1)."""
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    found = {norm: plain_rms_norm(norm) for norm in norms}
+    for norm, plain in found.items():
+        if plain is not None and not torch.equal(plain[0], norm.get_parameter("weight")):
+            patch(norm, "weight", nn.Parameter(plain[0], requires_grad=False))
+    for kind in {type(norm) for norm in norms}:
+        if all(plain is not None for norm, plain in found.items() if type(norm) is kind):
+            patch(kind, "forward", _rms_norm)
+
+
+def _rotate_in_attention(patch: Callable[..., None], kind: type, wrapper: _Decoder) -> None:
+    """Leave rotating to GroupQueryAttention, by the tables that are its inputs."""
+
+    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        wrapper.rotation.tables = (cos, sin)
+        return query, key
+
+    patch(kind, "forward", lambda _, x, position_ids, layer_type=None: wrapper.rotary_tables(layer_type))
+    patch(sys.modules[kind.__module__], "apply_rotary_pos_emb", rotate)
 
 
 def _attention(
@@ -277,13 +318,20 @@ def _attention(
     *,
     scaling: float,
     attend: Attend,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [batch, heads, seq, size] -> [batch, seq, heads, size]."""
+    attributes: dict[str, Any] = {"num_heads": query.shape[1], "scale": scaling}
+    if sliding_window is not None:
+        attributes["local_window_size"] = sliding_window
+    if softcap is not None:
+        attributes["softcap"] = softcap
     heads, size = query.shape[1], query.shape[3]
     query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
     layer: Any = module.layer_idx
-    return attend(layer, query, key, value, {"num_heads": heads, "scale": scaling}).unflatten(2, (heads, size)), None
+    return attend(layer, query, key, value, attributes).unflatten(2, (heads, size)), None
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
@@ -297,10 +345,11 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return symbolic(
         "SimplifiedLayerNormalization",
         [x, module.weight],
-        {"axis": -1, "epsilon": module.variance_epsilon, "stash_type": 1},
+        {"axis": -1, "epsilon": eps, "stash_type": 1},
         dtype=x.dtype,
         shape=x.shape,
         version=1,

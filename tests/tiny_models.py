@@ -1,4 +1,4 @@
-"""Models of both families from config objects, and rows they can learn: all made in seconds, none downloaded."""
+"""Models of every family from config objects, and rows they can learn: all made in seconds, none downloaded."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,17 @@ from typing import Any
 import torch
 from small_tokenizers import write_bpe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModel, BertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "the", "was", "very", "not", "a", "[", "]", "sep"]
 
 
@@ -32,6 +41,58 @@ def write_llama(folder: Path, *, tie: bool = True, seed: int = 0, **config: Any)
         "initializer_range": 0.1,
     }
     LlamaForCausalLM(LlamaConfig(**{**settings, **config})).save_pretrained(folder)
+    return folder
+
+
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {"head_dim": 32},
+    "gemma2": {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {"hidden_size": 128, "sliding_window": 8, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "gpt_neox": {"hidden_size": 128, "rotary_pct": 0.5},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "opt-350m": {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "gpt2": {"n_inner": 96},
+}
+"""What exercises a family's own: each as `model_type`, or `model_type-SHAPE`."""
+
+
+def write_decoder(folder: Path, name: str, *, seed: int = 0, **config: Any) -> Path:
+    """A two-layer model of one of `DECODERS`, its norms and biases as random as its weights, for plain rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bpe(folder, chat_template=None)
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96}
+    ids = {"vocab_size": vocabulary, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    torch.manual_seed(seed)
+    family = name.partition("-")[0]
+    if not hasattr(CONFIG_MAPPING[family], "num_key_value_heads"):
+        del sizes["num_key_value_heads"]
+    made = AutoConfig.for_model(family, **{**sizes, **ids, "initializer_range": 0.1, **DECODERS[name], **config})
+    for dropout in ("dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if hasattr(made, dropout):
+            setattr(made, dropout, 0.0)
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -49,7 +49,10 @@ def add_lora(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
         modules_to_save=[name.rpartition(".")[2] for name in family.trained_head(task)] or None,
     )
     with quiet_libraries():
-        return get_peft_model(model, lora)
+        peft_model = get_peft_model(model, lora)
+    # Only said to who loads the adapter on the plain model: here the layers lie as linear ones do.
+    peft_model.peft_config["default"].fan_in_fan_out = family.fan_in_fan_out
+    return peft_model
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Any:

@@ -22,7 +22,12 @@ _LONGEST = {torch.bfloat16: 256, torch.float32: 128}
 
 
 def use_short_attention(model: PreTrainedModel) -> None:
-    """Let `model` attend this way wherever sequences are short enough, and as PyTorch does elsewhere."""
+    """Let `model` attend this way wherever sequences are short enough, and as PyTorch does elsewhere.
+
+    A model that PyTorch's attention does not express (Gemma 2 caps its scores) keeps its own.
+    """
+    if not model._supports_sdpa:
+        return
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from edge_ft.base.attention import use_short_attention
 from edge_ft.base.linear import layers_name, transposed_weight
+from edge_ft.base.norm import plain_rms_norm
 from edge_ft.families import Family
 
 __all__ = ["Compute", "has_bf16"]
@@ -81,15 +82,11 @@ class Compute:
         return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
     def _fuse_norm(self, norm: Any) -> None:
-        """Where it is the plain norm: some families add 1 to the weight, or multiply elsewhere."""
-        plain, weight = norm.forward, norm.weight
-        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if weight is None or weight.requires_grad or not isinstance(eps, float):
+        """Where it is the plain norm: some families multiply elsewhere."""
+        plain, found = norm.forward, plain_rms_norm(norm)
+        if found is None or norm.weight.requires_grad:
             return
-        probe = torch.linspace(-3, 2, weight.numel(), device=weight.device)[None]
-        with torch.no_grad():
-            if not torch.allclose(plain(probe), _RMSNorm.apply(probe, weight, eps), rtol=1e-5, atol=1e-6):
-                return
+        weight, eps = found
         norm.forward = lambda x: _RMSNorm.apply(x, weight, eps) if self.active else plain(x)
 
     def _fuse_gate(self, mlp: Any) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from edge_ft.base.grid import Bits, Codes, pack_nibbles, quantize, unpack_nibbles
 from edge_ft.families import Family
@@ -31,6 +32,7 @@ __all__ = [
     "move",
     "quantize_model",
     "transposed_weight",
+    "turn_conv1d",
 ]
 
 # torch.onnx.is_in_onnx_export() is False inside torch.export.export: without a flag of our own the
@@ -197,8 +199,10 @@ def transposed_weight(layer: nn.Module, dtype: torch.dtype, columns: slice = sli
 class QuantEmbedding(_OverCodes, nn.Embedding):
     """A frozen embedding over codes: ids [...] -> float32 [..., embedding_dim]."""
 
-    def __init__(self, codes: Codes, padding_idx: int | None = None) -> None:
+    def __init__(self, codes: Codes, padding_idx: int | None = None, scale: float = 1.0) -> None:
+        """`scale` is what every embedding is multiplied by (Gemma's square root of the width)."""
         nn.Module.__init__(self)
+        self.scale = scale
         self.num_embeddings, self.embedding_dim = codes.qweight.shape[0], codes.in_features
         self.padding_idx = padding_idx
         self.register_parameter("weight", None)
@@ -206,8 +210,8 @@ class QuantEmbedding(_OverCodes, nn.Embedding):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if not _exporting:
-            return self.dequantize(columns=input_ids.flatten()).T.unflatten(0, input_ids.shape)
-        return torch.onnx.ops.symbolic(
+            return self._scaled(self.dequantize(columns=input_ids.flatten()).T.unflatten(0, input_ids.shape))
+        embedded = torch.onnx.ops.symbolic(
             "com.microsoft::GatherBlockQuantized",
             # The operator wants [N, blob]: edge_ft.export.trace gives it the same bytes in that shape.
             [self.qweight, input_ids, self.scales, self.zero_points],
@@ -216,6 +220,27 @@ class QuantEmbedding(_OverCodes, nn.Embedding):
             shape=(*input_ids.shape, self.embedding_dim),
             version=1,
         )
+        return self._scaled(embedded)
+
+    def _scaled(self, embedded: Tensor) -> Tensor:
+        return embedded if self.scale == 1.0 else embedded * self.scale
+
+
+def turn_conv1d(model: nn.Module) -> set[str]:
+    """Replace GPT-2's `Conv1D` layers by linear layers of the same name, in place: the weights lie [out, in] then.
+
+    Returns:
+        The names of these weights, which lie [in, out] in the checkpoint.
+    """
+    turned = set()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            turned.add(f"{name}.weight")
+            layer = nn.Linear(module.nx, module.nf, device="meta")
+            layer.weight = nn.Parameter(module.weight.detach().T.contiguous())
+            layer.bias = module.bias
+            model.set_submodule(name, layer)
+    return turned
 
 
 def quantize_model(
@@ -267,7 +292,7 @@ def quantize_model(
     codes = codes_of(f"{names[embedding]}.weight", embedding.weight.shape)
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
-    quantized = QuantEmbedding(codes, embedding.padding_idx)
+    quantized = QuantEmbedding(codes, embedding.padding_idx, float(getattr(embedding, "embed_scale", 1.0)))
     model.set_input_embeddings(quantized)  # type: ignore[operator]
     if tied:
         tied_head = QuantLinear(codes, None if head.bias is None else read(f"{names[head]}.bias", slice(None)).detach())

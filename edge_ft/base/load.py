@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from edge_ft.artifacts import atomic_folder, file_sha256, write_text
 from edge_ft.base.bf16 import round_to_bf16
 from edge_ft.base.grid import Bits
-from edge_ft.base.linear import is_within, quantize_model
+from edge_ft.base.linear import is_within, quantize_model, turn_conv1d
 from edge_ft.base.mpnet import use_attention_interface
 from edge_ft.base.quiet import quiet_libraries
+from edge_ft.base.sizes import Sizes, read_config
+from edge_ft.base.supported import refuse_unsupported
 from edge_ft.config import BaseFormat, Task
 from edge_ft.data import class_numbers
 from edge_ft.errors import ModelError, did_you_mean, require
@@ -54,11 +57,16 @@ class Base:
     config: dict[str, Any]
     """config.json"""
 
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Layers, heads, vocabulary and the like."""
+        return Sizes(read_config(self.family.name, self.config, self.path / "config.json"))
+
     @property
     def max_length(self) -> int:
         """Tokens that the model's positions are enough for."""
         unused = int(self.config.get("pad_token_id", 1)) + 1 if self.family.positions_after_pad else 0
-        return int(self.config.get("max_position_embeddings", 1024)) - unused
+        return self.sizes.positions - unused
 
     @property
     def task(self) -> Task:
@@ -127,10 +135,7 @@ def find_base(model: str, task: Task | None = None) -> Base:
         raise ModelError(f"{folder / 'config.json'} is not a model's config: it must be one JSON object")
     family = family_of(str(config.get("model_type")), task)
     if family.decoder:
-        heads = int(config["num_attention_heads"])
-        head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-        if head_dim % 16:
-            raise ModelError(f"{folder} has heads of size {head_dim}: ONNX Runtime's attention takes multiples of 16")
+        refuse_unsupported(Sizes(read_config(family.name, config, folder / "config.json")), folder)
     if family.kind == "encoder" and config.get("is_decoder"):
         raise ModelError(f"{folder} is a {family.name} that was made a decoder (is_decoder): that cannot be exported")
     weights = sorted(folder.glob("*.safetensors"))
@@ -179,6 +184,8 @@ def load_model(
                 model = _quantized(base, model_class, task, settings, base_format, block_size, fresh, seed)
             if model is None:
                 model = _whole(base, model_class, task, settings, fresh, seed)
+                if base.family.fan_in_fan_out:
+                    turn_conv1d(model)
                 if base_format != "fp32":
                     _round(model, base, task, base_format, block_size)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -255,10 +262,14 @@ def _quantized(
     if not whole_modules or not all(is_within(name, fresh) for name in drawn):
         return None
 
+    turned = turn_conv1d(model) if base.family.fan_in_fan_out else set()
+
     def read(name: str, rows: slice) -> Tensor:
         """A copy, from a mapping of its own: the pages of a mapped file stay in memory as long as it is mapped."""
         with safe_open(places[keys[name]], "pt") as weights:
-            return weights.get_slice(keys[name])[rows].to(torch.float32, copy=True)
+            stored = weights.get_slice(keys[name])
+            part = stored[:, rows].T if name in turned else stored[rows]
+            return part.to(torch.float32, copy=True)
 
     _round(model, base, task, base_format, block_size, read)
     for name in [name for name, parameter in model.named_parameters() if parameter.is_meta]:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_ft.base.head import logit_chunks
+from edge_ft.base.head import logit_chunks, softcap_of
 from edge_ft.config import Task
 from edge_ft.data import Batch, target_mask
 from edge_ft.data.render import IGNORED
@@ -86,8 +86,9 @@ class TorchScorer:
         if self.task in HIDDEN:
             hidden, targets = HIDDEN[self.task](self.model, batch, self.device)
             nll, predicted = hidden.new_empty(len(hidden)), torch.empty_like(targets)
-            head = task_model_of(self.model).get_output_embeddings()
-            for rows, logits in logit_chunks(hidden, head, self.dtype):
+            task_model = task_model_of(self.model)
+            head, softcap = task_model.get_output_embeddings(), softcap_of(task_model)
+            for rows, logits in logit_chunks(hidden, head, self.dtype, softcap):
                 nll[rows] = nn.functional.cross_entropy(logits, targets[rows], reduction="none")
                 predicted[rows] = logits.argmax(dim=-1)
         else:

@@ -96,8 +96,8 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     task = prepared.task
     family_of(base.family.name, task)  # a guessed task too
     longest = max(max(example.input_ids) for rows in prepared.examples.values() for example in rows)
-    if longest >= int(base.config["vocab_size"]):
-        raise ModelError(f"{base.path}: its tokenizer gives id {longest}, its model knows {base.config['vocab_size']}")
+    if longest >= base.sizes.vocabulary:
+        raise ModelError(f"{base.path}: its tokenizer gives id {longest}, its model knows {base.sizes.vocabulary}")
     counts = {name: len(examples) for name, examples in prepared.examples.items()}
     identify(data_fingerprint=prepared.fingerprint, rows=counts, examples_sha256=examples_sha256(prepared.examples))
     device = ranks.device

@@ -117,7 +117,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
     prepared = prepare(config, base, tokenizer, progress)
     ready = time.monotonic() - started
     choices, loaded = [], []
-    for option in _options(config, int(base.config["num_hidden_layers"])):
+    for option in _options(config, base.sizes.layers):
         refuse_at_sight(base, option, room)
         progress.say(f"measuring layers {option.layers}, memory {option.memory}")
         began = time.monotonic()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_ft.base.compute import Compute, has_bf16
-from edge_ft.base.head import target_loss
+from edge_ft.base.head import softcap_of, target_loss
 from edge_ft.base.scorer import HIDDEN, LOSSES, TorchScorer, task_model_of
 from edge_ft.config import Task, TuneConfig
 from edge_ft.data import Batch
@@ -49,7 +49,9 @@ class TorchBackend(TorchScorer):
         with self.compute:
             if self.task in HIDDEN:
                 hidden, labels = HIDDEN[self.task](self.model, batch, self.device)
-                loss = target_loss(hidden, task_model_of(self.model).get_output_embeddings(), labels, self.dtype)
+                task_model = task_model_of(self.model)
+                head = task_model.get_output_embeddings()
+                loss = target_loss(hidden, head, labels, self.dtype, softcap_of(task_model))
             else:
                 loss = LOSSES[self.task](self.model, batch, self.device)[0].sum()
             loss = loss / targets
