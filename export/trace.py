@@ -109,8 +109,8 @@ class _Decoder(nn.Module):
             return
         # The model's own module fills the tables, so that whatever scaling it applies is in them.
         positions = torch.arange(sizes.positions).unsqueeze(0)
-        kinds = set(model.config.layer_types) if "layer_type" in signature(rotary.forward).parameters else {None}
-        for kind in sorted(kinds):
+        of_kinds = "layer_type" in signature(rotary.forward).parameters
+        for kind in sorted(set(model.config.layer_types)) if of_kinds else (None,):
             tables = rotary(torch.zeros(1), positions, *() if kind is None else (kind,))
             for name, table in zip(_table_names(kind), tables, strict=True):
                 self.register_buffer(name, table[0, :, : table.shape[-1] // 2].contiguous())

@@ -51,7 +51,8 @@ def add_lora(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
     with quiet_libraries():
         peft_model = get_peft_model(model, lora)
     # Only said to who loads the adapter on the plain model: here the layers lie as linear ones do.
-    peft_model.peft_config["default"].fan_in_fan_out = family.fan_in_fan_out
+    adapter: Any = peft_model.peft_config["default"]
+    adapter.fan_in_fan_out = family.fan_in_fan_out
     return peft_model
 
 

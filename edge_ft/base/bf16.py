@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_ft.base.linear import FrozenLinear, is_within
+from edge_ft.base.linear import FrozenLinear, embedding_scale, is_within
 
 __all__ = ["BF16Embedding", "BF16Linear", "round_to_bf16"]
 
@@ -35,15 +35,17 @@ class BF16Embedding(nn.Embedding):
     qweight: Tensor
     """bfloat16 [num_embeddings, embedding_dim]"""
 
-    def __init__(self, weight: Tensor, padding_idx: int | None = None) -> None:
+    def __init__(self, weight: Tensor, padding_idx: int | None = None, scale: float = 1.0) -> None:
+        """`scale` is what every embedding is multiplied by."""
         nn.Module.__init__(self)
+        self.scale = scale
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx = padding_idx
         self.register_parameter("weight", None)
         self.register_buffer("qweight", weight.to(torch.bfloat16))
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return nn.functional.embedding(input_ids, self.qweight).float()
+        return nn.functional.embedding(input_ids, self.qweight).float() * self.scale
 
 
 def round_to_bf16(
@@ -60,7 +62,8 @@ def round_to_bf16(
     read = read or (lambda name, rows: model.get_parameter(name)[rows])
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     names = {module: name for name, module in model.named_modules()}
-    narrow = BF16Embedding(read(f"{names[embedding]}.weight", whole).detach(), embedding.padding_idx)
+    weight, scale = read(f"{names[embedding]}.weight", whole).detach(), embedding_scale(embedding)
+    narrow = BF16Embedding(weight, embedding.padding_idx, scale)
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or is_within(name, keep):
             continue

@@ -26,6 +26,7 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "codes_sha256",
+    "embedding_scale",
     "exporting",
     "is_within",
     "layers_name",
@@ -226,6 +227,11 @@ class QuantEmbedding(_OverCodes, nn.Embedding):
         return embedded if self.scale == 1.0 else embedded * self.scale
 
 
+def embedding_scale(embedding: nn.Module) -> float:
+    """What a token embedding multiplies its rows by: the square root of the width in Gemma, else 1."""
+    return float(getattr(embedding, "embed_scale", 1.0))
+
+
 def turn_conv1d(model: nn.Module) -> set[str]:
     """Replace GPT-2's `Conv1D` layers by linear layers of the same name, in place: the weights lie [out, in] then.
 
@@ -292,7 +298,7 @@ def quantize_model(
     codes = codes_of(f"{names[embedding]}.weight", embedding.weight.shape)
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
-    quantized = QuantEmbedding(codes, embedding.padding_idx, float(getattr(embedding, "embed_scale", 1.0)))
+    quantized = QuantEmbedding(codes, embedding.padding_idx, embedding_scale(embedding))
     model.set_input_embeddings(quantized)  # type: ignore[operator]
     if tied:
         tied_head = QuantLinear(codes, None if head.bias is None else read(f"{names[head]}.bias", slice(None)).detach())

@@ -43,4 +43,5 @@ def use_attention_interface(model: Any) -> None:
         if type(module) is MPNetSelfAttention:
             module.__class__ = _Attention
             module.config = model.config
+    model._supports_sdpa = True
     model._can_set_attn_implementation = lambda: True  # transformers asks the module's source
