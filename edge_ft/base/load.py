@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from edge_ft.artifacts import atomic_folder, file_sha256, write_text
+from edge_ft.artifacts import atomic_folder, cache_folder, file_sha256, write_text
 from edge_ft.base.bf16 import round_to_bf16
 from edge_ft.base.grid import Bits
 from edge_ft.base.linear import is_within, quantize_model, turn_conv1d
@@ -312,8 +311,7 @@ def _convert_gguf(file: Path) -> Path:
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    cache = Path(os.environ.get("EDGE_FT_CACHE", Path.home() / ".cache" / "edge-ft"))
-    folder = cache / f"gguf-{file_sha256(file)[:16]}"
+    folder = cache_folder() / f"gguf-{file_sha256(file)[:16]}"
     if folder.is_dir():
         return folder
     try:
