@@ -36,7 +36,9 @@ Task = Literal[
 ]
 """As transformers' pipelines call them."""
 BaseFormat = Literal["int4", "int8", "nf4", "bf16", "fp32"]
-Weights = Literal["int4", "int8", "fp16", "fp32"]
+Weights = Literal["int4", "int8", "int8-dynamic", "int8-static", "fp16", "fp32"]
+INT8_ACTIVATIONS: tuple[Weights, ...] = ("int8-dynamic", "int8-static")
+"""Weights that are multiplied with activations in int8, at accuracy level 4 and no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +204,9 @@ class ExportConfig(RowsConfig):
     out: Path
     """Bundle folder to write; must not exist."""
     weights: Weights | None = None
-    """Format of the weights that ship: int4 or int8 codes, fp16 (in the file: computed in float32), or fp32; default
-    int4, for a run in the adapter lane what it was trained over."""
+    """Format of the weights that ship: int4 or int8 codes, fp16 (in the file: computed in float32), or fp32; for
+    encoders also int8-dynamic or int8-static (activations in int8 too, their range that of each batch or of train
+    rows); default int4, for a run in the adapter lane what it was trained over."""
     lane: Literal["merged", "adapter"] = "merged"
     """merged: the adapter goes into the weights; adapter: base codes untouched, A and B beside them."""
     adapter: Path | None = None

@@ -49,6 +49,7 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
         kept = {level: path for level, path in graphs.items() if level in checked.levels}
         for level in graphs.keys() - kept.keys():
             (folder / graphs[level]).unlink()
+            (folder / graphs[level]).with_suffix(".onnx_data").unlink(missing_ok=True)  # weights of its own
         Bundle.seal(
             folder,
             {

@@ -6,10 +6,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+
 from edge_ft.artifacts import write_json, write_text
 from edge_ft.base.adapter import lora_pairs
 from edge_ft.base.load import BITS
-from edge_ft.config import ExportConfig, Weights
+from edge_ft.config import INT8_ACTIVATIONS, ExportConfig, Weights
+from edge_ft.data import collate, eval_batches
+from edge_ft.export.activations import Feed, quantize_activations
 from edge_ft.export.lowering import add_lora_inputs, lower, store_in_fp16
 from edge_ft.export.pack import write
 from edge_ft.export.source import Source
@@ -21,14 +26,21 @@ __all__ = ["describe", "write_bundle"]
 NAMES: dict[Weights, tuple[str, str]] = {
     "int4": ("model_q4", "q4"),
     "int8": ("model_int8", "int8"),
+    "int8-dynamic": ("model_quantized", "q8"),
+    "int8-static": ("model_quantized", "q8"),
     "fp16": ("model_fp16", "fp16"),
     "fp32": ("model", "fp32"),
 }
 """The graph's file and its `dtype`, both as transformers.js says them."""
 
+METHODS: dict[Weights, str] = {"int8-dynamic": "dynamic", "int8-static": "static"}
+"""Whose ranges of activations: each batch's, or those of calibration rows."""
+
 
 def write_bundle(folder: Path, source: Source, model: Any, config: ExportConfig, progress: Progress) -> dict[int, str]:
     """Trace `model` and write everything but the manifest into `folder`; an adapter on `model` is taken off it.
+
+    Where activations are int8, level 1 is the float graph that was rounded, by which the trace can be proven.
 
     Returns:
         The graph of each accuracy level, relative to `folder`.
@@ -44,7 +56,12 @@ def write_bundle(folder: Path, source: Source, model: Any, config: ExportConfig,
     if source.weights == "fp16":
         store_in_fp16(graph)
     name, dtype = NAMES[source.weights]
-    graphs = write(graph, folder, name, (1, 4) if source.weights in BITS else (1,))
+    if source.weights in INT8_ACTIVATIONS:
+        graphs = write(graph, folder, NAMES["fp32"][0], (1,))
+        keep = source.base.family.heads[source.task]
+        graphs |= write(quantize_activations(graph, keep, _calibration(source, graph)), folder, name, (4,))
+    else:
+        graphs = write(graph, folder, name, (1, 4) if source.weights in BITS else (1,))
     for file in source.tokenizer.files():
         shutil.copyfile(file, folder / file.name)
     if source.rendering.chat_template is not None:
@@ -56,6 +73,18 @@ def write_bundle(folder: Path, source: Source, model: Any, config: ExportConfig,
     if source.base.family.decoder and not (folder / "generation_config.json").exists():
         write_text(folder / "generation_config.json", model.generation_config.to_json_string())
     return graphs
+
+
+def _calibration(source: Source, graph: ir.Model) -> list[Feed] | None:
+    """Inputs of `graph` made of the rows that int8-static measures its ranges on, or None."""
+    if not source.calibration:
+        return None
+    names = [str(value.name) for value in graph.graph.inputs]
+    feeds = []
+    for rows in eval_batches([len(example.input_ids) for example in source.calibration], 8):
+        batch: Any = collate([source.calibration[row] for row in rows], source.tokenizer.pad_id, source.task)
+        feeds.append({name: batch.get(name, np.zeros_like(batch["input_ids"])) for name in names})
+    return feeds
 
 
 def lane(source: Source, config: ExportConfig) -> str:
@@ -73,10 +102,10 @@ def describe(source: Source, config: ExportConfig, graphs: dict[int, str], main:
         "model": graphs[main],
         "graphs": {str(level): path for level, path in graphs.items()},
         "quantization": {
-            "method": "rtn" if rounded else None,
-            "bits": {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}[source.weights],
+            "method": "rtn" if rounded else METHODS.get(source.weights),
+            "bits": {"int4": 4, "fp16": 16, "fp32": 32}.get(source.weights, 8),
             "block_size": source.block_size if rounded else None,
-            "symmetric": False,
+            "symmetric": source.weights in METHODS,
         },
         "lane": lane(source, config),
         "max_length": base.max_length,

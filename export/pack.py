@@ -14,7 +14,7 @@ EXTERNAL_BYTES = 1024
 
 
 def write(model: ir.Model, folder: Path, name: str, accuracy_levels: tuple[int, ...] = (1, 4)) -> dict[int, str]:
-    """Write `onnx/NAME.onnx`, a variant `onnx/NAME_aLEVEL.onnx` for each other level, and `onnx/NAME.onnx_data`.
+    """Write `onnx/NAME.onnx`, a variant `onnx/NAME_aLEVEL.onnx` for each later level, and `onnx/NAME.onnx_data`.
 
     The variants differ in the accuracy_level of MatMulNBits alone (1: float; 4: activations in int8). The
     same model gives the same bytes.
@@ -23,7 +23,7 @@ def write(model: ir.Model, folder: Path, name: str, accuracy_levels: tuple[int, 
         model: A lowered graph; it is not changed.
         folder: The bundle.
         name: Stem of the files, with transformers.js's suffix: `model`, `model_q4`.
-        accuracy_levels: One graph each; 1 has the plain name.
+        accuracy_levels: One graph each; the first has the plain name.
 
     Returns:
         By level, the graph's path relative to `folder`.
@@ -57,6 +57,6 @@ def write(model: ir.Model, folder: Path, name: str, accuracy_levels: tuple[int, 
         for node in packed.graph:
             if node.op_type == "MatMulNBits":
                 node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
-        paths[level] = f"onnx/{name}.onnx" if level == 1 else f"onnx/{name}_a{level}.onnx"
+        paths[level] = f"onnx/{name}.onnx" if level == accuracy_levels[0] else f"onnx/{name}_a{level}.onnx"
         ir.save(packed, folder / paths[level])
     return paths

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -12,7 +12,7 @@ from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.base.adapter import adapter_config, load_adapter, merge_adapter
 from edge_ft.base.linear import is_within, quantize_model
 from edge_ft.base.load import BITS, Base, find_base, load_model
-from edge_ft.config import BaseFormat, ExportConfig, Task, Weights
+from edge_ft.config import INT8_ACTIVATIONS, BaseFormat, ExportConfig, Task, Weights
 from edge_ft.data import (
     Columns,
     Example,
@@ -34,6 +34,9 @@ from edge_ft.export.verify import VERIFY_ROWS
 
 __all__ = ["Source", "open_export_source"]
 
+CALIBRATION_ROWS = 128
+"""Train rows that int8-static reads: ranges are those of the layers, and more rows hardly widen them."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -51,6 +54,8 @@ class Source:
     rendering: Rendering
     validation: list[Example]
     test: list[Example]
+    calibration: list[Example]
+    """Train rows that give int8-static its ranges; none for other weights."""
     rows_sha256: str | None
     """Fingerprint of the validation rows."""
     data_fingerprint: str | None
@@ -60,8 +65,9 @@ class Source:
     def load(self, base_format: BaseFormat | Weights) -> Any:
         """The base alone, in float or on the grid; fp16 is float whose matrices float16 holds exactly."""
         narrow = base_format == "fp16"
-        base_format = "fp32" if base_format == "fp16" else base_format
-        model = load_model(self.base, self.task, base_format, self.block_size, self.rendering.labels, self.seed)
+        held: dict[str, BaseFormat] = dict.fromkeys(("fp16", *INT8_ACTIVATIONS), "fp32")
+        form = held.get(base_format) or cast(BaseFormat, base_format)
+        model = load_model(self.base, self.task, form, self.block_size, self.rendering.labels, self.seed)
         if narrow:
             self._round_to_fp16(model)
         return model
@@ -74,7 +80,16 @@ class Source:
         return load_adapter(self.load(self.trained_format), self.adapter)
 
     def load_shipped(self, lane: str) -> Any:
-        """The model that ships: merged in float and then rounded, or the base with the adapter beside it."""
+        """The model that ships: merged in float and then rounded, or the base with the adapter beside it.
+
+        With activations in int8 its layers are float still (the graph's are rounded), and its embedding is codes.
+        """
+        if self.weights in INT8_ACTIVATIONS:
+            model = self.load("fp32")
+            model = model if self.adapter is None else merge_adapter(model, self.adapter)
+            layers = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+            quantize_model(model, self.block_size, layers, 8)
+            return model
         if self.adapter is None:
             return self.load(self.weights)
         if lane == "adapter":
@@ -82,7 +97,7 @@ class Source:
         merged = merge_adapter(self.load("fp32"), self.adapter)
         if self.weights == "fp16":
             self._round_to_fp16(merged)
-        elif self.weights != "fp32":
+        elif self.weights == "int4" or self.weights == "int8":
             quantize_model(merged, self.block_size, self._keep, BITS[self.weights])
         return merged
 
@@ -126,12 +141,15 @@ def _from_run(run: RunFolder, config: ExportConfig) -> Source:
                 f"{run.path} was trained over {trained_format}, which bundles do not hold: export it with --lane merged"
             )
         weights = config.weights or trained_format
+    base = find_run_base(run)
+    _refuse_int8_activations(weights, base, config.lane)
     tokenizer = TextTokenizer.load(run.tokenizer)
     rendering = Rendering.from_dict(run.rendering())
     rows = read_rows(str(run.split("validation")))[:VERIFY_ROWS]
     test = read_rows(str(run.split("test"))) if run.split("test").stat().st_size else []
+    train = read_rows(str(run.split("train")))[:CALIBRATION_ROWS] if weights == "int8-static" else []
     return Source(
-        base=find_run_base(run),
+        base=base,
         task=report["task"],
         adapter=run.adapter,
         trained_format=trained_format,
@@ -141,6 +159,7 @@ def _from_run(run: RunFolder, config: ExportConfig) -> Source:
         rendering=rendering,
         validation=scorable(encode_rows(rendering, tokenizer, rows)),
         test=scorable(encode_rows(rendering, tokenizer, test)),
+        calibration=encode_rows(rendering, tokenizer, train),
         rows_sha256=fingerprint(rows),
         data_fingerprint=identity["data_fingerprint"],
         run=run,
@@ -150,6 +169,10 @@ def _from_run(run: RunFolder, config: ExportConfig) -> Source:
 
 def _from_model(source: str, config: ExportConfig) -> Source:
     base = find_base(source, config.task)
+    weights = config.weights or "int4"
+    _refuse_int8_activations(weights, base, config.lane if config.adapter else "base")
+    if weights == "int8-static" and config.data is None:
+        raise UsageError("--weights int8-static measures its ranges on rows, and a model brings none: give --data")
     tokenizer = TextTokenizer.load(base.path)
     task = config.task or base.task
     if config.adapter is not None:
@@ -184,17 +207,32 @@ def _from_model(source: str, config: ExportConfig) -> Source:
         task=task,
         adapter=config.adapter,
         trained_format="fp32",
-        weights=config.weights or "int4",
+        weights=weights,
         block_size=config.block_size or 32,
         tokenizer=tokenizer,
         rendering=rendering,
         validation=examples,
         test=[],
+        calibration=examples[:CALIBRATION_ROWS] if weights == "int8-static" else [],
         rows_sha256=fingerprint(rows) if rows else None,
         data_fingerprint=None,
         run=None,
         seed=0,
     )
+
+
+def _refuse_int8_activations(weights: Weights, base: Base, lane: str) -> None:
+    """Where they cannot hold what they promise."""
+    if weights in INT8_ACTIVATIONS and base.family.kind != "encoder":
+        raise UsageError(
+            f"--weights {weights} is for encoders and {base.family.name} is none: export it with int8, whose graph of "
+            "accuracy level 4 has activations in int8 too"
+        )
+    if weights in INT8_ACTIVATIONS and lane == "adapter":
+        raise UsageError(
+            f"--weights {weights} has no adapter lane: that is exactly what was trained, and activations in int8 are "
+            "not; use --lane merged"
+        )
 
 
 def _labels(base: Base, task: Task, config: ExportConfig, rows: list[Row]) -> tuple[str, ...]:

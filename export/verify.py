@@ -84,8 +84,9 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
         encoded = encode_rows(rendering, tokenizer, rows[:VERIFY_ROWS] if same else rows)
         examples, counts = counted(encoded, config.data, rendering.max_length, progress)
         # Where level 4 is the default, it is too different from machine to machine to compare with.
-        scorer = load(bundle, accuracy_level=1, threads=config.threads)
-        exact = recorded["by_accuracy_level"]["1"].get("nll")
+        level = min(bundle.manifest["graphs"])
+        scorer = load(bundle, accuracy_level=int(level), threads=config.threads)
+        exact = recorded["by_accuracy_level"][level].get("nll")
         scores = score_examples(scorer, examples, tokenizer, rendering, progress, "rows")
         result |= {
             "same_rows": same,
@@ -93,7 +94,7 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
             **summary(scores, examples, rendering.task, rendering.labels),
         }
         trained = recorded["nll"]["trained"]
-        if same and abs(scores.mean_nll - exact) > SAME:
+        if same and abs(scores.mean_nll - exact) > (SAME if level == "1" else max_tax):
             reasons.append(f"the export's rows score {scores.mean_nll:.4f} here and {exact:.4f} there")
         if same and trained is not None and scores.mean_nll - trained > max_tax:
             reasons.append(f"quantization tax {scores.mean_nll - trained:+.4f} is above --max-tax {max_tax:g}")

@@ -1,0 +1,165 @@
+"""Encoders with activations in int8: what is rounded, by which ranges, and what is refused."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from edge_ft.artifacts import Bundle, RunFolder
+from edge_ft.base.load import find_base
+from edge_ft.config import EvalConfig, ExportConfig, VerifyConfig
+from edge_ft.errors import BundleError, GateRefused, UsageError
+from edge_ft.evaluate import evaluate
+from edge_ft.export import export
+from edge_ft.export.verify import verify
+from edge_ft.runtime import TextClassifier, load
+
+KINDS = ("int8-dynamic", "int8-static")
+TEXTS = ["the film was good", "the film was very very not a bad film a a a"]
+
+
+@pytest.fixture(scope="module")
+def bundles(bert_run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """One run in three formats."""
+    folder = tmp_path_factory.mktemp("formats")
+    return {
+        weights: export(str(bert_run.path), ExportConfig(out=folder / weights, weights=weights))
+        for weights in ("fp32", *KINDS)  # type: ignore[misc]
+    }
+
+
+def logits(bundle: Bundle) -> NDArray[np.float32]:
+    classifier = load(bundle, threads=1)
+    assert isinstance(classifier, TextClassifier)
+    encoded = [classifier.tokenizer.encode_classifier(text, 64)[0] for text in TEXTS]
+    return np.concatenate([classifier.logits(np.array([ids]), np.ones((1, len(ids)), np.int64)) for ids in encoded])
+
+
+def operators(bundle: Bundle) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(bundle.graph(), load_external_data=False).graph.node)
+
+
+@pytest.mark.parametrize("weights", KINDS)
+def test_it_answers_nearly_as_the_float_graph_and_not_exactly(weights: str, bundles: dict[str, Bundle]) -> None:
+    exact, rounded = logits(bundles["fp32"]), logits(bundles[weights])
+    difference = np.abs(exact - rounded).max()
+    assert 1e-5 < difference < 0.15 * np.abs(exact).max()
+    assert not np.array_equal(logits(bundles["int8-dynamic"]), logits(bundles["int8-static"]))
+
+
+@pytest.mark.parametrize("weights", KINDS)
+def test_every_layer_but_the_head_is_integers(weights: str, bundles: dict[str, Bundle]) -> None:
+    found = operators(bundles[weights])
+    integer = {"int8-dynamic": "MatMulInteger", "int8-static": "QuantizeLinear"}[weights]
+    layers = 2 * 6
+    assert found[integer] >= (layers if weights == "int8-dynamic" else 8)
+    assert found["MatMul"] == (2 if weights == "int8-dynamic" else 2 + layers)  # pooler and classifier
+    assert found["GatherBlockQuantized"] == 1
+    kept = onnx.load(bundles[weights].graph())
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in kept.graph.initializer}
+    rounded = [array for array in arrays.values() if array.dtype == np.int8 and array.ndim == 2]
+    assert len(rounded) == layers
+    for array in rounded:
+        # 7 bits: 255 * 64 * 2 is below 2^15, where processors without VNNI add in 16 bits.
+        assert np.abs(array.astype(int)).max() <= 64
+        assert (np.abs(array.astype(int)).max(axis=0) >= 63).all(), "one scale an output channel"
+
+
+@pytest.mark.parametrize("weights", KINDS)
+def test_the_manifest_says_how_and_the_float_graph_is_not_in_the_bundle(
+    weights: str, bundles: dict[str, Bundle]
+) -> None:
+    manifest = bundles[weights].manifest
+    assert manifest["quantization"]["method"] == weights.removeprefix("int8-")
+    assert manifest["quantization"]["bits"] == 8
+    assert manifest["graphs"] == {"4": "onnx/model_quantized.onnx"}
+    assert {name for name in manifest["files"] if name.startswith("onnx/")} == {
+        "onnx/model_quantized.onnx",
+        "onnx/model_quantized.onnx_data",
+    }
+    assert bundles[weights].size_bytes < bundles["fp32"].size_bytes
+    found = manifest["verification"]
+    assert found["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-4
+    assert found["by_accuracy_level"]["4"]["probe_nll"] != found["by_accuracy_level"]["1"]["probe_nll"]
+    assert found["nll"]["shipped"] == found["by_accuracy_level"]["4"]["nll"]
+    with pytest.raises(BundleError, match="no verified graph of accuracy level 1"):
+        bundles[weights].graph(1)
+
+
+@pytest.mark.parametrize("weights", KINDS)
+def test_it_is_verified_and_scored_like_any_bundle(
+    weights: str, bundles: dict[str, Bundle], bert_run: RunFolder
+) -> None:
+    rows = str(bert_run.split("validation"))
+    found = verify(bundles[weights].path, VerifyConfig(data=rows))
+    assert found["same_rows"] is True
+    assert found["nll"] == pytest.approx(bundles[weights].manifest["verification"]["nll"]["shipped"], abs=1e-3)
+    scored = evaluate(str(bundles[weights].path), EvalConfig(data=rows))
+    assert scored["nll"] == pytest.approx(found["nll"], abs=1e-3)
+
+
+@pytest.mark.parametrize("weights", KINDS)
+def test_the_gate_holds(weights: Any, bert_run: RunFolder, tmp_path: Path) -> None:
+    config = ExportConfig(out=tmp_path / "bundle", weights=weights, max_tax=0.0, min_retained=1.5)
+    with pytest.raises(GateRefused, match="--min-retained"):
+        export(str(bert_run.path), config)
+    assert list(Bundle.open(tmp_path / "bundle.rejected").manifest["graphs"]) == ["4"]
+
+
+def test_static_ranges_are_those_of_the_rows(bert_run: RunFolder, bert_bundle: Bundle, tmp_path: Path) -> None:
+    """A base calibrated on one short row has other ranges than one calibrated on all of them."""
+    merged = tmp_path / "model"
+    _write_with_head(bert_run, merged)
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "a", "label": "praise"}\n', encoding="utf-8")
+    scales = []
+    for number, rows in enumerate((short, bert_run.split("train"))):
+        config = ExportConfig(
+            out=tmp_path / str(number), weights="int8-static", data=str(rows), max_tax=9.0, max_length=64
+        )
+        graph = onnx.load(export(str(merged), config).graph()).graph
+        scales.append(
+            {
+                tensor.name: float(onnx.numpy_helper.to_array(tensor))
+                for tensor in graph.initializer
+                if tensor.name.endswith("_scale") and not tensor.dims
+            }
+        )
+    assert scales[0].keys() == scales[1].keys()
+    assert sum(scales[1][name] > scales[0][name] for name in scales[0]) > len(scales[0]) / 2
+
+
+def test_what_cannot_hold_it_is_refused_by_name(
+    llama: Path, llama_run: RunFolder, bert_run: RunFolder, bert: Path, tmp_path: Path
+) -> None:
+    for weights in KINDS:
+        config: dict[str, Any] = {"out": tmp_path / "bundle", "weights": weights}
+        for source in (llama, llama_run.path):
+            with pytest.raises(UsageError, match=f"--weights {weights} is for encoders and llama is none"):
+                export(str(source), ExportConfig(**config))
+        with pytest.raises(UsageError, match=f"--weights {weights} has no adapter lane"):
+            export(str(bert_run.path), ExportConfig(**config, lane="adapter"))
+    merged = tmp_path / "model"
+    _write_with_head(bert_run, merged)
+    with pytest.raises(
+        UsageError, match="int8-static measures its ranges on rows, and a model brings none: give --data"
+    ):
+        export(str(merged), ExportConfig(out=tmp_path / "bundle", weights="int8-static"))
+    export(str(merged), ExportConfig(out=tmp_path / "bundle", weights="int8-dynamic"))
+
+
+def _write_with_head(run: RunFolder, folder: Path) -> None:
+    """The run's merged model as a plain checkpoint."""
+    from edge_ft.base.adapter import merge_adapter
+    from edge_ft.base.load import load_model
+
+    base = find_base(run.base()["path"])
+    labels = tuple(run.rendering()["labels"])
+    merged: Any = merge_adapter(load_model(base, "text-classification", labels=labels), run.adapter)
+    merged.save_pretrained(folder)
+    for file in run.tokenizer.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
