@@ -46,7 +46,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         before the first step, and at most from there on; None on a CPU), `compute`, `device`.
     """
     config = TuneConfig(out=Path("unused"), **job["tune"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     base = find_base(config.model, "text-generation")
     tokenizer = TextTokenizer.load(base.path)
     prepared = prepare(config, base, tokenizer, Silent())
@@ -144,7 +144,7 @@ def _rival(base: Base, prepared: Prepared, pad_id: int, config: TuneConfig, mete
     model: Any = AutoModelForCausalLM.from_pretrained(
         base.path,
         dtype=narrow,
-        device_map={"": meter.device},
+        device_map={"": str(meter.device)},
         quantization_config=nf4 if config.base_format == "nf4" else None,
     )
     model.config.use_cache = False

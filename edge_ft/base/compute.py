@@ -55,6 +55,8 @@ class Compute:
         for module in layers.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 self._fuse_norm(module)
+            elif type(module) is nn.LayerNorm:
+                self._widen_norm(module)
             elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
                 self._fuse_gate(module)
             elif hasattr(module, "lora_A") and isinstance(module.base_layer, nn.Linear):
@@ -88,6 +90,17 @@ class Compute:
             return
         weight, eps = found
         norm.forward = lambda x: _RMSNorm.apply(x, weight, eps) if self.active else plain(x)
+
+    def _widen_norm(self, norm: Any) -> None:
+        """In float32, whatever comes in: on a CPU that is how it mixes dtypes, on a GPU it would refuse to."""
+        plain = norm.forward
+
+        def forward(x: Tensor) -> Tensor:
+            if not self.active or x.dtype == torch.float32:
+                return plain(x)
+            return plain(x.float()).to(x.dtype)
+
+        norm.forward = forward
 
     def _fuse_gate(self, mlp: Any) -> None:
         """Where it is SiLU's."""

@@ -122,6 +122,18 @@ def test_a_bfloat16_step_points_the_same_way(family: str, base_format: str, requ
     assert nn.functional.cosine_similarity(flat, exact, dim=0) > 0.99
 
 
+def test_a_layer_norm_reads_what_its_weight_is(bert: Path) -> None:
+    """A GPU refuses to mix dtypes in it, as a CPU does not."""
+    settings = config(compute="bf16")
+    model = adapted(bert, settings)
+    seen: set[torch.dtype] = set()
+    plain = nn.functional.layer_norm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "layer_norm", lambda x, *rest: (seen.add(x.dtype), plain(x, *rest))[1])
+        backend_gradients(model, "bert", classifier_batch(), settings)
+    assert seen == {torch.float32}
+
+
 def test_low_memory_keeps_fewer_activations(llama: Path) -> None:
     kept = {}
     for memory in ("normal", "low"):
