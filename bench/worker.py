@@ -69,7 +69,7 @@ def classifier_ids(tokenizer: "TextTokenizer", length: int) -> list[int]:
         UsageError: not even those have room.
     """
     copies = length // len(tokenizer.encode(_TEXT)) + 1
-    ids, _ = tokenizer.encode_classifier(_TEXT * copies, length)
+    ids = tokenizer.encode_classifier(_TEXT * copies, length).ids
     if len(ids) != length:
         raise UsageError(f"--prompt-tokens {length} leaves no room: this model frames a text with {len(ids)} tokens")
     return ids

@@ -16,6 +16,8 @@ __all__ = [
     "EvalConfig",
     "ExportConfig",
     "PlanConfig",
+    "Pooling",
+    "ProblemType",
     "RowsConfig",
     "RunConfig",
     "Task",
@@ -35,6 +37,9 @@ Task = Literal[
     "fill-mask",
 ]
 """As transformers' pipelines call them."""
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+"""What a text-classification model's outputs are, as transformers' configs call it."""
+Pooling = Literal["mean", "cls"]
 BaseFormat = Literal["int4", "int8", "nf4", "bf16", "fp32"]
 Weights = Literal["int4", "int8", "int8-dynamic", "int8-static", "fp16", "fp32"]
 INT8_ACTIVATIONS: tuple[Weights, ...] = ("int8-dynamic", "int8-static")
@@ -49,8 +54,14 @@ class RowsConfig:
     """Template for the prompt, e.g. "{passage} {question}"; the text is as written, \\n and \\t are newline and tab."""
     completion: str | None = None
     """Template for the answer to learn, e.g. "{answer}"."""
+    text_pair: str | None = None
+    """Template for a second text that is read with the first, e.g. "{passage}" (text-classification)."""
     label: str | None = None
-    """Column that holds the class (text-classification)."""
+    """Column of the class, of several (a list) or of a number (text-classification), or of the words' tags
+    (token-classification)."""
+    problem_type: ProblemType | None = None
+    """What the label column holds (text-classification); default: lists are several classes, numbers that are not
+    all whole are regression, all else one class."""
     chat_template: str | None = None
     """auto (the model's own), none, or a jinja file; default auto, with --prompt none."""
     max_length: int | Literal["auto"] | None = None
@@ -66,6 +77,10 @@ class RowsConfig:
         _check(
             self.completion is None or self.prompt is not None,
             "--completion needs --prompt: give both templates",
+        )
+        _check(
+            self.text_pair is None or self.prompt is not None,
+            "--text-pair needs --prompt: give the templates of both texts",
         )
 
 
@@ -303,6 +318,8 @@ class RunConfig:
     """Above 1 makes tokens that were already seen less likely (CTRL, arXiv:1909.05858)."""
     seed: int = 0
     """Seed of the sampling."""
+    text_pair: str | None = None
+    """Second text, for a model that was trained on pairs."""
     stop: tuple[str, ...] = ()
     """Strings at which the answer ends (they are not part of it)."""
     labels: tuple[str, ...] = ()

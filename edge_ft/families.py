@@ -75,6 +75,7 @@ FAMILIES: dict[str, Family] = {
             "bert",
             {
                 "text-classification": ("bert.pooler", "classifier"),
+                "token-classification": ("classifier",),
             },
             "bert.encoder.layer",
             "encoder",

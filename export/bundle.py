@@ -50,7 +50,7 @@ def write_bundle(folder: Path, source: Source, model: Any, config: ExportConfig,
     if lane(source, config) == "adapter":
         pairs = lora_pairs(model)
         model = model.unload()  # the base alone, its trained head in place: 2 x 210 LoRA inputs would triple the trace
-    graph = trace(model, source.base.family)
+    graph = trace(model, source.base.family, source.task)
     add_lora_inputs(graph, pairs)
     lower(graph)
     if source.weights == "fp16":

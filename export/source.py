@@ -14,11 +14,11 @@ from edge_ft.base.linear import is_within, quantize_model
 from edge_ft.base.load import BITS, Base, find_base, load_model
 from edge_ft.config import INT8_ACTIVATIONS, BaseFormat, ExportConfig, Task, Weights
 from edge_ft.data import (
-    Columns,
     Example,
     Rendering,
     Row,
     TextTokenizer,
+    bare_columns,
     column_names,
     encode_rows,
     find_columns,
@@ -67,7 +67,8 @@ class Source:
         narrow = base_format == "fp16"
         held: dict[str, BaseFormat] = dict.fromkeys(("fp16", *INT8_ACTIVATIONS), "fp32")
         form = held.get(base_format) or cast(BaseFormat, base_format)
-        model = load_model(self.base, self.task, form, self.block_size, self.rendering.labels, self.seed)
+        labels, problem = self.rendering.labels, self.rendering.problem_type
+        model = load_model(self.base, self.task, form, self.block_size, labels, self.seed, problem)
         if narrow:
             self._round_to_fp16(model)
         return model
@@ -189,13 +190,11 @@ def _from_model(source: str, config: ExportConfig) -> Source:
             task=task,
             model_limit=base.max_length,
             labels=labels,
+            problem_type=base.problem_type,
         )
     else:
-        columns = (
-            Columns("text_label", "{text}", None, "label")
-            if labels
-            else Columns("prompt_completion", "{prompt}", "{completion}")
-        )
+        problem = config.problem_type or base.problem_type or "single_label_classification"
+        columns = bare_columns(task, problem)
         longest = longest_sequence(config.max_length, base.max_length)
         rendering = make_rendering(config, columns, task, tokenizer, longest, labels)
     examples = scorable(encode_rows(rendering, tokenizer, rows))

@@ -23,6 +23,7 @@ from edge_ft.base.linear import exporting
 from edge_ft.base.norm import plain_rms_norm
 from edge_ft.base.sizes import Sizes
 from edge_ft.base.supported import refuse_unsupported
+from edge_ft.config import Task
 from edge_ft.export.lowering import quiet
 from edge_ft.families import Family
 
@@ -37,7 +38,7 @@ Dims = tuple[int | str, ...]
 Attend = Callable[[int, Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 
 
-def trace(model: PreTrainedModel, family: Family) -> ir.Model:
+def trace(model: PreTrainedModel, family: Family, task: Task | None = None) -> ir.Model:
     """The graph of a float or quantized model; `lowering.lower` must follow before it runs.
 
     A weight is an initializer named as in the model (`NAME.weight`, or `NAME.qweight`, `NAME.scales` and
@@ -46,11 +47,12 @@ def trace(model: PreTrainedModel, family: Family) -> ir.Model:
     Args:
         model: A transformers task model, float32 on the CPU, in evaluation mode, without an adapter.
         family: Its row; a decoder gets a KV cache, an encoder a padding mask.
+        task: What the output is of; default what the family does first.
 
     Raises:
         ModelError: a decoder that ONNX Runtime's attention does not take.
     """
-    wrapper = _Decoder(model) if family.decoder else _Encoder(model)
+    wrapper = _Decoder(model) if family.decoder else _Encoder(model, task or family.tasks[0])
     examples = tuple(
         torch.zeros(
             [EXAMPLE_SIZES[size] if isinstance(size, str) else size for size in dims],
@@ -165,9 +167,9 @@ class _Decoder(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """A bidirectional model with a head, over right-padded rows."""
+    """A bidirectional model, with or without a head, over right-padded rows."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, task: Task) -> None:
         super().__init__()
         self.model = model
         takes = signature(model.forward).parameters
@@ -177,8 +179,7 @@ class _Encoder(nn.Module):
             names.append("token_type_ids")
         self.inputs: dict[str, Dims] = dict.fromkeys(names, ("batch_size", "sequence_length"))
         self.fills_types = "token_type_ids" in takes and "token_type_ids" not in names
-        labels: int = model.config.num_labels  # type: ignore[assignment]
-        self.outputs: dict[str, Dims] = {"logits": ("batch_size", labels)}
+        self.outputs: dict[str, Dims] = _outputs(model, task)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         inputs = dict(zip(self.inputs, tensors, strict=True))
@@ -216,8 +217,21 @@ class _Encoder(nn.Module):
             return output.unflatten(2, (heads, size)), None
 
         AttentionInterface.register("edge_ft", attend)
-        logits: Tensor = self.model(**inputs).logits
-        return logits
+        output: Tensor = self.model(**inputs)[0]
+        return output
+
+
+def _outputs(model: PreTrainedModel, task: Task) -> dict[str, Dims]:
+    """What an encoder gives, by optimum's names."""
+    config: Any = model.config
+    rows = ("batch_size", "sequence_length")
+    known: dict[Task, dict[str, Dims]] = {
+        "text-classification": {"logits": ("batch_size", config.num_labels)},
+        "token-classification": {"logits": (*rows, config.num_labels)},
+        "fill-mask": {"logits": (*rows, config.vocab_size)},
+        "feature-extraction": {"last_hidden_state": (*rows, config.hidden_size)},
+    }
+    return known[task]
 
 
 def _window_bias(length: Any, window: int) -> Tensor:

@@ -13,6 +13,7 @@ from edge_ft.errors import GateRefused
 from edge_ft.evaluate.metrics import paired_bootstrap
 from edge_ft.evaluate.open import rendering_for
 from edge_ft.evaluate.score import RowScores, Scorer, counted, score, summary
+from edge_ft.families import CLASSIFIERS
 from edge_ft.progress import Progress, Silent
 from edge_ft.runtime import load
 
@@ -114,9 +115,23 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
 
 def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Example]:
     """The probe texts as examples; a classifier's are all of its first class, which need not be right."""
-    if rendering.task == "text-classification":
-        encoded = [tokenizer.encode_classifier(text, rendering.max_length)[0] for text in PROBES]
-        return [Example(row, ids, [0], 0, "", 0) for row, ids in enumerate(encoded, 1)]
+    if rendering.task in CLASSIFIERS:
+        framed = [tokenizer.encode_classifier(text, rendering.max_length) for text in PROBES]
+        labels: list[int] | list[float] = [0]
+        if rendering.problem_type in ("regression", "multi_label_classification"):
+            labels = [0.0] * len(rendering.labels)
+        return [
+            Example(
+                row,
+                text.ids,
+                # The first tag everywhere: that of the tokens around a text, too.
+                [0] * len(text.ids) if rendering.task == "token-classification" else labels,
+                0,
+                "",
+                0,
+            )
+            for row, text in enumerate(framed, 1)
+        ]
     encoded = [tokenizer.encode(text)[: rendering.max_length] for text in PROBES]
     return [Example(row, ids, list(ids), 1, "", 0) for row, ids in enumerate(encoded, 1)]
 

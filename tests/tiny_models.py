@@ -18,7 +18,10 @@ from transformers import (
 )
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "the", "was", "very", "not", "a", "[", "]", "sep"]
+WORDS = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "the", "was", "very", "not", "a", "[", "]", "sep"),
+    "[MASK]",
+]
 
 
 def write_llama(folder: Path, *, tie: bool = True, seed: int = 0, **config: Any) -> Path:
@@ -158,12 +161,20 @@ def write_encoder(folder: Path, config: Any, *, seed: int = 0) -> Path:
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.add_special_tokens(WORDS[:4])
+    tokenizer.add_special_tokens([*WORDS[:4], "[MASK]"])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    named = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
     torch.manual_seed(seed)
     AutoModel.from_config(config).save_pretrained(folder)
@@ -173,6 +184,37 @@ def write_encoder(folder: Path, config: Any, *, seed: int = 0) -> Path:
 def write_sums(path: Path, rows: int = 40) -> Path:
     """prompt/completion rows, all different, whose answers are short and easy."""
     lines = [{"prompt": f"hello {n} the answer", "completion": " seven" if n % 2 else " hello"} for n in range(rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_tagged(path: Path, rows: int = 60) -> Path:
+    """tokens/tags rows: a film is a work, what is said of it is praise or blame."""
+    lines = []
+    for n in range(rows):
+        word, tag = [("good", "B-praise"), ("bad", "B-blame")][n % 2]
+        tokens = [
+            "the",
+            "film",
+            "was",
+            *(["very"] * (n // 8 % 4)),
+            *(["not", "a"] * (n // 2 % 4)),
+            word,
+            *["a"] * (n // 32),
+        ]
+        tags = ["B-work" if token == "film" else tag if token == word else "O" for token in tokens]
+        lines.append({"tokens": tokens, "tags": tags})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_pairs(path: Path, rows: int = 60) -> Path:
+    """text/text_pair/label rows; a word of the second text decides."""
+    lines = []
+    for n in range(rows):
+        word, label = [("good", "praise"), ("bad", "blame")][n % 2]
+        first = " ".join(["the film was", *["very"] * (n // 8 % 4), *["a"] * (n // 32)])
+        lines.append({"text": first, "text_pair": " ".join([*["not a"] * (n // 2 % 4), word]), "label": label})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 

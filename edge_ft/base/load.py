@@ -22,7 +22,7 @@ from edge_ft.base.mpnet import use_attention_interface
 from edge_ft.base.quiet import quiet_libraries
 from edge_ft.base.sizes import Sizes, read_config
 from edge_ft.base.supported import refuse_unsupported
-from edge_ft.config import BaseFormat, Task
+from edge_ft.config import BaseFormat, ProblemType, Task
 from edge_ft.data import class_numbers
 from edge_ft.errors import ModelError, did_you_mean, require
 from edge_ft.families import CLASSIFIERS, Family, family_of
@@ -73,6 +73,13 @@ class Base:
         written = next(iter(self.config.get("architectures") or ()), "")
         found = next((task for ending, task in MADE_FOR.items() if written.endswith(ending)), None)
         return found if found in self.family.tasks else self.family.tasks[0]
+
+    @property
+    def problem_type(self) -> ProblemType | None:
+        """What the checkpoint's own text-classification head gives, where its config says."""
+        found: ProblemType | None = self.config.get("problem_type")
+        single = len(self.labels("text-classification")) == 1
+        return found or ("regression" if single else None)
 
     def labels(self, task: Task) -> tuple[str, ...]:
         """Class names that the checkpoint brings for `task`, in the order of its head; none where it has no head."""
@@ -155,6 +162,7 @@ def load_model(
     block_size: int = 32,
     labels: tuple[str, ...] = (),
     seed: int = 0,
+    problem_type: ProblemType | None = None,
 ) -> nn.Module:
     """The task model of a base, frozen: in float32, or rounded: int4, int8 and bf16 with the embedding, nf4
     without.
@@ -173,6 +181,7 @@ def load_model(
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
+            "problem_type": problem_type,
         }
     fresh = base.family.trained_head(task) if labels else ()
     model_class = TasksManager.get_model_class_for_task(task, framework="pt")

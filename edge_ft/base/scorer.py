@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_ft.base.head import logit_chunks, softcap_of
+from edge_ft.base.losses import class_losses, mask_losses, tag_losses
 from edge_ft.config import Task
 from edge_ft.data import Batch, target_mask
-from edge_ft.data.render import IGNORED
+from edge_ft.data.example import IGNORED
 
 __all__ = ["HIDDEN", "LOSSES", "TorchScorer", "task_model_of"]
 
@@ -40,22 +41,17 @@ def target_hidden(model: Any, batch: Batch, device: torch.device) -> tuple[Tenso
     return hidden[:, :-1][targets].float(), labels[:, 1:][targets]
 
 
-def class_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A classifier's nll [batch] and likeliest class [batch]."""
-    input_ids, mask, labels = (
-        torch.from_numpy(array).to(device) for array in (batch["input_ids"], batch["attention_mask"], batch["labels"])
-    )
-    logits = model(input_ids=input_ids, attention_mask=mask).logits.float()
-    return nn.functional.cross_entropy(logits, labels[:, 0], reduction="none"), logits.argmax(dim=-1)
-
-
 Targets = Callable[[Any, Batch, torch.device], tuple[Tensor, Tensor]]
 """model, batch, device -> two tensors with an entry for each target, in the order of `target_mask`."""
 
 HIDDEN: dict[Task, Targets] = {"text-generation": target_hidden}
 """Tasks whose targets are tokens: what the head over the vocabulary reads at each, float32, and the label."""
 
-LOSSES: dict[Task, Targets] = {"text-classification": class_losses}
+LOSSES: dict[Task, Targets] = {
+    "text-classification": class_losses,
+    "token-classification": tag_losses,
+    "fill-mask": mask_losses,
+}
 """All others: nll (nats, float32, differentiable) of each target, and what was predicted there."""
 
 
@@ -76,11 +72,11 @@ class TorchScorer:
         """Of the head's products."""
 
     @torch.inference_mode()
-    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Negative log-likelihood (nats) and likeliest token or class, where there is a label.
 
         Returns:
-            nll float32 and predicted, both shaped as the labels, 0 and -100 where there is no target.
+            nll float32 and predicted, shaped as the labels, 0 and -100 where there is no target.
         """
         self.model.eval()
         if self.task in HIDDEN:

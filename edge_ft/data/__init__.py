@@ -2,24 +2,26 @@
 
 from edge_ft.data.answers import answer_ids, find_answers
 from edge_ft.data.audit import Finding, audit, template_marks
-from edge_ft.data.batches import Batch, collate, eval_batches, target_mask, train_batches
+from edge_ft.data.batches import Batch, collate, eval_batches, pad, target_mask, train_batches
 from edge_ft.data.chat import render_chat
+from edge_ft.data.classes import class_numbers
 from edge_ft.data.columns import (
     Columns,
     Message,
     Record,
-    class_numbers,
+    bare_columns,
     fill_text,
     find_columns,
     find_labels,
+    find_problem,
     guess_task,
     has_answer,
     is_empty,
     record,
 )
+from edge_ft.data.example import Example
 from edge_ft.data.read import Row, column_names, read_rows, split_names
 from edge_ft.data.render import (
-    Example,
     Rendering,
     encode_example,
     encode_prompt,
@@ -42,6 +44,7 @@ __all__ = [
     "TextTokenizer",
     "answer_ids",
     "audit",
+    "bare_columns",
     "class_numbers",
     "collate",
     "column_names",
@@ -53,12 +56,14 @@ __all__ = [
     "find_answers",
     "find_columns",
     "find_labels",
+    "find_problem",
     "fingerprint",
     "guess_task",
     "has_answer",
     "is_empty",
     "make_rendering",
     "overlap",
+    "pad",
     "read_rows",
     "record",
     "render_chat",

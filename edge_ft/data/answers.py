@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edge_ft.data.columns import Columns, Record, answer_of, fill_answer
+from edge_ft.data.example import IGNORED
 from edge_ft.data.read import Row
-from edge_ft.data.render import IGNORED, Rendering, encode_example
+from edge_ft.data.render import Rendering, encode_example
 from edge_ft.data.tokenizer import TextTokenizer
 
 __all__ = ["answer_ids", "find_answers"]
@@ -37,4 +38,4 @@ def answer_ids(rendering: Rendering, tokenizer: TextTokenizer, answer: str) -> l
     """The tokens that carry the loss of a row with this answer, the one that ends it included."""
     record = Record(0, None, "x", fill_answer(rendering.columns, answer), None)
     example = encode_example(replace(rendering, max_length=sys.maxsize), tokenizer, record)
-    return [label for label in example.labels[example.prompt_length :] if label != IGNORED]
+    return [int(label) for label in example.labels[example.prompt_length :] if label != IGNORED]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from edge_ft.data.chat import exchange, render_chat
 from edge_ft.data.columns import Record
-from edge_ft.data.render import IGNORED, Example
+from edge_ft.data.example import Example
 from edge_ft.data.tokenizer import Filled, TextTokenizer
 
 __all__ = ["CODES", "Finding", "audit", "template_marks"]
@@ -86,7 +86,7 @@ def audit(
     def rows_where(holds: Callable[[Record, Example], bool]) -> list[int]:
         return [record.row for record, example in pairs if holds(record, example)]
 
-    untrained = rows_where(lambda _, example: all(label == IGNORED for label in example.labels))
+    untrained = rows_where(lambda _, example: not example.targets)
     find(
         "nothing-to-learn",
         untrained,
@@ -100,7 +100,11 @@ def audit(
         message += f", {sum(lost)} of them of answers, up to {max(lost)} in a row"
     find("truncated", [example.row for example in cut], message, lost=lost)
     find("empty-prompt", rows_where(lambda record, _: _is_blank(record)), "have an empty prompt")
-    find("empty-completion", rows_where(lambda _, example: not example.reference), "have an empty answer")
+    find(
+        "empty-completion",
+        rows_where(lambda _, example: not example.reference and not _said_apart(example)),
+        "have an empty answer",
+    )
     find(
         "unlearned-turns",
         rows_where(lambda _, example: example.unlearned_turns > 0),
@@ -120,14 +124,16 @@ def audit(
         rows_where(lambda record, _: any(_UNREADABLE.search(value) for value in _values(record))),
         "hold characters of a text that was read in the wrong encoding, such as \ufffd or Ã©",
     )
-    # A class index alone is what tells an example of text-classification.
-    if examples and all(len(example.labels) == 1 < len(example.input_ids) for example in examples):
-        classes = Counter(example.reference for example in examples).most_common()
-        (commonest, most), (rarest, least) = classes[0], classes[-1]
-        if len(classes) == 1:
-            rows = rows_where(lambda *_: True)
-            find("one-class", rows, f"are of the one class {commonest!r}: there is nothing to tell apart", True)
-        elif most > SHARE * len(examples) or most > RATIO * least:
+    names = Counter(name for record in records for name in record.classes)
+    answers = Counter(record.classes for record in records)
+    if names and len(names if any(record.words for record in records) else answers) == 1:
+        rows = rows_where(lambda *_: True)
+        only = ", ".join(next(iter(answers)) if len(answers) == 1 else names)
+        find("one-class", rows, f"are of the one class {only!r}: there is nothing to tell apart", True)
+    # Among a row's several classes or tags, and among numbers, some are rare by nature.
+    elif names and all(len(example.labels) == 1 and isinstance(example.labels[0], int) for example in examples):
+        (commonest, most), (rarest, least) = names.most_common()[0], names.most_common()[-1]
+        if most > SHARE * len(examples) or most > RATIO * least:
             find(
                 "imbalance",
                 rows_where(lambda _, example: example.reference == rarest),
@@ -152,7 +158,7 @@ def excerpt(record: Record) -> str:
         text = " | ".join(f"{message['role']}: {message['content']}" for message in record.messages)
     else:
         answer = record.label if record.label is not None else record.completion
-        text = " → ".join(part for part in (str(record.prompt), str(answer or "")) if part)
+        text = " → ".join(part for part in (str(record.prompt), str(record.pair or ""), str(answer or "")) if part)
     return shortened(text)
 
 
@@ -174,10 +180,15 @@ def _values(record: Record) -> list[str]:
         return [message["content"] for message in record.messages]
     return [
         value
-        for text in (record.prompt, record.completion)
+        for text in (record.prompt, record.pair, record.completion)
         if text is not None
         for value in (text.parts[1::2] if isinstance(text, Filled) else [text])
     ]
+
+
+def _said_apart(example: Example) -> bool:
+    """Whether the answer is numbers, such as which of several classes hold: none of them is an answer."""
+    return isinstance(example.labels[0], float)
 
 
 def _is_blank(record: Record) -> bool:
@@ -193,7 +204,7 @@ def _repeated(records: Sequence[Record]) -> tuple[list[int], list[int]]:
     seen: dict[str, set[str]] = {}
     again, contradicting = [], []
     for record in records:
-        asked = json.dumps(record.messages[:-1]) if record.messages else record.prompt
+        asked = json.dumps(record.messages[:-1]) if record.messages else record.prompt + (record.pair or "")
         answer = record.label if record.label is not None else record.completion or ""
         answers = seen.setdefault(asked, set())
         if answer in answers:

@@ -1,15 +1,17 @@
 """Rows of similar length go together, so that little of a batch is padding."""
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_ft.data.render import IGNORED, Example
+from edge_ft.data.example import IGNORED, Example
 
-__all__ = ["Batch", "collate", "eval_batches", "target_mask", "train_batches"]
+__all__ = ["Batch", "collate", "eval_batches", "pad", "target_mask", "train_batches"]
 
+ONE_TARGET = ("text-classification", "feature-extraction")
+"""Tasks whose labels are of a whole text, not of its tokens."""
 WINDOW = 50
 """Batches that are sorted by length together: enough for even lengths, few enough to stay random."""
 
@@ -21,36 +23,54 @@ class Batch(TypedDict):
     """[batch, seq]"""
     attention_mask: NDArray[np.int64]
     """[batch, seq], 1 on tokens and 0 on padding."""
-    labels: NDArray[np.int64]
-    """[batch, seq], -100 where there is no loss; text-classification: [batch, 1]."""
+    labels: NDArray[Any]
+    """[batch, targets] int64, -100 where there is no loss: [batch, seq] for tokens and tags, [batch, 1] for a class
+    (or a text's rank). float32 [batch, classes] for several classes, [batch, 1] for a number."""
     rows: list[int]
     """Numbers of the rows in the user's file."""
+    token_type_ids: NotRequired[NDArray[np.int64]]
+    """[batch, seq]; left out where all are 0."""
+    pair_input_ids: NotRequired[NDArray[np.int64]]
+    """[batch, seq of the second texts] (feature-extraction)."""
+    pair_attention_mask: NotRequired[NDArray[np.int64]]
 
 
 def collate(examples: Sequence[Example], pad_id: int, task: str) -> Batch:
     """Pad examples to the longest of them."""
-    shape = (len(examples), max(len(example.input_ids) for example in examples))
-    input_ids = np.full(shape, pad_id, np.int64)
-    attention_mask = np.zeros(shape, np.int64)
-    labels = np.full(shape, IGNORED, np.int64)
-    for index, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[index, :length] = example.input_ids
-        attention_mask[index, :length] = 1
-        if task == "text-generation":
-            labels[index, :length] = example.labels
-    if task == "text-classification":
-        labels = np.array([example.labels for example in examples], np.int64)
-    return Batch(
+    input_ids, attention_mask = pad([example.input_ids for example in examples], pad_id)
+    if task in ONE_TARGET:
+        labels = np.array([example.labels for example in examples])
+        labels = labels.astype(np.float32 if np.issubdtype(labels.dtype, np.floating) else np.int64)
+    else:
+        labels, _ = pad([example.labels for example in examples], IGNORED)
+    batch = Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         labels=labels,
         rows=[example.row for example in examples],
     )
+    if any(any(example.token_type_ids) for example in examples):
+        kinds = [example.token_type_ids or [0] * len(example.input_ids) for example in examples]
+        batch["token_type_ids"], _ = pad(kinds, 0)
+    if task == "feature-extraction":
+        batch["pair_input_ids"], batch["pair_attention_mask"] = pad([example.pair_ids for example in examples], pad_id)
+    return batch
+
+
+def pad(rows: Sequence[Sequence[float]], value: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids of different length as one array [rows, longest], `value` at the ends, and a mask: 1 where there are ids."""
+    shape = (len(rows), max(map(len, rows)))
+    padded, mask = np.full(shape, value, np.int64), np.zeros(shape, np.int64)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    return padded, mask
 
 
 def target_mask(labels: NDArray[Any], task: str) -> NDArray[np.bool_]:
     """Where a batch's `labels` [batch, targets] are targets: what is scored, and what `token_nll` is about."""
+    if np.issubdtype(labels.dtype, np.floating):
+        return np.ones(labels.shape, np.bool_)
     at: NDArray[np.bool_] = labels != IGNORED
     if task == "text-generation":
         at[:, 0] = False  # the first token is given, not predicted

@@ -4,10 +4,11 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from edge_ft.config import RowsConfig, Task
+from edge_ft.config import ProblemType, RowsConfig, Task
+from edge_ft.data.classes import guess_problem, read_classes, sort_classes
 from edge_ft.data.read import Row
 from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import DataError, did_you_mean
@@ -17,21 +18,31 @@ __all__ = [
     "Message",
     "Record",
     "answer_of",
-    "class_numbers",
+    "bare_columns",
     "fill_answer",
     "fill_text",
     "find_columns",
     "find_labels",
+    "find_problem",
     "guess_task",
     "has_answer",
     "is_empty",
     "record",
 ]
 
-Kind = Literal["messages", "prompt_completion", "instruction", "text", "text_label", "template"]
+Kind = Literal["messages", "prompt_completion", "instruction", "text", "text_label", "template", "tokens", "pair"]
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": text}`."""
 ROLES = ("system", "user", "assistant")
+SENTENCE_PAIRS = (("text", "text_pair"), ("question", "passage"), ("premise", "hypothesis"), ("sentence1", "sentence2"))
+"""Columns that are recognised as two texts to classify together."""
+RELATED_PAIRS = (
+    *(("anchor", "positive"), ("question", "answer"), ("query", "passage"), ("prompt", "completion")),
+    ("instruction", "output"),
+)
+"""Columns that are recognised as a text and what should be found with it."""
+WORDS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "pos_tags")
+"""Columns that are recognised as the words of a row and a tag for each."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +51,15 @@ class Columns:
 
     kind: Kind
     prompt: str | None = None
-    """Template of the prompt, or of the text to classify."""
+    """Template of the prompt, or of the text to classify; tokens: the column of the words."""
     completion: str | None = None
-    """Template of the text that carries the loss."""
+    """Template of the text that carries the loss; pair: of the text that should be found with the first."""
     label: str | None = None
-    """Column of the class (text-classification)."""
+    """Column of the class, the classes or the number (text-classification), or of the tags (token-classification)."""
+    pair: str | None = None
+    """Template of a second text to classify with the first."""
+    problem_type: ProblemType | None = None
+    """What is in the label column (text-classification)."""
 
     def fits(self, names: Sequence[str], answer: bool = True) -> bool:
         """Whether rows with the columns `names` have all that `record` reads of them."""
@@ -53,7 +68,7 @@ class Columns:
         if self.prompt is None and not answer:
             return False  # rows of text alone have no prompt
         answers = _named(self.completion) | ({self.label} if self.label else set())
-        return _named(self.prompt) | (answers if answer else set()) <= set(names)
+        return _named(self.prompt) | _named(self.pair) | (answers if answer else set()) <= set(names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +80,31 @@ class Record:
     prompt: str
     completion: str | None
     label: str | None
+    """The class, several with commas between, or the tags with blanks between."""
+    pair: str | None = None
+    """The second text of two."""
+    words: tuple[str, ...] = ()
+    """token-classification: what is tagged."""
+    classes: tuple[str, ...] = ()
+    """The class, the classes, the number as text, or a tag for each word."""
 
 
 def guess_task(names: Sequence[str], config: RowsConfig, decoder: bool) -> Task:
-    """text-classification for --label and for encoders, text-generation for decoders.
+    """What the columns are for: text-generation for a decoder without --label; for an encoder words with tags, a text
+    with a label, two texts that belong together, or text alone.
 
     Raises:
-        DataError: an encoder, but no column that could hold the class.
+        DataError: an encoder, but no columns that it could learn from.
     """
     if config.label is None and decoder:
         return "text-generation"
+    if _first(WORDS, names) and (config.label or _first(TAGS, names)):
+        return "token-classification"
+    if config.label is None and "label" not in names:
+        if config.completion is not None or (config.prompt is None and _two(RELATED_PAIRS, names)):
+            return "feature-extraction"
+        if config.prompt is None and list(names) == ["text"]:
+            return "fill-mask"
     _label_column(names, config)
     return "text-classification"
 
@@ -90,15 +120,27 @@ def find_columns(names: Sequence[str], config: RowsConfig, task: Task | None) ->
         DataError: a column that is named but missing, or no known set of columns.
     """
     prompt, completion = (text if text is None else _unescape(text) for text in (config.prompt, config.completion))
-    for flag, template in (("--prompt", prompt), ("--completion", completion)):
+    pair = None if config.text_pair is None else _unescape(config.text_pair)
+    for flag, template in (("--prompt", prompt), ("--completion", completion), ("--text-pair", pair)):
         _check_template(template, flag, names)
     if task == "text-classification" or (task is None and config.label is not None):
         if completion is not None:
             raise DataError("--completion is for text-generation: a class is named with --label")
         label = _label_column(names, config)
-        return Columns("text_label", prompt or _text_template(names, label), None, label)
+        if prompt is None:
+            prompt, pair = _two(SENTENCE_PAIRS, names) or (_text_template(names, label), None)
+        return Columns("text_label", prompt, None, label, pair)
+    for flag, value in (("--text-pair", config.text_pair), ("--problem-type", config.problem_type)):
+        if value is not None:
+            raise DataError(f"{flag} is for text-classification, and this is {task}")
+    if task == "token-classification":
+        return _tag_columns(names, config, prompt)
     if config.label is not None:
         raise DataError(f"--label {config.label} is for text-classification: give --completion to learn its text")
+    if task == "feature-extraction":
+        return _related_columns(names, prompt, completion)
+    if task == "fill-mask":
+        return Columns("template", prompt or _text_template(names, ""))
     if prompt is not None:
         return Columns("template", prompt, completion)
     if "messages" in names:
@@ -128,15 +170,21 @@ def record(row: Row, columns: Columns, answer: bool = True) -> Record:
         messages = _messages(row)
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         return Record(row.number, messages, "", answers[-1] if answers else None, None)
+    if columns.kind == "tokens":
+        return _tagged(row, columns, answer)
     prompt = "" if columns.prompt is None else _fill(columns.prompt, row)
     if columns.kind == "instruction" and row.fields.get("input") not in (None, ""):
         prompt += "\n\n" + _text("input", row)
     completion = label = None
     if columns.completion is not None and (answer or _named(columns.completion) <= row.fields.keys()):
         completion = _fill(columns.completion, row)
+    pair = None if columns.pair is None else _fill(columns.pair, row)
+    classes: tuple[str, ...] = ()
     if columns.label is not None and (answer or columns.label in row.fields):
-        label = _label(columns.label, row)
-    return Record(row.number, None, prompt, completion, label)
+        problem = columns.problem_type or "single_label_classification"
+        classes = read_classes(_value(columns.label, row), problem, f"row {row.number}: {columns.label!r}")
+        label = ", ".join(classes)
+    return Record(row.number, None, prompt, completion, label, pair, (), classes)
 
 
 def has_answer(row: Row, columns: Columns) -> bool:
@@ -187,15 +235,29 @@ def fill_answer(columns: Columns, answer: str) -> str:
     return Filled(parts)
 
 
-def class_numbers(labels: Sequence[str]) -> tuple[str, ...]:
-    """The places of a head's classes as rows may name them: "0", "1", ..."""
-    return tuple(map(str, range(len(labels))))
-
-
 def find_labels(rows: Sequence[Row], columns: Columns) -> tuple[str, ...]:
-    """The distinct classes in their order: whole numbers by value, then text by the alphabet."""
-    labels = {label for row in rows if (label := record(row, columns).label) is not None}
-    return tuple(sorted(labels, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
+    """The distinct classes or tags in their order; for a number the name of its column."""
+    if columns.problem_type == "regression":
+        return (str(columns.label),)
+    return sort_classes({name for row in rows for name in record(row, columns).classes})
+
+
+def find_problem(rows: Sequence[Row], columns: Columns, asked: ProblemType | None) -> Columns:
+    """`columns` that know what their label column holds: what was `asked` for, or what the values look like."""
+    if columns.kind != "text_label" or columns.label is None:
+        return columns
+    return replace(columns, problem_type=asked or guess_problem(rows, columns.label))
+
+
+def bare_columns(task: Task, problem_type: ProblemType | None = None) -> Columns:
+    """How a model is asked that no rows were seen for."""
+    known: dict[Task, Columns] = {
+        "text-classification": Columns("text_label", "{text}", None, "label", problem_type=problem_type),
+        "token-classification": Columns("tokens", "{tokens}", None, "tags"),
+        "fill-mask": Columns("template", "{text}"),
+        "feature-extraction": Columns("pair", "{text}", "{positive}"),
+    }
+    return known.get(task, Columns("prompt_completion", "{prompt}", "{completion}"))
 
 
 def _label_column(names: Sequence[str], config: RowsConfig) -> str:
@@ -206,6 +268,59 @@ def _label_column(names: Sequence[str], config: RowsConfig) -> str:
             f"name it with --label, the columns are {', '.join(names)}"
         )
     return name
+
+
+def _first(known: Sequence[str], names: Sequence[str]) -> str | None:
+    return next((name for name in known if name in names), None)
+
+
+def _two(known: Sequence[tuple[str, str]], names: Sequence[str]) -> tuple[str, str] | None:
+    """Templates of the first two columns of `known` that are both there."""
+    return next((("{" + a + "}", "{" + b + "}") for a, b in known if a in names and b in names), None)
+
+
+def _tag_columns(names: Sequence[str], config: RowsConfig, prompt: str | None) -> Columns:
+    words, tags = _first(WORDS, names), config.label or _first(TAGS, names)
+    if prompt is not None:
+        words = prompt[1:-1]
+        if words not in names:
+            raise DataError(f"--prompt {prompt}: the words to tag are one column that holds a list, as in {{tokens}}")
+    if words is None or tags is None or tags not in names:
+        raise DataError(
+            f"the columns are {', '.join(names)}: words are called tokens, or named with --prompt, and their tags tags "
+            "or ner_tags, or named with --label"
+        )
+    return Columns("tokens", "{" + words + "}", None, tags)
+
+
+def _related_columns(names: Sequence[str], prompt: str | None, completion: str | None) -> Columns:
+    if prompt is None:
+        prompt, completion = _two(RELATED_PAIRS, names) or (None, None)
+    if prompt is None or completion is None:
+        raise DataError(
+            f"the columns are {', '.join(names)}: name the two texts that belong together with --prompt and "
+            "--completion, or call them anchor and positive, or question and answer"
+        )
+    return Columns("pair", prompt, completion)
+
+
+def _tagged(row: Row, columns: Columns, answer: bool) -> Record:
+    """The words of a row and, where it has them, their tags."""
+    (name,) = _named(columns.prompt)
+    words = _names(name, row)
+    tags: tuple[str, ...] = ()
+    if columns.label is not None and (answer or columns.label in row.fields):
+        tags = _names(columns.label, row)
+        if len(tags) != len(words):
+            raise DataError(f"row {row.number} has {len(words)} words in {name!r} and {len(tags)} in {columns.label!r}")
+    return Record(row.number, None, " ".join(words), None, " ".join(tags) if tags else None, None, words, tags)
+
+
+def _names(name: str, row: Row) -> tuple[str, ...]:
+    value = _value(name, row)
+    if not isinstance(value, list) or not all(isinstance(item, str | int) for item in value):
+        raise DataError(f"row {row.number}: column {name!r} must be a list of texts or whole numbers")
+    return tuple(map(str, value))
 
 
 def _text_template(names: Sequence[str], label: str) -> str:
@@ -258,12 +373,18 @@ def _fill(template: str, row: Row) -> Filled:
     return Filled(parts)
 
 
-def _text(name: str, row: Row) -> str:
-    """The value of a column as text: numbers and booleans in Python's spelling, lists and objects as JSON."""
+def _value(name: str, row: Row) -> Any:
+    """What stands in a column; not null."""
     value = row.fields.get(name)
     if _is_null(value):
         state = "is null" if name in row.fields else "is missing"
         raise DataError(f"row {row.number}: column {name!r} {state}: fill it in or leave the row out")
+    return value
+
+
+def _text(name: str, row: Row) -> str:
+    """The value of a column as text: numbers and booleans in Python's spelling, lists and objects as JSON."""
+    value = _value(name, row)
     if isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
@@ -271,16 +392,6 @@ def _text(name: str, row: Row) -> str:
 
 def _is_null(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))  # NaN is how tables say null
-
-
-def _label(name: str, row: Row) -> str:
-    value = _text(name, row).strip()
-    given = row.fields[name]
-    if isinstance(given, float) and given.is_integer():
-        return str(int(given))  # what a table makes of whole numbers with a gap
-    if not value or isinstance(given, float | list | dict):
-        raise DataError(f"row {row.number}: the class in {name!r} is {value!r}: it must be text or a whole number")
-    return value
 
 
 def _messages(row: Row) -> list[Message]:

@@ -29,7 +29,7 @@ def column_names(rows: Sequence[Row]) -> list[str]:
 
 
 def read_rows(source: str, split: str | None = None) -> list[Row]:
-    """Rows of a .jsonl, .json, .csv, .tsv or .parquet file, a folder saved by `datasets`, or a hub data set.
+    """Rows of a .jsonl, .json, .csv, .tsv, .parquet or .conll file, a folder saved by `datasets`, or a hub data set.
 
     A split of a folder or hub data set is named by `split`, or in the source: FOLDER:validation. A folder with
     several needs one of both; a hub data set's default is train.
@@ -130,6 +130,25 @@ def _read_csv(path: Path) -> list[Row]:
     return rows
 
 
+def _read_conll(path: Path) -> list[Row]:
+    """Sentences of CoNLL's columns: a word, what else there is, and its tag, a word a line, blank lines between."""
+    rows: list[Row] = []
+    start, words, tags = 0, list[str](), list[str]()
+    for number, line in enumerate([*_read_text(path).split("\n"), ""], start=1):
+        parts = line.split()
+        if not parts or parts[0] == "-DOCSTART-":
+            if words:
+                rows.append(Row(start, {"tokens": words, "tags": tags}))
+            words, tags = [], []
+            continue
+        if len(parts) < 2:
+            raise DataError(f"{path} line {number} holds {line.strip()!r} alone: write a word and its tag on each line")
+        start = start if words else number
+        words.append(parts[0])
+        tags.append(parts[-1])
+    return rows
+
+
 def _read_parquet(path: Path) -> list[Row]:
     arrow = require("pyarrow", "train")
     parquet = require("pyarrow.parquet", "train")
@@ -177,11 +196,14 @@ def _from_dataset(dataset: Any) -> list[Row]:
     """Rows of a `datasets.Dataset`, classes by their names."""
     records = dataset.to_list()
     for column, feature in dataset.features.items():
-        if hasattr(feature, "int2str"):
-            for record in records:
+        inner: Any = getattr(feature, "feature", None)  # of a list
+        for record in records:
+            if hasattr(feature, "int2str"):
                 number = record[column]
                 # Below 0 is how data sets without answers say null.
                 record[column] = None if number is None or number < 0 else feature.int2str(number)
+            elif hasattr(inner, "int2str") and record[column] is not None:
+                record[column] = [inner.int2str(number) for number in record[column]]
     return _from_table(records)
 
 
@@ -197,4 +219,5 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
+    ".conll": _read_conll,
 }

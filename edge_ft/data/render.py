@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_ft.config import RowsConfig, Task
+from edge_ft.config import Pooling, ProblemType, RowsConfig, Task
 from edge_ft.data.chat import encode_chat, end_of_turn, exchange, render_chat
 from edge_ft.data.columns import Columns, Message, Record, record
+from edge_ft.data.encoders import ENCODERS
+from edge_ft.data.example import IGNORED, Example
 from edge_ft.data.read import Row
 from edge_ft.data.tokenizer import TextTokenizer
-from edge_ft.errors import DataError, ModelError, did_you_mean
+from edge_ft.errors import DataError, ModelError
 
 __all__ = [
-    "IGNORED",
-    "Example",
     "Rendering",
     "encode_example",
     "encode_prompt",
@@ -30,9 +30,6 @@ __all__ = [
     "make_rendering",
     "stop_ids",
 ]
-
-IGNORED = -100
-"""Label of a token that carries no loss (PyTorch's ignore_index)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Rendering:
     """Text of the jinja template; None is plain text."""
     columns: Columns
     labels: tuple[str, ...]
-    """Classes in the order of the logits (text-classification)."""
+    """Classes or tags in the order of the logits; of a regression the name of its column."""
     max_length: int
     """Tokens; longer rows are cut at their end."""
     bos: int | None
@@ -53,6 +50,15 @@ class Rendering:
     """Id put behind the last completion; None where the chat template ends a turn itself."""
     answers: tuple[str, ...] = ()
     """The few answers that its rows had, if they were few: what `classify` chooses from (text-generation)."""
+    pooling: Pooling | None = None
+    """What of a text's last hidden states is its embedding (feature-extraction)."""
+    normalize: bool = True
+    """Whether an embedding has length 1."""
+
+    @property
+    def problem_type(self) -> ProblemType | None:
+        """What the outputs of a text-classification model are; None for other tasks."""
+        return self.columns.problem_type
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for `from_dict`."""
@@ -63,27 +69,6 @@ class Rendering:
         """What `to_dict` gave."""
         names = {name: tuple(values.get(name, ())) for name in ("labels", "answers")}
         return cls(**{**values, **names, "columns": Columns(**values["columns"])})
-
-
-@dataclass(slots=True)
-class Example:
-    """One row in token ids."""
-
-    row: int
-    """Number of the row in the user's file."""
-    input_ids: list[int]
-    labels: list[int]
-    """As long as `input_ids`, -100 where there is no loss; text-classification: the class index alone."""
-    prompt_length: int
-    """Tokens before the last completion."""
-    reference: str
-    """The right answer: text of the last completion, or name of the class."""
-    cut: int
-    """Tokens lost to max_length."""
-    unlearned_turns: int = 0
-    """Assistant turns without loss, because the chat template would write them differently at run time."""
-    cut_targets: int = 0
-    """Tokens with loss among those lost to max_length."""
 
 
 def make_rendering(
@@ -103,7 +88,7 @@ def make_rendering(
         DataError: chats without a template, a template for rows that are no chat, or a broken one.
         ModelError: the tokenizer names no end-of-sequence token.
     """
-    if task == "text-classification":
+    if task in ENCODERS:
         return Rendering(task, None, columns, labels, max_length, None, None)
     chosen = config.chat_template
     if chosen is None:
@@ -165,16 +150,8 @@ def encode_example(rendering: Rendering, tokenizer: TextTokenizer, record: Recor
     Raises:
         DataError: an unknown class, or a chat that this template cannot render; the message names the row.
     """
-    if rendering.task == "text-classification":
-        label = record.label or ""
-        if label not in rendering.labels:
-            known = list(rendering.labels)
-            raise DataError(
-                f"row {record.row}: {label!r} is none of the classes{did_you_mean(label, known)}: "
-                f"they are {', '.join(known)}"
-            )
-        ids, cut = tokenizer.encode_classifier(record.prompt, rendering.max_length)
-        return Example(record.row, ids, [rendering.labels.index(label)], len(ids), label, cut)
+    if rendering.task in ENCODERS:
+        return ENCODERS[rendering.task](rendering, tokenizer, record)
     answers = [message["content"] for message in record.messages or () if message["role"] == "assistant"]
     completion = answers[-1] if answers else record.completion
     if completion is None:

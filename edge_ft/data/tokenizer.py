@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tokenizers import Encoding, Tokenizer
 
 from edge_ft.errors import DataError, ModelError
 
-__all__ = ["Filled", "TextTokenizer"]
+__all__ = ["Filled", "Framed", "TextTokenizer"]
 
 CUT = "\ufdd0"
 """Marks where a text must be tokenized in two parts: a noncharacter, which Unicode reserves for such use."""
@@ -54,6 +55,19 @@ class Filled(str):
         return (self.parts,)
 
 
+@dataclass(frozen=True, slots=True)
+class Framed:
+    """Tokens of one text or two, in the special tokens that the model's own tokenizer puts around them."""
+
+    ids: list[int]
+    type_ids: list[int]
+    """As long as `ids`: which text a token belongs to, for models that are told."""
+    start: int
+    """Where the first text begins."""
+    cut: int
+    """Tokens of the texts that had no room."""
+
+
 class TextTokenizer:
     """Text to token ids and back, as the model's own tokenizer.json says."""
 
@@ -89,12 +103,10 @@ class TextTokenizer:
         }
         """Special added tokens, id to text: what only templates and the project itself may write."""
         self._unknown = self._id_of("unk_token")
-        around = self._tokenizer.encode("a", add_special_tokens=True)
-        inner = around.special_tokens_mask.index(0)
-        size = around.special_tokens_mask.count(0)
-        self._before, self._after = around.ids[:inner], around.ids[inner + size :]
+        self._single = _frame(self._tokenizer.encode("a"))
+        self._pair = _frame(self._tokenizer.encode("a", "a"))
         bos = self._id_of("bos_token")
-        self.bos_id: int | None = bos if bos is not None and self._before == [bos] else None
+        self.bos_id: int | None = bos if bos is not None and self._single[0][0] == [bos] else None
         """The id that the tokenizer itself puts in front of a text; None when it adds none."""
 
     @classmethod
@@ -143,11 +155,34 @@ class TextTokenizer:
         """A filled template without the control tokens it wrote, as `decode` leaves them out; other text as it is."""
         return "".join(self._around_controls(text)[::2]) if isinstance(text, Filled) else text
 
-    def encode_classifier(self, text: str, max_length: int) -> tuple[list[int], int]:
-        """Ids of a text between the model's own [CLS] and [SEP], and how many tokens were cut off its end."""
-        body = self.encode(text)
-        room = max(max_length - len(self._before) - len(self._after), 0)
-        return [*self._before, *body[:room], *self._after], max(len(body) - room, 0)
+    @property
+    def mask_id(self) -> int | None:
+        """The token that stands for a hidden one, where the model has one."""
+        return self._id_of("mask_token")
+
+    def encode_classifier(self, text: str, max_length: int, pair: str | None = None) -> Framed:
+        """A text, or two, in the model's own frame, as in [CLS] text [SEP] pair [SEP]."""
+        return self.frame(self.encode(text), max_length, None if pair is None else self.encode(pair))
+
+    def frame(self, first: list[int], max_length: int, second: list[int] | None = None) -> Framed:
+        """Ids in the model's own frame; what is too long loses its end, of two texts the longer one first."""
+        parts = self._single if second is None else self._pair
+        room = max(max_length - sum(len(ids) for ids, _ in parts[::2]), 0)
+        texts = [first] if second is None else [first, second]
+        cut = sum(map(len, texts)) - room
+        if cut <= 0:
+            kept = texts
+        elif second is None:
+            kept = [first[:room]]
+        else:
+            shorter = min(len(first), len(second), room // 2)
+            of_first = shorter if len(first) <= len(second) else room - shorter
+            kept = [first[:of_first], second[: room - of_first]]
+        ids, type_ids = list(parts[0][0]), list(parts[0][1])
+        for text, (_, kind), (after, after_kinds) in zip(kept, parts[1::2], parts[2::2], strict=True):
+            ids += [*text, *after]
+            type_ids += [*kind * len(text), *after_kinds]
+        return Framed(ids, type_ids, len(parts[0][0]), max(cut, 0))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`."""
@@ -195,6 +230,21 @@ class TextTokenizer:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except TypeError as error:  # what the library says of half a surrogate pair
             raise DataError("the text holds half of a surrogate pair, which is no character: remove it") from error
+
+
+def _frame(encoding: Encoding) -> list[tuple[list[int], list[int]]]:
+    """What a post-processor puts before, between and behind texts: ids and type ids of its own tokens, and the type id
+    of a text, in turn, its own first and last."""
+    parts: list[tuple[list[int], list[int]]] = [([], [])]
+    before = None
+    for token, kind, text in zip(encoding.ids, encoding.type_ids, encoding.sequence_ids, strict=True):
+        if text is not None:
+            parts += [([], [kind]), ([], [])] if text != before else []
+            before = text
+        else:
+            parts[-1][0].append(token)
+            parts[-1][1].append(kind)
+    return parts
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_ft.data import Example, eval_batches
-from edge_ft.data.render import IGNORED
+from edge_ft.data.example import IGNORED
 from edge_ft.errors import MissingExtra, require
 from edge_ft.evaluate.metrics import Metric, accuracy, exact_match, macro_f1, mean, proportion, token_f1, verbatim_match
 from edge_ft.evaluate.score import Answerer
@@ -131,7 +131,7 @@ def choice_metrics(
         return {}
     gold, predicted = np.full(len(asked), len(answers)), np.zeros(len(asked), np.int64)
     for row, example in enumerate(track(progress, stage, asked, len(asked))):
-        right = [label for label in example.labels[example.prompt_length :] if label != IGNORED]
+        right = [int(label) for label in example.labels[example.prompt_length :] if label != IGNORED]
         if right in answers:
             gold[row] = list(answers).index(right)
         predicted[row] = chooser.answer_nll(example.input_ids[: example.prompt_length], answers).argmin()

@@ -5,8 +5,9 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
+from importlib.util import find_spec
 from typing import Any, TypedDict
 
 import numpy as np
@@ -21,9 +22,12 @@ __all__ = [
     "exact_match",
     "macro_f1",
     "mean",
+    "multi_label_f1",
+    "number_metrics",
     "paired_bootstrap",
     "perplexity",
     "proportion",
+    "span_metrics",
     "spearman",
     "token_f1",
     "verbatim_match",
@@ -103,9 +107,59 @@ def macro_f1(predicted: NDArray[np.int64], gold: NDArray[np.int64], classes: int
         f1 = 2 * right / np.maximum(seen, 1)
         return np.asarray(f1.sum(1) / (seen > 0).sum(1))
 
-    value = float(score(np.arange(len(gold))[None])[0])
-    low, high = _bounds(np.concatenate([score(rows) for rows in _resamples(len(gold), seed, 2000)]))
-    return Metric(value=value, low=low, high=high)
+    return _resampled(score, len(gold), seed)
+
+
+def multi_label_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_], seed: int = 0) -> dict[str, Metric]:
+    """`micro_f1` over all labels of all rows, and `macro_f1`, the mean of each class's; both [rows, classes].
+
+    Classes that no row has and none was given do not count.
+    """
+    hits, seen = predicted & gold, predicted.astype(np.int64) + gold
+
+    def micro(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of each resample; rows [samples, rows]."""
+        return np.asarray(2 * hits[rows].sum((1, 2)) / np.maximum(seen[rows].sum((1, 2)), 1))
+
+    def macro(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        hit, count = hits[rows].sum(1), seen[rows].sum(1)  # [samples, classes]
+        return np.asarray((2 * hit / np.maximum(count, 1)).sum(1) / np.maximum((count > 0).sum(1), 1))
+
+    return {"micro_f1": _resampled(micro, len(gold), seed), "macro_f1": _resampled(macro, len(gold), seed)}
+
+
+def number_metrics(predicted: NDArray[Any], gold: NDArray[Any], seed: int = 0) -> dict[str, Metric]:
+    """`mse`, `pearson` and, where scipy is installed, `spearman` of numbers [rows]."""
+
+    def correlation(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
+        """Pearson's, row by row; [samples, rows] both; a constant correlates with nothing."""
+        a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
+        scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+        return np.asarray(np.divide((a * b).sum(1), scale, out=np.zeros(len(a)), where=scale > 0))
+
+    found = {
+        "mse": mean((predicted - gold) ** 2, seed=seed),
+        "pearson": _resampled(lambda rows: correlation(predicted[rows], gold[rows]), len(gold), seed),
+    }
+    if find_spec("scipy") is not None:
+        found["spearman"] = spearman(predicted, gold, seed)
+    return found
+
+
+def span_metrics(predicted: list[list[str]], gold: list[list[str]], seed: int = 0) -> dict[str, Metric]:
+    """`span_f1` of the spans that B- and I- tags make of each row's words, where seqeval is installed.
+
+    A span is right when it begins, ends and is called as the right one (CoNLL 2003).
+    """
+    if find_spec("seqeval") is None or not any(tag[:2] in ("B-", "I-") for row in gold for tag in row):
+        return {}
+    entities = require("seqeval.metrics.sequence_labeling", "metrics").get_entities
+    spans = [(set(entities(ours)), set(entities(right))) for ours, right in zip(predicted, gold, strict=True)]
+    hits = np.array([len(ours & right) for ours, right in spans])
+    seen = np.array([len(ours) + len(right) for ours, right in spans])
+    return {
+        "span_f1": _resampled(lambda rows: 2 * hits[rows].sum(1) / np.maximum(seen[rows].sum(1), 1), len(spans), seed)
+    }
 
 
 def spearman(predicted: Numbers, gold: Numbers, seed: int = 0) -> Metric:
@@ -183,6 +237,13 @@ def _resamples(rows: int, seed: int, samples: int) -> Iterator[NDArray[np.int64]
     chunk = max(1, 1_000_000 // rows)
     for start in range(0, samples, chunk):
         yield random.integers(rows, size=(min(chunk, samples - start), rows))
+
+
+def _resampled(score: Callable[[NDArray[np.int64]], NDArray[np.float64]], rows: int, seed: int) -> Metric:
+    """What `score` gives for all rows, with its bootstrap interval; it takes row numbers [samples, rows]."""
+    value = float(score(np.arange(rows)[None])[0])
+    low, high = _bounds(np.concatenate([score(chosen) for chosen in _resamples(rows, seed, 2000)]))
+    return Metric(value=value, low=low, high=high)
 
 
 def _bounds(estimates: NDArray[np.float64]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_ft.artifacts import Bundle, RunFolder, kind_of
-from edge_ft.config import EvalConfig, RowsConfig, Task
+from edge_ft.config import EvalConfig, ProblemType, RowsConfig, Task
 from edge_ft.data import (
     Rendering,
     Row,
@@ -15,12 +15,14 @@ from edge_ft.data import (
     column_names,
     find_columns,
     find_labels,
+    find_problem,
     guess_task,
     make_rendering,
     stop_ids,
 )
 from edge_ft.errors import DataError, ModelError, UsageError, require
 from edge_ft.evaluate.score import Scorer
+from edge_ft.families import CLASSIFIERS
 
 if TYPE_CHECKING:
     from edge_ft.base.load import Base
@@ -72,8 +74,8 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         limit = find_run_base(run).max_length
         own = Rendering.from_dict(run.rendering())
         rendering = rendering_for(config, rows, tokenizer, own, model_limit=limit)
-        model, base = open_run_model(run, adapter=config.adapter != "none")
-        scorer = TorchScorer(move(model, device), rendering.task, stop_ids(rendering, tokenizer))
+        run_model, _ = open_run_model(run, adapter=config.adapter != "none")
+        scorer = TorchScorer(move(run_model, device), rendering.task, stop_ids(rendering, tokenizer))
         return Opened(scorer, tokenizer, rendering, limit)
 
     from edge_ft.base.load import find_base, load_model
@@ -92,9 +94,12 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         task=task,
         model_limit=base.max_length,
         labels=base.labels(task),
+        problem_type=base.problem_type,
     )
-    model = move(load_model(base, rendering.task, config.base_format), device)
-    scorer = TorchScorer(model, rendering.task, stop_ids(rendering, tokenizer))
+    task_model: Any = move(load_model(base, rendering.task, config.base_format), device)
+    if rendering.problem_type is not None:
+        task_model.config.problem_type = rendering.problem_type  # some checkpoints leave it to be guessed
+    scorer = TorchScorer(task_model, rendering.task, stop_ids(rendering, tokenizer))
     return Opened(scorer, tokenizer, rendering, base.max_length)
 
 
@@ -129,8 +134,9 @@ def open_run_model(run: RunFolder, adapter: bool = True) -> "tuple[Any, Base]":
     identity, report = run.base(), run.report()
     base = find_run_base(run)
     task: Task = report["task"]
-    labels = tuple(run.rendering()["labels"])
-    model = load_model(base, task, identity["format"], identity["block_size"], labels, int(report["seed"]))
+    rendering = Rendering.from_dict(run.rendering())
+    labels, seed, problem = rendering.labels, int(report["seed"]), rendering.problem_type
+    model = load_model(base, task, identity["format"], identity["block_size"], labels, seed, problem)
     if identity["codes_sha256"] is not None and codes_sha256(model) != identity["codes_sha256"]:
         raise ModelError(
             f"the {identity['format']} codes of {base.path} are not those that {run.path} was trained over: tune again"
@@ -161,6 +167,7 @@ def rendering_for(
     task: Task | None = None,
     model_limit: int,
     labels: tuple[str, ...] = (),
+    problem_type: ProblemType | None = None,
 ) -> Rendering:
     """How `rows` are rendered: as `own` says where its columns are there and nothing else was asked for.
 
@@ -175,22 +182,35 @@ def rendering_for(
         if config.max_length is not None:
             own = replace(own, max_length=longest_sequence(config.max_length, model_limit))
         asked = any(
-            value is not None for value in (config.prompt, config.completion, config.label, config.chat_template)
+            value is not None
+            for value in (
+                *(config.prompt, config.completion, config.label, config.chat_template, config.text_pair),
+                config.problem_type,
+            )
         )
         if not asked and own.columns.fits(names):
             return own
-        columns = find_columns(names, config, own.task) if config.prompt or not own.columns.fits(names) else own.columns
+        if config.problem_type not in (None, own.problem_type):
+            raise DataError(f"--problem-type {config.problem_type}: this model was trained for {own.problem_type}")
+        mapped = config.prompt or config.label or not own.columns.fits(names)
+        columns = find_columns(names, config, own.task) if mapped else own.columns
+        if (columns.pair is None) != (own.columns.pair is None):
+            texts = "one text" if own.columns.pair is None else "two texts"
+            raise DataError(
+                f"this model reads {texts}: name the columns as it was trained, see --prompt and --text-pair"
+            )
+        columns = replace(columns, problem_type=own.problem_type)
         if config.chat_template is None:
             return replace(own, columns=columns)
         anew = make_rendering(config, columns, own.task, tokenizer, own.max_length, own.labels)
         return replace(anew, answers=own.answers)
     task = task or guess_task(names, config, decoder)
-    if task == "text-classification" and not labels:
+    if task in CLASSIFIERS and not labels:
         raise DataError("this model has no class names of its own: tune it first")
     longest = longest_sequence(config.max_length, model_limit)
-    columns = find_columns(names, config, task)
+    columns = find_problem(rows, find_columns(names, config, task), config.problem_type or problem_type)
     numbers = class_numbers(labels)
-    if task == "text-classification":
+    if task in CLASSIFIERS and columns.problem_type != "regression":
         found = set(find_labels(rows, columns))
         if not found <= set(labels) and found <= set(numbers):
             labels = numbers  # rows that name classes by their place in the head

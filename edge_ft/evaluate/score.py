@@ -7,19 +7,28 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_ft.data import Batch, Example, collate, eval_batches, target_mask
-from edge_ft.data.render import IGNORED
+from edge_ft.data import Batch, Example, Rendering, TextTokenizer, collate, eval_batches, target_mask
+from edge_ft.data.example import IGNORED
 from edge_ft.errors import AuditRefused
-from edge_ft.evaluate.metrics import accuracy, bootstrap, macro_f1, mean, perplexity
+from edge_ft.evaluate.metrics import (
+    accuracy,
+    bootstrap,
+    macro_f1,
+    mean,
+    multi_label_f1,
+    number_metrics,
+    perplexity,
+    span_metrics,
+)
 from edge_ft.progress import Progress, track
 
-__all__ = ["Answerer", "RowScores", "Scorer", "counted", "scorable", "score", "summary"]
+__all__ = ["Answerer", "RowScores", "Scorer", "counted", "said", "scorable", "score", "summary"]
 
 
 class Scorer(Protocol):
     """What scoring needs of a model."""
 
-    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """nll (nats) and the likeliest token or class, shaped as the labels; only `target_mask` of it counts."""
 
 
@@ -41,8 +50,8 @@ class RowScores:
     """Targets in the row (classifier: 1)."""
     correct: NDArray[np.int64]
     """Targets whose likeliest token or class is the right one."""
-    predicted: list[NDArray[np.int64]]
-    """Likeliest token or class of each target."""
+    predicted: list[NDArray[Any]]
+    """Likeliest token or class of each target; whether each of several classes holds; a number; a text's rank."""
 
     @property
     def mean_nll(self) -> float:
@@ -62,7 +71,7 @@ class RowScores:
 
 def scorable(examples: Sequence[Example]) -> list[Example]:
     """The examples that have a target: rows whose answer is empty, or cut off whole, have none."""
-    return [example for example in examples if any(label != IGNORED for label in example.labels)]
+    return [example for example in examples if example.targets]
 
 
 def counted(
@@ -102,7 +111,7 @@ def score(
     nll = np.zeros(count)
     tokens = np.zeros(count, np.int64)
     correct = np.zeros(count, np.int64)
-    predicted: list[NDArray[np.int64]] = [np.zeros(0, np.int64)] * count
+    predicted: list[NDArray[Any]] = [np.zeros(0, np.int64)] * count
     batches = eval_batches([len(example.input_ids) for example in examples], batch_size)
     for indices in track(progress, stage, batches, len(batches)):
         batch = collate([examples[index] for index in indices], pad_id, task)
@@ -117,11 +126,41 @@ def score(
     return RowScores(nll, tokens, correct, predicted)
 
 
+def tag_names(
+    scores: RowScores, examples: Sequence[Example], labels: tuple[str, ...]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Tags of each row's words, by name: those found, and the right ones."""
+    right = [[labels[int(label)] for label in example.labels if label != IGNORED] for example in examples]
+    return [[labels[index] for index in row] for row in scores.predicted], right
+
+
+def said(predicted: NDArray[Any], rendering: Rendering, tokenizer: TextTokenizer) -> str:
+    """What `RowScores.predicted` means for a row of an encoder, as a person would write it."""
+    labels = rendering.labels
+    if rendering.task == "fill-mask":
+        return tokenizer.decode([int(token) for token in predicted])
+    if rendering.task == "feature-extraction":
+        return f"found at place {int(predicted[0]) + 1}"
+    if rendering.problem_type == "regression":
+        return f"{float(predicted[0]):.4g}"
+    if rendering.problem_type == "multi_label_classification":
+        return ", ".join(label for label, holds in zip(labels, predicted, strict=True) if holds)
+    return " ".join(labels[int(index)] for index in predicted)
+
+
 def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: tuple[str, ...]) -> dict[str, Any]:
     """`nll` (nats per target token), `perplexity` and `metrics`, each with its 95% interval over rows."""
     right = scores.correct / scores.tokens
     if task == "text-generation":
         metrics = {"token_accuracy": mean(right, scores.tokens)}
+    elif task == "token-classification":
+        metrics = {"accuracy": mean(right, scores.tokens), **span_metrics(*tag_names(scores, examples, labels))}
+    elif isinstance(examples[0].labels[0], float):
+        gold = np.array([example.labels for example in examples])
+        predicted = np.stack(scores.predicted)
+        if len(labels) == 1:
+            return {"nll": scores.mean_nll, "perplexity": None, "metrics": number_metrics(predicted[:, 0], gold[:, 0])}
+        metrics = multi_label_f1(predicted > 0, gold > 0)
     else:
         gold = np.array([example.labels[0] for example in examples])
         predicted = np.array([int(classes[0]) for classes in scores.predicted])

@@ -5,20 +5,30 @@ from pathlib import Path
 from edge_ft.artifacts import Bundle
 from edge_ft.runtime.adapters import adapter_inputs
 from edge_ft.runtime.cache import KVCache
+from edge_ft.runtime.classify import Classification, TextClassifier
 from edge_ft.runtime.decode import Conversation, Generation, TextGenerator, Timings
-from edge_ft.runtime.encode import Classification, TextClassifier
 from edge_ft.runtime.session import open_session
+from edge_ft.runtime.tag import TaggedText, TaggedWord, TextTagger
 
 __all__ = [
     "Classification",
     "Conversation",
     "Generation",
     "KVCache",
+    "TaggedText",
+    "TaggedWord",
     "TextClassifier",
     "TextGenerator",
+    "TextTagger",
     "Timings",
     "load",
 ]
+
+ENCODERS: dict[str, type[TextClassifier] | type[TextTagger]] = {
+    "text-classification": TextClassifier,
+    "token-classification": TextTagger,
+}
+"""Of each task whose model reads a text at once, what opens its bundles."""
 
 
 def load(
@@ -27,7 +37,7 @@ def load(
     threads: int | None = None,
     accuracy_level: int | None = None,
     adapter: str | None = None,
-) -> TextGenerator | TextClassifier:
+) -> "TextGenerator | TextClassifier | TextTagger":
     """Get a bundle ready to answer.
 
     Args:
@@ -45,6 +55,6 @@ def load(
         bundle = Bundle.open(Path(bundle))
     session = open_session(bundle.graph(accuracy_level), threads)
     extra = adapter_inputs(bundle, session, adapter)
-    if bundle.task == "text-classification":
-        return TextClassifier(bundle, session, extra)
+    if bundle.task in ENCODERS:
+        return ENCODERS[bundle.task](bundle, session, extra)
     return TextGenerator(bundle, session, extra)

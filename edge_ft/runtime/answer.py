@@ -14,14 +14,15 @@ from edge_ft.data import Columns, Message, Rendering, Row, read_rows, record
 from edge_ft.data.columns import fill_text
 from edge_ft.errors import DataError, UsageError
 from edge_ft.progress import Progress, track
-from edge_ft.runtime import Classification, Conversation, TextClassifier, TextGenerator, load
+from edge_ft.runtime import Classification, Conversation, TextGenerator, load
+from edge_ft.runtime.ask import Asked, Reader, ask, asked_of, asked_of_row, lines_of, ranked
 from edge_ft.runtime.decode import TooLong
 
 __all__ = ["answer_file", "answer_one", "converse"]
 
 
 def answer_one(bundle: Path, text: str, config: RunConfig, stream: TextIO | None) -> dict[str, Any]:
-    """Answer one prompt, or classify one text.
+    """Answer one prompt, or say what a bundle of another task makes of one text.
 
     A text for a model that was trained with a --prompt template of one column is put into that template,
     unless it has the template's form already.
@@ -30,16 +31,27 @@ def answer_one(bundle: Path, text: str, config: RunConfig, stream: TextIO | None
         stream: Where the answer is written as it comes; None writes nothing.
 
     Returns:
-        `text`, `prompt_tokens`, `new_tokens`, `finish_reason` and `timings` (seconds), or `label`, `scores`,
-        `prompt_tokens` and `cut`.
+        `text`, `prompt_tokens`, `new_tokens`, `finish_reason` and `timings` (seconds), or what `ask` gives.
     """
     opened = _open(bundle, config)
-    if isinstance(opened, TextClassifier) or config.labels:
-        found = _labelled(opened, [fill_text(opened.rendering.columns, text)], config)[0]
-        if stream is not None:
-            for label, score in sorted(found.scores.items(), key=lambda pair: -pair[1])[:5]:
-                print(f"{score:7.2%}  {label}", file=stream)
-        return asdict(found)
+    if not isinstance(opened, TextGenerator):
+        _refuse_labels(opened, config)
+        (answer,) = ask(opened, [asked_of(opened, text, config.text_pair)])
+        lines = lines_of(opened, answer)
+    elif config.labels:
+        answer = asdict(_labelled(opened, [fill_text(opened.rendering.columns, text)], config)[0])
+        lines = ranked(answer["scores"])
+    else:
+        return _generated(opened, text, config, stream)
+    if stream is not None:
+        print("\n".join(lines), file=stream)
+    return answer
+
+
+def _generated(opened: TextGenerator, text: str, config: RunConfig, stream: TextIO | None) -> dict[str, Any]:
+    """An answer that is written to `stream` as it comes."""
+    if config.text_pair is not None:
+        raise UsageError(f"--text-pair is for models that read two texts: {opened.bundle.path} answers one prompt")
     prompt = fill_text(opened.rendering.columns, text)
     pieces = opened.stream(prompt, config)
     while True:
@@ -68,9 +80,9 @@ def answer_file(bundle: Path, source: Path, out: Path, config: RunConfig, progre
     started = time.monotonic()
     rows = read_rows(str(source))
     opened = _open(bundle, config)
-    if isinstance(opened, TextClassifier):
-        texts = [_text(row, opened.rendering) for row in rows]
-        answers: Iterator[dict[str, Any]] = (asdict(found) for found in _labelled(opened, texts, config))
+    if not isinstance(opened, TextGenerator):
+        _refuse_labels(opened, config)
+        answers: Iterator[dict[str, Any]] = iter(ask(opened, [_asked(row, opened.rendering) for row in rows]))
     else:
         prompts = [_prompt(row, opened.rendering) for row in rows]
         answers = (_answer_or_error(opened, prompt, config) for prompt in prompts)
@@ -88,11 +100,9 @@ def converse(bundle: Path, config: RunConfig, source: TextIO, target: TextIO) ->
     """Answer line after line, each turn going on from the cached tokens, until the input ends.
 
     Raises:
-        UsageError: the bundle is a classifier, or has no chat template.
+        UsageError: the bundle is of another task than text-generation, or has no chat template.
     """
     opened = _open(bundle, config)
-    if isinstance(opened, TextClassifier):
-        raise UsageError(f"{bundle} is a classifier: it cannot hold a conversation")
     conversation = opened.chat(config)
     while True:
         target.write("> ")
@@ -128,23 +138,19 @@ def _answer_or_error(opened: TextGenerator, prompt: str | list[Message], config:
         return {"error": str(error)}
 
 
-def _labelled(
-    opened: TextGenerator | TextClassifier, prompts: Sequence[Any], config: RunConfig
-) -> list[Classification]:
-    """Labels of a classifier, or of a generator under --labels.
+def _labelled(opened: TextGenerator, prompts: Sequence[Any], config: RunConfig) -> list[Classification]:
+    """What a generator chooses under --labels."""
+    return opened.classify(prompts, None if config.labels == ("auto",) else config.labels)
 
-    Raises:
-        UsageError: --labels for a classifier, whose labels are its own.
-    """
-    if isinstance(opened, TextGenerator):
-        return opened.classify(prompts, None if config.labels == ("auto",) else config.labels)
+
+def _refuse_labels(opened: Reader, config: RunConfig) -> None:
+    """Raise UsageError under --labels: the labels of these models are their own."""
     if config.labels:
-        own = ", ".join(opened.labels)
+        own = ", ".join(opened.labels) or "none"
         raise UsageError(f"--labels is for models that write text; this one's labels are its own: {own}")
-    return opened.classify(prompts)
 
 
-def _open(bundle: Path, config: RunConfig) -> TextGenerator | TextClassifier:
+def _open(bundle: Path, config: RunConfig) -> TextGenerator | Reader:
     return load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter)
 
 
@@ -164,6 +170,12 @@ def _prompt(row: Row, rendering: Rendering) -> str | list[Message]:
 def _question(messages: list[Message]) -> list[Message]:
     """A chat without the answer that a row of training data ends with."""
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def _asked(row: Row, rendering: Rendering) -> Asked:
+    """What a model of whole texts is asked: as in training where the row has those columns, else its one text."""
+    asked = asked_of_row(row, rendering)
+    return _text(row, rendering) if asked is None else asked
 
 
 def _text(row: Row, rendering: Rendering) -> str:

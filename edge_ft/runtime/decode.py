@@ -26,8 +26,9 @@ from edge_ft.data import (
 from edge_ft.errors import UsageError
 from edge_ft.runtime.cache import CacheShape, KVCache
 from edge_ft.runtime.choose import answer_nll
-from edge_ft.runtime.encode import Classification
+from edge_ft.runtime.classify import Classification
 from edge_ft.runtime.sample import Sampler
+from edge_ft.runtime.task import OneTask
 from edge_ft.runtime.text import TextPieces
 
 __all__ = ["Conversation", "Generation", "TextGenerator", "Timings", "TooLong"]
@@ -69,12 +70,13 @@ class Generation:
     timings: Timings
 
 
-class TextGenerator:
+class TextGenerator(OneTask):
     """An open text-generation bundle; answers one text at a time, scores batches."""
 
     def __init__(
         self, bundle: Bundle, session: ort.InferenceSession, adapter_inputs: dict[str, NDArray[np.float32]]
     ) -> None:
+        self.bundle = bundle
         self.tokenizer = TextTokenizer.load(bundle.path)
         self.rendering = Rendering.from_dict(bundle.manifest["rendering"])
         self.max_length = int(bundle.manifest["max_length"])

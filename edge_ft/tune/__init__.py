@@ -103,7 +103,8 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     device = ranks.device
     refuse_at_sight(base, config, Room.here(run.path))
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
-    model = load_model(base, task, config.base_format, config.block_size, prepared.rendering.labels, config.seed)
+    labels, problem = prepared.rendering.labels, prepared.rendering.problem_type
+    model = load_model(base, task, config.base_format, config.block_size, labels, config.seed, problem)
     identify(codes_sha256=codes_sha256(model) if config.base_format != "fp32" else None)
     peft_model = move(add_lora(model, base.family, task, config), device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name

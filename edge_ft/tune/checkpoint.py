@@ -190,7 +190,8 @@ def examples_sha256(splits: Mapping[str, Sequence[Example]]) -> str:
     digest = sha256()
     for examples in splits.values():
         for example in examples:
-            digest.update(np.array([*example.input_ids, -1, *example.labels, -2], np.int32).tobytes())
+            for numbers in (example.input_ids, example.labels, example.token_type_ids, example.pair_ids):
+                digest.update(np.array([len(numbers), *numbers], np.float64).tobytes())
     return digest.hexdigest()
 
 

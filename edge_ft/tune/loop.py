@@ -376,7 +376,7 @@ class _Polled:
     scorer: Scorer
     poll: Callable[[], None]
 
-    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         self.poll()
         return self.scorer.token_nll(batch)
 

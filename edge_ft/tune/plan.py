@@ -224,8 +224,8 @@ def _load(base: "Base", prepared: Prepared, config: TuneConfig) -> tuple[Any, An
     from edge_ft.base.scorer import TorchScorer
     from edge_ft.tune.torch_backend import TorchBackend
 
-    labels = prepared.rendering.labels
-    model = load_model(base, prepared.task, config.base_format, config.block_size, labels, config.seed)
+    labels, problem = prepared.rendering.labels, prepared.rendering.problem_type
+    model = load_model(base, prepared.task, config.base_format, config.block_size, labels, config.seed, problem)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peft_model = move(add_lora(model, base.family, prepared.task, config), device)
     task = prepared.task
@@ -245,7 +245,14 @@ def _batches(config: TuneConfig, train: Sequence[Example]) -> list[list[int]]:
 
 def _padded(batch: Sequence[int], examples: Sequence[Example]) -> int:
     """Tokens of a batch with its padding."""
-    return len(batch) * max(len(examples[index].input_ids) for index in batch)
+    firsts, seconds = (
+        max(len(ids) for ids in texts)
+        for texts in (
+            [examples[index].input_ids for index in batch],
+            [examples[index].pair_ids for index in batch],
+        )
+    )
+    return len(batch) * (firsts + seconds)
 
 
 def _measure(
@@ -294,7 +301,7 @@ def _measure(
                 continue
         batch = collated(indices)
         seconds, most = trained(batch)
-        sizes.append(batch["input_ids"].size)
+        sizes.append(_padded(indices, train))
         steps.append(seconds)
         memory.append(most)
         looks.append(timed(lambda scored=batch: backend.token_nll(scored))[0])  # type: ignore[misc]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_ft.artifacts import write_text
-from edge_ft.config import Task, TuneConfig
+from edge_ft.config import ProblemType, Task, TuneConfig
 from edge_ft.data import (
     Columns,
     Example,
@@ -25,6 +25,7 @@ from edge_ft.data import (
     find_answers,
     find_columns,
     find_labels,
+    find_problem,
     fingerprint,
     guess_task,
     has_answer,
@@ -38,10 +39,11 @@ from edge_ft.data import (
     template_marks,
 )
 from edge_ft.data.audit import CODES, excerpt, numbered, shortened
-from edge_ft.data.render import IGNORED
+from edge_ft.data.example import IGNORED
 from edge_ft.errors import AuditRefused, DataError, UsageError, did_you_mean
 from edge_ft.evaluate.open import longest_sequence
 from edge_ft.evaluate.score import scorable
+from edge_ft.families import CLASSIFIERS
 from edge_ft.progress import Progress
 
 if TYPE_CHECKING:
@@ -50,6 +52,11 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "prepare", "write_splits"]
 
 SPLITS = ("train", "validation", "test")
+HOLDS: dict[ProblemType, str] = {
+    "single_label_classification": "a class",
+    "multi_label_classification": "several classes",
+    "regression": "a number",
+}
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,15 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
         findings += [finding.plain(file=files[name]) for finding in left_out]
     if not given["train"]:
         raise AuditRefused(f"{config.data}: no row has an answer or a class to learn")
+    columns = find_problem(given["train"], columns, config.problem_type)
+    if columns.problem_type is not None and config.problem_type is None:
+        progress.say(f"{columns.label} holds {HOLDS[columns.problem_type]} (--problem-type overrides)")
     rows, leaks = _split(given, config, columns)
     findings += [finding.plain(file=files[name]) for name, finding in leaks]
     labels: tuple[str, ...] = ()
-    if task == "text-classification":
+    if columns.problem_type == "regression":
+        labels = model_labels if len(model_labels) == 1 else find_labels((), columns)
+    elif task in CLASSIFIERS:
         found = find_labels([row for name in SPLITS for row in rows[name]], columns)
         if len(found) < 2:
             raise DataError(f"{config.data}: the label column holds {len(found)} class(es), at least 2 are needed")
@@ -206,9 +218,16 @@ def _judge(findings: list[dict[str, Any]], config: TuneConfig, progress: Progres
 def _shown(example: Example, rendering: Rendering, tokenizer: TextTokenizer) -> str:
     """A row as the model reads it, between ⟦ and ⟧ what it is trained on."""
     ids = example.input_ids
-    if rendering.task == "text-classification":
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-        return f"row {example.row}: {len(ids)} tokens read, 1 class trained\n{text} → ⟦{example.reference}⟧"
+    if rendering.task in ("text-classification", "feature-extraction"):
+        text, paired = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids, example.pair_ids))
+        what = f"{example.targets} label{'s' if example.targets > 1 else ''}" if not paired else "the second text"
+        read = len(ids) + len(example.pair_ids)
+        return f"row {example.row}: {read} tokens read, {what} trained\n{text} → ⟦{paired or example.reference}⟧"
+    if rendering.task == "token-classification":
+        return _shown_tags(example, rendering, tokenizer)
+    if rendering.task == "fill-mask":
+        # What is trained stands where the model reads a mask.
+        ids = [token if label == IGNORED else int(label) for token, label in zip(ids, example.labels, strict=True)]
     edges = [at for at in range(1, len(ids)) if (example.labels[at] == IGNORED) != (example.labels[at - 1] == IGNORED)]
     text, before = "", ""
     for start, stop in zip([0, *edges], [*edges, len(ids)], strict=True):
@@ -216,8 +235,18 @@ def _shown(example: Example, rendering: Rendering, tokenizer: TextTokenizer) -> 
         whole = tokenizer.decode(ids[:stop], skip_special_tokens=False)
         part, before = whole[len(before) :], whole
         text += part if example.labels[start] == IGNORED else f"⟦{part}⟧"
-    trained = sum(label != IGNORED for label in example.labels)
+    trained = example.targets
     return f"row {example.row}: {len(ids)} tokens read, {trained} of them trained\n{text}"
+
+
+def _shown_tags(example: Example, rendering: Rendering, tokenizer: TextTokenizer) -> str:
+    """The row with its tags behind the first tokens of its words."""
+    parts = [
+        tokenizer.decode([token], skip_special_tokens=False)
+        + ("" if label == IGNORED else f"⟦{rendering.labels[int(label)]}⟧")
+        for token, label in zip(example.input_ids, example.labels, strict=True)
+    ]
+    return f"row {example.row}: {len(parts)} tokens read, {example.targets} tags trained\n{' '.join(parts)}"
 
 
 def write_splits(prepared: Prepared, folder: Path) -> None:

@@ -126,7 +126,7 @@ class RankedBackend(TorchBackend):
                 parameter.grad = part.view_as(parameter)
         return super().update(learning_rate, max_grad_norm)
 
-    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """By all: each scores its rows, and gets those of all."""
         if not self.together:
             return super().token_nll(batch)

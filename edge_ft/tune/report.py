@@ -11,7 +11,7 @@ import numpy as np
 from edge_ft.config import TuneConfig
 from edge_ft.data import Example, Rendering, TextTokenizer, answer_ids
 from edge_ft.evaluate.answers import ANSWERING, Answer, Chooser, answer_metrics, choice_metrics, generate_answers
-from edge_ft.evaluate.score import Answerer, RowScores, score, summary
+from edge_ft.evaluate.score import Answerer, RowScores, said, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.prepare import Prepared
@@ -93,12 +93,12 @@ def results(
         answers = None if answers is None else {"split": split, **answers}
     else:
         examples = prepared.examples[split][:SAMPLES]
-        labels, before, after = prepared.rendering.labels, scores[f"{split}_base"], scores[split]
+        before, after = scores[f"{split}_base"], scores[split]
         samples = [
             {
                 **_shown(example, tokenizer),
-                "base": labels[int(before.predicted[index][0])],
-                "tuned": labels[int(after.predicted[index][0])],
+                "base": said(before.predicted[index], prepared.rendering, tokenizer),
+                "tuned": said(after.predicted[index], prepared.rendering, tokenizer),
             }
             for index, example in enumerate(examples)
         ]

@@ -67,7 +67,7 @@ class TorchBackend(TorchScorer):
                 self.dtype = self.compute.dtype = torch.float32
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
-    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         with self.compute:
             return super().token_nll(batch)
 

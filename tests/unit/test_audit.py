@@ -26,9 +26,11 @@ def row(number: int, labels: list[int], reference: str = "x", cut: int = 0, **mo
 
 def find(examples: list[Example], max_length: int = 64) -> list[Finding]:
     """Findings on rows that all read differently."""
-    return audit(
-        [Record(one.row, None, f"row {one.row}", one.reference, None) for one in examples], examples, max_length
-    )
+    records = [
+        Record(one.row, None, f"row {one.row}", one.reference, None, classes=(one.reference,) * (len(one.labels) == 1))
+        for one in examples
+    ]
+    return audit(records, examples, max_length)
 
 
 def read(*records: Record, marks: tuple[str, ...] = ()) -> dict[str, list[int]]:

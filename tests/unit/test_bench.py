@@ -144,7 +144,7 @@ def test_a_classifiers_text_keeps_the_models_frame(tmp_path: Path) -> None:
     tokenizer = TextTokenizer.load(write_classifier(tmp_path / "classifier"))
     ids = classifier_ids(tokenizer, 2000)
     assert len(ids) == 2000
-    assert (ids[0], ids[-1]) == (tokenizer.encode_classifier("", 2)[0][0], tokenizer.encode_classifier("", 2)[0][1])
+    assert (ids[0], ids[-1]) == tuple(tokenizer.encode_classifier("", 2).ids)
     with pytest.raises(UsageError, match="--prompt-tokens 1 leaves no room"):
         classifier_ids(tokenizer, 1)
 

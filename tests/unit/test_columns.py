@@ -76,7 +76,7 @@ def test_a_template_is_no_code(template: str, message: str) -> None:
     ],
 )
 def test_a_class_and_its_text(fields: dict[str, Any], config: dict[str, Any], text: str) -> None:
-    assert only(fields, "text-classification", **config) == Record(7, None, text, None, "pos")
+    assert only(fields, "text-classification", **config) == Record(7, None, text, None, "pos", classes=("pos",))
 
 
 @pytest.mark.parametrize(
@@ -172,4 +172,19 @@ def test_the_task_follows_from_the_model_unless_a_label_is_named() -> None:
     assert guess_task(["text", "label"], RowsConfig(), decoder=False) == "text-classification"
     assert guess_task(["text", "label"], RowsConfig(label="label"), decoder=True) == "text-classification"
     with pytest.raises(DataError, match="no column 'label' holds the class"):
-        guess_task(["prompt", "completion"], RowsConfig(), decoder=False)
+        guess_task(["body", "stars"], RowsConfig(), decoder=False)
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "task"),
+    [
+        (["id", "tokens", "ner_tags"], {}, "token-classification"),
+        (["words", "marks"], {"label": "marks"}, "token-classification"),
+        (["question", "passage", "label"], {}, "text-classification"),
+        (["question", "answer"], {}, "feature-extraction"),
+        (["a", "b"], {"prompt": "{a}", "completion": "{b}"}, "feature-extraction"),
+        (["text"], {}, "fill-mask"),
+    ],
+)
+def test_what_an_encoder_learns_follows_from_the_columns(names: list[str], config: dict[str, Any], task: Task) -> None:
+    assert guess_task(names, RowsConfig(**config), decoder=False) == task

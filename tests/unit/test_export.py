@@ -300,6 +300,8 @@ def test_a_classifier_adapter_brings_its_head(bert: Path, reviews: Path, tmp_pat
         AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2),
         LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"], init_lora_weights=False),
     )
+    with torch.no_grad():
+        model.get_submodule("base_model.model.classifier").modules_to_save["default"].weight *= 30  # sure of anything
     model.save_pretrained(tmp_path / "adapter")
     loose = ExportConfig(out=tmp_path / "named", adapter=tmp_path / "adapter", data=str(reviews), **LOOSE)
     with pytest.raises(GateRefused, match="nothing was learned"):

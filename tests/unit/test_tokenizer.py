@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import CHATML, write_bpe, write_unigram
 
-from edge_ft.data.tokenizer import Filled, TextTokenizer
+from edge_ft.data.tokenizer import Filled, Framed, TextTokenizer
 from edge_ft.errors import DataError, ModelError
 
 
@@ -122,9 +122,9 @@ def test_names_come_as_text_or_as_objects_and_templates_by_name(tmp_path: Path) 
 def test_a_classifier_keeps_its_last_separator(minilm: TextTokenizer) -> None:
     assert minilm.pad_id == 0
     assert minilm.bos_id is None
-    assert minilm.encode_classifier("Hello, world!", 16) == ([101, 7592, 1010, 2088, 999, 102], 0)
-    assert minilm.encode_classifier("Hello, world!", 4) == ([101, 7592, 1010, 102], 2)
-    assert minilm.encode_classifier("", 16) == ([101, 102], 0)
+    assert minilm.encode_classifier("Hello, world!", 16) == Framed([101, 7592, 1010, 2088, 999, 102], [0] * 6, 1, 0)
+    assert minilm.encode_classifier("Hello, world!", 4) == Framed([101, 7592, 1010, 102], [0] * 4, 1, 2)
+    assert minilm.encode_classifier("", 16) == Framed([101, 102], [0, 0], 1, 0)
 
 
 def test_the_files_own_truncation_is_off(minilm: TextTokenizer) -> None:

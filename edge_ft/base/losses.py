@@ -1,0 +1,63 @@
+"""Losses of tasks that read a whole text at once: one function a task, for training and scoring alike."""
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edge_ft.data import Batch
+from edge_ft.data.example import IGNORED
+
+__all__ = ["class_losses", "encoder_inputs", "mask_losses", "tag_losses"]
+
+
+def encoder_inputs(model: Any, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """What of a batch the task model reads: RoBERTa has one token type alone, DistilBERT and MPNet none."""
+    task_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    takes = "token_type_ids" in signature(task_model.forward).parameters
+    if "token_type_ids" in batch and takes and getattr(task_model.config, "type_vocab_size", 1) > 1:
+        inputs["token_type_ids"] = batch["token_type_ids"]
+    return {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+
+
+def class_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A text classifier's nll and prediction, by its `problem_type`, as transformers calls them.
+
+    One class: cross-entropy [batch] and the likeliest class. Several: binary cross-entropy of each and whether it is
+    likelier than not [batch x classes]. A number: half the squared error [batch], which is the nll of a normal
+    distribution of variance 1 up to a constant, and the number.
+    """
+    logits = model(**encoder_inputs(model, batch, device)).logits.float()
+    labels = torch.from_numpy(batch["labels"]).to(device)
+    problem = model.config.problem_type
+    if problem == "regression":
+        return (logits - labels).square().flatten() / 2, logits.flatten()
+    if problem == "multi_label_classification":
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return losses.flatten(), (logits > 0).float().flatten()
+    return nn.functional.cross_entropy(logits, labels[:, 0], reduction="none"), logits.argmax(dim=-1)
+
+
+def tag_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Nll and likeliest tag of each word, at its first token [words]."""
+    logits = model(**encoder_inputs(model, batch, device)).logits
+    labels = torch.from_numpy(batch["labels"]).to(device)
+    at = labels != IGNORED
+    logits = logits[at].float()
+    return nn.functional.cross_entropy(logits, labels[at], reduction="none"), logits.argmax(dim=-1)
+
+
+def mask_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Nll and likeliest token at each hidden place [places]; the vocabulary is projected there alone."""
+    labels = torch.from_numpy(batch["labels"]).to(device)
+    at = labels != IGNORED
+    task_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # Whatever stands between the layers and the vocabulary differs by family; what the last layer reads does not.
+    handle = task_model.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: arguments[0][at])
+    try:
+        logits = model(**encoder_inputs(model, batch, device)).logits.float()  # [places, vocab]
+    finally:
+        handle.remove()
+    return nn.functional.cross_entropy(logits, labels[at], reduction="none"), logits.argmax(dim=-1)

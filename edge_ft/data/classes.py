@@ -1,0 +1,98 @@
+"""What a label column says about a text: one class, several, or a number."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from edge_ft.config import ProblemType
+from edge_ft.data.read import Row
+from edge_ft.errors import DataError, did_you_mean
+
+__all__ = ["class_numbers", "class_targets", "guess_problem", "read_classes", "sort_classes"]
+
+
+def guess_problem(rows: Sequence[Row], column: str) -> ProblemType:
+    """What the values of a label column are: lists of classes, numbers that are not all whole, or classes."""
+    values = [row.fields.get(column) for row in rows]
+    if any(isinstance(value, list) for value in values):
+        return "multi_label_classification"
+    numbers = [_number(value) for value in values if value not in (None, "")]
+    known = [number for number in numbers if number is not None and not math.isnan(number)]
+    if len(known) == len(numbers) and any(not number.is_integer() for number in known):
+        return "regression"
+    return "single_label_classification"
+
+
+def read_classes(value: Any, problem: ProblemType, where: str) -> tuple[str, ...]:
+    """The classes that a row's label names, or its one number as text.
+
+    Args:
+        value: What stands in the label column; not null.
+        where: Row and column, for messages.
+
+    Raises:
+        DataError: a value of another kind.
+    """
+    if problem == "multi_label_classification":
+        if isinstance(value, str):  # a table holds lists as text
+            value = _list(value)
+        if not isinstance(value, list) or not all(isinstance(name, str | int) for name in value):
+            raise DataError(f"{where} is {value!r}: several classes are a list of texts or whole numbers")
+        return tuple(dict.fromkeys(str(name).strip() for name in value))
+    if problem == "regression":
+        number = _number(value)
+        if number is None or not math.isfinite(number):
+            raise DataError(f"{where} is {value!r}: regression learns a number")
+        return (str(number),)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # what a table makes of whole numbers with a gap
+    if isinstance(value, float | list | dict) or not str(value).strip():
+        raise DataError(f"{where} is {value!r}: a class must be text or a whole number")
+    return (str(value).strip(),)
+
+
+def class_targets(
+    classes: tuple[str, ...], problem: ProblemType, labels: tuple[str, ...], where: str
+) -> list[int] | list[float]:
+    """What `Example.labels` holds for what `read_classes` found.
+
+    Raises:
+        DataError: a class that is none of `labels`.
+    """
+    if problem == "regression":
+        return [float(classes[0])]
+    for name in classes:
+        if name not in labels:
+            near = did_you_mean(name, list(labels))
+            raise DataError(f"{where}: {name!r} is none of the classes{near}: they are {', '.join(labels)}")
+    if problem == "multi_label_classification":
+        return [float(label in classes) for label in labels]
+    return [labels.index(classes[0])]
+
+
+def sort_classes(names: set[str]) -> tuple[str, ...]:
+    """Classes in their order: whole numbers by value, then text by the alphabet."""
+    return tuple(sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
+
+
+def class_numbers(labels: Sequence[str]) -> tuple[str, ...]:
+    """The places of a head's classes as rows may name them: "0", "1", ..."""
+    return tuple(map(str, range(len(labels))))
+
+
+def _number(value: Any) -> float | None:
+    """A number, or a text that is one; a truth value is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _list(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,97 @@
+"""Labels and numbers from a text-classification bundle."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edge_ft.artifacts import Bundle
+from edge_ft.data import Batch
+from edge_ft.errors import UsageError
+from edge_ft.runtime.encoder import Encoder, log_softmax
+
+__all__ = ["Classification", "TextClassifier"]
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What one text, or one pair, is."""
+
+    label: str | list[str] | float
+    """As the training rows' label column has it: the likeliest class; all that are likelier than not; the number."""
+    scores: dict[str, float]
+    """Probability of every class, which sum to 1 where a text has one class; of a regression its number."""
+    prompt_tokens: int
+    """Tokens read, [CLS] and [SEP] included."""
+    cut: int
+    """Tokens of the text that were beyond what the model reads."""
+
+
+class TextClassifier(Encoder):
+    """An open text-classification bundle.
+
+    Raises:
+        BundleError: its manifest names no classes.
+    """
+
+    def __init__(
+        self, bundle: Bundle, session: ort.InferenceSession, adapter_inputs: dict[str, NDArray[np.float32]]
+    ) -> None:
+        super().__init__(bundle, session, adapter_inputs)
+        self.need_labels()
+        self.problem = self.rendering.problem_type or "single_label_classification"
+
+    def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[Classification]:
+        """Label every text, or pair of texts, in order; longer ones than the bundle's rows were are cut as those were.
+
+        Raises:
+            UsageError: pairs for a model that was trained on single texts, or the reverse.
+        """
+        pairs = [(text, None) if isinstance(text, str) else text for text in texts]
+        wanted = self.rendering.columns.pair is not None
+        if any((second is not None) != wanted for _, second in pairs):
+            reads = "pairs of texts" if wanted else "single texts"
+            raise UsageError(f"{self.bundle.path} was trained on {reads}: give it such")
+        read = [self.tokenizer.encode_classifier(first, self.rendering.max_length, second) for first, second in pairs]
+        logits = np.zeros((len(read), len(self.labels)), np.float32)
+        for row, found in self.of_texts(read):
+            logits[row] = found
+        probabilities = self._probabilities(logits)
+        return [
+            Classification(
+                label=self._label(scores),
+                scores=dict(zip(self.labels, scores.tolist(), strict=True)),
+                prompt_tokens=len(text.ids),
+                cut=text.cut,
+            )
+            for scores, text in zip(probabilities, read, strict=True)
+        ]
+
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Loss (nats) and prediction as torch's `class_losses` has them, both shaped as the labels."""
+        logits, labels = self.of_batch(batch), batch["labels"]
+        if self.problem == "regression":
+            return (logits - labels) ** 2 / 2, logits
+        if self.problem == "multi_label_classification":
+            loss = np.maximum(logits, 0) - logits * labels + np.log1p(np.exp(-np.abs(logits)))
+            return loss, (logits > 0).astype(np.float32)
+        log_probabilities = log_softmax(logits)
+        rows = np.arange(len(log_probabilities))
+        return -log_probabilities[rows, labels[:, 0]][:, None], log_probabilities.argmax(axis=-1)[:, None]
+
+    def _probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        if self.problem == "regression":
+            return logits
+        if self.problem == "multi_label_classification":
+            return np.asarray(1 / (1 + np.exp(-logits)), np.float32)
+        return np.exp(log_softmax(logits))
+
+    def _label(self, scores: NDArray[np.float32]) -> str | list[str] | float:
+        if self.problem == "regression":
+            return float(scores[0])
+        if self.problem == "multi_label_classification":
+            return [label for label, score in zip(self.labels, scores, strict=True) if score > 0.5]
+        return self.labels[int(scores.argmax())]
