@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from edge_ft.errors import UsageError, did_you_mean
 
 __all__ = [
+    "TEXT_TASKS",
     "BaseFormat",
     "BenchConfig",
     "EvalConfig",
@@ -40,6 +41,8 @@ Task = Literal[
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 """What a text-classification model's outputs are, as transformers' configs call it."""
 Pooling = Literal["mean", "cls"]
+TEXT_TASKS: tuple[Task, ...] = ("text-generation", "text2text-generation")
+"""Tasks whose answer is a text of the model's own; targets are its tokens."""
 BaseFormat = Literal["int4", "int8", "nf4", "bf16", "fp32"]
 Weights = Literal["int4", "int8", "int8-dynamic", "int8-static", "fp16", "fp32"]
 INT8_ACTIVATIONS: tuple[Weights, ...] = ("int8-dynamic", "int8-static")
@@ -66,7 +69,7 @@ class RowsConfig:
     """auto (the model's own), none, or a jinja file; default auto, with --prompt none."""
     max_length: int | Literal["auto"] | None = None
     """Longest sequence in tokens; default the model's limit, at most 1024. Longer rows are cut, and said. auto (tune):
-    so many that 99% of the rows are whole, in steps of 32."""
+    so many that 99% of the rows are whole, in steps of 32. Of an encoder-decoder, prompt and answer each."""
 
     def __post_init__(self) -> None:
         _accept_python_values(self)
@@ -111,7 +114,7 @@ class TuneConfig(RowsConfig):
     target_modules: tuple[str, ...] = ("all-linear",)
     """Linear layers that get an adapter: all-linear, or name endings such as q_proj,v_proj."""
     layers: str = "all"
-    """all, or last:K to adapt only the last K transformer layers."""
+    """all, or last:K to adapt only the last K transformer layers, of an encoder-decoder the last K of each stack."""
     base_format: BaseFormat = "int4"
     """What the frozen base is held in while training: int4 or int8 codes as they ship, bitsandbytes' nf4, bf16, or
     float32."""
@@ -318,6 +321,10 @@ class RunConfig:
     """Above 1 makes tokens that were already seen less likely (CTRL, arXiv:1909.05858)."""
     seed: int = 0
     """Seed of the sampling."""
+    num_beams: int = 1
+    """Answers that an encoder-decoder follows side by side, to give the likeliest; 1 is greedy or sampled."""
+    length_penalty: float = 1.0
+    """With beams: an answer's log-probability is divided by its tokens to this power; above 0 favours long answers."""
     text_pair: str | None = None
     """Second text, for a model that was trained on pairs."""
     stop: tuple[str, ...] = ()
@@ -344,6 +351,14 @@ class RunConfig:
         _check(0 < self.top_p <= 1, "--top-p must be in (0, 1]")
         _check(0 <= self.min_p <= 1, "--min-p must be in [0, 1]")
         _check(self.repetition_penalty > 0, "--repetition-penalty must be above 0")
+        _check(self.num_beams >= 1, "--num-beams must be at least 1")
+        _check(
+            self.num_beams == 1 or (self.temperature == 0 and self.repetition_penalty == 1),
+            "--num-beams follows the likeliest answers: leave --temperature and --repetition-penalty out",
+        )
+        _check(
+            self.num_beams > 1 or self.length_penalty == 1, "--length-penalty compares beams: give --num-beams above 1"
+        )
         _check(self.threads is None or self.threads >= 1, "--threads must be at least 1")
 
 

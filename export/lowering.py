@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, IdentityEliminationPass, RemoveUnusedNodesPass
 from onnxscript.optimizer import optimize
 
-__all__ = ["add_lora_inputs", "lower", "quiet", "store_in_fp16"]
+__all__ = ["add_lora_inputs", "has_linear", "lower", "quiet", "store_in_fp16"]
 
 LINEARS = ("MatMulNBits", "Linear")
 
@@ -60,6 +60,11 @@ def lower(model: ir.Model) -> None:
             value.metadata_props.clear()
             if not value.is_graph_output():
                 value.shape = value.type = None
+
+
+def has_linear(model: ir.Model, module: str) -> bool:
+    """Whether the graph holds the linear layer of that name."""
+    return any(name in model.graph.initializers for name in (f"{module}.qweight", f"{module}.weight"))
 
 
 def add_lora_inputs(model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]) -> list[str]:
@@ -212,8 +217,8 @@ def _join_residuals(graph: ir.Graph) -> None:
         graph.insert_before(norm, joined)
         normed, mean, deviation, total = joined.outputs
         mean.name = deviation.name = ""  # an unused output that has a name is computed
-        norm.outputs[0].replace_all_uses_with(normed)
-        add.outputs[0].replace_all_uses_with(total)
+        _take_over(norm.outputs[0], normed)
+        _take_over(add.outputs[0], total)
 
 
 def _fused_matmul(x: ir.Value, weight: ir.Value) -> ir.Node:

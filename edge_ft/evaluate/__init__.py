@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from edge_ft.artifacts import RunFolder, kind_of
-from edge_ft.config import EvalConfig
+from edge_ft.config import TEXT_TASKS, EvalConfig
 from edge_ft.data import Row, answer_ids, encode_rows, read_rows
 from edge_ft.errors import UsageError
-from edge_ft.evaluate.answers import ANSWERING, Chooser, answer_metrics, choice_metrics, generate_answers
+from edge_ft.evaluate.answers import Chooser, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.open import longest_sequence, open_source
 from edge_ft.evaluate.score import Answerer, counted, score, summary
 from edge_ft.evaluate.shots import with_shots
@@ -56,7 +56,7 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
     )
     result = summary(scores, examples, rendering.task, rendering.labels)
     asks = rendering.columns.kind == "messages" or bool(rendering.columns.prompt)  # rows of text alone do not
-    if rendering.task in ANSWERING and config.generate and asks:
+    if rendering.task in TEXT_TASKS and config.generate and asks:
         assert isinstance(opened.scorer, Answerer)
         answers = generate_answers(
             opened.scorer, tokenizer.decode, examples, config.max_new_tokens, opened.model_limit, progress

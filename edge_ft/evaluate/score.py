@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Batch, Example, Rendering, TextTokenizer, collate, eval_batches, target_mask
 from edge_ft.data.example import IGNORED
 from edge_ft.errors import AuditRefused
@@ -151,7 +152,7 @@ def said(predicted: NDArray[Any], rendering: Rendering, tokenizer: TextTokenizer
 def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: tuple[str, ...]) -> dict[str, Any]:
     """`nll` (nats per target token), `perplexity` and `metrics`, each with its 95% interval over rows."""
     right = scores.correct / scores.tokens
-    if task == "text-generation":
+    if task in TEXT_TASKS:
         metrics = {"token_accuracy": mean(right, scores.tokens)}
     elif task == "token-classification":
         metrics = {"accuracy": mean(right, scores.tokens), **span_metrics(*tag_names(scores, examples, labels))}

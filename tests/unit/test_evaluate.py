@@ -429,7 +429,9 @@ def test_classes_are_named_before_they_are_counted(bert: Path, bert_run: RunFold
         (("blame", "praise"), ["praise"], ("blame", "praise")),
     ):
         data = read_rows(write(tmp_path / "rows.jsonl", [{"text": "good", "label": label} for label in given]))
-        found = rendering_for(EvalConfig(data="-"), data, tokenizer, None, decoder=False, model_limit=64, labels=labels)
+        found = rendering_for(
+            EvalConfig(data="-"), data, tokenizer, None, kind="encoder", model_limit=64, labels=labels
+        )
         assert found.labels == expected
 
 
