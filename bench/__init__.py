@@ -6,6 +6,7 @@ This process imports neither torch nor onnxruntime; only its children do, and on
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from edge_ft.bench.child import run_worker
 from edge_ft.bench.meters import MemoryLimit, cpu_count, machine, memory_limit
 from edge_ft.bench.record import records_of
 from edge_ft.config import BenchConfig
-from edge_ft.errors import UsageError, WillNotFit
+from edge_ft.errors import MissingExtra, UsageError, WillNotFit
 from edge_ft.progress import Progress, Silent, track
 
 __all__ = ["bench"]
+
+ENGINES = {"edge-ft": ("onnxruntime",), "torch": ("torch", "transformers"), "openvino": ("openvino",)}
+"""By subject, the packages whose versions its figures depend on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +30,7 @@ class Case:
     """One subject, and the job that measures it."""
 
     subject: str
-    """edge-ft or torch."""
+    """edge-ft, torch or openvino."""
     source: str
     """What the user named, or the name of a bundle's base."""
     task: str
@@ -126,7 +130,10 @@ def _cases(subjects: Sequence[str], config: BenchConfig, threads: int) -> list[C
                 "lower --prompt-tokens or --new-tokens"
             )
     names = short_names([case.source for case in cases])
-    return [replace(case, variant=name) for case, name in zip(cases, names, strict=True)]
+    named = [replace(case, variant=name) for case, name in zip(cases, names, strict=True)]
+    if "openvino" in config.peers:
+        named += [_openvino_case(case) for case in named if case.subject == "edge-ft"]
+    return named
 
 
 def _is_bundle(source: str) -> bool:
@@ -139,6 +146,19 @@ def _bundle_case(source: str, level: int | None, asked: dict[str, int]) -> Case:
     level = next((int(key) for key, path in bundle.manifest["graphs"].items() if path == graph), level)
     job = {"do": "bundle", "bundle": source, "task": bundle.task, "accuracy_level": level, **asked}
     return Case("edge-ft", source, bundle.task, int(bundle.manifest["max_length"]), bundle.size_bytes, job)
+
+
+def _openvino_case(bundle: Case) -> Case:
+    """Its own graph, opened by OpenVINO.
+
+    Raises:
+        UsageError: a decoder, or OpenVINO is not installed.
+    """
+    if bundle.task != "text-classification":
+        raise UsageError(f"--peers openvino measures classifiers, and {bundle.source} is for {bundle.task}")
+    if find_spec("openvino") is None:
+        raise MissingExtra("--peers openvino needs the package 'openvino': pip install 'edge-ft[peers]'")
+    return replace(bundle, subject="openvino", job={**bundle.job, "do": "openvino"})
 
 
 def _torch_case(source: str, found: dict[str, Any], asked: dict[str, int]) -> Case:
@@ -156,7 +176,7 @@ def _same_model(a: Case, b: Case) -> bool:
 
 def _conditions(case: Case, limit: MemoryLimit | None) -> dict[str, Any]:
     """What a figure depends on, besides the machine."""
-    engine = ("onnxruntime",) if case.subject == "edge-ft" else ("torch", "transformers")
+    engine = ENGINES[case.subject]
     return {
         "threads": case.job["threads"],
         "prompt_tokens": case.job["prompt_tokens"],

@@ -18,6 +18,7 @@ from edge_ft.bench.record import classifier_lengths
 from edge_ft.errors import EdgeFTError, UsageError, require
 
 if TYPE_CHECKING:
+    from edge_ft.bench.openvino import OpenVINOClassifier
     from edge_ft.bench.peers import TorchClassifier, TorchDecoder
     from edge_ft.data import TextTokenizer
     from edge_ft.runtime import TextClassifier, TextGenerator
@@ -97,6 +98,11 @@ def _measure(job: dict[str, Any]) -> dict[str, float | None]:
 
         began = time.perf_counter()
         engine: Any = load(job["bundle"], threads=job["threads"], accuracy_level=job["accuracy_level"])
+    elif job["do"] == "openvino":
+        from edge_ft.bench.openvino import OpenVINOClassifier
+
+        began = time.perf_counter()
+        engine = OpenVINOClassifier(Path(job["bundle"]), job["accuracy_level"], job["threads"])
     else:
         # Whatever the hub was needed for was fetched when the model was found.
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -129,7 +135,9 @@ def _measure_decoder(engine: "TextGenerator | TorchDecoder", job: dict[str, Any]
     }
 
 
-def _measure_classifier(engine: "TextClassifier | TorchClassifier", job: dict[str, Any]) -> dict[str, float]:
+def _measure_classifier(
+    engine: "TextClassifier | TorchClassifier | OpenVINOClassifier", job: dict[str, Any]
+) -> dict[str, float]:
     import numpy as np
 
     def seconds(rows: int, length: int) -> float:

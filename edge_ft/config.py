@@ -49,6 +49,10 @@ INT8_ACTIVATIONS: tuple[Weights, ...] = ("int8-dynamic", "int8-static")
 """Weights that are multiplied with activations in int8, at accuracy level 4 and no other."""
 
 
+PEERS = ("torch", "openvino")
+"""Engines that `bench` knows besides ONNX Runtime."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowsConfig:
     """How columns of a file become what the model reads."""
@@ -366,8 +370,9 @@ class RunConfig:
 class BenchConfig:
     """What `edge-ft bench` measures, and the budgets that turn it into a gate."""
 
-    peers: tuple[Literal["torch"], ...] = ()
-    """Other engines to measure in turn with the bundles: torch (eager, float)."""
+    peers: tuple[str, ...] = ()
+    """Other engines to measure in turn with the bundles: torch (eager, float), openvino (encoders: the bundle's own
+    graph)."""
     repeats: int = 5
     """Fresh processes per subject, taken in turn A B A B."""
     threads: int | None = None
@@ -390,6 +395,9 @@ class BenchConfig:
     """Budget: size on disk, MB."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "peers", tuple(name for names in self.peers for name in names.split(",") if name))
+        for name in self.peers:
+            _check(name in PEERS, f"--peers {name}: there are {', '.join(PEERS)}{did_you_mean(name, list(PEERS))}")
         _check(self.repeats >= 1, "--repeats must be at least 1")
         _check(self.prompt_tokens >= 1, "--prompt-tokens must be at least 1")
         _check(self.new_tokens >= 2, "--new-tokens must be at least 2")

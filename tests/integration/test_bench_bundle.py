@@ -151,6 +151,30 @@ def test_a_classifier_beside_its_base(bert_bundle: Bundle) -> None:
         assert all(record["value"] > 0 for record in found.values())
 
 
+def test_openvino_measures_the_graph_of_each_encoder_bundle(bert_bundle: Bundle) -> None:
+    openvino = pytest.importorskip("openvino")
+    settings = BenchConfig(repeats=1, threads=1, prompt_tokens=12, peers=("torch,openvino",))
+    records = bench([str(bert_bundle.path)], settings)
+    subjects = dict.fromkeys((record["subject"], record["variant"]) for record in records)
+    assert list(subjects) == [("edge-ft", "bert-bundle"), ("torch", "bert"), ("openvino", "bert-bundle")]
+    found = by_metric(records, "openvino", "bert-bundle")
+    assert list(found) == list(units_of("text-classification", 12))
+    assert all(record["value"] > 0 for record in found.values())
+    assert found["load_s"]["environment"]["openvino"] in openvino.__version__
+
+
+def test_openvino_says_what_it_is_not_for(
+    llama_bundle: Bundle, bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"--peers openvino measures classifiers, and .* is for text-generation"):
+        bench([str(llama_bundle.path)], BenchConfig(repeats=1, prompt_tokens=12, new_tokens=4, peers=("openvino",)))
+    monkeypatch.setattr("edge_ft.bench.find_spec", lambda _: None)
+    with pytest.raises(UsageError, match=r"pip install 'edge-ft\[peers\]'"):
+        bench([str(bert_bundle.path)], BenchConfig(repeats=1, prompt_tokens=12, peers=("openvino",)))
+    with pytest.raises(UsageError, match=r"--peers openvine: there are torch, openvino .*did you mean 'openvino'"):
+        BenchConfig(peers=("openvine",))
+
+
 def test_a_peer_that_is_not_the_bundles_base_any_more_is_refused(
     tmp_path: Path, llama_bundle: Bundle, llama: Path
 ) -> None:
