@@ -15,13 +15,18 @@ from edge_ft.artifacts import Bundle, kind_of
 from edge_ft.bench.child import run_worker
 from edge_ft.bench.meters import MemoryLimit, cpu_count, machine, memory_limit
 from edge_ft.bench.record import records_of
-from edge_ft.config import BenchConfig
+from edge_ft.config import TEXT_TASKS, BenchConfig
 from edge_ft.errors import MissingExtra, UsageError, WillNotFit
 from edge_ft.progress import Progress, Silent, track
 
 __all__ = ["bench"]
 
-ENGINES = {"edge-ft": ("onnxruntime",), "torch": ("torch", "transformers"), "openvino": ("openvino",)}
+ENGINES = {
+    "edge-ft": ("onnxruntime",),
+    "torch": ("torch", "transformers"),
+    "openvino": ("openvino",),
+    "ctranslate2": ("ctranslate2",),
+}
 """By subject, the packages whose versions its figures depend on."""
 
 
@@ -115,15 +120,22 @@ def _cases(subjects: Sequence[str], config: BenchConfig, threads: int) -> list[C
     wanted = [{"source": source} for source in subjects if source not in bundles]
     if "torch" in config.peers:
         wanted += [{"bundle": source} for source in bundles]
+    if "ctranslate2" in config.peers:
+        seq2seq = [source for source, case in bundles.items() if case.task == "text2text-generation"]
+        if not seq2seq:
+            raise UsageError("--peers ctranslate2 is for text2text-generation bundles, and none of these is one")
+        wanted += [{"bundle": source, "compute_type": kind} for source in seq2seq for kind in ("int8", "float32")]
     # One process finds them all: it takes seconds to import torch.
     job = {"do": "find", "wanted": wanted}
     found = iter(run_worker(job, "looking for the models", threads)["found"] if wanted else ())
     cases = [bundles[source] if source in bundles else _torch_case(source, next(found), asked) for source in subjects]
-    for peer in [_torch_case(model["base"]["name"], model, asked) for model in found]:
+    for peer in [_peer_case(model, asked) for model in found]:
         if not any(_same_model(peer, case) for case in cases):
             cases.append(peer)
     for case in cases:
         tokens = config.prompt_tokens + (config.new_tokens if case.task == "text-generation" else 0)
+        if case.task == "text2text-generation":  # each side has its own
+            tokens = max(config.prompt_tokens, config.new_tokens)
         if tokens > case.max_length:
             raise UsageError(
                 f"{case.source} can read {case.max_length} tokens and would be given {tokens}: "
@@ -166,6 +178,15 @@ def _torch_case(source: str, found: dict[str, Any], asked: dict[str, int]) -> Ca
     return Case("torch", source, found["task"], found["max_length"], found["size_bytes"], job)
 
 
+def _peer_case(found: dict[str, Any], asked: dict[str, int]) -> Case:
+    """The float model of a bundle under torch, or converted for CTranslate2."""
+    if "compute_type" not in found:
+        return _torch_case(found["base"]["name"], found, asked)
+    job = {"do": "ctranslate2", **found, **asked}
+    name = f"{found['base']['name']}-{found['compute_type']}"
+    return Case("ctranslate2", name, found["task"], found["max_length"], found["size_bytes"], job)
+
+
 def _same_model(a: Case, b: Case) -> bool:
     """Whether two cases measure the same weights under torch."""
     if (a.subject, b.subject) != ("torch", "torch"):
@@ -180,7 +201,7 @@ def _conditions(case: Case, limit: MemoryLimit | None) -> dict[str, Any]:
     return {
         "threads": case.job["threads"],
         "prompt_tokens": case.job["prompt_tokens"],
-        "new_tokens": case.job["new_tokens"] if case.task == "text-generation" else None,
+        "new_tokens": case.job["new_tokens"] if case.task in TEXT_TASKS else None,
         "accuracy_level": case.job.get("accuracy_level"),
         "memory_limit_bytes": limit.size if limit else None,
         "memory_limiter": limit.kind if limit else None,

@@ -1,6 +1,6 @@
 """Small models from scratch, where no package registry serves weights: real text, plain transformers, cached.
 
-python -m edge_ft.bench.pretrain gpt2 --out DIR
+python -m edge_ft.bench.pretrain gpt2|t5 --out DIR
 """
 
 import json
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from edge_ft.artifacts import atomic_folder, cache_folder, refuse_existing, write_json, write_text
 from edge_ft.bench.cases import gpt2_files, passages
+from edge_ft.bench.pretrain_t5 import T5Recipe, pretrain_t5
 from edge_ft.errors import EdgeFTError, UsageError, require
 from edge_ft.progress import Lines, Progress
 
@@ -56,12 +57,12 @@ def pretrained(name: str, progress: Progress) -> Path:
     """
     if name not in PRETRAINED:
         raise UsageError(f"there is no recipe for {name!r}: take {' or '.join(PRETRAINED)}")
-    recipe = Recipe()
+    recipe, train = PRETRAINED[name]
     digest = sha256(repr(recipe).encode()).hexdigest()[:16]
     folder = cache_folder() / f"pretrained-{name}-{digest}"
     if not folder.is_dir():
         with atomic_folder(folder) as temporary:
-            PRETRAINED[name](temporary, recipe, progress)
+            train(temporary, recipe, progress)
     return folder
 
 
@@ -180,15 +181,18 @@ def _perplexity(model: Any, stream: NDArray[np.int64], recipe: Recipe) -> float:
     return math.exp(total / count)
 
 
-PRETRAINED: dict[str, Callable[[Path, Recipe, Progress], None]] = {"gpt2": _gpt2}
-"""By model type, what trains one into a folder."""
+PRETRAINED: dict[str, tuple[Any, Callable[[Path, Any, Progress], None]]] = {
+    "gpt2": (Recipe(), _gpt2),
+    "t5": (T5Recipe(), pretrain_t5),
+}
+"""By model type, how one is trained, and what trains it into a folder."""
 
 
 def main(name: str, *, out: Annotated[Path | None, Parameter(name="--out")] = None) -> None:
     """Pretrain a small model, or take it from the cache.
 
     Args:
-        name: gpt2.
+        name: gpt2 or t5.
         out: Copy it there; without it, only say where the cache has it.
     """
     if out is not None:

@@ -49,7 +49,7 @@ INT8_ACTIVATIONS: tuple[Weights, ...] = ("int8-dynamic", "int8-static")
 """Weights that are multiplied with activations in int8, at accuracy level 4 and no other."""
 
 
-PEERS = ("torch", "openvino")
+PEERS = ("torch", "openvino", "ctranslate2")
 """Engines that `bench` knows besides ONNX Runtime."""
 
 
@@ -372,7 +372,7 @@ class BenchConfig:
 
     peers: tuple[str, ...] = ()
     """Other engines to measure in turn with the bundles: torch (eager, float), openvino (encoders: the bundle's own
-    graph)."""
+    graph), ctranslate2 (encoder-decoders: the float base, converted to int8 and to float32)."""
     repeats: int = 5
     """Fresh processes per subject, taken in turn A B A B."""
     threads: int | None = None

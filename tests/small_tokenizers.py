@@ -70,6 +70,11 @@ def write_t5_tokenizer(folder: Path) -> int:
     tokenizer.train_from_iterator(["hello world, the answer is seven"] * 3, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return tokenizer.get_vocab_size()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from tiny_bundle import write_decoder
 from tiny_models import write_sums, write_t5
 from transformers import AutoModelForSeq2SeqLM
 
@@ -18,7 +19,8 @@ from edge_ft.base.adapter import add_lora
 from edge_ft.base.compute import Compute
 from edge_ft.base.load import find_base, load_model
 from edge_ft.base.scorer import TorchScorer
-from edge_ft.config import EvalConfig, ExportConfig, RowsConfig, RunConfig, TuneConfig
+from edge_ft.bench import bench, pretrain_t5
+from edge_ft.config import BenchConfig, EvalConfig, ExportConfig, RowsConfig, RunConfig, TuneConfig
 from edge_ft.data import Row, TextTokenizer, collate, encode_rows, find_columns, make_rendering, read_rows
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.evaluate import evaluate
@@ -380,3 +382,44 @@ def test_a_bundle_is_evaluated_as_its_run_is(tuned: RunFolder, adapter_bundle: B
     assert run["nll"] == pytest.approx(bundle["nll"], abs=1e-3)
     for name in ("token_accuracy", "exact_match", "token_f1"):
         assert run["metrics"][name] == bundle["metrics"][name]
+
+
+# Beside others
+
+
+def test_the_bench_measures_it_beside_torch_and_ctranslate2(
+    adapter_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "mt5" in adapter_bundle.manifest["family"]:
+        pytest.skip("one shape shows it")
+    monkeypatch.setenv("EDGE_FT_CACHE", str(tmp_path))
+    settings = BenchConfig(peers=("torch", "ctranslate2"), repeats=1, threads=1, prompt_tokens=12, new_tokens=4)
+    records = bench([str(adapter_bundle.path)], settings)
+    found = {(record["subject"], record["variant"]): {} for record in records}
+    for record in records:
+        found[record["subject"], record["variant"]][record["metric"]] = record["value"]
+    assert [subject for subject, _ in found] == ["edge-ft", "torch", "ctranslate2", "ctranslate2"]
+    for figures in found.values():
+        assert figures["decode_tps"] > 0
+        assert 0 < figures["ttft_s"] < figures["cold_start_s"]
+        assert figures["size_bytes"] > 0
+
+
+def test_ctranslate2_is_no_peer_of_a_decoder(tmp_path: Path) -> None:
+    decoder = write_decoder(tmp_path / "decoder")
+    with pytest.raises(UsageError, match="--peers ctranslate2 is for text2text-generation"):
+        bench([str(decoder)], BenchConfig(peers=("ctranslate2",)))
+
+
+def test_a_small_t5_is_pretrained_from_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"transcript": f"hello world {n}", "written": f"Hello world {n}."} for n in range(40)]
+    recipe = pretrain_t5.T5Recipe(width=32, layers=1, heads=2, inner=32, vocabulary=60, batch=4, steps=3)
+    monkeypatch.setattr(pretrain_t5, "split_sentences", lambda: (rows[8:], rows[:8]))
+    pretrain_t5.pretrain_t5(tmp_path, recipe, Silent())
+    base = find_base(str(tmp_path))
+    assert base.task == TASK
+    figures = json.loads((tmp_path / "pretraining.json").read_text())
+    assert figures["held_out_nll"] > 0
+    tokenizer = TextTokenizer.load(tmp_path)
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
+    assert tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
