@@ -30,6 +30,7 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
             require(module, "train")
     from edge_ft.export.bundle import describe, graph_files, write_bundle
     from edge_ft.export.check import check_bundle, score_torch
+    from edge_ft.export.genai import write_genai
     from edge_ft.export.source import open_export_source
 
     progress = progress or Silent()
@@ -51,6 +52,8 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
             for file in graph_files(graphs[level]):
                 (folder / file).unlink()
                 (folder / file).with_suffix(".onnx_data").unlink(missing_ok=True)  # weights of its own
+        if opened.base.family.decoder:
+            write_genai(folder, opened.base.family.name, opened.base.sizes, opened.tokenizer, kept[checked.main])
         Bundle.seal(
             folder,
             {
