@@ -41,8 +41,8 @@ rotated parts of heads, that are no multiple of 16; a rotary embedding whose tab
 (Phi-3 128k) is exported for texts up to its original length, where it has one table; longer ones are refused when
 they are read.
 
-Texts longer than a model's positions are refused by `run` and by the runtime; `tune` and `eval` cut rows at `--max-length`,
-count what they cut and name the rows.
+Texts longer than a model's positions are refused by `run` and by the runtime; `tune` and `eval` cut rows at
+`--max-length`, count what they cut and name the rows.
 """
 
 

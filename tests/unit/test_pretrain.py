@@ -12,7 +12,7 @@ from edge_ft.data import TextTokenizer
 from edge_ft.errors import UsageError
 from edge_ft.progress import Silent
 
-SMALL = Recipe(width=64, layers=2, heads=4, vocabulary=512, positions=64, length=32, batch=2, steps=3)
+SMALL = Recipe(width=64, layers=2, heads=4, vocabulary=512, length=32, batch=2, steps=3)
 
 
 def test_the_tokenizer_is_gpt2s(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert figures["tokens"] == 3 * 2 * 32
     assert figures["held_out_perplexity"] > 1
     base = find_base(str(folder))
-    assert (base.max_length, base.sizes.layers, base.sizes.vocabulary) == (64, 2, 512)
+    assert (base.max_length, base.sizes.layers, base.sizes.vocabulary) == (32, 2, 512)
     load_model(base, "text-generation", "int4")
     monkeypatch.setattr(pretrain, "PRETRAINED", {"gpt2": None})  # not called again
     assert pretrained("gpt2", Silent()) == folder
