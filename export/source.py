@@ -186,7 +186,7 @@ def _from_model(source: str, config: ExportConfig) -> Source:
             rows,
             tokenizer,
             None,
-            kind=base.family.kind,
+            decoder=base.family.decoder,
             task=task,
             model_limit=base.max_length,
             labels=labels,

@@ -19,9 +19,8 @@ class Sizes:
 
     @property
     def layers(self) -> int:
-        """Transformer layers; of two stacks, those of the smaller one."""
-        layers = int(self.config.num_hidden_layers)
-        return min(layers, int(getattr(self.config, "num_decoder_layers", layers)))
+        """Transformer layers."""
+        return int(self.config.num_hidden_layers)
 
     @property
     def hidden(self) -> int:

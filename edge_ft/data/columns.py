@@ -12,7 +12,6 @@ from edge_ft.data.classes import guess_problem, read_classes, sort_classes
 from edge_ft.data.read import Row
 from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import DataError, did_you_mean
-from edge_ft.families import Kind
 
 __all__ = [
     "Columns",
@@ -31,7 +30,7 @@ __all__ = [
     "record",
 ]
 
-Form = Literal["messages", "prompt_completion", "instruction", "text", "text_label", "template", "tokens", "pair"]
+Kind = Literal["messages", "prompt_completion", "instruction", "text", "text_label", "template", "tokens", "pair"]
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": text}`."""
 ROLES = ("system", "user", "assistant")
@@ -50,7 +49,7 @@ WORDS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "pos_tags")
 class Columns:
     """How a row becomes a record; `prompt` and `completion` are templates that name columns as `{column}`."""
 
-    kind: Form
+    kind: Kind
     prompt: str | None = None
     """Template of the prompt, or of the text to classify; tokens: the column of the words."""
     completion: str | None = None
@@ -90,16 +89,14 @@ class Record:
     """The class, the classes, the number as text, or a tag for each word."""
 
 
-def guess_task(names: Sequence[str], config: RowsConfig, kind: Kind) -> Task:
-    """What the columns are for: text-generation for a decoder without --label, text2text-generation for an
-    encoder-decoder; for an encoder words with tags, a text with a label, two texts that belong together, or text alone.
+def guess_task(names: Sequence[str], config: RowsConfig, decoder: bool) -> Task:
+    """What the columns are for: text-generation for a decoder without --label; for an encoder words with tags, a text
+    with a label, two texts that belong together, or text alone.
 
     Raises:
         DataError: an encoder, but no columns that it could learn from.
     """
-    if kind == "encoder-decoder":
-        return "text2text-generation"
-    if config.label is None and kind == "decoder":
+    if config.label is None and decoder:
         return "text-generation"
     if _first(WORDS, names) and (config.label or _first(TAGS, names)):
         return "token-classification"
