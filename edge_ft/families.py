@@ -83,7 +83,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "roberta",
-            {"text-classification": ("classifier",)},
+            {"text-classification": ("classifier",), "token-classification": ("classifier",)},
             "roberta.encoder.layer",
             "encoder",
             1e-3,
@@ -91,36 +91,48 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "xlm-roberta",
-            {"text-classification": ("classifier",)},
+            {"text-classification": ("classifier",), "token-classification": ("classifier",)},
             "roberta.encoder.layer",
             "encoder",
             1e-3,
             positions_after_pad=True,
         ),
-        Family("electra", {"text-classification": ("classifier",)}, "electra.encoder.layer", "encoder", 1e-3),
+        Family(
+            "electra",
+            {"text-classification": ("classifier",), "token-classification": ("classifier",)},
+            "electra.encoder.layer",
+            "encoder",
+            1e-3,
+        ),
         Family(
             "distilbert",
-            {"text-classification": ("pre_classifier", "classifier")},
+            {"text-classification": ("pre_classifier", "classifier"), "token-classification": ("classifier",)},
             "distilbert.transformer.layer",
             "encoder",
             1e-3,
         ),
         Family(
             "albert",
-            {"text-classification": ("albert.pooler", "classifier")},
+            {"text-classification": ("albert.pooler", "classifier"), "token-classification": ("classifier",)},
             "albert.encoder.albert_layer_groups",
             "encoder",
             1e-3,
         ),
         Family(
             "mpnet",
-            {"text-classification": ("classifier",)},
+            {"text-classification": ("classifier",), "token-classification": ("classifier",)},
             "mpnet.encoder.layer",
             "encoder",
             1e-3,
             positions_after_pad=True,
         ),
-        Family("modernbert", {"text-classification": ("head", "classifier")}, "model.layers", "encoder", 1e-3),
+        Family(
+            "modernbert",
+            {"text-classification": ("head", "classifier"), "token-classification": ("head", "classifier")},
+            "model.layers",
+            "encoder",
+            1e-3,
+        ),
     )
 }
 

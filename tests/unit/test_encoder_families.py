@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from tiny_models import ENCODERS, tiny_encoder_config, write_encoder, write_reviews
@@ -19,6 +21,8 @@ from edge_ft.data import Batch, collate, encode_rows, read_rows
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.evaluate.open import open_run_model
 from edge_ft.export import export
+from edge_ft.export.lowering import lower
+from edge_ft.export.trace import trace
 from edge_ft.runtime import TextClassifier, load
 from edge_ft.tune import tune
 from edge_ft.tune.torch_backend import TorchBackend
@@ -166,3 +170,24 @@ def test_a_head_of_two_layers_names_its_classes_and_makes_room_for_others(tmp_pa
     torch.testing.assert_close(kept.classifier.dense.weight, other.classifier.dense.weight)
     assert other.classifier.out_proj.weight.shape == (2, 64)
     assert other.classifier.out_proj.weight.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["distilbert", "albert", "mpnet", "modernbert", "roberta"])
+def test_the_graph_of_a_tagger_has_the_models_logits(name: str, tmp_path: Path) -> None:
+    """A head over every word, where a classifier's reads one of them."""
+    base = find_base(str(write_encoder(tmp_path / "model", tiny_encoder_config(name))), "token-classification")
+    model: Any = load_model(base, "token-classification", labels=("O", "B-X", "I-X"))
+    graph = trace(model, base.family, "token-classification")
+    lower(graph)
+    ir.save(graph, tmp_path / "graph.onnx")
+    ids = torch.from_numpy(np.random.default_rng(0).integers(4, 15, (2, 20)))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    ids[1, 9:] = base.config["pad_token_id"]
+    session = ort.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
+    feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "token_type_ids": np.zeros_like(ids.numpy())}
+    names = [node.name for node in session.get_inputs()]
+    [logits] = session.run(["logits"], {key: feed[key] for key in names})
+    with torch.inference_mode():
+        expected = model(input_ids=ids, attention_mask=mask).logits.numpy()
+    np.testing.assert_allclose(logits[mask == 1], expected[mask == 1], atol=1e-3)
