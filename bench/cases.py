@@ -17,6 +17,7 @@ __all__ = [
     "finance_rows",
     "gpt2_files",
     "passages",
+    "sentence_rows",
     "support_rows",
     "transcript_rows",
     "write_splits",
@@ -47,6 +48,17 @@ def passages() -> list[str]:
     return list(dict.fromkeys(" ".join(text.split()) for text in texts))
 
 
+def sentence_rows() -> Rows:
+    """`transcript` and `written` as of `transcript_rows`, from the short sentences of `passages`."""
+    rows: dict[str, str] = {}
+    for passage in passages():
+        for written in re.split(r"(?<=[.?!]) ", passage):
+            transcript = _transcript(written)
+            if re.fullmatch(r"[A-Z][A-Za-z ',]+[.?!]", written) and 4 <= len(transcript.split()) <= 10:
+                rows.setdefault(transcript, written)
+    return [{"transcript": transcript, "written": written} for transcript, written in rows.items()]
+
+
 def transcript_rows() -> Rows:
     """`transcript` (lower case, no punctuation, as speech recognition gives it) and the `written` sentence.
 
@@ -55,10 +67,14 @@ def transcript_rows() -> Rows:
     rows: dict[str, str] = {}
     for line in _lines("Translation/test.jsonl"):
         written = line["sourceString"].strip()
-        transcript = " ".join(re.sub(r"[^\w\s]", "", written.lower()).split())
+        transcript = _transcript(written)
         if re.fullmatch(r"[A-Z][A-Za-z ',]+[.?!]", written) and 5 <= len(transcript.split()) <= 14:
             rows.setdefault(transcript, written)
     return [{"transcript": transcript, "written": written} for transcript, written in rows.items()]
+
+
+def _transcript(written: str) -> str:
+    return " ".join(re.sub(r"[^\w\s]", "", written.lower()).split())
 
 
 def department_rows() -> Rows:

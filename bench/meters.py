@@ -3,15 +3,17 @@
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from edge_ft.errors import UsageError
 
 __all__ = [
     "JOIN_GROUP",
+    "DecodeTimings",
     "MemoryLimit",
     "cpu_count",
     "group_parents",
@@ -137,3 +139,18 @@ def machine() -> dict[str, str | int | None]:
         "os": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+@dataclass(frozen=True)
+class DecodeTimings:
+    """As `edge_ft.runtime.Timings`, which would bring onnxruntime into a peer's process."""
+
+    prefill_s: float
+    ttft_s: float
+    decode_s: tuple[float, ...]
+
+    @classmethod
+    def between(cls, marks: Sequence[float]) -> "DecodeTimings":
+        """Of moments: the start, and when each token was there."""
+        seconds = [after - before for before, after in pairwise(marks)]
+        return cls(seconds[0], seconds[0], tuple(seconds[1:]))

@@ -14,22 +14,14 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 
 from edge_ft.artifacts import Bundle, RunFolder, kind_of
 from edge_ft.base.load import Base, find_base, load_model
-from edge_ft.config import Task
+from edge_ft.base.scorer import task_model_of
+from edge_ft.bench.meters import DecodeTimings
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import ModelError, UsageError
 from edge_ft.evaluate.open import find_run_base
 from edge_ft.families import FAMILIES
 
-__all__ = ["TorchClassifier", "TorchDecoder", "find", "find_bundle_base", "load_peer", "prepare"]
-
-
-@dataclass(frozen=True)
-class TorchTimings:
-    """As `edge_ft.runtime.Timings`, which would bring onnxruntime into this process."""
-
-    prefill_s: float
-    ttft_s: float
-    decode_s: tuple[float, ...]
+__all__ = ["TorchClassifier", "TorchDecoder", "TorchSeq2Seq", "find", "find_bundle_base", "load_peer", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,7 @@ class TorchDecoder:
     tokenizer: TextTokenizer
 
     @torch.inference_mode()
-    def time_decode(self, prompt_ids: list[int], new_tokens: int) -> TorchTimings:
+    def time_decode(self, prompt_ids: list[int], new_tokens: int) -> DecodeTimings:
         """Decode exactly `new_tokens` greedily, past any stop token, and say how long each took."""
         started = perf_counter()
         output = self.model(input_ids=torch.tensor([prompt_ids]), use_cache=True, logits_to_keep=1)
@@ -58,7 +50,33 @@ class TorchDecoder:
             )
             token = int(output.logits[0, -1].argmax())
             decode_s.append(perf_counter() - began)
-        return TorchTimings(prefill_s, ttft_s, tuple(decode_s))
+        return DecodeTimings(prefill_s, ttft_s, tuple(decode_s))
+
+
+@dataclass(frozen=True)
+class TorchSeq2Seq:
+    """An encoder-decoder with its own caches, decoding greedily."""
+
+    model: Any
+    tokenizer: TextTokenizer
+
+    @torch.inference_mode()
+    def time_decode(self, prompt_ids: list[int], new_tokens: int) -> DecodeTimings:
+        """As `TorchDecoder.time_decode`; `prefill_s` is the encoder and the first token."""
+        marks = [perf_counter()]
+        model = task_model_of(self.model)
+        encoded = model.get_encoder()(input_ids=torch.tensor([prompt_ids]))
+        token, past = int(model.config.decoder_start_token_id), None
+        for _ in range(new_tokens):
+            output = model(
+                encoder_outputs=encoded,
+                decoder_input_ids=torch.tensor([[token]]),
+                past_key_values=past,
+                use_cache=True,
+            )
+            token, past = int(output.logits[0, -1].argmax()), output.past_key_values
+            marks.append(perf_counter())
+        return DecodeTimings.between(marks)
 
 
 @dataclass(frozen=True)
@@ -84,9 +102,11 @@ def find(source: str) -> dict[str, Any]:
     """
     if kind_of(source) == "run":
         run = RunFolder.open(Path(source))
-        return _found(find_run_base(run), run.report()["task"], run.rendering(), run.tokenizer, run.adapter)
+        return _found(
+            find_run_base(run), str(run.report()["task"]), tuple(run.rendering()["labels"]), run.tokenizer, run.adapter
+        )
     base = find_base(source)
-    return _found(base, base.task, None, base.path, None)
+    return _found(base, base.task, base.labels(base.task), base.path, None)
 
 
 def find_bundle_base(source: str) -> dict[str, Any]:
@@ -104,7 +124,7 @@ def find_bundle_base(source: str) -> dict[str, Any]:
         raise UsageError(f"{error}; {way_out}") from error
     if base.content_sha256 != identity["content_sha256"]:
         raise UsageError(f"{identity['model']} is not the model that the bundle was made from; {way_out}")
-    return _found(base, manifest["task"], manifest["rendering"], Path(source), None)
+    return _found(base, str(manifest["task"]), tuple(manifest["rendering"]["labels"]), Path(source), None)
 
 
 def prepare(job: dict[str, Any]) -> Base:
@@ -119,7 +139,7 @@ def prepare(job: dict[str, Any]) -> Base:
     return Base(**base | {"path": Path(base["path"]), "family": family})
 
 
-def load_peer(base: Base, job: dict[str, Any]) -> TorchDecoder | TorchClassifier:
+def load_peer(base: Base, job: dict[str, Any]) -> TorchDecoder | TorchSeq2Seq | TorchClassifier:
     """The float model with its adapter, if it has one, unmerged, and its tokenizer."""
     from edge_ft.base.adapter import load_adapter
 
@@ -127,12 +147,12 @@ def load_peer(base: Base, job: dict[str, Any]) -> TorchDecoder | TorchClassifier
     model: Any = load_model(base, job["task"], "fp32", labels=tuple(job["labels"]))
     if job["adapter"] is not None:
         model = load_adapter(model, Path(job["adapter"]))
-    return (TorchDecoder if job["task"] == "text-generation" else TorchClassifier)(model, tokenizer)
+    kinds: dict[str, Any] = {"text-generation": TorchDecoder, "text2text-generation": TorchSeq2Seq}
+    engine: TorchDecoder | TorchSeq2Seq | TorchClassifier = kinds.get(job["task"], TorchClassifier)(model, tokenizer)
+    return engine
 
 
-def _found(
-    base: Base, task: Task, rendering: dict[str, Any] | None, tokenizer: Path, adapter: Path | None
-) -> dict[str, Any]:
+def _found(base: Base, task: str, labels: tuple[str, ...], tokenizer: Path, adapter: Path | None) -> dict[str, Any]:
     def size(files: Iterable[Path]) -> int:
         return sum(file.stat().st_size for file in files)
 
@@ -140,8 +160,7 @@ def _found(
     return {
         "base": asdict(base) | {"path": str(base.path.resolve()), "family": base.family.name},
         "task": task,
-        "labels": base.labels(task) if rendering is None else rendering["labels"],
-        "rendering": rendering,
+        "labels": labels,
         "tokenizer": str(tokenizer.resolve()),
         "adapter": str(adapter.resolve()) if adapter else None,
         "max_length": base.max_length,

@@ -1,6 +1,6 @@
 """Small models from scratch, where no package registry serves weights: real text, plain transformers, cached.
 
-python -m edge_ft.bench.pretrain gpt2 --out DIR
+python -m edge_ft.bench.pretrain gpt2|t5 --out DIR
 """
 
 import json
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from edge_ft.artifacts import atomic_folder, cache_folder, refuse_existing, write_json, write_text
 from edge_ft.bench.cases import gpt2_files, passages
+from edge_ft.bench.pretrain_t5 import T5Recipe, pretrain_t5
 from edge_ft.errors import EdgeFTError, UsageError, require
 from edge_ft.progress import Lines, Progress
 
@@ -34,16 +35,16 @@ END = "<|endoftext|>"
 class Recipe:
     """How a model is pretrained; another recipe is another entry of the cache."""
 
-    width: int = 160
+    width: int = 128
     layers: int = 4
-    heads: int = 5
-    vocabulary: int = 8192
-    """The first tokens of GPT-2's own: with all 50,257 the embedding would be nine tenths of so small a model."""
-    positions: int = 256
+    heads: int = 4
+    vocabulary: int = 4096
+    """The first tokens of GPT-2's own: with all 50,257 the embedding would be nearly all of so small a model."""
     length: int = 128
-    """Tokens of a training sequence."""
-    batch: int = 8
-    steps: int = 500
+    """Tokens of a training sequence, and the positions that the model has."""
+    batch: int = 2
+    steps: int = 1500
+    """Many small ones: 500 steps of 1,024 tokens came to little more than the words' frequencies."""
     learning_rate: float = 3e-3
     seed: int = 0
 
@@ -56,12 +57,12 @@ def pretrained(name: str, progress: Progress) -> Path:
     """
     if name not in PRETRAINED:
         raise UsageError(f"there is no recipe for {name!r}: take {' or '.join(PRETRAINED)}")
-    recipe = Recipe()
+    recipe, train = PRETRAINED[name]
     digest = sha256(repr(recipe).encode()).hexdigest()[:16]
     folder = cache_folder() / f"pretrained-{name}-{digest}"
     if not folder.is_dir():
         with atomic_folder(folder) as temporary:
-            PRETRAINED[name](temporary, recipe, progress)
+            train(temporary, recipe, progress)
     return folder
 
 
@@ -99,7 +100,7 @@ def _gpt2(folder: Path, recipe: Recipe, progress: Progress) -> None:
     end = recipe.vocabulary - 1
     config = GPT2Config(
         vocab_size=recipe.vocabulary,
-        n_positions=recipe.positions,
+        n_positions=recipe.length,
         n_embd=recipe.width,
         n_layer=recipe.layers,
         n_head=recipe.heads,
@@ -180,15 +181,18 @@ def _perplexity(model: Any, stream: NDArray[np.int64], recipe: Recipe) -> float:
     return math.exp(total / count)
 
 
-PRETRAINED: dict[str, Callable[[Path, Recipe, Progress], None]] = {"gpt2": _gpt2}
-"""By model type, what trains one into a folder."""
+PRETRAINED: dict[str, tuple[Any, Callable[[Path, Any, Progress], None]]] = {
+    "gpt2": (Recipe(), _gpt2),
+    "t5": (T5Recipe(), pretrain_t5),
+}
+"""By model type, how one is trained, and what trains it into a folder."""
 
 
 def main(name: str, *, out: Annotated[Path | None, Parameter(name="--out")] = None) -> None:
     """Pretrain a small model, or take it from the cache.
 
     Args:
-        name: gpt2.
+        name: gpt2 or t5.
         out: Copy it there; without it, only say where the cache has it.
     """
     if out is not None:

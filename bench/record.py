@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from edge_ft.config import TEXT_TASKS
+
 __all__ = ["DECODER_UNITS", "classifier_lengths", "records_of", "units_of"]
 
 DECODER_UNITS = {
@@ -27,7 +29,7 @@ def classifier_lengths(prompt_tokens: int) -> list[int]:
 
 def units_of(task: str, prompt_tokens: int) -> dict[str, str]:
     """Every metric of a task, in the order of reports, and its unit; a classifier's carry their length."""
-    if task == "text-generation":
+    if task in TEXT_TASKS:
         return DECODER_UNITS
     per_length = {"latency_s": "s", "latency_s_p99": "s", "rows_per_s": "rows/s"}
     lengths = classifier_lengths(prompt_tokens)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from edge_ft.bench.meters import peak_rss_bytes
 from edge_ft.bench.record import classifier_lengths
+from edge_ft.config import TEXT_TASKS
 from edge_ft.errors import EdgeFTError, UsageError, require
 
 if TYPE_CHECKING:
+    from edge_ft.bench.openvino import OpenVINOClassifier
     from edge_ft.bench.peers import TorchClassifier, TorchDecoder
     from edge_ft.data import TextTokenizer
     from edge_ft.runtime import TextClassifier, TextGenerator
@@ -39,17 +41,7 @@ _ROWS, _BATCHES = 8, 4
 
 def main() -> None:
     """The worker of `edge-ft bench`."""
-    answer(_work)
-
-
-def _work(job: dict[str, Any]) -> dict[str, Any]:
-    if job["do"] == "find":
-        return _find(job)
-    if "score" in job:
-        from edge_ft.bench.quality import score
-
-        return score(job)
-    return _measure(job)
+    answer(lambda job: _find(job) if job["do"] == "find" else _measure(job))
 
 
 def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -73,7 +65,7 @@ def prompt_ids(tokenizer: "TextTokenizer", length: int) -> list[int]:
 
 
 def classifier_ids(tokenizer: "TextTokenizer", length: int) -> list[int]:
-    """The fixed text as exactly `length` ids, [CLS] and [SEP] included.
+    """The fixed text as exactly `length` ids, what the tokenizer puts around a text ([CLS] and [SEP]) included.
 
     Raises:
         UsageError: not even those have room.
@@ -97,16 +89,31 @@ def _find(job: dict[str, Any]) -> dict[str, Any]:
     from edge_ft.bench.peers import find, find_bundle_base
 
     found = [find(item["source"]) if "source" in item else find_bundle_base(item["bundle"]) for item in wanted]
+    for at, item in enumerate(wanted):
+        if "compute_type" in item:
+            from edge_ft.bench.ctranslate2_peer import convert
+
+            found[at] = convert(found[at], item["compute_type"])
     return {"found": found}
 
 
 def _measure(job: dict[str, Any]) -> dict[str, float | None]:
     """Every metric of the job's subject, but its size."""
-    if job["do"] == "bundle":
+    if job["do"] == "ctranslate2":
+        from edge_ft.bench.ctranslate2_peer import Translator
+
+        began = time.perf_counter()
+        engine: Any = Translator(Path(job["folder"]), Path(job["tokenizer"]), job["compute_type"], job["threads"])
+    elif job["do"] == "bundle":
         from edge_ft.runtime import load
 
         began = time.perf_counter()
-        engine: Any = load(job["bundle"], threads=job["threads"], accuracy_level=job["accuracy_level"])
+        engine = load(job["bundle"], threads=job["threads"], accuracy_level=job["accuracy_level"])
+    elif job["do"] == "openvino":
+        from edge_ft.bench.openvino import OpenVINOClassifier
+
+        began = time.perf_counter()
+        engine = OpenVINOClassifier(Path(job["bundle"]), job["accuracy_level"], job["threads"])
     else:
         # Whatever the hub was needed for was fetched when the model was found.
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -116,14 +123,15 @@ def _measure(job: dict[str, Any]) -> dict[str, float | None]:
         began = time.perf_counter()
         engine = load_peer(base, job)
     load_s = time.perf_counter() - began
-    measure = _measure_decoder if job["task"] == "text-generation" else _measure_classifier
+    measure = _measure_decoder if job["task"] in TEXT_TASKS else _measure_classifier
     return {"load_s": load_s, **measure(engine, job), "peak_rss_bytes": peak_rss_bytes()}
 
 
 def _measure_decoder(engine: "TextGenerator | TorchDecoder", job: dict[str, Any]) -> dict[str, float]:
     import numpy as np
 
-    ids = prompt_ids(engine.tokenizer, job["prompt_tokens"])
+    framed = job["task"] == "text2text-generation"
+    ids = (classifier_ids if framed else prompt_ids)(engine.tokenizer, job["prompt_tokens"])
     asked = time.monotonic()
     first = engine.time_decode(ids, job["new_tokens"])  # cold start, and the warm-up of what follows
     timings = engine.time_decode(ids, job["new_tokens"])
@@ -139,7 +147,9 @@ def _measure_decoder(engine: "TextGenerator | TorchDecoder", job: dict[str, Any]
     }
 
 
-def _measure_classifier(engine: "TextClassifier | TorchClassifier", job: dict[str, Any]) -> dict[str, float]:
+def _measure_classifier(
+    engine: "TextClassifier | TorchClassifier | OpenVINOClassifier", job: dict[str, Any]
+) -> dict[str, float]:
     import numpy as np
 
     def seconds(rows: int, length: int) -> float:

@@ -251,6 +251,19 @@ class Bundle:
             )
         return self.path / graphs[str(accuracy_level)]
 
+    def encoder_graph(self, accuracy_level: int | None = None) -> Path:
+        """The encoder that goes with `graph(accuracy_level)` in an encoder-decoder's bundle.
+
+        Raises:
+            BundleError: there is none.
+        """
+        graph = self.graph(accuracy_level).relative_to(self.path).as_posix()
+        level = next((level for level, path in self.manifest["graphs"].items() if path == graph), None)
+        encoder = self.manifest.get("encoder_graphs", {}).get(level)
+        if encoder is None:
+            raise BundleError(f"{self.path} names no encoder for {graph}: export it again")
+        return self.path / str(encoder)
+
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from edge_ft.errors import UsageError, did_you_mean
 
 __all__ = [
+    "TEXT_TASKS",
     "BaseFormat",
     "BenchConfig",
     "EvalConfig",
@@ -40,10 +41,16 @@ Task = Literal[
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 """What a text-classification model's outputs are, as transformers' configs call it."""
 Pooling = Literal["mean", "cls"]
+TEXT_TASKS: tuple[Task, ...] = ("text-generation", "text2text-generation")
+"""Tasks whose answer is a text of the model's own; targets are its tokens."""
 BaseFormat = Literal["int4", "int8", "nf4", "bf16", "fp32"]
 Weights = Literal["int4", "int8", "int8-dynamic", "int8-static", "fp16", "fp32"]
 INT8_ACTIVATIONS: tuple[Weights, ...] = ("int8-dynamic", "int8-static")
 """Weights that are multiplied with activations in int8, at accuracy level 4 and no other."""
+
+
+PEERS = ("torch", "openvino", "ctranslate2")
+"""Engines that `bench` knows besides ONNX Runtime."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +73,7 @@ class RowsConfig:
     """auto (the model's own), none, or a jinja file; default auto, with --prompt none."""
     max_length: int | Literal["auto"] | None = None
     """Longest sequence in tokens; default the model's limit, at most 1024. Longer rows are cut, and said. auto (tune):
-    so many that 99% of the rows are whole, in steps of 32."""
+    so many that 99% of the rows are whole, in steps of 32. Of an encoder-decoder, prompt and answer each."""
 
     def __post_init__(self) -> None:
         _accept_python_values(self)
@@ -111,7 +118,7 @@ class TuneConfig(RowsConfig):
     target_modules: tuple[str, ...] = ("all-linear",)
     """Linear layers that get an adapter: all-linear, or name endings such as q_proj,v_proj."""
     layers: str = "all"
-    """all, or last:K to adapt only the last K transformer layers."""
+    """all, or last:K to adapt only the last K transformer layers, of an encoder-decoder the last K of each stack."""
     base_format: BaseFormat = "int4"
     """What the frozen base is held in while training: int4 or int8 codes as they ship, bitsandbytes' nf4, bf16, or
     float32."""
@@ -275,8 +282,6 @@ class EvalConfig(RowsConfig):
     """Task of a plain model; runs and bundles know their own."""
     adapter: str | None = None
     """none: score a bundle or run without its adapter."""
-    accuracy_level: Literal[1, 4] | None = None
-    """Graph of a bundle to score; default the manifest's."""
     base_format: BaseFormat = "fp32"
     """Format in which a plain MODEL is scored; a run is scored in the one it was trained over."""
     shots: int = 0
@@ -320,6 +325,10 @@ class RunConfig:
     """Above 1 makes tokens that were already seen less likely (CTRL, arXiv:1909.05858)."""
     seed: int = 0
     """Seed of the sampling."""
+    num_beams: int = 1
+    """Answers that an encoder-decoder follows side by side, to give the likeliest; 1 is greedy or sampled."""
+    length_penalty: float = 1.0
+    """With beams: an answer's log-probability is divided by its tokens to this power; above 0 favours long answers."""
     text_pair: str | None = None
     """Second text, for a model that was trained on pairs."""
     stop: tuple[str, ...] = ()
@@ -346,15 +355,24 @@ class RunConfig:
         _check(0 < self.top_p <= 1, "--top-p must be in (0, 1]")
         _check(0 <= self.min_p <= 1, "--min-p must be in [0, 1]")
         _check(self.repetition_penalty > 0, "--repetition-penalty must be above 0")
+        _check(self.num_beams >= 1, "--num-beams must be at least 1")
+        _check(
+            self.num_beams == 1 or (self.temperature == 0 and self.repetition_penalty == 1),
+            "--num-beams follows the likeliest answers: leave --temperature and --repetition-penalty out",
+        )
+        _check(
+            self.num_beams > 1 or self.length_penalty == 1, "--length-penalty compares beams: give --num-beams above 1"
+        )
         _check(self.threads is None or self.threads >= 1, "--threads must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig(RowsConfig):
-    """What `edge-ft bench` measures, and the budgets that turn it into a gate; the rows' fields go with --data."""
+class BenchConfig:
+    """What `edge-ft bench` measures, and the budgets that turn it into a gate."""
 
-    peers: tuple[Literal["torch"], ...] = ()
-    """Other engines to measure in turn with the bundles: torch (eager, float)."""
+    peers: tuple[str, ...] = ()
+    """Other engines to measure in turn with the bundles: torch (eager, float), openvino (encoders: the bundle's own
+    graph), ctranslate2 (encoder-decoders: the float base, converted to int8 and to float32)."""
     repeats: int = 5
     """Fresh processes per subject, taken in turn A B A B."""
     threads: int | None = None
@@ -364,11 +382,7 @@ class BenchConfig(RowsConfig):
     prompt_tokens: int = 128
     """Length of the prompt, or of the text to classify, in tokens."""
     new_tokens: int = 32
-    """Tokens to decode; with --data also the longest answer."""
-    data: str | None = None
-    """Rows to score every subject on in the same run: loss, task metrics and answers stand beside its speed."""
-    limit: int | None = None
-    """Score only the first so many rows of --data."""
+    """Tokens to decode."""
     accuracy_level: Literal[1, 4] | None = None
     """Graph of a bundle to measure; default the manifest's."""
     max_ttft_ms: float | None = None
@@ -381,11 +395,12 @@ class BenchConfig(RowsConfig):
     """Budget: size on disk, MB."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        object.__setattr__(self, "peers", tuple(name for names in self.peers for name in names.split(",") if name))
+        for name in self.peers:
+            _check(name in PEERS, f"--peers {name}: there are {', '.join(PEERS)}{did_you_mean(name, list(PEERS))}")
         _check(self.repeats >= 1, "--repeats must be at least 1")
         _check(self.prompt_tokens >= 1, "--prompt-tokens must be at least 1")
         _check(self.new_tokens >= 2, "--new-tokens must be at least 2")
-        _check(self.limit is None or self.limit >= 1, "--limit must be at least 1")
         _check(self.threads is None or self.threads >= 1, "--threads must be at least 1")
         _check(self.memory_limit is None or self.memory_limit >= 1, "--memory-limit must be at least 1 MB")
 

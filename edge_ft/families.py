@@ -27,7 +27,7 @@ class Family:
     """What can be tuned and exported, the default first, and dotted names of the modules that make its output from
     the layers'. LoRA leaves them alone; the last of a classifier's has a row of weights for each class."""
     layers: str
-    """Dotted name of the list of transformer layers inside a task model."""
+    """Dotted name of the list of transformer layers inside a task model; of two stacks, the decoder's."""
     kind: Kind
     """decoder: causal, with a KV cache; encoder: bidirectional, one pass; encoder-decoder: one of each."""
     learning_rate: float
@@ -36,6 +36,13 @@ class Family:
     """Positions are numbered from `pad_token_id` + 1 on, so that many of the table are never used."""
     fan_in_fan_out: bool = False
     """The checkpoint's linear layers lie the other way round, [in, out] (transformers' Conv1D; PEFT's name for it)."""
+    encoder_layers: str | None = None
+    """Dotted name of the encoder's layers (encoder-decoder)."""
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Dotted names of all lists of layers, in the order in which a text passes through them."""
+        return (self.layers,) if self.encoder_layers is None else (self.encoder_layers, self.layers)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -71,6 +78,17 @@ FAMILIES: dict[str, Family] = {
         _decoder("gpt_neox", "gpt_neox.layers"),
         _decoder("opt", "model.decoder.layers"),
         _decoder("gpt2", "transformer.h", fan_in_fan_out=True),
+        *(
+            Family(
+                name,
+                {"text2text-generation": ("lm_head",)},
+                "decoder.block",
+                "encoder-decoder",
+                2e-3,
+                encoder_layers="encoder.block",
+            )
+            for name in ("t5", "mt5")
+        ),
         Family(
             "bert",
             {

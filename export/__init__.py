@@ -28,8 +28,9 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
     with quiet_libraries():
         for module in ("onnxscript", "peft", "optimum"):
             require(module, "train")
-    from edge_ft.export.bundle import describe, write_bundle
+    from edge_ft.export.bundle import describe, graph_files, write_bundle
     from edge_ft.export.check import check_bundle, score_torch
+    from edge_ft.export.genai import write_genai
     from edge_ft.export.source import open_export_source
 
     progress = progress or Silent()
@@ -48,8 +49,11 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
         checked = check_bundle(folder, opened, graphs, scores, config, progress)
         kept = {level: path for level, path in graphs.items() if level in checked.levels}
         for level in graphs.keys() - kept.keys():
-            (folder / graphs[level]).unlink()
-            (folder / graphs[level]).with_suffix(".onnx_data").unlink(missing_ok=True)  # weights of its own
+            for file in graph_files(graphs[level]):
+                (folder / file).unlink()
+                (folder / file).with_suffix(".onnx_data").unlink(missing_ok=True)  # weights of its own
+        if opened.base.family.decoder:
+            write_genai(folder, opened.base.family.name, opened.base.sizes, opened.tokenizer, kept[checked.main])
         Bundle.seal(
             folder,
             {

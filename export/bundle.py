@@ -15,13 +15,14 @@ from edge_ft.base.load import BITS
 from edge_ft.config import INT8_ACTIVATIONS, ExportConfig, Weights
 from edge_ft.data import collate, eval_batches
 from edge_ft.export.activations import Feed, quantize_activations
-from edge_ft.export.lowering import add_lora_inputs, lower, store_in_fp16
-from edge_ft.export.pack import write
+from edge_ft.export.lowering import add_lora_inputs, has_linear, lower, store_in_fp16
+from edge_ft.export.pack import write, write_graphs
 from edge_ft.export.source import Source
 from edge_ft.export.trace import trace
+from edge_ft.export.trace_seq2seq import trace_seq2seq
 from edge_ft.progress import Progress
 
-__all__ = ["describe", "write_bundle"]
+__all__ = ["describe", "graph_files", "lane", "write_bundle"]
 
 NAMES: dict[Weights, tuple[str, str]] = {
     "int4": ("model_q4", "q4"),
@@ -32,6 +33,8 @@ NAMES: dict[Weights, tuple[str, str]] = {
     "fp32": ("model", "fp32"),
 }
 """The graph's file and its `dtype`, both as transformers.js says them."""
+ENCODER, DECODER = "encoder_", "decoder_with_past_"
+"""What the two graphs of an encoder-decoder have before that name, as optimum calls graphs with these inputs."""
 
 METHODS: dict[Weights, str] = {"int8-dynamic": "dynamic", "int8-static": "static"}
 """Whose ranges of activations: each batch's, or those of calibration rows."""
@@ -50,29 +53,52 @@ def write_bundle(folder: Path, source: Source, model: Any, config: ExportConfig,
     if lane(source, config) == "adapter":
         pairs = lora_pairs(model)
         model = model.unload()  # the base alone, its trained head in place: 2 x 210 LoRA inputs would triple the trace
-    graph = trace(model, source.base.family, source.task)
-    add_lora_inputs(graph, pairs)
-    lower(graph)
-    if source.weights == "fp16":
-        store_in_fp16(graph)
     name, dtype = NAMES[source.weights]
+    parts = _parts(source, model, name)
+    for graph in parts.values():
+        # Each of two graphs has some of the layers; one that none of them has is an error.
+        found = {layer: pair for layer, pair in pairs.items() if len(parts) == 1 or has_linear(graph, layer)}
+        add_lora_inputs(graph, found)
+        pairs = {layer: pair for layer, pair in pairs.items() if layer not in found}
+        lower(graph)
+        if source.weights == "fp16":
+            store_in_fp16(graph)
+    if pairs:
+        raise ValueError(f"the adapter changes {next(iter(pairs))!r}, but no graph holds a linear layer of that name")
     if source.weights in INT8_ACTIVATIONS:
+        (graph,) = parts.values()
         graphs = write(graph, folder, NAMES["fp32"][0], (1,))
         keep = source.base.family.heads[source.task]
         graphs |= write(quantize_activations(graph, keep, _calibration(source, graph)), folder, name, (4,))
     else:
-        graphs = write(graph, folder, name, (1, 4) if source.weights in BITS else (1,))
+        levels = (1, 4) if source.weights in BITS else (1,)
+        graphs = list(write_graphs(parts, folder, name, levels).values())[-1]
     for file in source.tokenizer.files():
         shutil.copyfile(file, folder / file.name)
     if source.rendering.chat_template is not None:
         write_text(folder / "chat_template.jinja", source.rendering.chat_template)
     model_config = json.loads(model.config.to_json_string(use_diff=False))
-    # Read by transformers.js: which file to take, and that its weights lie beside it.
-    model_config["transformers.js_config"] = {"use_external_data_format": True, "dtype": dtype}
+    if len(parts) == 1:
+        # Read by transformers.js: which file to take, and that its weights lie beside it.
+        model_config["transformers.js_config"] = {"use_external_data_format": True, "dtype": dtype}
     write_json(folder / "config.json", model_config)
-    if source.base.family.decoder and not (folder / "generation_config.json").exists():
+    if source.base.family.kind != "encoder" and not (folder / "generation_config.json").exists():
         write_text(folder / "generation_config.json", model.generation_config.to_json_string())
     return graphs
+
+
+def _parts(source: Source, model: Any, name: str) -> dict[str, ir.Model]:
+    """The graphs by the stems of their files, the one that a bundle is known by at the end."""
+    if source.base.family.kind == "encoder-decoder":
+        encoder, decoder = trace_seq2seq(model)
+        return {f"{ENCODER}{name}": encoder, f"{DECODER}{name}": decoder}
+    return {name: trace(model, source.base.family, source.task)}
+
+
+def graph_files(graph: str) -> tuple[str, ...]:
+    """The files that run together: a graph, and an encoder-decoder's encoder before its decoder."""
+    decoder = Path(graph).name.startswith(DECODER)
+    return (graph.replace(DECODER, ENCODER), graph) if decoder else (graph,)
 
 
 def _calibration(source: Source, graph: ir.Model) -> list[Feed] | None:
@@ -119,6 +145,15 @@ def describe(source: Source, config: ExportConfig, graphs: dict[int, str], main:
             },
         },
     }
+    if base.family.kind == "encoder-decoder":
+        settings = base.sizes.config
+        manifest["encoder_graphs"] = {str(level): graph_files(path)[0] for level, path in graphs.items()}
+        manifest["tokenization"]["decoder_start"] = int(settings.decoder_start_token_id)
+        manifest["cache"] = {
+            "layers": int(settings.num_decoder_layers),
+            "kv_heads": int(settings.num_attention_heads),
+            "head_dim": int(settings.head_dim),
+        }
     if base.family.decoder:
         sizes = base.sizes
         manifest["cache"] = {"layers": sizes.layers, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}

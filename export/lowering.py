@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, IdentityEliminationPass, RemoveUnusedNodesPass
 from onnxscript.optimizer import optimize
 
-__all__ = ["add_lora_inputs", "lower", "quiet", "store_in_fp16"]
+__all__ = ["add_lora_inputs", "has_linear", "lower", "quiet", "store_in_fp16"]
 
 LINEARS = ("MatMulNBits", "Linear")
 
@@ -47,6 +47,7 @@ def lower(model: ir.Model) -> None:
     _lower_linears(graph)
     with quiet():
         optimize(model, onnx_shape_inference=False)
+    _take_packed_qkv(graph)
     _join_residuals(graph)
     RemoveUnusedNodesPass()(model)
     graph.sort()
@@ -60,6 +61,11 @@ def lower(model: ir.Model) -> None:
             value.metadata_props.clear()
             if not value.is_graph_output():
                 value.shape = value.type = None
+
+
+def has_linear(model: ir.Model, module: str) -> bool:
+    """Whether the graph holds the linear layer of that name."""
+    return any(name in model.graph.initializers for name in (f"{module}.qweight", f"{module}.weight"))
 
 
 def add_lora_inputs(model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]) -> list[str]:
@@ -137,7 +143,18 @@ def _bypass_reshapes(graph: ir.Graph) -> None:
     """Read q, k, v and the attention's output where they were made: splitting and merging heads changes nothing."""
     for node in graph:
         inner = _producer(node)
-        if inner is None or inner.op_type != node.op_type:
+        if inner is None:
+            continue
+        if node.op_type == "SimplifiedLayerNormalization" and inner.op_type == "Transpose":
+            # It runs along the last axis, which splitting heads leaves where it is.
+            outer = next(iter(node.outputs[0].uses())).node
+            perm = list(inner.attributes["perm"].as_ints())
+            if outer.op_type == "Transpose" and list(outer.attributes["perm"].as_ints()) == perm == [0, 2, 1, 3]:
+                node.replace_input_with(0, _input(inner, 0))
+                node.outputs[0].shape = outer.outputs[0].shape
+                outer.outputs[0].replace_all_uses_with(node.outputs[0])
+            continue
+        if inner.op_type != node.op_type:
             continue
         source = _input(inner, 0)
         if node.op_type == "Transpose":
@@ -177,6 +194,28 @@ def _join_qkv(graph: ir.Graph) -> None:
             attention.replace_input_with(index, value)
 
 
+def _take_packed_qkv(graph: ir.Graph) -> None:
+    """Let GroupQueryAttention read q, k and v where one layer made them one after the other (GPT-2, Phi-3)."""
+    for attention in graph:
+        parts = (
+            [_producer(attention, index) for index in range(3)] if attention.op_type == "GroupQueryAttention" else []
+        )
+        whole = {part.inputs[0] for part in parts if part is not None}
+        if len(whole) != 1 or None in parts:
+            continue
+        kinds = {part.op_type for part in parts if part is not None}
+        if kinds == {"Split"}:
+            packed = len(set(parts)) == 1 and list(attention.inputs[:3]) == list(_node(parts[0]).outputs)
+        elif kinds == {"Slice"}:
+            starts, ends = ([_number(_node(part).inputs[index]) for part in parts] for index in (1, 2))
+            packed = None not in starts and starts[0] == 0 and starts[1:] == ends[:-1]
+        else:
+            packed = False
+        if packed:
+            for index, value in enumerate((whole.pop(), None, None)):
+                attention.replace_input_with(index, value)
+
+
 def _lower_linears(graph: ir.Graph) -> None:
     """edge_ft::Linear -> MatMul over the transposed weight; FusedMatMul where an embedding reads the weight too."""
     weights = {_input(node, 1) for node in graph if node.op_type == "Linear"}
@@ -212,8 +251,8 @@ def _join_residuals(graph: ir.Graph) -> None:
         graph.insert_before(norm, joined)
         normed, mean, deviation, total = joined.outputs
         mean.name = deviation.name = ""  # an unused output that has a name is computed
-        norm.outputs[0].replace_all_uses_with(normed)
-        add.outputs[0].replace_all_uses_with(total)
+        _take_over(norm.outputs[0], normed)
+        _take_over(add.outputs[0], total)
 
 
 def _fused_matmul(x: ir.Value, weight: ir.Value) -> ir.Node:
@@ -244,6 +283,18 @@ def _input(node: ir.Node, index: int) -> ir.Value:
 def _producer(node: ir.Node, index: int = 0) -> ir.Node | None:
     value = node.inputs[index] if node.inputs else None
     return None if value is None else value.producer()
+
+
+def _node(node: ir.Node | None) -> ir.Node:
+    assert node is not None
+    return node
+
+
+def _number(value: ir.Value | None) -> int | None:
+    """The one number of a constant."""
+    if value is None or value.const_value is None or value.const_value.size != 1:
+        return None
+    return int(value.const_value.numpy().item())
 
 
 def _array(value: ir.Value) -> NDArray[np.generic]:

@@ -1,11 +1,12 @@
 """Graphs and the one file of weights that they share: small graphs, and every byte stored once."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
-__all__ = ["write"]
+__all__ = ["write", "write_graphs"]
 
 # A cache line: ONNX Runtime maps the file and computes on the weights where they lie.
 ALIGNMENT = 64
@@ -16,24 +17,38 @@ EXTERNAL_BYTES = 1024
 def write(model: ir.Model, folder: Path, name: str, accuracy_levels: tuple[int, ...] = (1, 4)) -> dict[int, str]:
     """Write `onnx/NAME.onnx`, a variant `onnx/NAME_aLEVEL.onnx` for each later level, and `onnx/NAME.onnx_data`.
 
-    The variants differ in the accuracy_level of MatMulNBits alone (1: float; 4: activations in int8). The
-    same model gives the same bytes.
-
-    Args:
-        model: A lowered graph; it is not changed.
-        folder: The bundle.
-        name: Stem of the files, with transformers.js's suffix: `model`, `model_q4`.
-        accuracy_levels: One graph each; the first has the plain name.
+    As `write_graphs` with one graph.
 
     Returns:
         By level, the graph's path relative to `folder`.
     """
-    packed = model.clone()
-    data = folder / "onnx" / f"{name}.onnx_data"
+    return write_graphs({name: model}, folder, name, accuracy_levels)[name]
+
+
+def write_graphs(
+    models: Mapping[str, ir.Model], folder: Path, data_name: str, accuracy_levels: tuple[int, ...] = (1, 4)
+) -> dict[str, dict[int, str]]:
+    """Write graphs that share the weights in `onnx/DATA_NAME.onnx_data`.
+
+    The variants of a graph differ in the accuracy_level of MatMulNBits alone (1: float; 4: activations in int8). The
+    same models give the same bytes.
+
+    Args:
+        models: By stem of the file, with transformers.js's suffix (`model`, `model_q4`), a lowered graph; it is not
+            changed.
+        folder: The bundle.
+        data_name: Stem of the weights' file.
+        accuracy_levels: One graph each; the first has the plain name.
+
+    Returns:
+        By stem and level, the graph's path relative to `folder`.
+    """
+    graphs = {name: model.clone() for name, model in models.items()}
+    data = folder / "onnx" / f"{data_name}.onnx_data"
     data.parent.mkdir(parents=True, exist_ok=True)
     offsets: dict[bytes, int] = {}
     with data.open("wb") as file:
-        for value in packed.graph.initializers.values():
+        for value in (value for packed in graphs.values() for value in packed.graph.initializers.values()):
             tensor = value.const_value
             assert tensor is not None and value.name is not None
             if tensor.nbytes < EXTERNAL_BYTES:
@@ -52,11 +67,12 @@ def write(model: ir.Model, folder: Path, name: str, accuracy_levels: tuple[int, 
                 shape=ir.Shape(tensor.numpy().shape),
                 name=value.name,
             )
-    paths = {}
-    for level in accuracy_levels:
-        for node in packed.graph:
-            if node.op_type == "MatMulNBits":
-                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
-        paths[level] = f"onnx/{name}.onnx" if level == accuracy_levels[0] else f"onnx/{name}_a{level}.onnx"
-        ir.save(packed, folder / paths[level])
+    paths: dict[str, dict[int, str]] = {name: {} for name in graphs}
+    for name, packed in graphs.items():
+        for level in accuracy_levels:
+            for node in packed.graph:
+                if node.op_type == "MatMulNBits":
+                    node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+            paths[name][level] = f"onnx/{name}.onnx" if level == accuracy_levels[0] else f"onnx/{name}_a{level}.onnx"
+            ir.save(packed, folder / paths[name][level])
     return paths

@@ -186,7 +186,7 @@ def _from_model(source: str, config: ExportConfig) -> Source:
             rows,
             tokenizer,
             None,
-            decoder=base.family.decoder,
+            kind=base.family.kind,
             task=task,
             model_limit=base.max_length,
             labels=labels,

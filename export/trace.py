@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -27,12 +27,18 @@ from edge_ft.config import Task
 from edge_ft.export.lowering import quiet
 from edge_ft.families import Family
 
-__all__ = ["trace"]
+__all__ = ["trace", "trace_wrapper"]
 
 OPSET = 21
 
 # Names by which transformers.js and onnxruntime-genai size an empty cache, and the sizes that are traced.
-EXAMPLE_SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 4, "total_sequence_length": 7}
+EXAMPLE_SIZES = {
+    "batch_size": 2,
+    "sequence_length": 3,
+    "past_sequence_length": 4,
+    "total_sequence_length": 7,
+    "encoder_sequence_length": 5,
+}
 
 Dims = tuple[int | str, ...]
 Attend = Callable[[int, Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
@@ -52,7 +58,30 @@ def trace(model: PreTrainedModel, family: Family, task: Task | None = None) -> i
     Raises:
         ModelError: a decoder that ONNX Runtime's attention does not take.
     """
-    wrapper = _Decoder(model) if family.decoder else _Encoder(model, task or family.tasks[0])
+    # A table of absolute positions can be sliced no further than its end.
+    length = torch.export.Dim("sequence_length", max=Sizes(model.config).positions)
+    return trace_wrapper(model, _Decoder(model) if family.decoder else _Encoder(model, task or family.tasks[0]), length)
+
+
+class Wrapper(Protocol):
+    """A module that says what its tensors are called, and how their dimensions are."""
+
+    inputs: dict[str, "Dims"]
+    outputs: dict[str, "Dims"]
+
+
+def trace_wrapper(
+    model: PreTrainedModel,
+    wrapper: Any,
+    length: Any = torch.export.Dim.DYNAMIC,
+    attention: Callable[..., tuple[Tensor, None]] | None = None,
+) -> ir.Model:
+    """The graph of a `Wrapper` around `model` or parts of it.
+
+    Args:
+        length: The dimension of `sequence_length`.
+        attention: What stands in for transformers' attention; default `_attention`.
+    """
     examples = tuple(
         torch.zeros(
             [EXAMPLE_SIZES[size] if isinstance(size, str) else size for size in dims],
@@ -60,8 +89,6 @@ def trace(model: PreTrainedModel, family: Family, task: Task | None = None) -> i
         )
         for dims in wrapper.inputs.values()
     )
-    # A table of absolute positions can be sliced no further than its end.
-    length = torch.export.Dim("sequence_length", max=Sizes(model.config).positions)
     dynamic = tuple(
         {
             axis: length if size == "sequence_length" else torch.export.Dim.DYNAMIC
@@ -70,7 +97,7 @@ def trace(model: PreTrainedModel, family: Family, task: Task | None = None) -> i
         }
         for dims in wrapper.inputs.values()
     )
-    with _hooks(model, wrapper), quiet(), torch.no_grad():
+    with _hooks(model, wrapper, attention or _attention), quiet(), torch.no_grad():
         program = torch.onnx.export(
             torch.export.export(wrapper, examples, dynamic_shapes=(dynamic,), strict=False),
             dynamo=True,
@@ -242,7 +269,7 @@ def _window_bias(length: Any, window: int) -> Tensor:
     return bias[None, None]
 
 
-def _name(graph_model: ir.Model, model: PreTrainedModel, wrapper: _Decoder | _Encoder) -> None:
+def _name(graph_model: ir.Model, model: PreTrainedModel, wrapper: Wrapper) -> None:
     """Give weights and dimensions the names of the model and of the graph's clients."""
     graph = graph_model.graph
     for value in list(graph.initializers.values()):
@@ -269,7 +296,7 @@ def _name(graph_model: ir.Model, model: PreTrainedModel, wrapper: _Decoder | _En
 
 
 @contextmanager
-def _hooks(model: PreTrainedModel, wrapper: _Decoder | _Encoder) -> Iterator[None]:
+def _hooks(model: PreTrainedModel, wrapper: Wrapper, attention: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
     """Replace what ONNX Runtime fuses by single operators while inside."""
     with ExitStack() as undo:
 
@@ -283,7 +310,7 @@ def _hooks(model: PreTrainedModel, wrapper: _Decoder | _Encoder) -> Iterator[Non
         for kind in {type(module) for module in model.modules()}:
             if isinstance(wrapper, _Decoder) and _is_rotary(kind):
                 _rotate_in_attention(patch, kind, wrapper)
-        AttentionInterface.register("edge_ft", _attention)
+        AttentionInterface.register("edge_ft", attention)
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation("edge_ft")
         yield
@@ -302,7 +329,7 @@ def _table_names(kind: str | None) -> tuple[str, str]:
 
 def _fuse_norms(patch: Callable[..., None], model: nn.Module) -> None:
     """RMSNorm as one operator, over the weight that it multiplies by (Gemma's plus 1)."""
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    norms = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))]
     found = {norm: plain_rms_norm(norm) for norm in norms}
     for norm, plain in found.items():
         if plain is not None and not torch.equal(plain[0], norm.get_parameter("weight")):

@@ -9,6 +9,7 @@ import numpy as np
 from edge_ft.artifacts import Bundle
 from edge_ft.config import VerifyConfig
 from edge_ft.data import Example, Rendering, TextTokenizer, encode_rows, fingerprint, read_rows
+from edge_ft.data.seq2seq import encode_pair
 from edge_ft.errors import GateRefused
 from edge_ft.evaluate.metrics import paired_bootstrap
 from edge_ft.evaluate.open import rendering_for
@@ -132,6 +133,14 @@ def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Examp
             )
             for row, text in enumerate(framed, 1)
         ]
+    if rendering.task == "text2text-generation":
+        # Each is to be answered by the next one.
+        assert rendering.appended_eos is not None
+        pairs = [
+            encode_pair(tokenizer, text, answer, rendering.appended_eos, rendering.max_length)
+            for text, answer in zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True)
+        ]
+        return [Example(row, pair.source, pair.target, 0, "", 0) for row, pair in enumerate(pairs, 1)]
     encoded = [tokenizer.encode(text)[: rendering.max_length] for text in PROBES]
     return [Example(row, ids, list(ids), 1, "", 0) for row, ids in enumerate(encoded, 1)]
 

@@ -55,3 +55,26 @@ def write_unigram(folder: Path) -> Path:
     config = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+def write_t5_tokenizer(folder: Path) -> int:
+    """Unigram as T5's: pad 0, `</s>` 1 behind every text, unk 2; returns the number of ids."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    specials = ["<pad>", "</s>", "<unk>"]
+    alphabet = list("abcdefghijklmnopqrstuvwxyz0123456789.,!?ABCDEFGHIJKLMNOPQRSTUVWXYZ'-")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=96, special_tokens=specials, unk_token="<unk>", initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["hello world, the answer is seven"] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tokenizer.get_vocab_size()

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_tokenizers import write_bpe
+from small_tokenizers import write_bpe, write_t5_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -15,6 +16,10 @@ from transformers import (
     BertConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -178,6 +183,44 @@ def write_encoder(folder: Path, config: Any, *, seed: int = 0) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
     torch.manual_seed(seed)
     AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def write_t5(folder: Path, *, model_type: str = "t5", untied: bool = False, seed: int = 0, **config: Any) -> Path:
+    """Two layers a stack: T5's first shape (relu, tied and scaled head), or with `untied` and mt5 FLAN's and mT5's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = write_t5_tokenizer(folder)
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 96,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu" if untied else "relu",
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        **({"tie_word_embeddings": False} if untied else {}),
+    }
+    settings |= config
+    model = (
+        MT5ForConditionalGeneration(MT5Config(**settings))
+        if model_type == "mt5"
+        else T5ForConditionalGeneration(T5Config(**settings))
+    )
+    if untied:  # whatever the config says, the file decides
+        model.lm_head.weight = nn.Parameter(torch.randn(vocabulary, model.config.d_model) * 0.3)
+    # Biases that differ between heads and distances, so that a wrong one shows.
+    for stack in (model.encoder, model.decoder):
+        bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        bias.data = torch.randn_like(bias)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -1,6 +1,7 @@
 """The one place that puts a PEFT LoRA adapter on a base, reads it back, or merges it."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import nn
 
-from edge_ft.base.linear import is_within, layers_name
+from edge_ft.base.linear import FrozenLinear, is_within, stack_names
 from edge_ft.base.quiet import quiet_libraries
 from edge_ft.config import Task, TuneConfig, last_layers
 from edge_ft.errors import ModelError, UsageError, did_you_mean
@@ -20,6 +21,7 @@ __all__ = ["add_lora", "load_adapter", "lora_pairs", "merge_adapter"]
 
 PEFT_TASKS: dict[Task, str | None] = {
     "text-generation": "CAUSAL_LM",
+    "text2text-generation": "SEQ_2_SEQ_LM",
     "text-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
     "feature-extraction": "FEATURE_EXTRACTION",
@@ -49,7 +51,7 @@ def add_lora(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
         modules_to_save=[name.rpartition(".")[2] for name in family.trained_head(task)] or None,
     )
     with quiet_libraries():
-        peft_model = get_peft_model(model, lora)
+        peft_model = _without_weights(get_peft_model(model, lora))
     # Only said to who loads the adapter on the plain model: here the layers lie as linear ones do.
     adapter: Any = peft_model.peft_config["default"]
     adapter.fan_in_fan_out = family.fan_in_fan_out
@@ -67,7 +69,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
         with quiet_libraries():
             from peft import PeftModel, get_peft_model_state_dict
 
-            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+            loaded = _without_weights(PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval())
             taken = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -170,19 +172,36 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
     return merged.eval()
 
 
+def _without_weights(peft_model: Any) -> Any:
+    """Let the `weight` of a LoRA layer over codes be None, as that of the layer inside is.
+
+    PEFT would give the codes, and T5 casts what its `wo` reads to the dtype of that weight: to bytes.
+    """
+    for module in peft_model.modules():
+        if hasattr(module, "lora_A") and isinstance(module.base_layer, FrozenLinear):
+            module.__class__ = _weightless(type(module))
+    return peft_model
+
+
+@cache
+def _weightless(kind: Any) -> Any:
+    return type(kind.__name__, (kind,), {"weight": None, "__module__": kind.__module__})
+
+
 def _targets(model: nn.Module, family: Family, task: Task, config: TuneConfig) -> list[str]:
     """Full names of the linear layers to adapt."""
-    within = layers_name(model, family)
-    layers = len(model.get_submodule(within))  # type: ignore[arg-type]
+    stacks = {stack: len(model.get_submodule(stack)) for stack in stack_names(model, family)}  # type: ignore[arg-type]
     count = last_layers(config.layers)
-    runs = int(getattr(model.config, "num_hidden_layers", layers))
-    if count is not None and runs != layers:
+    fewest = min(stacks.values())
+    runs = int(getattr(model.config, "num_hidden_layers", fewest))
+    if count is not None and len(stacks) == 1 and runs != fewest:
         raise UsageError(
-            f"--layers {config.layers}: this model runs the same {layers} layer(s) {runs} times, so the last ones "
+            f"--layers {config.layers}: this model runs the same {fewest} layer(s) {runs} times, so the last ones "
             "are the first ones too: use --layers all"
         )
-    if count is not None and count > layers:
-        raise UsageError(f"--layers {config.layers}: this model has {layers} layers")
+    if count is not None and count > fewest:
+        where = " in its smaller stack" if len(stacks) > 1 else ""
+        raise UsageError(f"--layers {config.layers}: this model has {fewest} layers{where}")
     linear = [
         name
         for name, module in model.named_modules()
@@ -200,7 +219,7 @@ def _targets(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
             name for name in linear if any(name == end or name.endswith(f".{end}") for end in config.target_modules)
         ]
     if count is not None:
-        last = tuple(f"{within}.{index}." for index in range(layers - count, layers))
+        last = tuple(f"{stack}.{index}." for stack, layers in stacks.items() for index in range(layers - count, layers))
         linear = [name for name in linear if name.startswith(last)]
     if not linear:
         raise UsageError("--target-modules and --layers together leave nothing to train")

@@ -42,15 +42,26 @@ def _attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """query [batch, heads, seq, dim], key and value [batch, kv_heads, seq, dim] -> [batch, seq, heads, dim]."""
     batch, heads, length, size = query.shape
     kv_heads = key.shape[1]
     short = length == key.shape[2] and length <= _LONGEST.get(query.dtype, 0)
-    if not short or dropout or query.device.type != "cpu":
+    trained_bias = position_bias is not None and position_bias.requires_grad
+    if not short or dropout or trained_bias or query.device.type != "cpu":
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **keywords
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            position_bias=position_bias,
+            **keywords,
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None:
@@ -59,6 +70,8 @@ def _attend(
         bias = torch.zeros(()).masked_fill(~attention_mask, torch.finfo(torch.float32).min)
     else:
         bias = attention_mask.float()
+    if position_bias is not None:
+        bias = bias + position_bias.float()
     # The heads that share a key lie behind each other along the queries.
     queries = query.reshape(batch, kv_heads, -1, size)
     scale = 1 / math.sqrt(size) if scaling is None else scaling

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from edge_ft.base.attention import use_short_attention
-from edge_ft.base.linear import layers_name, transposed_weight
+from edge_ft.base.linear import stack_names, transposed_weight
 from edge_ft.base.norm import plain_rms_norm
 from edge_ft.families import Family
 
@@ -45,15 +45,16 @@ class Compute:
         self.active = False
         _give_freed_memory_back(recompute)
         task_model = model.get_base_model()
-        layers = task_model.get_submodule(layers_name(task_model, family))
+        stacks = [task_model.get_submodule(stack) for stack in stack_names(task_model, family)]
         use_short_attention(task_model)
-        for layer in layers:
-            layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True)
-            if recompute:
-                layer.forward = partial(self._recompute, layer.forward)
-        layers[-1].register_forward_hook(self._leave_layers)
-        for module in layers.modules():
-            if type(module).__name__.endswith("RMSNorm"):
+        for layers in stacks:
+            for layer in layers:
+                layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True)
+                if recompute:
+                    layer.forward = partial(self._recompute, layer.forward)
+            layers[-1].register_forward_hook(self._leave_layers)
+        for module in (module for layers in stacks for module in layers.modules()):
+            if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
                 self._fuse_norm(module)
             elif type(module) is nn.LayerNorm:
                 self._widen_norm(module)

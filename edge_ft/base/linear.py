@@ -29,9 +29,9 @@ __all__ = [
     "embedding_scale",
     "exporting",
     "is_within",
-    "layers_name",
     "move",
     "quantize_model",
+    "stack_names",
     "transposed_weight",
     "turn_conv1d",
 ]
@@ -326,10 +326,10 @@ def is_within(name: str, modules: tuple[str, ...]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def layers_name(model: nn.Module, family: Family) -> str:
-    """Dotted name of the list of transformer layers in `model`: a body without a head has no prefix."""
+def stack_names(model: nn.Module, family: Family) -> tuple[str, ...]:
+    """Dotted names of the lists of transformer layers in `model`: a body without a head has no prefix."""
     prefix = str(model.base_model_prefix)
-    return family.layers if hasattr(model, prefix) else family.layers.removeprefix(f"{prefix}.")
+    return tuple(stack if hasattr(model, prefix) else stack.removeprefix(f"{prefix}.") for stack in family.stacks)
 
 
 def codes_sha256(model: nn.Module) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,9 @@ def find_base(model: str, task: Task | None = None) -> Base:
         refuse_unsupported(Sizes(read_config(family.name, config, folder / "config.json")), folder)
     if family.kind == "encoder" and config.get("is_decoder"):
         raise ModelError(f"{folder} is a {family.name} that was made a decoder (is_decoder): that cannot be exported")
+    base = Base(model, folder, family, "", config)
+    if family.kind == "encoder-decoder" and getattr(base.sizes.config, "decoder_start_token_id", None) is None:
+        raise ModelError(f"{folder / 'config.json'} names no decoder_start_token_id, from which an answer begins")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ModelError(
@@ -152,7 +155,7 @@ def find_base(model: str, task: Task | None = None) -> Base:
     digest = hashlib.sha256()
     for file in [folder / "config.json", *weights]:
         digest.update(file_sha256(file).encode())
-    return Base(model, folder, family, digest.hexdigest(), config)
+    return replace(base, content_sha256=digest.hexdigest())
 
 
 def load_model(
@@ -257,6 +260,17 @@ def _quantized(
         with safe_open(file, "pt") as weights:
             for key in weights.keys():  # noqa: SIM118
                 places[key], shapes[key] = file, weights.get_slice(key).get_shape()
+    tied: dict[str, str] = model.all_tied_weights_keys
+    for target, source in list(tied.items()):
+        if target in shapes and source in shapes and _differ(places, target, source):
+            # As from_pretrained does (FLAN-T5's head is one, whatever its config says).
+            parent, _, attribute = target.rpartition(".")
+            setattr(
+                model.get_submodule(parent),
+                attribute,
+                nn.Parameter(torch.empty(shapes[target], device="meta"), requires_grad=False),
+            )
+            del tied[target]
     parameters = dict(model.named_parameters())  # a tied one once
     keys = {
         name: key
@@ -284,14 +298,25 @@ def _quantized(
         parent, _, attribute = name.rpartition(".")
         value = torch.empty(parameters[name].shape) if name in drawn else read(name, slice(None))
         setattr(model.get_submodule(parent), attribute, nn.Parameter(value))
-    head = model.get_output_embeddings()
-    if head is not None and getattr(head.weight, "is_meta", False):  # tied to an embedding that stays float
-        head.weight = model.get_input_embeddings().weight
+    for target, source in tied.items():  # to an embedding that stays float
+        parent, _, attribute = target.rpartition(".")
+        if getattr(getattr(model.get_submodule(parent), attribute), "is_meta", False):
+            setattr(model.get_submodule(parent), attribute, model.get_parameter(source))
     torch.manual_seed(seed)
     for name, module in model.named_modules():
         if name in modules:
             model._init_weights(module)
     return model
+
+
+def _differ(places: dict[str, Path], first: str, second: str) -> bool:
+    """Whether two stored matrices of one shape differ."""
+    with safe_open(places[first], "pt") as a, safe_open(places[second], "pt") as b:
+        one, other = a.get_slice(first), b.get_slice(second)
+        rows, step = one.get_shape()[0], 4096
+        return one.get_shape() != other.get_shape() or any(
+            not torch.equal(one[start : start + step], other[start : start + step]) for start in range(0, rows, step)
+        )
 
 
 def _round(

@@ -14,7 +14,7 @@ from edge_ft.config import Task
 from edge_ft.data import Batch, target_mask
 from edge_ft.data.example import IGNORED
 
-__all__ = ["HIDDEN", "LOSSES", "TorchScorer", "task_model_of"]
+__all__ = ["HIDDEN", "LOSSES", "TorchScorer", "head_input", "task_model_of"]
 
 
 def target_hidden(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -41,10 +41,45 @@ def target_hidden(model: Any, batch: Batch, device: torch.device) -> tuple[Tenso
     return hidden[:, :-1][targets].float(), labels[:, 1:][targets]
 
 
+def target_hidden_seq2seq(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What an encoder-decoder's head reads at the labelled positions, and their labels.
+
+    Args:
+        model: The task model, with or without PEFT around it.
+        batch: `input_ids` and `attention_mask` [batch, source], `labels` [batch, target] with -100 behind each end.
+
+    Returns:
+        hidden [targets, hidden] float32 and labels [targets] int64.
+    """
+    input_ids, mask, labels = (
+        torch.from_numpy(batch[name]).to(device) for name in ("input_ids", "attention_mask", "labels")
+    )
+    task_model = task_model_of(model)
+    source = task_model.get_encoder()(input_ids=input_ids, attention_mask=mask).last_hidden_state
+    # Padding is behind the target, where no labelled position can see it: the decoder needs no mask of its own.
+    hidden = task_model.get_decoder()(
+        input_ids=task_model.prepare_decoder_input_ids_from_labels(labels),
+        encoder_hidden_states=source,
+        encoder_attention_mask=mask,
+        use_cache=False,
+    ).last_hidden_state  # [batch, target, hidden]
+    targets = labels != IGNORED
+    return head_input(task_model, hidden)[targets].float(), labels[targets]
+
+
+def head_input(model: Any, hidden: Tensor) -> Tensor:
+    """What an encoder-decoder's head reads of the decoder's output: T5's first shape, its head tied, scales it."""
+    scaled = getattr(model.config, "scale_decoder_outputs", False)
+    return hidden * model.config.d_model**-0.5 if scaled else hidden
+
+
 Targets = Callable[[Any, Batch, torch.device], tuple[Tensor, Tensor]]
 """model, batch, device -> two tensors with an entry for each target, in the order of `target_mask`."""
 
-HIDDEN: dict[Task, Targets] = {"text-generation": target_hidden}
+HIDDEN: dict[Task, Targets] = {
+    "text-generation": target_hidden,
+    "text2text-generation": target_hidden_seq2seq,
+}
 """Tasks whose targets are tokens: what the head over the vocabulary reads at each, float32, and the label."""
 
 LOSSES: dict[Task, Targets] = {
@@ -100,6 +135,8 @@ class TorchScorer:
         """Greedy continuation of one prompt, up to and without the first stop token; none of an empty prompt."""
         if not prompt_ids:
             return []
+        if self.task == "text2text-generation":
+            return self._write([prompt_ids], max_new_tokens)[0]
         self.model.eval()
         input_ids = torch.tensor([prompt_ids], device=self.device)
         answer: list[int] = []
@@ -116,8 +153,8 @@ class TorchScorer:
     @torch.inference_mode()
     def answer_batch(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         """`answer` to each of the prompts, none of them empty; a decoder reads them together, padded on the left."""
-        if self.task != "text-generation":
-            return [self.answer(prompt, max_new_tokens) for prompt in prompts]
+        if self.task == "text2text-generation":
+            return self._write(prompts, max_new_tokens)
         self.model.eval()
         longest = max(map(len, prompts))
         ids = np.zeros((len(prompts), longest), np.int64)
@@ -148,6 +185,38 @@ class TorchScorer:
                 break
             past, position_ids = output.past_key_values, position_ids[:, -1:] + 1
             attention_mask = torch.cat((attention_mask, torch.ones_like(input_ids)), dim=1)
+        return answers
+
+    def _write(self, sources: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """An encoder-decoder's greedy answers; the sources are read together, padded on the right."""
+        self.model.eval()
+        model = task_model_of(self.model)
+        ids = np.zeros((len(sources), max(map(len, sources))), np.int64)
+        mask = np.zeros_like(ids)
+        for row, source in enumerate(sources):
+            ids[row, : len(source)], mask[row, : len(source)] = source, 1
+        input_ids, attention_mask = (torch.from_numpy(array).to(self.device) for array in (ids, mask))
+        encoded = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
+        tokens = torch.full((len(sources), 1), model.config.decoder_start_token_id, device=self.device)
+        answers: list[list[int]] = [[] for _ in sources]
+        going = set(range(len(sources)))
+        past = None
+        for _ in range(max_new_tokens):
+            output = model(
+                encoder_outputs=encoded,
+                attention_mask=attention_mask,
+                decoder_input_ids=tokens,
+                past_key_values=past,
+                use_cache=True,
+            )
+            past, tokens = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+            for row, token in enumerate(tokens[:, 0].tolist()):
+                if token in self.stop_ids:
+                    going.discard(row)
+                elif row in going:
+                    answers[row].append(token)
+            if not going:
+                break
         return answers
 
     @torch.inference_mode()

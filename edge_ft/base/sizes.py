@@ -19,8 +19,9 @@ class Sizes:
 
     @property
     def layers(self) -> int:
-        """Transformer layers."""
-        return int(self.config.num_hidden_layers)
+        """Transformer layers; of two stacks, those of the smaller one."""
+        layers = int(self.config.num_hidden_layers)
+        return min(layers, int(getattr(self.config, "num_decoder_layers", layers)))
 
     @property
     def hidden(self) -> int:

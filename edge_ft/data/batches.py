@@ -24,8 +24,9 @@ class Batch(TypedDict):
     attention_mask: NDArray[np.int64]
     """[batch, seq], 1 on tokens and 0 on padding."""
     labels: NDArray[Any]
-    """[batch, targets] int64, -100 where there is no loss: [batch, seq] for tokens and tags, [batch, 1] for a class
-    (or a text's rank). float32 [batch, classes] for several classes, [batch, 1] for a number."""
+    """[batch, targets] int64, -100 where there is no loss: [batch, seq] for tokens and tags, [batch, target] for an
+    encoder-decoder's answers, [batch, 1] for a class (or a text's rank).
+    float32 [batch, classes] for several classes, [batch, 1] for a number."""
     rows: list[int]
     """Numbers of the rows in the user's file."""
     token_type_ids: NotRequired[NDArray[np.int64]]

@@ -12,6 +12,7 @@ from edge_ft.data.classes import guess_problem, read_classes, sort_classes
 from edge_ft.data.read import Row
 from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import DataError, did_you_mean
+from edge_ft.families import Kind
 
 __all__ = [
     "Columns",
@@ -30,7 +31,7 @@ __all__ = [
     "record",
 ]
 
-Kind = Literal["messages", "prompt_completion", "instruction", "text", "text_label", "template", "tokens", "pair"]
+Form = Literal["messages", "prompt_completion", "instruction", "text", "text_label", "template", "tokens", "pair"]
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": text}`."""
 ROLES = ("system", "user", "assistant")
@@ -49,7 +50,7 @@ WORDS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "pos_tags")
 class Columns:
     """How a row becomes a record; `prompt` and `completion` are templates that name columns as `{column}`."""
 
-    kind: Kind
+    kind: Form
     prompt: str | None = None
     """Template of the prompt, or of the text to classify; tokens: the column of the words."""
     completion: str | None = None
@@ -89,14 +90,16 @@ class Record:
     """The class, the classes, the number as text, or a tag for each word."""
 
 
-def guess_task(names: Sequence[str], config: RowsConfig, decoder: bool) -> Task:
-    """What the columns are for: text-generation for a decoder without --label; for an encoder words with tags, a text
-    with a label, two texts that belong together, or text alone.
+def guess_task(names: Sequence[str], config: RowsConfig, kind: Kind) -> Task:
+    """What the columns are for: text-generation for a decoder without --label, text2text-generation for an
+    encoder-decoder; for an encoder words with tags, a text with a label, two texts that belong together, or text alone.
 
     Raises:
         DataError: an encoder, but no columns that it could learn from.
     """
-    if config.label is None and decoder:
+    if kind == "encoder-decoder":
+        return "text2text-generation"
+    if config.label is None and kind == "decoder":
         return "text-generation"
     if _first(WORDS, names) and (config.label or _first(TAGS, names)):
         return "token-classification"

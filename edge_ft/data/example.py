@@ -17,6 +17,7 @@ class Example:
     input_ids: list[int]
     labels: list[int] | list[float]
     """What is learned, by task. Tokens of a vocabulary or tags: as long as `input_ids`, -100 where there is no loss.
+    Text2text-generation: the target, of its own length.
     Text-classification: the class index alone; 0. or 1. for every class (multi-label); the number (regression).
     Feature-extraction: 0 alone, the rank that the row's own second text should have."""
     prompt_length: int
@@ -31,8 +32,15 @@ class Example:
     """Tokens with loss among those lost to max_length."""
     token_type_ids: list[int] = field(default_factory=list)
     """As long as `input_ids`, or empty where they are all 0."""
+    apart: bool = False
+    """The answer is a sequence of its own (text2text-generation)."""
     pair_ids: list[int] = field(default_factory=list)
     """Tokens of a text of its own that belongs to this one (feature-extraction)."""
+
+    @property
+    def read(self) -> int:
+        """Positions that the prompt takes of those an answer has."""
+        return 0 if self.apart else self.prompt_length
 
     @property
     def targets(self) -> int:

@@ -5,7 +5,8 @@ apart, loss on completion and EOS; control tokens are read where --prompt and --
 in a column's value. Chats are what the chat template writes and nothing else (it writes its own
 BOS), loss on each assistant turn through its end-of-turn token. A template that changes earlier turns when
 the chat goes on (as those that drop earlier thinking do) gives loss only on the turns that it leaves as the
-model will see them at run time; `Example.unlearned_turns` counts the others.
+model will see them at run time; `Example.unlearned_turns` counts the others. An encoder-decoder has prompt and
+completion as two sequences (`edge_ft.data.seq2seq`).
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from edge_ft.data.columns import Columns, Message, Record, record
 from edge_ft.data.encoders import ENCODERS
 from edge_ft.data.example import IGNORED, Example
 from edge_ft.data.read import Row
+from edge_ft.data.seq2seq import check_pairs, encode_pair, encode_source
 from edge_ft.data.tokenizer import TextTokenizer
 from edge_ft.errors import DataError, ModelError
 
@@ -43,7 +45,7 @@ class Rendering:
     labels: tuple[str, ...]
     """Classes or tags in the order of the logits; of a regression the name of its column."""
     max_length: int
-    """Tokens; longer rows are cut at their end."""
+    """Tokens; longer rows are cut at their end. Of an encoder-decoder, source and target may be so long each."""
     bos: int | None
     """Id put in front of a plain prompt."""
     appended_eos: int | None
@@ -90,6 +92,11 @@ def make_rendering(
     """
     if task in ENCODERS:
         return Rendering(task, None, columns, labels, max_length, None, None)
+    if task == "text2text-generation":
+        check_pairs(columns, config.chat_template)
+        if tokenizer.eos_id is None:
+            raise ModelError("the tokenizer names no eos_token, so a model could not learn to stop")
+        return Rendering(task, None, columns, labels, max_length, None, tokenizer.eos_id)
     chosen = config.chat_template
     if chosen is None:
         chosen = "auto" if columns.kind in ("messages", "prompt_completion", "instruction") else "none"
@@ -141,6 +148,8 @@ def encode_prompt(rendering: Rendering, tokenizer: TextTokenizer, prompt: str | 
         return tokenizer.encode_template(render_chat(rendering.chat_template, messages, True, tokenizer))
     if not isinstance(prompt, str):
         raise DataError("this model was not trained with a chat template: give text instead of messages")
+    if rendering.task == "text2text-generation":
+        return encode_source(tokenizer, prompt)[0]
     return [*([] if rendering.bos is None else [rendering.bos]), *tokenizer.encode(prompt)]
 
 
@@ -156,6 +165,20 @@ def encode_example(rendering: Rendering, tokenizer: TextTokenizer, record: Recor
     completion = answers[-1] if answers else record.completion
     if completion is None:
         raise DataError(f"row {record.row} has no answer to learn: give --completion, or a chat with an assistant turn")
+    if rendering.task == "text2text-generation":
+        assert rendering.appended_eos is not None
+        pair = encode_pair(tokenizer, record.prompt, completion, rendering.appended_eos, rendering.max_length)
+        reference = tokenizer.without_controls(completion)
+        return Example(
+            record.row,
+            pair.source,
+            pair.target,
+            len(pair.source),
+            reference,
+            pair.cut,
+            cut_targets=pair.cut_targets,
+            apart=True,
+        )
     skipped = 0
     try:
         if rendering.chat_template is None:

@@ -14,10 +14,8 @@ from edge_ft.evaluate.metrics import Metric, accuracy, exact_match, macro_f1, me
 from edge_ft.evaluate.score import Answerer
 from edge_ft.progress import Progress, track
 
-__all__ = ["ANSWERING", "Answer", "Chooser", "answer_metrics", "choice_metrics", "generate_answers"]
+__all__ = ["Answer", "Chooser", "answer_metrics", "choice_metrics", "generate_answers"]
 
-ANSWERING = ("text-generation", "text2text-generation")
-"""Tasks whose models write answers."""
 REPEATED = 4
 """Words of a phrase whose return counts as repetition (seq-rep-4, arXiv:1908.04319)."""
 BATCH = 16
@@ -61,7 +59,7 @@ def generate_answers(
 ) -> list[Answer]:
     """Greedy answers to the prompts of `examples`, in order; rows without a prompt, or with no room for an answer, have
     none."""
-    rooms = [min(max_new_tokens, model_limit - example.prompt_length) for example in examples]
+    rooms = [min(max_new_tokens, model_limit - example.read) for example in examples]
     asked = [at for at, example in enumerate(examples) if example.prompt_length and rooms[at] > 0]
     prompts = {at: examples[at].input_ids[: examples[at].prompt_length] for at in asked}
     together: list[list[int]] = []

@@ -22,7 +22,7 @@ from edge_ft.data import (
 )
 from edge_ft.errors import DataError, ModelError, UsageError, require
 from edge_ft.evaluate.score import Scorer
-from edge_ft.families import CLASSIFIERS
+from edge_ft.families import CLASSIFIERS, Kind
 
 if TYPE_CHECKING:
     from edge_ft.base.load import Base
@@ -59,13 +59,8 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         limit = int(bundle.manifest["max_length"])
         own = Rendering.from_dict(bundle.manifest["rendering"])
         rendering = rendering_for(config, rows, tokenizer, own, model_limit=limit)
-        scorer: Scorer = load(
-            bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter
-        )
-        return Opened(scorer, tokenizer, rendering, limit)
+        return Opened(load(bundle, threads=config.threads, adapter=config.adapter), tokenizer, rendering, limit)
 
-    if config.accuracy_level is not None:
-        raise UsageError("--accuracy-level is for bundles: runs and models have one graph")
     torch = require("torch", "train")
     from edge_ft.base.linear import move
     from edge_ft.base.scorer import TorchScorer
@@ -88,14 +83,14 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
     if config.adapter is not None:
         raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter")
     base = find_base(source, config.task)
-    task = config.task or guess_task(column_names(rows), config, base.family.decoder)
+    task = config.task or guess_task(column_names(rows), config, base.family.kind)
     tokenizer = TextTokenizer.load(base.path)
     rendering = rendering_for(
         config,
         rows,
         tokenizer,
         None,
-        decoder=base.family.decoder,
+        kind=base.family.kind,
         task=task,
         model_limit=base.max_length,
         labels=base.labels(task),
@@ -168,7 +163,7 @@ def rendering_for(
     tokenizer: TextTokenizer,
     own: Rendering | None,
     *,
-    decoder: bool = True,
+    kind: Kind = "decoder",
     task: Task | None = None,
     model_limit: int,
     labels: tuple[str, ...] = (),
@@ -209,7 +204,7 @@ def rendering_for(
             return replace(own, columns=columns)
         anew = make_rendering(config, columns, own.task, tokenizer, own.max_length, own.labels)
         return replace(anew, answers=own.answers)
-    task = task or guess_task(names, config, decoder)
+    task = task or guess_task(names, config, kind)
     if task in CLASSIFIERS and not labels:
         raise DataError("this model has no class names of its own: tune it first")
     longest = longest_sequence(config.max_length, model_limit)

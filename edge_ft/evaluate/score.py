@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Batch, Example, Rendering, TextTokenizer, collate, eval_batches, target_mask
 from edge_ft.data.example import IGNORED
 from edge_ft.errors import AuditRefused
@@ -149,21 +150,18 @@ def said(predicted: NDArray[Any], rendering: Rendering, tokenizer: TextTokenizer
 
 
 def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: tuple[str, ...]) -> dict[str, Any]:
-    """`nll` (nats per target token), `perplexity` and `metrics`, each with its 95% interval over rows.
-
-    Numbers have no perplexity: it and its interval are None.
-    """
+    """`nll` (nats per target token), `perplexity` and `metrics`, each with its 95% interval over rows."""
     right = scores.correct / scores.tokens
-    numbers = False
-    if task == "text-generation":
+    if task in TEXT_TASKS:
         metrics = {"token_accuracy": mean(right, scores.tokens)}
     elif task == "token-classification":
         metrics = {"accuracy": mean(right, scores.tokens), **span_metrics(*tag_names(scores, examples, labels))}
     elif isinstance(examples[0].labels[0], float):
         gold = np.array([example.labels for example in examples])
         predicted = np.stack(scores.predicted)
-        numbers = len(labels) == 1
-        metrics = number_metrics(predicted[:, 0], gold[:, 0]) if numbers else multi_label_f1(predicted > 0, gold > 0)
+        if len(labels) == 1:
+            return {"nll": scores.mean_nll, "perplexity": None, "metrics": number_metrics(predicted[:, 0], gold[:, 0])}
+        metrics = multi_label_f1(predicted > 0, gold > 0)
     else:
         gold = np.array([example.labels[0] for example in examples])
         predicted = np.array([int(classes[0]) for classes in scores.predicted])
@@ -172,7 +170,7 @@ def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: t
     return {
         "nll": scores.mean_nll,
         "nll_interval": list(interval),
-        "perplexity": None if numbers else perplexity(scores.mean_nll),
-        "perplexity_interval": None if numbers else [perplexity(nll) for nll in interval],
+        "perplexity": perplexity(scores.mean_nll),
+        "perplexity_interval": [perplexity(nll) for nll in interval],
         "metrics": metrics,
     }

@@ -7,6 +7,7 @@ from edge_ft.runtime.adapters import adapter_inputs
 from edge_ft.runtime.cache import KVCache
 from edge_ft.runtime.classify import Classification, TextClassifier
 from edge_ft.runtime.decode import Conversation, Generation, TextGenerator, Timings
+from edge_ft.runtime.seq2seq import Seq2SeqGenerator
 from edge_ft.runtime.session import open_session
 from edge_ft.runtime.tag import TaggedText, TaggedWord, TextTagger
 
@@ -15,6 +16,7 @@ __all__ = [
     "Conversation",
     "Generation",
     "KVCache",
+    "Seq2SeqGenerator",
     "TaggedText",
     "TaggedWord",
     "TextClassifier",
@@ -37,7 +39,7 @@ def load(
     threads: int | None = None,
     accuracy_level: int | None = None,
     adapter: str | None = None,
-) -> "TextGenerator | TextClassifier | TextTagger":
+) -> "TextGenerator | Seq2SeqGenerator | TextClassifier | TextTagger":
     """Get a bundle ready to answer.
 
     Args:
@@ -53,6 +55,9 @@ def load(
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(Path(bundle))
+    if bundle.task == "text2text-generation":
+        sessions = [open_session(find(accuracy_level), threads) for find in (bundle.encoder_graph, bundle.graph)]
+        return Seq2SeqGenerator(bundle, *((each, adapter_inputs(bundle, each, adapter)) for each in sessions))
     session = open_session(bundle.graph(accuracy_level), threads)
     extra = adapter_inputs(bundle, session, adapter)
     if bundle.task in ENCODERS:

@@ -14,7 +14,7 @@ from edge_ft.data import Columns, Message, Rendering, Row, read_rows, record
 from edge_ft.data.columns import fill_text
 from edge_ft.errors import DataError, UsageError
 from edge_ft.progress import Progress, track
-from edge_ft.runtime import Classification, Conversation, TextGenerator, load
+from edge_ft.runtime import Classification, Conversation, Seq2SeqGenerator, TextGenerator, load
 from edge_ft.runtime.ask import Asked, Reader, ask, asked_of, asked_of_row, lines_of, ranked
 from edge_ft.runtime.decode import TooLong
 
@@ -34,7 +34,7 @@ def answer_one(bundle: Path, text: str, config: RunConfig, stream: TextIO | None
         `text`, `prompt_tokens`, `new_tokens`, `finish_reason` and `timings` (seconds), or what `ask` gives.
     """
     opened = _open(bundle, config)
-    if not isinstance(opened, TextGenerator):
+    if not isinstance(opened, TextGenerator | Seq2SeqGenerator):
         _refuse_labels(opened, config)
         (answer,) = ask(opened, [asked_of(opened, text, config.text_pair)])
         lines = lines_of(opened, answer)
@@ -48,7 +48,9 @@ def answer_one(bundle: Path, text: str, config: RunConfig, stream: TextIO | None
     return answer
 
 
-def _generated(opened: TextGenerator, text: str, config: RunConfig, stream: TextIO | None) -> dict[str, Any]:
+def _generated(
+    opened: TextGenerator | Seq2SeqGenerator, text: str, config: RunConfig, stream: TextIO | None
+) -> dict[str, Any]:
     """An answer that is written to `stream` as it comes."""
     if config.text_pair is not None:
         raise UsageError(f"--text-pair is for models that read two texts: {opened.bundle.path} answers one prompt")
@@ -80,7 +82,7 @@ def answer_file(bundle: Path, source: Path, out: Path, config: RunConfig, progre
     started = time.monotonic()
     rows = read_rows(str(source))
     opened = _open(bundle, config)
-    if not isinstance(opened, TextGenerator):
+    if not isinstance(opened, TextGenerator | Seq2SeqGenerator):
         _refuse_labels(opened, config)
         answers: Iterator[dict[str, Any]] = iter(ask(opened, [_asked(row, opened.rendering) for row in rows]))
     else:
@@ -103,6 +105,8 @@ def converse(bundle: Path, config: RunConfig, source: TextIO, target: TextIO) ->
         UsageError: the bundle is of another task than text-generation, or has no chat template.
     """
     opened = _open(bundle, config)
+    if isinstance(opened, Seq2SeqGenerator):
+        raise UsageError(f"{bundle} turns one text into another: it cannot hold a conversation")
     conversation = opened.chat(config)
     while True:
         target.write("> ")
@@ -130,7 +134,9 @@ def _say(conversation: Conversation, line: str, target: TextIO) -> None:
     target.write("\n")
 
 
-def _answer_or_error(opened: TextGenerator, prompt: str | list[Message], config: RunConfig) -> dict[str, Any]:
+def _answer_or_error(
+    opened: TextGenerator | Seq2SeqGenerator, prompt: str | list[Message], config: RunConfig
+) -> dict[str, Any]:
     """One row that cannot be answered does not cost the others theirs."""
     try:
         return asdict(_labelled(opened, [prompt], config)[0] if config.labels else opened.generate(prompt, config))
@@ -138,8 +144,12 @@ def _answer_or_error(opened: TextGenerator, prompt: str | list[Message], config:
         return {"error": str(error)}
 
 
-def _labelled(opened: TextGenerator, prompts: Sequence[Any], config: RunConfig) -> list[Classification]:
+def _labelled(
+    opened: TextGenerator | Seq2SeqGenerator, prompts: Sequence[Any], config: RunConfig
+) -> list[Classification]:
     """What a generator chooses under --labels."""
+    if isinstance(opened, Seq2SeqGenerator):
+        raise UsageError("--labels is for decoders: an encoder-decoder writes its answer")
     return opened.classify(prompts, None if config.labels == ("auto",) else config.labels)
 
 
@@ -150,7 +160,7 @@ def _refuse_labels(opened: Reader, config: RunConfig) -> None:
         raise UsageError(f"--labels is for models that write text; this one's labels are its own: {own}")
 
 
-def _open(bundle: Path, config: RunConfig) -> TextGenerator | Reader:
+def _open(bundle: Path, config: RunConfig) -> TextGenerator | Seq2SeqGenerator | Reader:
     return load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter)
 
 

@@ -31,10 +31,22 @@ from edge_ft.runtime.sample import Sampler
 from edge_ft.runtime.task import OneTask
 from edge_ft.runtime.text import TextPieces
 
-__all__ = ["Conversation", "Generation", "TextGenerator", "Timings", "TooLong"]
+__all__ = [
+    "DEFAULT_NEW_TOKENS",
+    "GREEDY",
+    "Clock",
+    "Conversation",
+    "Generation",
+    "TextGenerator",
+    "Timings",
+    "TooLong",
+    "last",
+    "nll_of",
+    "speak",
+]
 
-_GREEDY = RunConfig()
-_DEFAULT_NEW_TOKENS = 256
+GREEDY = RunConfig()
+DEFAULT_NEW_TOKENS = 256
 _LOGITS_AT_ONCE = 1 << 24
 """Logits held while scoring: 64 MB; larger batches are scored in parts."""
 
@@ -85,7 +97,7 @@ class TextGenerator(OneTask):
         self._shape = CacheShape(**bundle.manifest["cache"])
         self._adapter_inputs = adapter_inputs
 
-    def generate(self, prompt: str | list[Message], config: RunConfig = _GREEDY) -> Generation:
+    def generate(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generation:
         """Answer a prompt.
 
         Args:
@@ -96,13 +108,13 @@ class TextGenerator(OneTask):
             TooLong: prompt and answer are longer together than the model can read.
             UsageError: a stop string is empty, or the chat template cannot render the messages.
         """
-        return _last(self.stream(prompt, config))
+        return last(self.stream(prompt, config))
 
-    def stream(self, prompt: str | list[Message], config: RunConfig = _GREEDY) -> Generator[str, None, Generation]:
+    def stream(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generator[str, None, Generation]:
         """As `generate`, in pieces of text as they become certain; the generator returns the `Generation`."""
         return self._stream(self.open_cache(), prompt, config)
 
-    def chat(self, config: RunConfig = _GREEDY) -> "Conversation":
+    def chat(self, config: RunConfig = GREEDY) -> "Conversation":
         """A conversation whose tokens stay in the cache from turn to turn.
 
         Raises:
@@ -180,7 +192,7 @@ class TextGenerator(OneTask):
         room = min(max_new_tokens, self.max_length - len(prompt_ids))
         if room < 1 or not prompt_ids:
             return []
-        tokens = list(_decode(self.open_cache(), prompt_ids, room, _GREEDY, self.stop_ids, _Clock()))
+        tokens = list(_decode(self.open_cache(), prompt_ids, room, GREEDY, self.stop_ids, Clock()))
         return tokens[:-1] if tokens[-1] in self.stop_ids else tokens
 
     def time_decode(self, prompt_ids: list[int], new_tokens: int) -> Timings:
@@ -191,8 +203,8 @@ class TextGenerator(OneTask):
         """
         if len(prompt_ids) + new_tokens > self.max_length:
             raise _too_long(len(prompt_ids), new_tokens, self.max_length)
-        clock = _Clock()
-        for _ in _decode(self.open_cache(), prompt_ids, new_tokens, _GREEDY, frozenset(), clock):
+        clock = Clock()
+        for _ in _decode(self.open_cache(), prompt_ids, new_tokens, GREEDY, frozenset(), clock):
             pass
         return clock.timings()
 
@@ -217,12 +229,7 @@ class TextGenerator(OneTask):
             logits = self._logits(batch["input_ids"][rows], batch["attention_mask"][rows], keep)
             for row, row_logits in enumerate(logits, start):
                 at = targets[row, first:]
-                scores = row_logits[:-1][at]  # [targets, vocab]
-                peak = scores.max(axis=-1, keepdims=True)
-                predicted[row, first:][at] = scores.argmax(axis=-1)
-                scores -= peak
-                chosen = scores[np.arange(len(scores)), labels[row, first:][at]]
-                nll[row, first:][at] = np.log(np.exp(scores, out=scores).sum(axis=-1)) - chosen
+                nll[row, first:][at], predicted[row, first:][at] = nll_of(row_logits[:-1][at], labels[row, first:][at])
         return nll, predicted
 
     def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -275,8 +282,10 @@ class TextGenerator(OneTask):
     def _stream(
         self, cache: KVCache, prompt: str | list[Message], config: RunConfig
     ) -> Generator[str, None, Generation]:
-        clock = _Clock()
+        clock = Clock()
         rendering = self._rendering(config)
+        if config.num_beams > 1:
+            raise UsageError("--num-beams is for text2text-generation: this bundle answers greedily or by sampling")
         if config.system is not None:
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             prompt = [{"role": "system", "content": config.system}, *turns]
@@ -285,35 +294,18 @@ class TextGenerator(OneTask):
             raise UsageError("the prompt is empty: give it at least one character")
         ends = stop_ids(rendering, self.tokenizer)
         room = self.max_length - len(prompt_ids)
-        longest = config.max_new_tokens or min(_DEFAULT_NEW_TOKENS, room)
+        longest = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
         if room < max(longest, 1):
             raise _too_long(len(prompt_ids), max(longest, 1), self.max_length)
         cached = cache.rewind(prompt_ids)
-        pieces = TextPieces(self.tokenizer.decode, config.stop)
-        text: list[str] = []
-        new_tokens = 0
-        finish_reason: Literal["stop", "length"] = "length"
-        for token in _decode(cache, prompt_ids, longest, config, ends, clock):
-            new_tokens += 1
-            if token in ends:
-                finish_reason = "stop"
-                break
-            if piece := pieces.push(token):
-                text.append(piece)
-                yield piece
-            if pieces.stopped:
-                break
-        if piece := pieces.finish():
-            text.append(piece)
-            yield piece
-        if pieces.stopped:
-            finish_reason = "stop"
+        tokens = _decode(cache, prompt_ids, longest, config, ends, clock)
+        spoken = yield from speak(tokens, ends, TextPieces(self.tokenizer.decode, config.stop))
         return Generation(
-            text="".join(text),
+            text=spoken.text,
             prompt_tokens=len(prompt_ids),
             cached_tokens=cached,
-            new_tokens=new_tokens,
-            finish_reason=finish_reason,
+            new_tokens=spoken.tokens,
+            finish_reason=spoken.finish_reason,
             timings=clock.timings(),
         )
 
@@ -333,7 +325,7 @@ class Conversation:
 
     def say(self, content: str) -> Generation:
         """The answer to the user's next message."""
-        return _last(self.stream(content))
+        return last(self.stream(content))
 
     def stream(self, content: str) -> Generator[str, None, Generation]:
         """As `say`, in pieces; a turn that is not read to its end is not part of the conversation."""
@@ -343,7 +335,47 @@ class Conversation:
         return generation
 
 
-class _Clock:
+@dataclass(frozen=True)
+class Spoken:
+    """An answer, and how it came to its end."""
+
+    text: str
+    tokens: int
+    """The one that ended it included."""
+    finish_reason: Literal["stop", "length"]
+
+
+def speak(tokens: Iterator[int], ends: frozenset[int], pieces: TextPieces) -> Generator[str, None, Spoken]:
+    """The text of `tokens` as it becomes certain, until one of `ends`, a stop string or their own end."""
+    text: list[str] = []
+    count = 0
+    finish_reason: Literal["stop", "length"] = "length"
+    for token in tokens:
+        count += 1
+        if token in ends:
+            finish_reason = "stop"
+            break
+        if piece := pieces.push(token):
+            text.append(piece)
+            yield piece
+        if pieces.stopped:
+            break
+    if piece := pieces.finish():
+        text.append(piece)
+        yield piece
+    return Spoken("".join(text), count, "stop" if pieces.stopped else finish_reason)
+
+
+def nll_of(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Loss (nats) and likeliest token of each row of logits [targets, vocab], overwritten, and its label [targets]."""
+    predicted = logits.argmax(axis=-1)
+    logits -= logits.max(axis=-1, keepdims=True)
+    chosen = logits[np.arange(len(logits)), labels]
+    nll: NDArray[np.float32] = np.log(np.exp(logits, out=logits).sum(axis=-1)) - chosen
+    return nll, predicted
+
+
+class Clock:
     """Marks of one answer, which become its `Timings`."""
 
     def __init__(self) -> None:
@@ -362,7 +394,7 @@ def _decode(
     longest: int,
     config: RunConfig,
     stop_ids: frozenset[int],
-    clock: _Clock,
+    clock: Clock,
 ) -> Iterator[int]:
     """Tokens until a stop token, which is the last one, or `longest` of them."""
     started = perf_counter()
@@ -381,7 +413,7 @@ def _decode(
         yield token
 
 
-def _last(stream: Generator[str, None, Generation]) -> Generation:
+def last(stream: Generator[str, None, Generation]) -> Generation:
     """Read a stream to its end, for what it returns."""
     while True:
         try:

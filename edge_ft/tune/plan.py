@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import safe_open
 
-from edge_ft.config import TuneConfig, last_layers
+from edge_ft.config import TEXT_TASKS, TuneConfig, last_layers
 from edge_ft.data import Batch, Example, TextTokenizer, collate, eval_batches, train_batches
 from edge_ft.errors import WillNotFit, require
 from edge_ft.evaluate.score import Answerer
@@ -309,7 +309,7 @@ def _measure(
     scorer.token_nll(taken[0])
     seconds, answering = timed(lambda: scorer.token_nll(taken[len(taken) // 2]))
     report, token = seconds / looks[1 + len(taken) // 2], 0.0
-    if prepared.task == "text-generation":
+    if prepared.task in TEXT_TASKS:
         example = train[few[0]]
         answers: list[list[int]] = []
         prompt = example.input_ids[: example.prompt_length]
@@ -355,8 +355,8 @@ def _choice(
     after = 2 * look(prepared.examples["test"]) + look(train[: min(len(validation), OVERFITTING_ROWS)])
     after += 2 * look(validation) if config.compute == "bf16" else 0.0
     after *= measured.report
-    if prepared.task == "text-generation":
-        answer = statistics.median(len(example.input_ids) - example.prompt_length for example in train)
+    if prepared.task in TEXT_TASKS:
+        answer = statistics.median(len(example.labels) - example.read for example in train)
         after += BATCH_COST * (SAMPLE_TOKENS + min(answer, SAMPLE_TOKENS)) * measured.token
     state = 4 * measured.trainable  # bytes of all trained weights
     # AdamW's two moments and the best weights come on top of what was measured; and little of what a step took is

@@ -89,7 +89,7 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
             raise UsageError(f"--allow {code}: there is no such finding{did_you_mean(code, list(CODES))}")
     given, files = _read_splits(config)
     names = column_names(given["train"])
-    task = config.task or guess_task(names, config, base.family.decoder)
+    task = config.task or guess_task(names, config, base.family.kind)
     if config.task is None:
         progress.say(f"task: {task} (from the model and the columns {', '.join(names)}; --task overrides)")
     model_labels = base.labels(task)  # a weight file that cannot be read is said here, before the rows are mapped
@@ -172,7 +172,9 @@ def _encode(
 
 def _length_of_most(examples: dict[str, list[Example]], model_limit: int) -> int:
     """Tokens in which 99% of the rows are whole, rounded up to a multiple of 32, within the model's limit."""
-    lengths = [len(example.input_ids) + example.cut for rows in examples.values() for example in rows]
+    lengths = [
+        max(len(example.input_ids), len(example.labels)) + example.cut for rows in examples.values() for example in rows
+    ]
     whole = float(np.quantile(lengths, 0.99, method="inverted_cdf"))
     return min(math.ceil(whole / 32) * 32, model_limit)
 
@@ -218,6 +220,9 @@ def _judge(findings: list[dict[str, Any]], config: TuneConfig, progress: Progres
 def _shown(example: Example, rendering: Rendering, tokenizer: TextTokenizer) -> str:
     """A row as the model reads it, between ⟦ and ⟧ what it is trained on."""
     ids = example.input_ids
+    if rendering.task == "text2text-generation":
+        source, target = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids, example.labels))
+        return f"row {example.row}: {len(ids)} tokens read, {example.targets} trained\n{source} → ⟦{target}⟧"
     if rendering.task in ("text-classification", "feature-extraction"):
         text, paired = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids, example.pair_ids))
         what = f"{example.targets} label{'s' if example.targets > 1 else ''}" if not paired else "the second text"

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from edge_ft.config import TuneConfig
+from edge_ft.config import TEXT_TASKS, TuneConfig
 from edge_ft.data import Example, Rendering, TextTokenizer, answer_ids
-from edge_ft.evaluate.answers import ANSWERING, Answer, Chooser, answer_metrics, choice_metrics, generate_answers
+from edge_ft.evaluate.answers import Answer, Chooser, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.score import Answerer, RowScores, said, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.tune.loop import Fit
@@ -87,7 +87,7 @@ def results(
 
     split = "test" if "test" in scores else "validation"
     answers: dict[str, Any] | None = None
-    if prepared.task in ANSWERING:
+    if prepared.task in TEXT_TASKS:
         examples = prepared.examples[split][:ANSWERS]
         samples, answers = _answers(scorer, base, examples, tokenizer, prepared.rendering, model_limit, progress)
         answers = None if answers is None else {"split": split, **answers}
@@ -155,7 +155,7 @@ def _answers(
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Greedy answers of the base and of the tuned model: a few as samples, and the figures of all."""
-    examples = [example for example in examples if 0 < example.prompt_length < model_limit]
+    examples = [example for example in examples if example.prompt_length and example.read < model_limit]
     if not examples:
         return [], None
     answers: dict[str, list[Answer]] = {}

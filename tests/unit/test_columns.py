@@ -168,11 +168,11 @@ def test_classes_are_sorted_by_value() -> None:
 
 
 def test_the_task_follows_from_the_model_unless_a_label_is_named() -> None:
-    assert guess_task(["text", "label"], RowsConfig(), decoder=True) == "text-generation"
-    assert guess_task(["text", "label"], RowsConfig(), decoder=False) == "text-classification"
-    assert guess_task(["text", "label"], RowsConfig(label="label"), decoder=True) == "text-classification"
+    assert guess_task(["text", "label"], RowsConfig(), "decoder") == "text-generation"
+    assert guess_task(["text", "label"], RowsConfig(), "encoder") == "text-classification"
+    assert guess_task(["text", "label"], RowsConfig(label="label"), "decoder") == "text-classification"
     with pytest.raises(DataError, match="no column 'label' holds the class"):
-        guess_task(["body", "stars"], RowsConfig(), decoder=False)
+        guess_task(["body", "stars"], RowsConfig(), "encoder")
 
 
 @pytest.mark.parametrize(
@@ -187,4 +187,4 @@ def test_the_task_follows_from_the_model_unless_a_label_is_named() -> None:
     ],
 )
 def test_what_an_encoder_learns_follows_from_the_columns(names: list[str], config: dict[str, Any], task: Task) -> None:
-    assert guess_task(names, RowsConfig(**config), decoder=False) == task
+    assert guess_task(names, RowsConfig(**config), "encoder") == task

@@ -220,8 +220,11 @@ def test_short_attention_is_attention(groups: int, mask: str) -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("quantized", [True, False])
-def test_the_loss_in_parts_is_cross_entropy(quantized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_in_parts_is_cross_entropy(
+    quantized: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(head._LOGITS, "cpu", 200)
     monkeypatch.setitem(head._COLUMNS, "cpu", 32)
     torch.manual_seed(0)
@@ -230,8 +233,9 @@ def test_the_loss_in_parts_is_cross_entropy(quantized: bool, monkeypatch: pytest
         layer = QuantLinear(quantize(layer.weight.numpy(), 32), layer.bias.data)
     hidden = torch.randn(9, 64, requires_grad=True)
     labels = torch.randint(80, (9,))
-    expected = nn.functional.cross_entropy(layer(hidden), labels, reduction="sum")
-    found = head.target_loss(hidden, layer, labels, torch.float32)
+    logits = layer(hidden) if softcap is None else softcap * torch.tanh(layer(hidden) / softcap)
+    expected = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    found = head.target_loss(hidden, layer, labels, torch.float32, softcap)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, hidden)[0], torch.autograd.grad(expected, hidden)[0])
 

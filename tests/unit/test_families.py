@@ -1,7 +1,7 @@
 """Every decoder family goes the whole way: tune, export in both lanes, and the tokens are those of torch."""
 
 import json
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from models_table import record
 from numpy.typing import NDArray
 from peft import PeftModel
-from tiny_models import DECODERS, write_decoder
+from tiny_models import DECODERS, ROPE, write_decoder, write_sums
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -21,22 +21,50 @@ from edge_ft.base.load import find_base, load_model
 from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.data import Batch
+from edge_ft.errors import ModelError
 from edge_ft.export import export
 from edge_ft.export.source import open_export_source
 from edge_ft.runtime import cache, load
 from edge_ft.tune import tune
+from edge_ft.tune.plan import plan
 from edge_ft.tune.torch_backend import TorchBackend
 
 WINDOW = 8
+NOT_IN_OPENVINO = {  # 2026.4, its ONNX frontend
+    "gemma2": "no softcap in attention"
+}
 LOOSE: dict[str, Any] = {"max_tax": 5.0, "min_retained": 0.0, "max_metric_drop": 1.0}
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "head size": ("llama", {"head_dim": 24}, "heads of size 24: .* multiples of 16"),
+    "rotated part": (
+        "phi3",
+        {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.25}},
+        "rotates 8 of 32 dimensions",
+    ),
+    "dynamic rope": (
+        "qwen2",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "rotary embedding of type 'dynamic'",
+    ),
+    "looks ahead": ("gemma3_text", {"use_bidirectional_attention": True}, "attends to later tokens too"),
+    "cross-attention": ("gpt2", {"add_cross_attention": True}, "attends to an encoder"),
+    "layer type": (
+        "smollm3",
+        {"layer_types": ["full_attention", "chunked_attention"]},
+        "layers of type 'chunked_attention'",
+    ),
+    "not a config": ("mistral", {"num_hidden_layers": "two"}, "is not the config of a mistral model"),
+}
 
 
 class Family:
     """One family's model and what the pipeline makes of it, each made once."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, **config: Any) -> None:
         self.name, self.folder = name, folder
-        self.model = write_decoder(folder / "model", name)
+        self.model = write_decoder(folder / "model", name, **config)
 
     @cached_property
     def rows(self) -> Path:
@@ -144,6 +172,48 @@ def test_the_bundle_answers_with_the_tokens_of_torch(
     record(family.name, **{lane: f"{right} of {right}"})
 
 
+@pytest.mark.parametrize("lane", ["merged", "adapter"])
+def test_onnxruntime_genai_gives_the_same_tokens(family: Family, lane: str) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    generator = load(family.bundle(lane), accuracy_level=1)
+    generator.stop_ids = frozenset()
+    prompt = generator.tokenizer.encode("hello world, the answer 3 is seven hello world")
+    params = genai.GeneratorParams(model := genai.Model(str(family.bundle(lane).path)))
+    params.set_search_options(max_length=len(prompt) + 8)
+    stranger = genai.Generator(model, params)
+    stranger.append_tokens(prompt)
+    tokens = []
+    while not stranger.is_done():
+        stranger.generate_next_token()
+        tokens.append(int(stranger.get_next_tokens()[0]))
+    ours = generator.answer(prompt, 8)
+    assert tokens == ours[: len(tokens)]
+    assert len(tokens) == 8 or tokens[-1] in generator.tokenizer.stop_ids
+    record(family.name, genai="same tokens")
+
+
+def test_openvino_scores_as_onnxruntime_does(family: Family) -> None:
+    core = pytest.importorskip("openvino").Core()
+    bundle = family.bundle("merged")
+    opened = partial(core.compile_model, str(bundle.graph(1)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    if family.name in NOT_IN_OPENVINO:
+        with pytest.raises(RuntimeError, match="OpConversionFailure"):
+            opened()
+        record(family.name, openvino=f"no: {NOT_IN_OPENVINO[family.name]}")
+        return
+    generator, compiled = load(bundle, accuracy_level=1), opened()
+    ids = np.array([generator.tokenizer.encode("hello world, the answer 3 is seven hello world")])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    for value in compiled.inputs:
+        if value.any_name.startswith("past_key_values"):
+            shape = value.partial_shape
+            feeds[value.any_name] = np.zeros((1, shape[1].get_length(), 0, shape[3].get_length()), np.float32)
+    logits = compiled(feeds)["logits"]
+    expected = generator.logits(ids, np.ones_like(ids))[:, -1:]
+    np.testing.assert_allclose(logits, expected, atol=2e-3)
+    record(family.name, openvino="same logits")
+
+
 def test_a_padded_batch_scores_as_its_rows_do(family: Family) -> None:
     batch = padded_batch()
     generator = load(family.bundle("merged"), accuracy_level=1)
@@ -157,3 +227,28 @@ def test_a_padded_batch_scores_as_its_rows_do(family: Family) -> None:
         worst = max(worst, float(np.abs(together[row, :length] - alone[0]).max()))
     assert worst < 1e-4
     record(family.name, padded=f"{worst:.0e}")
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_exported_is_refused_by_name_before_training(reason: str, tmp_path: Path) -> None:
+    name, changes, says = REFUSED[reason]
+    model = write_decoder(tmp_path / "model", name)
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes), encoding="utf-8")
+    config = TuneConfig(model=str(model), data=str(write_sums(tmp_path / "rows.jsonl")), out=tmp_path / "run")
+    for command in (tune, plan):
+        with pytest.raises(ModelError, match=says):
+            command(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_longrope_reads_as_far_as_its_short_table_goes(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
+    family = Family("llama", tmp_path, rope_parameters=rope)
+    base = find_base(str(family.model))
+    assert base.max_length == 32
+    bundle = export(str(family.model), ExportConfig(out=tmp_path / "bundle"))
+    batch = padded_batch((32, 9))
+    expected, _ = TorchScorer(load_model(base, "text-generation", "int4"), "text-generation").token_nll(batch)
+    np.testing.assert_allclose(load(bundle).token_nll(batch)[0], expected, atol=2e-4)

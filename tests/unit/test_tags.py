@@ -121,7 +121,7 @@ def test_a_text_is_split_as_annotators_do() -> None:
 @pytest.mark.parametrize("fields", [{"tokens": ["a"], "tags": ["O"]}, {"words": ["a"], "ner_tags": [1], "id": 3}])
 def test_words_and_tags_are_recognised(fields: dict[str, Any]) -> None:
     names = list(fields)
-    assert guess_task(names, RowsConfig(), decoder=False) == "token-classification"
+    assert guess_task(names, RowsConfig(), "encoder") == "token-classification"
     columns = find_columns(names, RowsConfig(), "token-classification")
     assert (columns.prompt, columns.label) == ("{" + names[0] + "}", names[1])
 

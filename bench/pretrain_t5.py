@@ -1,0 +1,149 @@
+"""A small T5 from scratch: it learns to write the sentence that was said, capitals and punctuation restored."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from edge_ft.artifacts import write_json, write_text
+from edge_ft.bench.cases import Rows, sentence_rows
+from edge_ft.data import TextTokenizer, collate, train_batches
+from edge_ft.data.example import Example
+from edge_ft.data.seq2seq import encode_pair
+from edge_ft.errors import require
+from edge_ft.evaluate.metrics import token_f1
+from edge_ft.progress import Progress
+
+__all__ = ["T5Recipe", "pretrain_t5", "split_sentences", "write_t5_tokenizer"]
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+@dataclass(frozen=True)
+class T5Recipe:
+    """How the model is pretrained; another recipe is another entry of the cache."""
+
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    inner: int = 512
+    vocabulary: int = 4096
+    """Mostly whole words: what to copy next follows from the one word before."""
+    batch: int = 64
+    steps: int = 800
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+
+def split_sentences(held_out: int = 200) -> tuple[Rows, Rows]:
+    """Real English sentences to train on and to hold out, the same at every call."""
+    rows = sorted(sentence_rows(), key=lambda row: sha256(row["written"].encode()).digest())
+    return rows[held_out:], rows[:held_out]
+
+
+def write_t5_tokenizer(folder: Path, texts: Sequence[str], vocabulary: int) -> None:
+    """A unigram tokenizer as T5's: `<pad>` is 0 and begins every answer, `</s>` is 1 and ends every text."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocabulary, special_tokens=[PAD, END, UNKNOWN], unk_token=UNKNOWN, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # As it is in tokenizer.json: T5's own class would add a hundred sentinels to it.
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
+    write_json(folder / "tokenizer_config.json", names)
+
+
+def pretrain_t5(folder: Path, recipe: T5Recipe, progress: Progress) -> None:
+    """Train the tokenizer and the model into `folder`, with the figures of the held-out sentences."""
+    torch = require("torch", "train")
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from edge_ft.base.scorer import TorchScorer
+
+    train, held_out = split_sentences()
+    progress.say(f"reading {len(train)} sentences")
+    write_t5_tokenizer(folder, [text for row in train for text in row.values()], recipe.vocabulary)
+    tokenizer = TextTokenizer.load(folder)
+    examples, others = (_encode(tokenizer, rows) for rows in (train, held_out))
+    torch.manual_seed(recipe.seed)
+    config = T5Config(
+        vocab_size=tokenizer.vocab_size,
+        d_model=recipe.width,
+        d_kv=recipe.width // recipe.heads,
+        d_ff=recipe.inner,
+        num_layers=recipe.layers,
+        num_heads=recipe.heads,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    model = T5ForConditionalGeneration(config)
+    started = time.monotonic()
+    tokens = _train(model, examples, recipe, progress)
+    seconds = time.monotonic() - started
+    scorer = TorchScorer(model, "text2text-generation", tokenizer.stop_ids)
+    nll, _ = scorer.token_nll(collate(others, tokenizer.pad_id, "text2text-generation"))
+    asked = others[:64]
+    answers = [tokenizer.decode(ids) for ids in scorer.answer_batch([example.input_ids for example in asked], 64)]
+    pairs = list(zip(answers, asked, strict=True))
+    model.save_pretrained(folder)
+    figures = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens": tokens,
+        "seconds": round(seconds, 1),
+        "held_out_sentences": len(others),
+        "held_out_nll": round(float(nll.sum()) / sum(example.targets for example in others), 3),
+        "token_f1": round(float(np.mean([token_f1(text, example.reference) for text, example in pairs])), 3),
+        "verbatim_match": round(float(np.mean([text == example.reference for text, example in pairs])), 3),
+    }
+    write_json(folder / "pretraining.json", figures)
+    write_text(folder / "README.md", "Pretrained from scratch by `python -m edge_ft.bench.pretrain t5`.\n")
+    progress.say(", ".join(f"{name} {value}" for name, value in figures.items()))
+
+
+def _encode(tokenizer: TextTokenizer, rows: Rows) -> list[Example]:
+    examples = []
+    for number, row in enumerate(rows, 1):
+        pair = encode_pair(tokenizer, row["transcript"], row["written"], 1, 128)
+        length = len(pair.source)
+        examples.append(Example(number, pair.source, pair.target, length, row["written"], pair.cut, apart=True))
+    return examples
+
+
+def _train(model: Any, examples: Sequence[Example], recipe: T5Recipe, progress: Progress) -> int:
+    """AdamW with warm-up and a cosine; returns how many tokens were read and written."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    model.train()
+    lengths = [len(example.input_ids) for example in examples]
+    order = train_batches(lengths, recipe.batch, recipe.seed, 0)
+    warmup = max(1, recipe.steps // 20)
+    tokens = 0
+    for step in range(recipe.steps):
+        batch = collate([examples[row] for row in order[step % len(order)]], 0, "text2text-generation")
+        done = max(0, step - warmup) / recipe.steps
+        rate = recipe.learning_rate * min((step + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * done)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = model(
+            input_ids=torch.from_numpy(batch["input_ids"]),
+            attention_mask=torch.from_numpy(batch["attention_mask"]),
+            labels=torch.from_numpy(batch["labels"]),
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens += int(batch["attention_mask"].sum()) + int((batch["labels"] != -100).sum())
+        progress.advance("pretraining", step + 1, recipe.steps, f"loss {loss.item():.3f}")
+    return tokens

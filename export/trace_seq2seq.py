@@ -1,0 +1,208 @@
+"""Two graphs of an encoder-decoder: what is computed once for a source, and what is computed for every token.
+
+The encoder's graph also computes every decoder layer's keys and values of the source, so that the decoder's graph
+never reads the source again.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.onnx.ops import symbolic, symbolic_multi_out
+from transformers import EncoderDecoderCache, PreTrainedModel
+
+from edge_ft.base.scorer import head_input
+from edge_ft.export.trace import Dims, trace_wrapper
+
+__all__ = ["trace_seq2seq"]
+
+Attend = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""module, query, key and value [batch, heads, seq, head_dim], position bias -> [batch, seq, heads * head_dim]"""
+
+
+def trace_seq2seq(model: PreTrainedModel) -> tuple[ir.Model, ir.Model]:
+    """The encoder's and the decoder's graph; `lowering.lower` must follow before they run.
+
+    Weights are named and shared as those of `trace.trace`. The model is afterwards as it was.
+
+    Args:
+        model: A T5 or mT5 for conditional generation, float32 on the CPU, in evaluation mode, without an adapter.
+    """
+    with ExitStack() as undo:
+        kinds: set[Any] = {type(module) for module in model.modules() if hasattr(module, "compute_bias")}
+        for kind in kinds:
+            undo.callback(setattr, kind, "compute_bias", kind.compute_bias)
+            kind.compute_bias = _whole_bias(kind.compute_bias)
+        encoder = trace_wrapper(model, _Encoder(model), attention=_attention)
+        return encoder, trace_wrapper(model, _Decoder(model), attention=_attention)
+
+
+def _cross_attentions(model: Any) -> list[Any]:
+    """The modules of each decoder layer that attend to the source."""
+    return [block.layer[1].EncDecAttention for block in model.get_decoder().block]
+
+
+def _cache_dims(model: Any, part: str, length: str, prefix: str) -> dict[str, Dims]:
+    """Names and dimensions of every decoder layer's keys and values, as optimum calls them."""
+    config = model.config
+    dims: Dims = ("batch_size", config.num_heads, length, config.d_kv)
+    return {
+        f"{prefix}.{layer}.{part}.{name}": dims
+        for layer in range(config.num_decoder_layers)
+        for name in ("key", "value")
+    }
+
+
+class _Encoder(nn.Module):
+    """The encoder over right-padded rows, with the decoder's keys and values of what it has read."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        dims: Dims = ("batch_size", "encoder_sequence_length")
+        self.inputs: dict[str, Dims] = {"input_ids": dims, "attention_mask": dims}
+        self.outputs: dict[str, Dims] = {
+            "last_hidden_state": (*dims, model.config.d_model),
+            **_cache_dims(model, "encoder", "encoder_sequence_length", "present"),
+        }
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        input_ids, attention_mask = tensors
+        mask = attention_mask.to(torch.int32)
+
+        def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+            query, key, value = (_joined(x) for x in (query, key, value))
+            return symbolic(
+                "com.microsoft::MultiHeadAttention",
+                [query, key, value, None, mask, bias],
+                _attributes(module),
+                dtype=query.dtype,
+                shape=query.shape,
+                version=1,
+            )
+
+        hidden = self.model.get_encoder()(
+            input_ids=input_ids, attention_mask=attention_mask, attend=attend
+        ).last_hidden_state
+        present = [
+            layer(hidden).unflatten(2, (-1, self.model.config.d_kv)).transpose(1, 2)
+            for cross in _cross_attentions(self.model)
+            for layer in (cross.k, cross.v)
+        ]
+        return (hidden, *present)
+
+
+class _Decoder(nn.Module):
+    """The decoder with its own keys and values as inputs and outputs, and those of the source as inputs."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs: dict[str, Dims] = {
+            "input_ids": ("batch_size", "sequence_length"),
+            "encoder_attention_mask": ("batch_size", "encoder_sequence_length"),
+            **_cache_dims(model, "decoder", "past_sequence_length", "past_key_values"),
+            **_cache_dims(model, "encoder", "encoder_sequence_length", "past_key_values"),
+        }
+        self.outputs: dict[str, Dims] = {
+            "logits": ("batch_size", "sequence_length", model.config.vocab_size),
+            **_cache_dims(model, "decoder", "total_sequence_length", "present"),
+        }
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        input_ids, attention_mask, *caches = tensors
+        own, source = caches[: len(caches) // 2], caches[len(caches) // 2 :]
+        mask = attention_mask.to(torch.int32)
+        past_length, length = own[0].shape[2], input_ids.shape[1]
+        present: list[Tensor] = []
+
+        def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+            query = _joined(query)
+            if not module.is_causal:  # the source's, as they are
+                return symbolic(
+                    "com.microsoft::MultiHeadAttention",
+                    [query, key, value, None, mask],
+                    _attributes(module),
+                    dtype=query.dtype,
+                    shape=query.shape,
+                    version=1,
+                )
+            past = own[2 * module.layer_idx : 2 * module.layer_idx + 2]
+            cache = (query.shape[0], past[0].shape[1], past_length + length, past[0].shape[3])
+            output, *pair = symbolic_multi_out(
+                "com.microsoft::MultiHeadAttention",
+                [query, _joined(key), _joined(value), None, None, bias, *past],
+                {**_attributes(module), "unidirectional": 1},
+                dtypes=[query.dtype] * 3,
+                shapes=[query.shape, cache, cache],
+                version=1,
+            )
+            present.extend(pair)
+            return output
+
+        hidden = self.model.get_decoder()(
+            input_ids=input_ids,
+            encoder_hidden_states=input_ids,  # never read: its keys and values are in the cache
+            past_key_values=_Given(past_length, source),
+            use_cache=True,
+            attend=attend,
+        ).last_hidden_state
+        logits: Tensor = self.model.get_output_embeddings()(head_input(self.model, hidden))
+        return (logits, *present)
+
+
+class _Given(EncoderDecoderCache):
+    """A cache that holds what the graph was given; the operator adds the new keys and values to its own."""
+
+    def __init__(self, past_length: int, source: list[Tensor]) -> None:
+        keys, values = source[::2], source[1::2]
+        layers = [SimpleNamespace(keys=key, values=value) for key, value in zip(keys, values, strict=True)]
+        self.self_attention_cache: Any = SimpleNamespace(
+            get_seq_length=lambda *_: past_length, update=lambda key, value, *_: (key, value), is_compileable=False
+        )
+        self.cross_attention_cache: Any = SimpleNamespace(layers=layers)
+        self.is_updated = dict.fromkeys(range(len(layers)), True)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        length: int = self.self_attention_cache.get_seq_length(layer_idx)  # symbolic, and must stay so
+        return length
+
+
+def _whole_bias(compute_bias: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """T5's position bias for as many keys as the operator will see: those of the cache are not among its arguments."""
+
+    def whole(
+        self: Any, query_length: int, key_length: int, device: torch.device | None = None, past_seen_tokens: int = 0
+    ) -> Tensor:
+        return compute_bias(self, query_length, key_length + past_seen_tokens, device, past_seen_tokens)
+
+    return whole
+
+
+def _attributes(module: Any) -> dict[str, Any]:
+    return {"num_heads": module.n_heads, "scale": module.scaling}
+
+
+def _joined(x: Tensor) -> Tensor:
+    """[batch, heads, seq, head_dim] -> [batch, seq, heads * head_dim]"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    attend: Attend,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [batch, heads, seq, head_dim] -> [batch, seq, heads, head_dim]."""
+    heads, size = query.shape[1], query.shape[3]
+    return attend(module, query, key, value, position_bias).unflatten(2, (heads, size)), None

@@ -1,0 +1,27 @@
+"""Other runtimes open a bundle of real weights and give the same tokens."""
+
+import pytest
+
+from edge_ft.artifacts import Bundle
+from edge_ft.runtime import load
+
+
+@pytest.mark.long
+def test_onnxruntime_genai_answers_smollm2_as_we_do(smollm2_bundle: Bundle) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(smollm2_bundle.path))
+    generator = load(smollm2_bundle, accuracy_level=1)
+    text = "Transcript: we will meet again on monday\nWritten:"
+    assert list(genai.Tokenizer(model).encode(text)) == generator.tokenizer.encode(text)
+    prompt = generator.tokenizer.encode(text)
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(prompt) + 24)
+    stranger = genai.Generator(model, params)
+    stranger.append_tokens(prompt)
+    tokens = []
+    while not stranger.is_done():
+        stranger.generate_next_token()
+        tokens.append(int(stranger.get_next_tokens()[0]))
+    ours = generator.answer(prompt, 24)
+    assert ours
+    assert tokens[: len(ours)] == ours

@@ -1,0 +1,74 @@
+"""An encoder bundle's graph in runtimes that know nothing of edge-ft: plain ONNX Runtime, and OpenVINO."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from tiny_models import ENCODERS, tiny_encoder_config, write_encoder
+from transformers import AutoModelForSequenceClassification
+
+from edge_ft.config import ExportConfig
+from edge_ft.export import export
+from edge_ft.runtime import TextClassifier, load
+
+Feed = dict[str, NDArray[np.int64]]
+
+
+@pytest.fixture(scope="module")
+def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A base with a head of each family, in a format, made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def bundle(name: str, weights: str) -> Path:
+        if (name, weights) not in made:
+            folder = tmp_path_factory.mktemp(f"{name}-{weights}")
+            model = write_encoder(folder / "model", tiny_encoder_config(name))
+            AutoModelForSequenceClassification.from_pretrained(model, num_labels=3).save_pretrained(model)
+            config: dict[str, Any] = {"out": folder / "bundle", "weights": weights}
+            made[name, weights] = export(str(model), ExportConfig(**config)).path
+        return made[name, weights]
+
+    return bundle
+
+
+def answers(bundle: Path) -> tuple[Feed, NDArray[np.float32]]:
+    """A padded batch, and our runtime's logits for it."""
+    classifier = load(bundle, threads=1)
+    assert isinstance(classifier, TextClassifier)
+    ids = np.random.default_rng(0).integers(4, 15, (3, 20))
+    mask = np.ones_like(ids)
+    mask[1, 7:] = 0
+    ids[1, 7:] = classifier.tokenizer.pad_id
+    return {"input_ids": ids, "attention_mask": mask}, classifier.logits(ids, mask)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_plain_onnxruntime_takes_the_models_own_inputs(name: str, bundle_of: Callable[[str, str], Path]) -> None:
+    bundle = bundle_of(name, "fp32")
+    feed, expected = answers(bundle)
+    session = ort.InferenceSession(bundle / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    if name in ("albert", "electra"):
+        feed["token_type_ids"] = np.zeros_like(feed["input_ids"])
+    assert {node.name for node in session.get_inputs()} == set(feed)
+    assert [node.name for node in session.get_outputs()] == ["logits"]
+    np.testing.assert_allclose(session.run(None, feed)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [*((name, "fp32") for name in ENCODERS), ("distilbert", "int4"), ("distilbert", "int8-dynamic")],
+)
+def test_openvino_reads_the_graph(name: str, weights: str, bundle_of: Callable[[str, str], Path]) -> None:
+    openvino = pytest.importorskip("openvino")
+    bundle = bundle_of(name, weights)
+    feed, expected = answers(bundle)
+    [graph] = (bundle / "onnx").glob("*.onnx")
+    compiled = openvino.Core().compile_model(str(graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    if name in ("albert", "electra"):
+        feed["token_type_ids"] = np.zeros_like(feed["input_ids"])
+    found = compiled(feed)["logits"]
+    np.testing.assert_allclose(found, expected, atol=0.02 if weights == "int8-dynamic" else 1e-3)
