@@ -14,6 +14,7 @@ from edge_ft import __version__
 from edge_ft.artifacts import Bundle, kind_of
 from edge_ft.bench.child import run_worker
 from edge_ft.bench.meters import MemoryLimit, cpu_count, machine, memory_limit
+from edge_ft.bench.quality import SCORED, quality_records, settings_of
 from edge_ft.bench.record import records_of
 from edge_ft.config import TEXT_TASKS, BenchConfig
 from edge_ft.errors import MissingExtra, UsageError, WillNotFit
@@ -93,6 +94,11 @@ def bench(subjects: Sequence[str], config: BenchConfig, progress: Progress | Non
         records += records_of(
             case.subject, case.variant, case.task, results[case], case.size_bytes, environment, notes.get(case)
         )
+        if config.data is not None and case.subject in SCORED and case not in notes:
+            progress.say(f"scoring {case.name}")
+            asked = case.job | {"score": settings_of(config, threads)}
+            found = run_worker(asked, f"scoring {case.name}", threads) | {"data": config.data}
+            records += quality_records(case.subject, case.variant, found, environment)
     return records
 
 

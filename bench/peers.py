@@ -16,6 +16,7 @@ from edge_ft.artifacts import Bundle, RunFolder, kind_of
 from edge_ft.base.load import Base, find_base, load_model
 from edge_ft.base.scorer import task_model_of
 from edge_ft.bench.meters import DecodeTimings
+from edge_ft.config import Task
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import ModelError, UsageError
 from edge_ft.evaluate.open import find_run_base
@@ -102,11 +103,9 @@ def find(source: str) -> dict[str, Any]:
     """
     if kind_of(source) == "run":
         run = RunFolder.open(Path(source))
-        return _found(
-            find_run_base(run), str(run.report()["task"]), tuple(run.rendering()["labels"]), run.tokenizer, run.adapter
-        )
+        return _found(find_run_base(run), run.report()["task"], run.rendering(), run.tokenizer, run.adapter)
     base = find_base(source)
-    return _found(base, base.task, base.labels(base.task), base.path, None)
+    return _found(base, base.task, None, base.path, None)
 
 
 def find_bundle_base(source: str) -> dict[str, Any]:
@@ -124,7 +123,7 @@ def find_bundle_base(source: str) -> dict[str, Any]:
         raise UsageError(f"{error}; {way_out}") from error
     if base.content_sha256 != identity["content_sha256"]:
         raise UsageError(f"{identity['model']} is not the model that the bundle was made from; {way_out}")
-    return _found(base, str(manifest["task"]), tuple(manifest["rendering"]["labels"]), Path(source), None)
+    return _found(base, manifest["task"], manifest["rendering"], Path(source), None)
 
 
 def prepare(job: dict[str, Any]) -> Base:
@@ -152,7 +151,9 @@ def load_peer(base: Base, job: dict[str, Any]) -> TorchDecoder | TorchSeq2Seq | 
     return engine
 
 
-def _found(base: Base, task: str, labels: tuple[str, ...], tokenizer: Path, adapter: Path | None) -> dict[str, Any]:
+def _found(
+    base: Base, task: Task, rendering: dict[str, Any] | None, tokenizer: Path, adapter: Path | None
+) -> dict[str, Any]:
     def size(files: Iterable[Path]) -> int:
         return sum(file.stat().st_size for file in files)
 
@@ -160,7 +161,8 @@ def _found(base: Base, task: str, labels: tuple[str, ...], tokenizer: Path, adap
     return {
         "base": asdict(base) | {"path": str(base.path.resolve()), "family": base.family.name},
         "task": task,
-        "labels": labels,
+        "labels": base.labels(task) if rendering is None else rendering["labels"],
+        "rendering": rendering,
         "tokenizer": str(tokenizer.resolve()),
         "adapter": str(adapter.resolve()) if adapter else None,
         "max_length": base.max_length,

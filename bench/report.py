@@ -10,7 +10,8 @@ __all__ = ["budget_failures", "table"]
 
 
 def table(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row a metric and a column a subject: the median, and the smallest and largest sample in brackets.
+    """A row a metric and a column a subject: the median, and the smallest and largest sample in brackets; of what rows
+    were scored on, the value and its 95% interval.
 
     Returns:
         The header and the rows; bytes are shown as MB.
@@ -20,7 +21,7 @@ def table(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     units = {record["metric"]: record["unit"] for record in records}
     rows: list[tuple[str, ...]] = [("median [min–max]", *(f"{subject} {variant}" for subject, variant in columns))]
     for metric, unit in units.items():
-        shown = "" if unit == "s" else f" ({unit})"
+        shown = "" if unit in ("s", "") else f" ({unit})"
         name = f"{metric.removesuffix('_bytes')} (MB)" if unit == "bytes" else f"{metric}{shown}"
         rows.append((name, *(cells.get((*column, metric), "-") for column in columns)))
     return rows
@@ -62,7 +63,7 @@ def _cell(record: dict[str, Any]) -> str:
         return "did not fit" if record["environment"]["memory_limit_bytes"] else "-"
     scale = 1e-6 if record["unit"] == "bytes" else 1.0
     samples = [sample * scale for sample in record["samples"]]
-    low, high = min(samples), max(samples)
+    low, high = record.get("interval") or (min(samples), max(samples))
     spread = f" [{_figure(low)}–{_figure(high)}]" if low != high else ""
     return _figure(record["value"] * scale) + spread
 

@@ -41,7 +41,17 @@ _ROWS, _BATCHES = 8, 4
 
 def main() -> None:
     """The worker of `edge-ft bench`."""
-    answer(lambda job: _find(job) if job["do"] == "find" else _measure(job))
+    answer(_work)
+
+
+def _work(job: dict[str, Any]) -> dict[str, Any]:
+    if job["do"] == "find":
+        return _find(job)
+    if "score" in job:
+        from edge_ft.bench.quality import score
+
+        return score(job)
+    return _measure(job)
 
 
 def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -282,6 +282,8 @@ class EvalConfig(RowsConfig):
     """Task of a plain model; runs and bundles know their own."""
     adapter: str | None = None
     """none: score a bundle or run without its adapter."""
+    accuracy_level: Literal[1, 4] | None = None
+    """Graph of a bundle to score; default the manifest's."""
     base_format: BaseFormat = "fp32"
     """Format in which a plain MODEL is scored; a run is scored in the one it was trained over."""
     shots: int = 0
@@ -367,8 +369,8 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
-    """What `edge-ft bench` measures, and the budgets that turn it into a gate."""
+class BenchConfig(RowsConfig):
+    """What `edge-ft bench` measures, and the budgets that turn it into a gate; the rows' fields go with --data."""
 
     peers: tuple[str, ...] = ()
     """Other engines to measure in turn with the bundles: torch (eager, float), openvino (encoders: the bundle's own
@@ -382,7 +384,11 @@ class BenchConfig:
     prompt_tokens: int = 128
     """Length of the prompt, or of the text to classify, in tokens."""
     new_tokens: int = 32
-    """Tokens to decode."""
+    """Tokens to decode; with --data also the longest answer."""
+    data: str | None = None
+    """Rows to score every subject on in the same run: loss, task metrics and answers stand beside its speed."""
+    limit: int | None = None
+    """Score only the first so many rows of --data."""
     accuracy_level: Literal[1, 4] | None = None
     """Graph of a bundle to measure; default the manifest's."""
     max_ttft_ms: float | None = None
@@ -395,12 +401,14 @@ class BenchConfig:
     """Budget: size on disk, MB."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "peers", tuple(name for names in self.peers for name in names.split(",") if name))
         for name in self.peers:
             _check(name in PEERS, f"--peers {name}: there are {', '.join(PEERS)}{did_you_mean(name, list(PEERS))}")
         _check(self.repeats >= 1, "--repeats must be at least 1")
         _check(self.prompt_tokens >= 1, "--prompt-tokens must be at least 1")
         _check(self.new_tokens >= 2, "--new-tokens must be at least 2")
+        _check(self.limit is None or self.limit >= 1, "--limit must be at least 1")
         _check(self.threads is None or self.threads >= 1, "--threads must be at least 1")
         _check(self.memory_limit is None or self.memory_limit >= 1, "--memory-limit must be at least 1 MB")
 

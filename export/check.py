@@ -9,6 +9,7 @@ from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import INT8_ACTIVATIONS, ExportConfig
 from edge_ft.data import Example
 from edge_ft.evaluate.gate import Limits, Verdict, judge
+from edge_ft.evaluate.judged import judged_by
 from edge_ft.evaluate.score import RowScores, summary
 from edge_ft.export.bundle import describe, lane
 from edge_ft.export.source import Source
@@ -122,7 +123,10 @@ def check_bundle(
             "argmax_agreement": scores.agreement(exact),
         }
         if torch_scores.trained is not None:
-            verdicts[level] = judge(torch_scores.base, torch_scores.trained, scores, limits, bool(changes))
+            verdicts[level] = judge(
+                *(torch_scores.base, torch_scores.trained, scores, limits, bool(changes)),
+                judged_by(source.validation, source.task, source.rendering.labels),
+            )
             levels[level]["quantization_tax"] = verdicts[level].figures["quantization_tax"]
             why = "; ".join(verdicts[level].reasons)
         else:

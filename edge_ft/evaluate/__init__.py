@@ -11,12 +11,12 @@ from edge_ft.config import TEXT_TASKS, EvalConfig
 from edge_ft.data import Row, answer_ids, encode_rows, read_rows
 from edge_ft.errors import UsageError
 from edge_ft.evaluate.answers import Chooser, answer_metrics, choice_metrics, generate_answers
-from edge_ft.evaluate.open import longest_sequence, open_source
+from edge_ft.evaluate.open import Opened, longest_sequence, open_source
 from edge_ft.evaluate.score import Answerer, counted, score, summary
 from edge_ft.evaluate.shots import with_shots
 from edge_ft.progress import Progress, Silent
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "evaluate_opened"]
 
 
 def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -32,10 +32,16 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
         AuditRefused: no row has anything to score.
     """
     progress = progress or Silent()
-    started = time.monotonic()
     rows = read_rows(config.data)[: config.limit]
     shots = _shot_rows(source, config)[: config.shots] if config.shots else []
-    opened = open_source(source, config, rows)
+    return {"source": source, **evaluate_opened(open_source(source, config, rows), rows, config, progress, shots)}
+
+
+def evaluate_opened(
+    opened: Opened, rows: Sequence[Row], config: EvalConfig, progress: Progress, shots: Sequence[Row] = ()
+) -> dict[str, Any]:
+    """What `evaluate` returns, but for the source, of anything that is open."""
+    started = time.monotonic()
     rendering, tokenizer = opened.rendering, opened.tokenizer
     if config.shots:
         # The training length was chosen for rows without shots.
@@ -66,7 +72,6 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
             choices = [answer_ids(rendering, tokenizer, answer) for answer in rendering.answers]
             result["metrics"] |= choice_metrics(opened.scorer, examples, choices, opened.model_limit, progress)
     return {
-        "source": source,
         "task": rendering.task,
         **counts,
         **result,

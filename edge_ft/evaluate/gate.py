@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from edge_ft.evaluate.metrics import paired_bootstrap
+from edge_ft.evaluate.judged import ACCURACY, Judged
+from edge_ft.evaluate.metrics import paired, paired_bootstrap
 from edge_ft.evaluate.score import RowScores
 
 __all__ = ["Limits", "Verdict", "judge"]
@@ -30,23 +31,27 @@ class Verdict:
 
 
 def judge(
-    base: RowScores, trained: RowScores, shipped: RowScores, limits: Limits, adapter_changes_logits: bool
+    base: RowScores,
+    trained: RowScores,
+    shipped: RowScores,
+    limits: Limits,
+    adapter_changes_logits: bool,
+    metric: Judged = ACCURACY,
 ) -> Verdict:
     """Compare the untuned base, the model as trained and the graph as shipped.
 
     The quantization tax is shipped − trained; the retained gain (base − shipped) / (base − trained), both
     in nats per target token. That something was learned is a paired bootstrap over rows: the lower end of
-    its 95% interval of base − trained must be above 0. Accuracy that fell by more than its limit refuses
+    its 95% interval of base − trained must be above 0. The task's metric that fell by more than its limit refuses
     only where the lower end of its paired interval is above 0 too: a few rows prove no fall.
     """
     gain = base.mean_nll - trained.mean_nll
     gain_low, gain_high = paired_bootstrap(base.nll / base.tokens, trained.nll / trained.tokens, base.tokens)
     tax = shipped.mean_nll - trained.mean_nll
     retained = (base.mean_nll - shipped.mean_nll) / gain if gain > 0 else None
-    drop = trained.accuracy - shipped.accuracy
-    drop_low, drop_high = paired_bootstrap(
-        trained.correct / trained.tokens, shipped.correct / shipped.tokens, trained.tokens
-    )
+    before, after = metric.value(trained), metric.value(shipped)
+    drop = before - after
+    drop_low, drop_high = paired(metric.of(trained), metric.of(shipped), len(trained.nll))
     reasons = []
     if not adapter_changes_logits:
         reasons.append("the adapter does not change the logits of the graph: what ships is the base")
@@ -61,7 +66,7 @@ def judge(
         reasons.append(f"retained gain {retained:.1%} is under --min-retained {limits.min_retained:.0%}")
     if drop > limits.max_metric_drop and drop_low > 0:
         reasons.append(
-            f"accuracy fell from {trained.accuracy:.4f} to {shipped.accuracy:.4f} (95% interval of the drop "
+            f"{metric.name} fell from {before:.4f} to {after:.4f} (95% interval of the drop "
             f"[{drop_low:+.4f}, {drop_high:+.4f}]), more than --max-metric-drop {limits.max_metric_drop:g}"
         )
     figures = {
@@ -70,7 +75,7 @@ def judge(
         "gain": {"value": gain, "low": gain_low, "high": gain_high},
         "quantization_tax": tax,
         "retained_gain": retained,
-        "metric_drop": {"value": drop, "low": drop_low, "high": drop_high},
+        "metric_drop": {"metric": metric.name, "value": drop, "low": drop_low, "high": drop_high},
         "argmax_agreement": shipped.agreement(trained),
         "adapter_changes_logits": adapter_changes_logits,
     }

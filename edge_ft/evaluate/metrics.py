@@ -17,24 +17,32 @@ from edge_ft.errors import require
 
 __all__ = [
     "Metric",
+    "Statistic",
     "accuracy",
     "bootstrap",
+    "correlation",
     "exact_match",
     "macro_f1",
     "mean",
     "multi_label_f1",
     "number_metrics",
+    "paired",
     "paired_bootstrap",
     "perplexity",
     "proportion",
+    "ratio",
+    "span_counts",
     "span_metrics",
-    "spearman",
     "token_f1",
     "verbatim_match",
     "wilson",
 ]
 
 Numbers = NDArray[np.floating[Any]] | NDArray[np.integer[Any]]
+
+
+Statistic = Callable[[NDArray[np.int64]], NDArray[np.float64]]
+"""Row numbers [samples, rows] -> a value for each sample."""
 
 
 class Metric(TypedDict):
@@ -117,33 +125,20 @@ def multi_label_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_], seed: 
     """
     hits, seen = predicted & gold, predicted.astype(np.int64) + gold
 
-    def micro(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of each resample; rows [samples, rows]."""
-        return np.asarray(2 * hits[rows].sum((1, 2)) / np.maximum(seen[rows].sum((1, 2)), 1))
-
     def macro(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of each resample; rows [samples, rows]."""
         hit, count = hits[rows].sum(1), seen[rows].sum(1)  # [samples, classes]
         return np.asarray((2 * hit / np.maximum(count, 1)).sum(1) / np.maximum((count > 0).sum(1), 1))
 
+    micro = ratio(2 * hits.sum(1), seen.sum(1))
     return {"micro_f1": _resampled(micro, len(gold), seed), "macro_f1": _resampled(macro, len(gold), seed)}
 
 
 def number_metrics(predicted: NDArray[Any], gold: NDArray[Any], seed: int = 0) -> dict[str, Metric]:
     """`mse`, `pearson` and, where scipy is installed, `spearman` of numbers [rows]."""
-
-    def correlation(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
-        """Pearson's, row by row; [samples, rows] both; a constant correlates with nothing."""
-        a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
-        scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-        return np.asarray(np.divide((a * b).sum(1), scale, out=np.zeros(len(a)), where=scale > 0))
-
-    found = {
-        "mse": mean((predicted - gold) ** 2, seed=seed),
-        "pearson": _resampled(lambda rows: correlation(predicted[rows], gold[rows]), len(gold), seed),
-    }
-    if find_spec("scipy") is not None:
-        found["spearman"] = spearman(predicted, gold, seed)
-    return found
+    kinds = ("pearson", "spearman") if find_spec("scipy") is not None else ("pearson",)
+    found = {kind: _resampled(correlation(predicted, gold, kind), len(gold), seed) for kind in kinds}
+    return {"mse": mean((predicted - gold) ** 2, seed=seed), **found}
 
 
 def span_metrics(predicted: list[list[str]], gold: list[list[str]], seed: int = 0) -> dict[str, Metric]:
@@ -151,37 +146,50 @@ def span_metrics(predicted: list[list[str]], gold: list[list[str]], seed: int = 
 
     A span is right when it begins, ends and is called as the right one (CoNLL 2003).
     """
+    counts = span_counts(predicted, gold)
+    return {} if counts is None else {"span_f1": _resampled(ratio(*counts), len(gold), seed)}
+
+
+def span_counts(predicted: list[list[str]], gold: list[list[str]]) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """Of each row twice the right spans, and those found plus those to find: their ratio is F1.
+
+    None without seqeval, or where no row has a span.
+    """
     if find_spec("seqeval") is None or not any(tag[:2] in ("B-", "I-") for row in gold for tag in row):
-        return {}
+        return None
     entities = require("seqeval.metrics.sequence_labeling", "metrics").get_entities
     spans = [(set(entities(ours)), set(entities(right))) for ours, right in zip(predicted, gold, strict=True)]
-    hits = np.array([len(ours & right) for ours, right in spans])
-    seen = np.array([len(ours) + len(right) for ours, right in spans])
-    return {
-        "span_f1": _resampled(lambda rows: 2 * hits[rows].sum(1) / np.maximum(seen[rows].sum(1), 1), len(spans), seed)
-    }
+    hits = np.array([2 * len(ours & right) for ours, right in spans])
+    return hits, np.array([len(ours) + len(right) for ours, right in spans])
 
 
-def spearman(predicted: Numbers, gold: Numbers, seed: int = 0) -> Metric:
-    """Spearman's rank correlation of two columns of numbers [rows], with its bootstrap interval.
+def ratio(parts: Numbers, wholes: Numbers) -> Statistic:
+    """The sum of `parts` [rows] over that of `wholes` [rows], 0 where there is none."""
+    return lambda rows: parts[rows].sum(1) / np.maximum(wholes[rows].sum(1), 1)
 
-    A column of one value has no ranks to correlate: that counts as 0.
+
+def correlation(predicted: Numbers, gold: Numbers, kind: str) -> Statistic:
+    """Pearson's or Spearman's correlation of two columns [rows]; a constant correlates with nothing: 0.
 
     Raises:
-        MissingExtra: scipy is not installed.
+        MissingExtra: Spearman's, and scipy is not installed.
     """
-    ranked = require("scipy.stats", "metrics").rankdata
+    ranked = require("scipy.stats", "metrics").rankdata if kind == "spearman" else None
 
     def score(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Correlation of each resample; rows [samples, rows]."""
-        ranks = [ranked(column[rows], axis=1) for column in (predicted, gold)]
-        a, b = (rank - rank.mean(1, keepdims=True) for rank in ranks)
+        columns = (
+            (predicted[rows], gold[rows]) if ranked is None else (ranked(x[rows], axis=1) for x in (predicted, gold))
+        )
+        a, b = (column - column.mean(1, keepdims=True) for column in columns)
         scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
         return np.asarray(np.divide((a * b).sum(1), scale, out=np.zeros(len(rows)), where=scale > 0))
 
-    value = float(score(np.arange(len(gold))[None])[0])
-    low, high = _bounds(np.concatenate([score(rows) for rows in _resamples(len(gold), seed, 2000)]))
-    return Metric(value=value, low=low, high=high)
+    return score
+
+
+def paired(first: Statistic, second: Statistic, rows: int, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of first - second, the same rows drawn of both."""
+    return _bounds(np.concatenate([first(drawn) - second(drawn) for drawn in _resamples(rows, seed, 2000)]))
 
 
 def perplexity(nll: float) -> float:
@@ -239,7 +247,7 @@ def _resamples(rows: int, seed: int, samples: int) -> Iterator[NDArray[np.int64]
         yield random.integers(rows, size=(min(chunk, samples - start), rows))
 
 
-def _resampled(score: Callable[[NDArray[np.int64]], NDArray[np.float64]], rows: int, seed: int) -> Metric:
+def _resampled(score: Statistic, rows: int, seed: int) -> Metric:
     """What `score` gives for all rows, with its bootstrap interval; it takes row numbers [samples, rows]."""
     value = float(score(np.arange(rows)[None])[0])
     low, high = _bounds(np.concatenate([score(chosen) for chosen in _resamples(rows, seed, 2000)]))

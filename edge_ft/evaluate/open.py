@@ -59,8 +59,13 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         limit = int(bundle.manifest["max_length"])
         own = Rendering.from_dict(bundle.manifest["rendering"])
         rendering = rendering_for(config, rows, tokenizer, own, model_limit=limit)
-        return Opened(load(bundle, threads=config.threads, adapter=config.adapter), tokenizer, rendering, limit)
+        scorer: Scorer = load(
+            bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter
+        )
+        return Opened(scorer, tokenizer, rendering, limit)
 
+    if config.accuracy_level is not None:
+        raise UsageError("--accuracy-level is for bundles: runs and models have one graph")
     torch = require("torch", "train")
     from edge_ft.base.linear import move
     from edge_ft.base.scorer import TorchScorer

@@ -150,8 +150,12 @@ def said(predicted: NDArray[Any], rendering: Rendering, tokenizer: TextTokenizer
 
 
 def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: tuple[str, ...]) -> dict[str, Any]:
-    """`nll` (nats per target token), `perplexity` and `metrics`, each with its 95% interval over rows."""
+    """`nll` (nats per target token), `perplexity` and `metrics`, each with its 95% interval over rows.
+
+    Numbers have no perplexity: it and its interval are None.
+    """
     right = scores.correct / scores.tokens
+    numbers = False
     if task in TEXT_TASKS:
         metrics = {"token_accuracy": mean(right, scores.tokens)}
     elif task == "token-classification":
@@ -159,9 +163,8 @@ def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: t
     elif isinstance(examples[0].labels[0], float):
         gold = np.array([example.labels for example in examples])
         predicted = np.stack(scores.predicted)
-        if len(labels) == 1:
-            return {"nll": scores.mean_nll, "perplexity": None, "metrics": number_metrics(predicted[:, 0], gold[:, 0])}
-        metrics = multi_label_f1(predicted > 0, gold > 0)
+        numbers = len(labels) == 1
+        metrics = number_metrics(predicted[:, 0], gold[:, 0]) if numbers else multi_label_f1(predicted > 0, gold > 0)
     else:
         gold = np.array([example.labels[0] for example in examples])
         predicted = np.array([int(classes[0]) for classes in scores.predicted])
@@ -170,7 +173,7 @@ def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: t
     return {
         "nll": scores.mean_nll,
         "nll_interval": list(interval),
-        "perplexity": perplexity(scores.mean_nll),
-        "perplexity_interval": [perplexity(nll) for nll in interval],
+        "perplexity": None if numbers else perplexity(scores.mean_nll),
+        "perplexity_interval": None if numbers else [perplexity(nll) for nll in interval],
         "metrics": metrics,
     }

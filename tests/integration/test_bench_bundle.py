@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -18,9 +19,11 @@ from edge_ft.bench import bench
 from edge_ft.bench.child import run_worker
 from edge_ft.bench.peers import TorchDecoder
 from edge_ft.bench.record import DECODER_UNITS, units_of
-from edge_ft.config import BenchConfig
+from edge_ft.bench.report import table
+from edge_ft.config import BenchConfig, EvalConfig
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import BundleError, EdgeFTError, ModelError, UsageError
+from edge_ft.evaluate import evaluate
 
 SHORT = BenchConfig(repeats=2, threads=1, prompt_tokens=12, new_tokens=4)
 
@@ -208,3 +211,31 @@ def test_torch_decodes_a_token_at_a_time_from_its_cache(llama: Path) -> None:
 def _bundle_job(bundle: Path) -> dict[str, Any]:
     asked = {"prompt_tokens": 12, "new_tokens": 4, "threads": 1}
     return {"do": "bundle", "bundle": str(bundle), "task": "text-generation", "accuracy_level": None, **asked}
+
+
+def test_quality_stands_beside_speed_in_the_same_run(
+    llama_bundle: Bundle, llama_run: RunFolder, bert_bundle: Bundle, bert_run: RunFolder
+) -> None:
+    data = str(llama_run.split("test"))
+    once = replace(SHORT, repeats=1, data=data, limit=5)
+    records = bench([str(llama_bundle.path), str(llama_run.path)], replace(once, peers=("torch",)))
+    scored = {
+        (subject, variant): by_metric(records, subject, variant)
+        for subject, variant in {(record["subject"], record["variant"]) for record in records}
+    }
+    assert len(scored) == 3
+    for found in scored.values():
+        low, high = found["nll"]["interval"]
+        assert low <= found["nll"]["value"] <= high
+        assert found["nll"]["environment"]["rows"] == 5
+        assert found["nll"]["environment"]["data"] == "test.jsonl"
+        assert {"decode_tps", "peak_rss_bytes", "perplexity", "token_accuracy", "rougeL", "eos_rate"} <= set(found)
+    config = EvalConfig(data=data, limit=5, max_new_tokens=4)
+    shipped = evaluate(str(llama_bundle.path), config)
+    assert scored["edge-ft", "llama-bundle"]["nll"]["value"] == pytest.approx(shipped["nll"], abs=1e-6)
+    untuned = scored["torch", str(llama_bundle.manifest["provenance"]["base"]["model"])]["nll"]["value"]
+    assert untuned > scored["torch", "llama-run"]["nll"]["value"]
+    assert "exact_match" in dict.fromkeys(row[0] for row in table(records))
+
+    classes = bench([str(bert_bundle.path)], replace(SHORT, repeats=1, data=str(bert_run.split("test"))))
+    assert by_metric(classes, "edge-ft", "bert-bundle")["accuracy"]["value"] > 0.5

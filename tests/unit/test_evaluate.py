@@ -126,6 +126,15 @@ def test_batch_size_and_threads_do_not_change_the_score(llama_run: RunFolder, ll
     assert max(scores) - min(scores) < 1e-5
 
 
+def test_a_bundles_graph_of_another_level_scores_otherwise(llama_run: RunFolder, llama_bundle: Bundle) -> None:
+    config = EvalConfig(data=rows(llama_run), generate=False)
+    assert "4" in llama_bundle.manifest["graphs"]
+    exact, fast = (evaluate(str(llama_bundle.path), replace(config, accuracy_level=level))["nll"] for level in (1, 4))
+    assert exact != fast
+    with pytest.raises(UsageError, match="--accuracy-level is for bundles"):
+        evaluate(str(llama_run.path), replace(config, accuracy_level=1))
+
+
 def test_a_runs_shots_come_from_its_train_rows(llama_run: RunFolder) -> None:
     with_shots = evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), shots=1, generate=False))
     without = evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), generate=False))

@@ -1,9 +1,17 @@
 """The gate's arithmetic, and each of its refusals refusing."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
+from seqeval.metrics import f1_score as seqeval_f1
+from sklearn.metrics import f1_score
 
+from edge_ft.data import Example
 from edge_ft.evaluate.gate import Limits, judge
+from edge_ft.evaluate.judged import judged_by
 from edge_ft.evaluate.score import RowScores
 
 LIMITS = Limits(max_tax=0.02, min_retained=0.95, max_metric_drop=0.02)
@@ -62,3 +70,51 @@ def test_a_fall_that_few_rows_explain_does_not_refuse() -> None:
 def test_limits_are_what_was_asked_for() -> None:
     loose = Limits(max_tax=0.5, min_retained=0.5, max_metric_drop=0.5)
     assert judge(scores(3.0), scores(1.0), scores(1.4, right=0.5), loose, True).reasons == ()
+
+
+# What a task is judged by
+
+
+def example(labels: list[Any]) -> Example:
+    return Example(1, [0] * len(labels), labels, 0, "", 0)
+
+
+def judged(gold: list[list[Any]], found: list[list[Any]], task: str, labels: tuple[str, ...]) -> tuple[str, float]:
+    """Name and value of the metric of these rows."""
+    metric = judged_by([example(row) for row in gold], task, labels)
+    counts = np.array([len(row) for row in gold])
+    right = np.array([sum(a == b for a, b in zip(*rows, strict=True)) for rows in zip(gold, found, strict=True)])
+    return metric.name, metric.value(RowScores(np.ones(len(gold)), counts, right, [np.array(row) for row in found]))
+
+
+def test_each_task_is_judged_by_its_own_metric() -> None:
+    assert judged([[0], [1], [1], [0]], [[0], [1], [0], [0]], "text-classification", ("a", "b")) == ("accuracy", 0.75)
+    assert judged([[7, 8], [9]], [[7, 1], [9]], "text-generation", ()) == ("token_accuracy", pytest.approx(2 / 3))
+    name, value = judged([[1.0], [2.0], [4.0]], [[0.1], [0.5], [0.2]], "text-classification", ("price",))
+    assert (name, value) == ("spearman", pytest.approx(spearmanr([1, 2, 4], [0.1, 0.5, 0.2]).statistic))
+    gold, logits = [[1.0, 0.0], [1.0, 1.0]], [[2.0, 0.5], [1.0, -1.0]]
+    name, value = judged(gold, logits, "text-classification", ("a", "b"))
+    expected = f1_score(np.array(gold), np.array(logits) > 0, average="micro")
+    assert (name, value) == ("micro_f1", pytest.approx(expected))
+
+
+def test_tags_are_judged_by_their_spans() -> None:
+    labels = ("B-PER", "I-PER", "O")
+    gold, found = [[0, 1, 2, 0], [2, 2]], [[0, 1, 2, 2], [2, 0]]
+    tags = [[[labels[tag] for tag in row] for row in rows] for rows in (gold, found)]
+    assert judged(gold, found, "token-classification", labels) == ("span_f1", pytest.approx(seqeval_f1(*tags)))
+    assert judged(gold, found, "token-classification", ("x", "y", "z"))[0] == "accuracy"
+
+
+def test_a_fall_of_the_tasks_own_metric_refuses() -> None:
+    """Every number in its place before; after shipping none is, while losses stay as they were."""
+    gold = np.arange(50.0)
+    ranks = judged_by([example([number]) for number in gold], "text-classification", ("price",))
+    trained, shipped = (
+        replace(scores(1.0), predicted=[np.array([number]) for number in column]) for column in (gold, gold[::-1])
+    )
+    verdict = judge(scores(3.0), trained, shipped, LIMITS, True, ranks)
+    assert verdict.figures["metric_drop"]["metric"] == "spearman"
+    assert verdict.figures["metric_drop"]["value"] == pytest.approx(2)
+    assert any("spearman fell from 1.0000 to -1.0000" in reason for reason in verdict.reasons)
+    assert judge(scores(3.0), trained, trained, LIMITS, True, ranks).reasons == ()

@@ -15,10 +15,10 @@ from edge_ft.evaluate.metrics import (
     exact_match,
     macro_f1,
     mean,
+    number_metrics,
     paired_bootstrap,
     perplexity,
     proportion,
-    spearman,
     token_f1,
     verbatim_match,
     wilson,
@@ -102,11 +102,11 @@ def test_spearman_is_scipys_ties_included() -> None:
     random = np.random.default_rng(4)
     gold = random.integers(0, 6, 200).astype(float)
     predicted = gold + random.normal(0, 2, 200).round()
-    found = spearman(predicted, gold)
+    found = number_metrics(predicted, gold)["spearman"]
     assert found["value"] == pytest.approx(spearmanr(predicted, gold).statistic)
     assert found["low"] < found["value"] < found["high"]
-    assert spearman(np.exp(gold), gold)["value"] == pytest.approx(1)
-    assert spearman(np.zeros(200), gold) == {"value": 0, "low": 0, "high": 0}
+    assert number_metrics(np.exp(gold), gold)["spearman"]["value"] == pytest.approx(1)
+    assert number_metrics(np.zeros(200), gold)["spearman"] == {"value": 0, "low": 0, "high": 0}
 
 
 def test_accuracy_is_never_certain() -> None:

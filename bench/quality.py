@@ -1,0 +1,79 @@
+"""What a subject knows beside how fast it is: loss, metrics and answers on rows, of the weights that were timed."""
+
+from pathlib import Path
+from typing import Any
+
+from edge_ft.config import BenchConfig, EvalConfig, RowsConfig, as_plain
+from edge_ft.data import Rendering, read_rows, stop_ids
+from edge_ft.evaluate import evaluate_opened
+from edge_ft.evaluate.open import Opened, open_source, rendering_for
+from edge_ft.progress import Silent
+
+__all__ = ["SCORED", "quality_records", "score", "settings_of"]
+
+SCORED = ("edge-ft", "torch")
+"""Subjects that can be scored: other engines are only timed."""
+
+
+def settings_of(config: BenchConfig, threads: int) -> dict[str, Any]:
+    """What `score` reads of the user's settings, as plain values."""
+    names = RowsConfig.__dataclass_fields__
+    rows = {name: value for name, value in as_plain(config).items() if name in names}
+    asked = {"data": config.data, "limit": config.limit, "max_new_tokens": config.new_tokens, "threads": threads}
+    return {**rows, **asked}
+
+
+def score(job: dict[str, Any]) -> dict[str, Any]:
+    """What `evaluate` says of the subject of a measuring job, opened as it is opened to be timed."""
+    settings = job["score"]
+    rows = read_rows(settings["data"])[: settings["limit"]]
+    if job["do"] == "bundle":
+        config = EvalConfig(**settings, accuracy_level=job["accuracy_level"])
+        return evaluate_opened(open_source(job["bundle"], config, rows), rows, config, Silent())
+    from edge_ft.base.scorer import TorchScorer, task_model_of
+    from edge_ft.bench.peers import load_peer, prepare
+
+    config, base = EvalConfig(**settings), prepare(job)
+    engine = load_peer(base, job)
+    own = None if job["rendering"] is None else Rendering.from_dict(job["rendering"])
+    rendering = rendering_for(
+        config,
+        rows,
+        engine.tokenizer,
+        own,
+        decoder=base.family.decoder,
+        task=job["task"],
+        model_limit=base.max_length,
+        labels=tuple(job["labels"]),
+    )
+    if rendering.problem_type is not None:
+        task_model_of(engine.model).config.problem_type = rendering.problem_type
+    scorer = TorchScorer(engine.model, rendering.task, stop_ids(rendering, engine.tokenizer))
+    opened = Opened(scorer, engine.tokenizer, rendering, base.max_length)
+    return evaluate_opened(opened, rows, config, Silent())
+
+
+def quality_records(
+    subject: str, variant: str, found: dict[str, Any], environment: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Records of one subject: as those of speed, with `interval` (95%, over rows) instead of a spread of samples."""
+    figures = {
+        "nll": ("nats/token", found["nll"], found["nll_interval"]),
+        "perplexity": ("", found["perplexity"], found["perplexity_interval"]),
+        **{name: ("", value["value"], [value["low"], value["high"]]) for name, value in found["metrics"].items()},
+    }
+    where = environment | {"rows": found["rows"], "data": Path(found["data"]).name}
+    return [
+        {
+            "subject": subject,
+            "variant": variant,
+            "metric": metric,
+            "unit": unit,
+            "value": value,
+            "samples": [value],
+            "interval": interval,
+            "environment": where,
+        }
+        for metric, (unit, value, interval) in figures.items()
+        if value is not None
+    ]
