@@ -71,7 +71,8 @@ class Stage:
 
 MODELS = {
     "minilm": Model("MiniLM-L6 (BERT, 22.7 M)", "encoder", encoder_weights),
-    "gpt2": Model("GPT-2 of 2.6 M weights, pretrained here", "decoder", lambda: pretrained("gpt2", Lines())),
+    "gpt2": Model("GPT-2, small, pretrained here", "decoder", lambda: pretrained("gpt2", Lines())),
+    "t5": Model("T5, small, pretrained here on this task with other sentences", "encoder-decoder", lambda: pretrained("t5", Lines())),
     "smollm2": Model("SmolLM2-135M-Instruct", "decoder", decoder_weights),
 }
 
@@ -132,6 +133,7 @@ CASES = {
     for case in (
         *_cases("minilm", 0),
         *_cases("gpt2", 32),
+        *_cases("t5", 32),
         *(_domain("gpt2", data, *_STEPS) for data in ("support", "finance")),
         Case(
             *("smollm2-main", "smollm2", "transcripts", 400, 48, 32, ("--max-length", "96", *_FEW_STEPS)),
@@ -141,10 +143,10 @@ CASES = {
     )
 }
 
-_SMALL = ("minilm", "gpt2")
+_SMALL = ("minilm", "gpt2", "t5")
 CLAIMS: dict[str, tuple[str, ...]] = {
     "understanding": (*(f"{model}-main" for model in _SMALL), "smollm2-main"),
-    "coherence": ("gpt2-main", "gpt2-support", "smollm2-main", "smollm2-support"),
+    "coherence": ("gpt2-main", "gpt2-support", "t5-main", "smollm2-main", "smollm2-support"),
     "domains": ("minilm-main", "gpt2-finance", "gpt2-support", "smollm2-finance", "smollm2-support"),
     "size": (*(f"{model}-main" for model in _SMALL), "smollm2-main"),
     "overfitting": tuple(f"{model}-{name}" for model in _SMALL for name in ("tiny", "tiny-early")),
