@@ -72,7 +72,9 @@ class Stage:
 MODELS = {
     "minilm": Model("MiniLM-L6 (BERT, 22.7 M)", "encoder", encoder_weights),
     "gpt2": Model("GPT-2, small, pretrained here", "decoder", lambda: pretrained("gpt2", Lines())),
-    "t5": Model("T5, small, pretrained here on this task with other sentences", "encoder-decoder", lambda: pretrained("t5", Lines())),
+    "t5": Model(
+        "T5, small, pretrained on this task with other rows", "encoder-decoder", lambda: pretrained("t5", Lines())
+    ),
     "smollm2": Model("SmolLM2-135M-Instruct", "decoder", decoder_weights),
 }
 
