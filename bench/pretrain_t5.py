@@ -76,17 +76,17 @@ def pretrain_t5(folder: Path, recipe: T5Recipe, progress: Progress) -> None:
     tokenizer = TextTokenizer.load(folder)
     examples, others = (_encode(tokenizer, rows) for rows in (train, held_out))
     torch.manual_seed(recipe.seed)
-    config = T5Config(
-        vocab_size=tokenizer.vocab_size,
-        d_model=recipe.width,
-        d_kv=recipe.width // recipe.heads,
-        d_ff=recipe.inner,
-        num_layers=recipe.layers,
-        num_heads=recipe.heads,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )
-    model = T5ForConditionalGeneration(config)
+    settings: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "d_model": recipe.width,
+        "d_kv": recipe.width // recipe.heads,
+        "d_ff": recipe.inner,
+        "num_layers": recipe.layers,
+        "num_heads": recipe.heads,
+        "dropout_rate": 0.0,
+        "decoder_start_token_id": 0,
+    }
+    model = T5ForConditionalGeneration(T5Config(**settings))
     started = time.monotonic()
     tokens = _train(model, examples, recipe, progress)
     seconds = time.monotonic() - started

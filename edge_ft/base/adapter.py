@@ -179,7 +179,8 @@ def _without_weights(peft_model: Any) -> Any:
     """
     for module in peft_model.modules():
         if hasattr(module, "lora_A") and isinstance(module.base_layer, FrozenLinear):
-            module.__class__ = _weightless(type(module))
+            kind: Any = type(module)
+            module.__class__ = _weightless(kind)
     return peft_model
 
 

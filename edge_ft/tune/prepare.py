@@ -221,7 +221,8 @@ def _shown(example: Example, rendering: Rendering, tokenizer: TextTokenizer) -> 
     """A row as the model reads it, between ⟦ and ⟧ what it is trained on."""
     ids = example.input_ids
     if rendering.task == "text2text-generation":
-        source, target = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids, example.labels))
+        labels = [int(label) for label in example.labels]
+        source, target = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids, labels))
         return f"row {example.row}: {len(ids)} tokens read, {example.targets} trained\n{source} → ⟦{target}⟧"
     if rendering.task in ("text-classification", "feature-extraction"):
         text, paired = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids, example.pair_ids))
