@@ -41,10 +41,11 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
         rows,
         engine.tokenizer,
         own,
-        decoder=base.family.decoder,
+        kind=base.family.kind,
         task=job["task"],
         model_limit=base.max_length,
         labels=tuple(job["labels"]),
+        problem_type=base.problem_type,
     )
     if rendering.problem_type is not None:
         task_model_of(engine.model).config.problem_type = rendering.problem_type
