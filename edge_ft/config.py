@@ -57,6 +57,10 @@ PEERS = ("torch", "openvino", "ctranslate2")
 class RowsConfig:
     """How columns of a file become what the model reads."""
 
+    pooling: Pooling | None = None
+    """What of a text's hidden states is its embedding (feature-extraction); default what the model's own files say,
+    else mean."""
+
     prompt: str | None = None
     """Template for the prompt, e.g. "{passage} {question}"; the text is as written, \\n and \\t are newline and tab."""
     completion: str | None = None
@@ -318,7 +322,7 @@ class RunConfig:
     temperature: float = 0.0
     """0 is greedy; above it tokens are sampled."""
     top_k: int = 0
-    """Sample among the k likeliest tokens; 0 is all."""
+    """Sample among the k likeliest tokens; 0 is all. fill-mask: tokens given for each mask; 0 is 5."""
     top_p: float = 1.0
     """Sample among the likeliest tokens that hold this much probability."""
     min_p: float = 0.0

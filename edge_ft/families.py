@@ -94,6 +94,8 @@ FAMILIES: dict[str, Family] = {
             {
                 "text-classification": ("bert.pooler", "classifier"),
                 "token-classification": ("classifier",),
+                "fill-mask": ("cls",),
+                "feature-extraction": ("pooler",),
             },
             "bert.encoder.layer",
             "encoder",

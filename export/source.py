@@ -28,7 +28,7 @@ from edge_ft.data import (
     read_rows,
 )
 from edge_ft.errors import DataError, ModelError, UsageError
-from edge_ft.evaluate.open import find_run_base, longest_sequence, open_run_model, rendering_for
+from edge_ft.evaluate.open import find_run_base, longest_sequence, open_run_model, pooled, rendering_for
 from edge_ft.evaluate.score import scorable
 from edge_ft.export.verify import VERIFY_ROWS
 
@@ -68,7 +68,9 @@ class Source:
         held: dict[str, BaseFormat] = dict.fromkeys(("fp16", *INT8_ACTIVATIONS), "fp32")
         form = held.get(base_format) or cast(BaseFormat, base_format)
         labels, problem = self.rendering.labels, self.rendering.problem_type
-        model = load_model(self.base, self.task, form, self.block_size, labels, self.seed, problem)
+        model = load_model(
+            self.base, self.task, form, self.block_size, labels, self.seed, problem, self.rendering.pooling
+        )
         if narrow:
             self._round_to_fp16(model)
         return model
@@ -130,7 +132,12 @@ def open_export_source(source: str, config: ExportConfig) -> Source:
 
 
 def _from_run(run: RunFolder, config: ExportConfig) -> Source:
-    for flag, value in (("--adapter", config.adapter), ("--data", config.data), ("--task", config.task)):
+    for flag, value in (
+        ("--adapter", config.adapter),
+        ("--data", config.data),
+        ("--task", config.task),
+        ("--pooling", config.pooling),
+    ):
         if value is not None:
             raise UsageError(f"{flag} is for a model: the run folder {run.path} brings its own")
     identity, report = run.base(), run.report()
@@ -197,6 +204,7 @@ def _from_model(source: str, config: ExportConfig) -> Source:
         columns = bare_columns(task, problem)
         longest = longest_sequence(config.max_length, base.max_length)
         rendering = make_rendering(config, columns, task, tokenizer, longest, labels)
+    rendering = pooled(rendering, base, config.pooling)
     examples = scorable(encode_rows(rendering, tokenizer, rows))
     rendering = replace(rendering, labels=labels)  # rows may name classes by number; the bundle names them by name
     if rows and not examples:

@@ -1,6 +1,7 @@
 """The half of a verification that needs no torch: a bundle's graphs scored again, on any device."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from edge_ft.artifacts import Bundle
 from edge_ft.config import VerifyConfig
-from edge_ft.data import Example, Rendering, TextTokenizer, encode_rows, fingerprint, read_rows
+from edge_ft.data import Example, Rendering, Row, TextTokenizer, bare_columns, encode_rows, fingerprint, read_rows
 from edge_ft.data.seq2seq import encode_pair
 from edge_ft.errors import GateRefused
 from edge_ft.evaluate.metrics import paired_bootstrap
@@ -141,6 +142,11 @@ def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Examp
             for text, answer in zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True)
         ]
         return [Example(row, pair.source, pair.target, 0, "", 0) for row, pair in enumerate(pairs, 1)]
+    if rendering.task in ("fill-mask", "feature-extraction"):
+        asked = replace(rendering, columns=bare_columns(rendering.task))
+        related = zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True)  # not alike: their loss is large, and moves
+        rows = [Row(row, {"text": text, "positive": other}) for row, (text, other) in enumerate(related, 1)]
+        return encode_rows(asked, tokenizer, rows)
     encoded = [tokenizer.encode(text)[: rendering.max_length] for text in PROBES]
     return [Example(row, ids, list(ids), 1, "", 0) for row, ids in enumerate(encoded, 1)]
 

@@ -22,7 +22,7 @@ from edge_ft.base.mpnet import use_attention_interface
 from edge_ft.base.quiet import quiet_libraries
 from edge_ft.base.sizes import Sizes, read_config
 from edge_ft.base.supported import refuse_unsupported
-from edge_ft.config import BaseFormat, ProblemType, Task
+from edge_ft.config import BaseFormat, Pooling, ProblemType, Task
 from edge_ft.data import class_numbers
 from edge_ft.errors import ModelError, did_you_mean, require
 from edge_ft.families import CLASSIFIERS, Family, family_of
@@ -80,6 +80,32 @@ class Base:
         found: ProblemType | None = self.config.get("problem_type")
         single = len(self.labels("text-classification")) == 1
         return found or ("regression" if single else None)
+
+    @property
+    def pooling(self) -> tuple[Pooling, bool]:
+        """How the checkpoint's sentence-transformers files make one vector of a text, and whether of length 1; without
+        such files the mean, of length 1.
+
+        Raises:
+            ModelError: they say something else than a mean or the first token.
+        """
+        file = self.path / "modules.json"
+        if not file.is_file():
+            return "mean", True
+        try:
+            modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in _json(file)}
+            settings = _json(self.path / modules["Pooling"] / "config.json")
+            modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{file} cannot be read as sentence-transformers': {error!r}") from error
+        known: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+        other = sorted(modules.keys() - {"Transformer", "Pooling", "Normalize"})
+        if other or len(modes) != 1 or modes[0] not in known:
+            raise ModelError(
+                f"{self.path} makes vectors by {', '.join([*other, *modes])}: only the mean of the tokens or the first "
+                "one can be exported; --pooling chooses"
+            )
+        return known[modes[0]], "Normalize" in modules
 
     def labels(self, task: Task) -> tuple[str, ...]:
         """Class names that the checkpoint brings for `task`, in the order of its head; none where it has no head."""
@@ -166,6 +192,7 @@ def load_model(
     labels: tuple[str, ...] = (),
     seed: int = 0,
     problem_type: ProblemType | None = None,
+    pooling: Pooling | None = None,
 ) -> nn.Module:
     """The task model of a base, frozen: in float32, or rounded: int4, int8 and bf16 with the embedding, nf4
     without.
@@ -187,14 +214,15 @@ def load_model(
             "problem_type": problem_type,
         }
     fresh = base.family.trained_head(task) if labels else ()
+    unread = base.family.heads[task] if task == "feature-extraction" else ()  # vectors are of the last hidden states
     model_class = TasksManager.get_model_class_for_task(task, framework="pt")
     model = None
     try:
         with quiet_libraries():
             if base_format != "fp32":
-                model = _quantized(base, model_class, task, settings, base_format, block_size, fresh, seed)
+                model = _quantized(base, model_class, task, settings, base_format, block_size, (*fresh, *unread), seed)
             if model is None:
-                model = _whole(base, model_class, task, settings, fresh, seed)
+                model = _whole(base, model_class, task, settings, (*fresh, *unread), seed)
                 if base.family.fan_in_fan_out:
                     turn_conv1d(model)
                 if base_format != "fp32":
@@ -207,6 +235,10 @@ def load_model(
         torch.manual_seed(seed)
         nn.init.normal_(head.weight, std=model.config.initializer_range)
         nn.init.zeros_(head.bias)
+    for name in unread:
+        setattr(model, name, None)
+    if task == "feature-extraction":
+        model.config.pooling = pooling or "mean"
     if base.family.name in ADAPTED:
         ADAPTED[base.family.name](model)
     return model.eval().requires_grad_(False)
@@ -226,11 +258,12 @@ def _whole(
         **(settings | {"ignore_mismatched_sizes": True} if settings else {}),
     )
     absent = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    mend = "tune it first" if base.family.trained_head(task) else "take a checkpoint that was saved with one"
     if lost := sorted(key for key in absent if not is_within(key, fresh)):
         raise ModelError(
             f"{base.path} lacks the weights of {lost[0]}"
             + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
-            + (": it has no head for this, tune it first" if is_within(lost[0], base.family.trained_head(task)) else "")
+            + (f": it has no head for {task}, {mend}" if is_within(lost[0], base.family.heads[task]) else "")
         )
     return model
 
@@ -272,6 +305,8 @@ def _quantized(
             )
             del tied[target]
     parameters = dict(model.named_parameters())  # a tied one once
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    tied = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
     keys = {
         name: key
         for name, parameter in parameters.items()
@@ -288,8 +323,9 @@ def _quantized(
 
     def read(name: str, rows: slice) -> Tensor:
         """A copy, from a mapping of its own: the pages of a mapped file stay in memory as long as it is mapped."""
-        with safe_open(places[keys[name]], "pt") as weights:
-            stored = weights.get_slice(keys[name])
+        key = keys[tied[name]]
+        with safe_open(places[key], "pt") as weights:
+            stored = weights.get_slice(key)
             part = stored[:, rows].T if name in turned else stored[rows]
             return part.to(torch.float32, copy=True)
 
@@ -338,6 +374,13 @@ def _round(
         round_to_bf16(model, keep, read)
     else:
         quantize_model(model, block_size, keep, BITS[base_format], read)
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
 
 
 def _convert_gguf(file: Path) -> Path:

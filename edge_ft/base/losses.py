@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from edge_ft.data import Batch
 from edge_ft.data.example import IGNORED
+from edge_ft.data.related import SCALE, same_texts
 
-__all__ = ["class_losses", "encoder_inputs", "mask_losses", "tag_losses"]
+__all__ = ["class_losses", "embed", "encoder_inputs", "mask_losses", "related_losses", "tag_losses"]
 
 
 def encoder_inputs(model: Any, batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -61,3 +62,29 @@ def mask_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor,
     finally:
         handle.remove()
     return nn.functional.cross_entropy(logits, labels[at], reduction="none"), logits.argmax(dim=-1)
+
+
+def embed(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Vectors of length 1 of a batch's first and second texts [batch, hidden], pooled as the model's config says."""
+    task_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    vectors = []
+    for ids, mask in (("input_ids", "attention_mask"), ("pair_input_ids", "pair_attention_mask")):
+        input_ids, attention_mask = (torch.from_numpy(batch[name]).to(device) for name in (ids, mask))  # type: ignore[literal-required]
+        hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+        if task_model.config.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            weight = attention_mask[:, :, None].float()
+            pooled = (hidden * weight).sum(1) / weight.sum(1)
+        vectors.append(nn.functional.normalize(pooled, dim=-1))
+    return vectors[0], vectors[1]
+
+
+def related_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Nll and rank of each row's own second text among those of its batch [batch]; see `edge_ft.data.related`."""
+    first, second = embed(model, batch, device)
+    same = torch.from_numpy(same_texts(batch)).to(device)
+    scores = (SCALE * first @ second.T).masked_fill(same, float("-inf"))
+    own = torch.arange(len(scores), device=device)
+    rank = (scores > scores.diagonal()[:, None]).sum(1)
+    return nn.functional.cross_entropy(scores, own, reduction="none"), rank

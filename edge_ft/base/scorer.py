@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_ft.base.head import logit_chunks, softcap_of
-from edge_ft.base.losses import class_losses, mask_losses, tag_losses
+from edge_ft.base.losses import class_losses, embed, mask_losses, related_losses, tag_losses
 from edge_ft.config import Task
 from edge_ft.data import Batch, target_mask
 from edge_ft.data.example import IGNORED
@@ -86,6 +86,7 @@ LOSSES: dict[Task, Targets] = {
     "text-classification": class_losses,
     "token-classification": tag_losses,
     "fill-mask": mask_losses,
+    "feature-extraction": related_losses,
 }
 """All others: nll (nats, float32, differentiable) of each target, and what was predicted there."""
 
@@ -129,6 +130,13 @@ class TorchScorer:
         predicted_at = np.full(at.shape, IGNORED, batch["labels"].dtype)
         nll_at[at], predicted_at[at] = nll.float().cpu().numpy(), predicted.cpu().numpy()
         return nll_at, predicted_at
+
+    @torch.inference_mode()
+    def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Vectors of length 1 of a batch's first and second texts [batch, hidden] (feature-extraction)."""
+        self.model.eval()
+        first, second = embed(self.model, batch, self.device)
+        return first.cpu().numpy(), second.cpu().numpy()
 
     @torch.inference_mode()
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:

@@ -5,7 +5,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from decimal import Decimal
 from importlib.util import find_spec
 from typing import Any, TypedDict
@@ -31,6 +31,7 @@ __all__ = [
     "perplexity",
     "proportion",
     "ratio",
+    "recall",
     "span_counts",
     "span_metrics",
     "token_f1",
@@ -139,6 +140,24 @@ def number_metrics(predicted: NDArray[Any], gold: NDArray[Any], seed: int = 0) -
     kinds = ("pearson", "spearman") if find_spec("scipy") is not None else ("pearson",)
     found = {kind: _resampled(correlation(predicted, gold, kind), len(gold), seed) for kind in kinds}
     return {"mse": mean((predicted - gold) ** 2, seed=seed), **found}
+
+
+def recall(first: NDArray[np.float32], second: NDArray[np.float32], texts: Sequence[Hashable]) -> dict[str, Metric]:
+    """`recall_at_1` and `recall_at_10`: how often a row's own second text is among so many nearest to its first.
+
+    Args:
+        first: [rows, hidden], of length 1.
+        second: The same, of the second texts; each different one stands once among those to choose from.
+        texts: What tells the second texts apart [rows].
+    """
+    places: dict[Hashable, int] = {}
+    for row, text in enumerate(texts):
+        places.setdefault(text, row)
+    scores = first @ second[list(places.values())].T  # [rows, different texts]
+    column = {text: at for at, text in enumerate(places)}
+    own = scores[np.arange(len(texts)), [column[text] for text in texts]]
+    ranks = (scores > own[:, None]).sum(1)
+    return {f"recall_at_{count}": proportion(ranks < count) for count in (1, 10)}
 
 
 def span_metrics(predicted: list[list[str]], gold: list[list[str]], seed: int = 0) -> dict[str, Metric]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_ft.artifacts import Bundle, RunFolder, kind_of
-from edge_ft.config import EvalConfig, ProblemType, RowsConfig, Task
+from edge_ft.config import EvalConfig, Pooling, ProblemType, RowsConfig, Task
 from edge_ft.data import (
     Rendering,
     Row,
@@ -27,7 +27,7 @@ from edge_ft.families import CLASSIFIERS, Kind
 if TYPE_CHECKING:
     from edge_ft.base.load import Base
 
-__all__ = ["Opened", "find_run_base", "longest_sequence", "open_run_model", "open_source", "rendering_for"]
+__all__ = ["Opened", "find_run_base", "longest_sequence", "open_run_model", "open_source", "pooled", "rendering_for"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         labels=base.labels(task),
         problem_type=base.problem_type,
     )
-    task_model: Any = move(load_model(base, rendering.task, config.base_format), device)
+    rendering = pooled(rendering, base, config.pooling)
+    task_model: Any = move(load_model(base, rendering.task, config.base_format, pooling=rendering.pooling), device)
     if rendering.problem_type is not None:
         task_model.config.problem_type = rendering.problem_type  # some checkpoints leave it to be guessed
     scorer = TorchScorer(task_model, rendering.task, stop_ids(rendering, tokenizer))
@@ -141,12 +142,27 @@ def open_run_model(run: RunFolder, adapter: bool = True) -> "tuple[Any, Base]":
     task: Task = report["task"]
     rendering = Rendering.from_dict(run.rendering())
     labels, seed, problem = rendering.labels, int(report["seed"]), rendering.problem_type
-    model = load_model(base, task, identity["format"], identity["block_size"], labels, seed, problem)
+    model = load_model(base, task, identity["format"], identity["block_size"], labels, seed, problem, rendering.pooling)
     if identity["codes_sha256"] is not None and codes_sha256(model) != identity["codes_sha256"]:
         raise ModelError(
             f"the {identity['format']} codes of {base.path} are not those that {run.path} was trained over: tune again"
         )
     return (load_adapter(model, run.adapter) if adapter else model), base
+
+
+def pooled(rendering: Rendering, base: "Base", asked: Pooling | None) -> Rendering:
+    """The rendering of an embedder with how it makes one vector of a text: as `asked`, else as its own files say.
+
+    Raises:
+        UsageError: `asked` of another task.
+        ModelError: the files say what cannot be exported.
+    """
+    if rendering.task != "feature-extraction":
+        if asked is not None:
+            raise UsageError(f"--pooling is for feature-extraction, and this is {rendering.task}")
+        return rendering
+    pooling, normalize = (asked, True) if asked is not None else base.pooling
+    return replace(rendering, pooling=pooling, normalize=normalize)
 
 
 def longest_sequence(max_length: int | Literal["auto"] | None, model_limit: int) -> int:
@@ -190,11 +206,13 @@ def rendering_for(
             value is not None
             for value in (
                 *(config.prompt, config.completion, config.label, config.chat_template, config.text_pair),
-                config.problem_type,
+                *(config.problem_type, config.pooling),
             )
         )
         if not asked and own.columns.fits(names):
             return own
+        if config.pooling not in (None, own.pooling):
+            raise DataError(f"--pooling {config.pooling}: this model was made with {own.pooling or 'none'}")
         if config.problem_type not in (None, own.problem_type):
             raise DataError(f"--problem-type {config.problem_type}: this model was trained for {own.problem_type}")
         mapped = config.prompt or config.label or not own.columns.fits(names)

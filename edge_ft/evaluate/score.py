@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Batch, Example, Rendering, TextTokenizer, collate, eval_batches, target_mask
 from edge_ft.data.example import IGNORED
+from edge_ft.data.related import TOGETHER, in_batch
 from edge_ft.errors import AuditRefused
 from edge_ft.evaluate.metrics import (
     accuracy,
@@ -19,11 +20,12 @@ from edge_ft.evaluate.metrics import (
     multi_label_f1,
     number_metrics,
     perplexity,
+    recall,
     span_metrics,
 )
 from edge_ft.progress import Progress, track
 
-__all__ = ["Answerer", "RowScores", "Scorer", "counted", "said", "scorable", "score", "summary"]
+__all__ = ["Answerer", "Embedder", "RowScores", "Scorer", "counted", "said", "scorable", "score", "summary"]
 
 
 class Scorer(Protocol):
@@ -41,6 +43,14 @@ class Answerer(Scorer, Protocol):
         """Greedy continuation of one prompt, without its stop token."""
 
 
+@runtime_checkable
+class Embedder(Scorer, Protocol):
+    """What scoring needs of a model whose answers are vectors."""
+
+    def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Vectors of length 1 of a batch's first and second texts [batch, hidden]."""
+
+
 @dataclass(frozen=True)
 class RowScores:
     """One entry a row, in the order of the examples."""
@@ -53,6 +63,9 @@ class RowScores:
     """Targets whose likeliest token or class is the right one."""
     predicted: list[NDArray[Any]]
     """Likeliest token or class of each target; whether each of several classes holds; a number; a text's rank."""
+
+    vectors: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+    """Of the rows' first and second texts [rows, hidden] (feature-extraction)."""
 
     @property
     def mean_nll(self) -> float:
@@ -113,10 +126,21 @@ def score(
     tokens = np.zeros(count, np.int64)
     correct = np.zeros(count, np.int64)
     predicted: list[NDArray[Any]] = [np.zeros(0, np.int64)] * count
-    batches = eval_batches([len(example.input_ids) for example in examples], batch_size)
+    embeds = task == "feature-extraction"
+    vectors: list[list[NDArray[np.float32]]] = [[], []]
+    order: list[int] = []
+    batches = eval_batches([len(example.input_ids) for example in examples], TOGETHER if embeds else batch_size)
     for indices in track(progress, stage, batches, len(batches)):
         batch = collate([examples[index] for index in indices], pad_id, task)
-        losses, likeliest = scorer.token_nll(batch)
+        if embeds:
+            assert isinstance(scorer, Embedder)
+            pair = scorer.vectors(batch)
+            losses, likeliest = in_batch(*pair, batch)
+            order += indices
+            for found, some in zip(vectors, pair, strict=True):
+                found.extend(some)
+        else:
+            losses, likeliest = scorer.token_nll(batch)
         labels, targets = batch["labels"], target_mask(batch["labels"], task)
         for position, index in enumerate(indices):
             at = targets[position]
@@ -124,7 +148,10 @@ def score(
             tokens[index] = at.sum()
             predicted[index] = likeliest[position][at]
             correct[index] = (predicted[index] == labels[position][at]).sum()
-    return RowScores(nll, tokens, correct, predicted)
+    if not embeds:
+        return RowScores(nll, tokens, correct, predicted)
+    places = np.argsort(order)
+    return RowScores(nll, tokens, correct, predicted, (np.stack(vectors[0])[places], np.stack(vectors[1])[places]))
 
 
 def tag_names(
@@ -152,12 +179,15 @@ def said(predicted: NDArray[Any], rendering: Rendering, tokenizer: TextTokenizer
 def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: tuple[str, ...]) -> dict[str, Any]:
     """`nll` (nats per target token), `perplexity` and `metrics`, each with its 95% interval over rows.
 
-    Numbers have no perplexity: it and its interval are None.
+    Numbers and vectors have no perplexity: it and its interval are None.
     """
     right = scores.correct / scores.tokens
-    numbers = False
-    if task in TEXT_TASKS:
+    numbers = task == "feature-extraction"  # its loss grows with the rows of a batch
+    if task in TEXT_TASKS or task == "fill-mask":
         metrics = {"token_accuracy": mean(right, scores.tokens)}
+    elif task == "feature-extraction":
+        assert scores.vectors is not None
+        metrics = recall(*scores.vectors, [tuple(example.pair_ids) for example in examples])
     elif task == "token-classification":
         metrics = {"accuracy": mean(right, scores.tokens), **span_metrics(*tag_names(scores, examples, labels))}
     elif isinstance(examples[0].labels[0], float):

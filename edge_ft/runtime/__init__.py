@@ -7,6 +7,8 @@ from edge_ft.runtime.adapters import adapter_inputs
 from edge_ft.runtime.cache import KVCache
 from edge_ft.runtime.classify import Classification, TextClassifier
 from edge_ft.runtime.decode import Conversation, Generation, TextGenerator, Timings
+from edge_ft.runtime.embed import TextEmbedder
+from edge_ft.runtime.fill import Fill, FilledText, MaskFiller
 from edge_ft.runtime.seq2seq import Seq2SeqGenerator
 from edge_ft.runtime.session import open_session
 from edge_ft.runtime.tag import TaggedText, TaggedWord, TextTagger
@@ -14,21 +16,28 @@ from edge_ft.runtime.tag import TaggedText, TaggedWord, TextTagger
 __all__ = [
     "Classification",
     "Conversation",
+    "Fill",
+    "FilledText",
     "Generation",
     "KVCache",
+    "MaskFiller",
     "Seq2SeqGenerator",
     "TaggedText",
     "TaggedWord",
     "TextClassifier",
+    "TextEmbedder",
     "TextGenerator",
     "TextTagger",
     "Timings",
     "load",
 ]
 
-ENCODERS: dict[str, type[TextClassifier] | type[TextTagger]] = {
+Reader = TextClassifier | TextTagger | MaskFiller | TextEmbedder
+ENCODERS: dict[str, type[Reader]] = {
     "text-classification": TextClassifier,
     "token-classification": TextTagger,
+    "fill-mask": MaskFiller,
+    "feature-extraction": TextEmbedder,
 }
 """Of each task whose model reads a text at once, what opens its bundles."""
 
@@ -39,7 +48,7 @@ def load(
     threads: int | None = None,
     accuracy_level: int | None = None,
     adapter: str | None = None,
-) -> "TextGenerator | Seq2SeqGenerator | TextClassifier | TextTagger":
+) -> TextGenerator | Seq2SeqGenerator | Reader:
     """Get a bundle ready to answer.
 
     Args:

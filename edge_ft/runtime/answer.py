@@ -36,7 +36,7 @@ def answer_one(bundle: Path, text: str, config: RunConfig, stream: TextIO | None
     opened = _open(bundle, config)
     if not isinstance(opened, TextGenerator | Seq2SeqGenerator):
         _refuse_labels(opened, config)
-        (answer,) = ask(opened, [asked_of(opened, text, config.text_pair)])
+        (answer,) = ask(opened, [asked_of(opened, text, config.text_pair)], config.top_k)
         lines = lines_of(opened, answer)
     elif config.labels:
         answer = asdict(_labelled(opened, [fill_text(opened.rendering.columns, text)], config)[0])
@@ -84,7 +84,9 @@ def answer_file(bundle: Path, source: Path, out: Path, config: RunConfig, progre
     opened = _open(bundle, config)
     if not isinstance(opened, TextGenerator | Seq2SeqGenerator):
         _refuse_labels(opened, config)
-        answers: Iterator[dict[str, Any]] = iter(ask(opened, [_asked(row, opened.rendering) for row in rows]))
+        answers: Iterator[dict[str, Any]] = iter(
+            ask(opened, [_asked(row, opened.rendering) for row in rows], config.top_k)
+        )
     else:
         prompts = [_prompt(row, opened.rendering) for row in rows]
         answers = (_answer_or_error(opened, prompt, config) for prompt in prompts)

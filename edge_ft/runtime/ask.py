@@ -8,11 +8,13 @@ from edge_ft.data import Columns, Rendering, Row, record
 from edge_ft.data.columns import fill_text
 from edge_ft.errors import UsageError
 from edge_ft.runtime.classify import TextClassifier
+from edge_ft.runtime.embed import TextEmbedder
+from edge_ft.runtime.fill import MaskFiller
 from edge_ft.runtime.tag import TextTagger
 
 __all__ = ["Asked", "Reader", "ask", "asked_of", "asked_of_row", "lines_of", "ranked"]
 
-Reader = TextClassifier | TextTagger
+Reader = TextClassifier | TextTagger | MaskFiller | TextEmbedder
 """An open bundle whose model reads a text at once."""
 Asked = str | tuple[str, str] | Sequence[str]
 """A text; two of them for a model that was trained on pairs; the words of one to tag."""
@@ -30,7 +32,7 @@ def asked_of(opened: Reader, text: str, pair: str | None) -> Asked:
     if (pair is not None) != (columns.pair is not None):
         wants = "needs --text-pair" if pair is None else "reads one text: leave --text-pair out"
         raise UsageError(f"{opened.bundle.path} {wants}")
-    if isinstance(opened, TextTagger):
+    if isinstance(opened, TextTagger | MaskFiller):
         return text
     first = fill_text(columns, text)
     return first if pair is None else (first, fill_text(Columns("template", columns.pair), pair))
@@ -46,8 +48,21 @@ def asked_of_row(row: Row, rendering: Rendering) -> Asked | None:
     return found.prompt if found.pair is None else (found.prompt, found.pair)
 
 
-def ask(opened: Reader, asked: Sequence[Any]) -> list[dict[str, Any]]:
-    """A JSON object for each of `asked`: `label` and `scores`, or `tags` and `words`; `prompt_tokens` and `cut`."""
+def ask(opened: Reader, asked: Sequence[Any], top_k: int = 0) -> list[dict[str, Any]]:
+    """A JSON object for each of `asked`: `label` and `scores`, `tags` and `words`, `fills` and `text`, or `embedding`;
+    and `prompt_tokens` and `cut`.
+
+    Args:
+        top_k: Tokens for each mask; 0 is 5.
+    """
+    if isinstance(opened, MaskFiller):
+        return [asdict(found) for found in opened.fill(asked, top_k or SHOWN)]
+    if isinstance(opened, TextEmbedder):
+        read = opened.read(asked)
+        return [
+            {"embedding": vector.tolist(), "prompt_tokens": len(text.ids), "cut": text.cut}
+            for vector, text in zip(opened.embed_framed(read), read, strict=True)
+        ]
     if isinstance(opened, TextTagger):
         return [{"tags": found.tags, **asdict(found)} for found in opened.tag(asked)]
     return [asdict(found) for found in opened.classify(asked)]
@@ -60,6 +75,11 @@ def lines_of(opened: Reader, answer: dict[str, Any]) -> list[str]:
             f"{word['text']}\t{word['label'] or '-'}\t" + ("-" if word["score"] is None else f"{word['score']:.2%}")
             for word in answer["words"]
         ]
+    if isinstance(opened, TextEmbedder):
+        return [" ".join(f"{value:.6f}" for value in answer["embedding"])]
+    if isinstance(opened, MaskFiller):
+        ranks = [f"{fill['score']:7.2%}  {fill['token']}" for fills in answer["fills"] for fill in fills]
+        return [*ranks, answer["text"]]
     scores: dict[str, float] = answer["scores"]
     if opened.problem == "regression":
         return [f"{score:.4g}  {label}" for label, score in scores.items()]

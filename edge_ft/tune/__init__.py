@@ -104,7 +104,9 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     refuse_at_sight(base, config, Room.here(run.path))
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
     labels, problem = prepared.rendering.labels, prepared.rendering.problem_type
-    model = load_model(base, task, config.base_format, config.block_size, labels, config.seed, problem)
+    model = load_model(
+        base, task, config.base_format, config.block_size, labels, config.seed, problem, prepared.rendering.pooling
+    )
     identify(codes_sha256=codes_sha256(model) if config.base_format != "fp32" else None)
     peft_model = move(add_lora(model, base.family, task, config), device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name

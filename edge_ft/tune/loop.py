@@ -19,7 +19,7 @@ from edge_ft.artifacts import disk_full
 from edge_ft.config import TuneConfig
 from edge_ft.data import Batch, Example, collate, target_mask, train_batches
 from edge_ft.errors import UsageError
-from edge_ft.evaluate.score import RowScores, Scorer, score
+from edge_ft.evaluate.score import Embedder, RowScores, Scorer, score
 from edge_ft.progress import Progress
 from edge_ft.tune.stopwatch import Stopwatch
 
@@ -379,6 +379,11 @@ class _Polled:
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         self.poll()
         return self.scorer.token_nll(batch)
+
+    def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        self.poll()
+        assert isinstance(self.scorer, Embedder)
+        return self.scorer.vectors(batch)
 
 
 def _endless_batches(

@@ -224,8 +224,11 @@ def _load(base: "Base", prepared: Prepared, config: TuneConfig) -> tuple[Any, An
     from edge_ft.base.scorer import TorchScorer
     from edge_ft.tune.torch_backend import TorchBackend
 
-    labels, problem = prepared.rendering.labels, prepared.rendering.problem_type
-    model = load_model(base, prepared.task, config.base_format, config.block_size, labels, config.seed, problem)
+    asked = prepared.rendering
+    labels, problem, pooling = asked.labels, asked.problem_type, asked.pooling
+    model = load_model(
+        base, prepared.task, config.base_format, config.block_size, labels, config.seed, problem, pooling
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peft_model = move(add_lora(model, base.family, prepared.task, config), device)
     task = prepared.task

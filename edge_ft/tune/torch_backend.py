@@ -71,6 +71,10 @@ class TorchBackend(TorchScorer):
         with self.compute:
             return super().token_nll(batch)
 
+    def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        with self.compute:
+            return super().vectors(batch)
+
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
         norm = nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or float("inf"))
         if torch.isfinite(norm):

@@ -40,7 +40,7 @@ def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
 
 
 def test_an_encoder_without_a_head_cannot_classify_yet(bert: Path) -> None:
-    with pytest.raises(ModelError, match="no head for this, tune it first"):
+    with pytest.raises(ModelError, match="no head for text-classification, tune it first"):
         load_model(find_base(str(bert)), "text-classification")
 
 

@@ -1,0 +1,63 @@
+"""Vectors of texts from a feature-extraction bundle."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_ft.data import Batch, pad
+from edge_ft.data.related import in_batch, pool
+from edge_ft.data.tokenizer import Framed
+from edge_ft.runtime.encoder import Encoder
+
+__all__ = ["TextEmbedder"]
+
+
+class TextEmbedder(Encoder):
+    """An open feature-extraction bundle."""
+
+    output = "last_hidden_state"
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """A vector for every text, in order; longer texts than the model was trained on are cut.
+
+        Returns:
+            [texts, hidden] float32, of length 1 unless the model's own files say that it does not normalise.
+        """
+        return self.embed_framed(self.read(texts))
+
+    def read(self, texts: Sequence[str]) -> list[Framed]:
+        """The tokens of each text, and how many were cut off."""
+        return [self.tokenizer.encode_classifier(text, self.rendering.max_length) for text in texts]
+
+    def embed_framed(self, texts: Sequence[Framed]) -> NDArray[np.float32]:
+        """`embed` of what `read` gave."""
+        found: dict[int, NDArray[np.float32]] = {}
+        for row, hidden in self.of_texts(texts):
+            _, mask = pad([texts[row].ids], 0)
+            found[row] = pool(hidden[None, : mask.shape[1]], mask, self.rendering.pooling)[0]
+        if not found:
+            return np.zeros((0, 0), np.float32)
+        vectors = np.stack([found[row] for row in range(len(texts))])
+        return unit(vectors) if self.rendering.normalize else vectors
+
+    def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Vectors of length 1 of a batch's first and second texts [batch, hidden]."""
+        found = [
+            unit(pool(self.logits(ids, mask), mask, self.rendering.pooling))
+            for ids, mask in (
+                (batch["input_ids"], batch["attention_mask"]),
+                (batch["pair_input_ids"], batch["pair_attention_mask"]),
+            )
+        ]
+        return found[0], found[1]
+
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Loss (nats) and rank of each row's own second text within the batch, both [batch, 1]."""
+        return in_batch(*self.vectors(batch), batch)
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The vectors [rows, hidden], each of length 1."""
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12), np.float32)

@@ -1,0 +1,148 @@
+"""Vectors of texts: pooled as the model's files say, learned from texts that belong together."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertModel
+
+from edge_ft.artifacts import Bundle, RunFolder
+from edge_ft.base.load import find_base
+from edge_ft.config import EvalConfig, ExportConfig, RunConfig, TuneConfig
+from edge_ft.data.related import in_batch, same_texts
+from edge_ft.errors import DataError, ModelError, UsageError
+from edge_ft.evaluate import evaluate
+from edge_ft.evaluate.metrics import recall
+from edge_ft.export import export
+from edge_ft.progress import Silent
+from edge_ft.runtime import TextEmbedder, load
+from edge_ft.runtime.answer import answer_file
+from edge_ft.tune import tune
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    lines = []
+    for n in range(60):
+        word = ["good", "bad", "sep", "a"][n % 4]
+        middle = " ".join([*["very"] * (n // 4 % 4), *["not"] * (n // 16)])
+        lines.append({"question": f"the film was {middle} {word}", "answer": f"{word} {word} {middle}"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(bert: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    out = tmp_path_factory.mktemp("runs") / "embed"
+    return tune(
+        TuneConfig(model=str(bert), data=str(rows), out=out, epochs=10, learning_rate=3e-3, split=(0.5, 0.3, 0.2))
+    )
+
+
+@pytest.fixture(scope="module")
+def bundle(run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("bundles") / "embed"
+    return export(str(run.path), ExportConfig(out=out, max_tax=1, min_retained=0.3, max_metric_drop=1))
+
+
+def test_an_embedder_learns_and_ships(run: RunFolder, bundle: Bundle) -> None:
+    report = run.report()
+    assert report["task"] == "feature-extraction"
+    assert report["nll"]["best"] < report["nll"]["base"]
+    assert set(report["metrics"]) == {"recall_at_1", "recall_at_10"}
+    found = bundle.manifest["verification"]
+    assert found["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-3
+    assert found["adapter_changes_logits"]
+    scored = evaluate(str(bundle.path), EvalConfig(data=str(run.split("test"))))
+    assert scored["perplexity"] is None
+    assert scored["metrics"]["recall_at_1"] == found["test"]["metrics"]["recall_at_1"]["shipped"]
+
+
+def test_a_base_as_it_is_embeds_as_torch_does(bert: Path, tmp_path: Path) -> None:
+    bundle = export(str(bert), ExportConfig(out=tmp_path / "b", weights="fp32"))
+    assert bundle.task == "feature-extraction"
+    opened = load(bundle)
+    assert isinstance(opened, TextEmbedder)
+    texts = ["the film was good", "bad", "not a very good film"]
+    found = opened.embed(texts)
+    assert (found.shape, found.dtype) == ((3, 64), np.float32)
+    assert np.linalg.norm(found, axis=1) == pytest.approx(1, abs=1e-5)
+    model = BertModel.from_pretrained(bert).eval()
+    for vector, text in zip(found, texts, strict=True):
+        ids = torch.tensor([opened.tokenizer.encode_classifier(text, 64).ids])
+        with torch.no_grad():
+            mean = model(input_ids=ids).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(vector, (mean / mean.norm()).numpy(), atol=1e-4)
+    assert opened.embed([]).shape[0] == 0
+
+
+def test_the_models_own_files_say_how_to_pool_and_the_option_overrides(bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(bert, folder)
+    assert find_base(str(folder)).pooling == ("mean", True)
+    (folder / "1_Pooling").mkdir()
+
+    def write(modes: dict[str, bool], *types: str) -> None:
+        kinds = [{"type": f"sentence_transformers.models.{name}", "path": f"1_{name}"} for name in types]
+        (folder / "modules.json").write_text(json.dumps(kinds))
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64, **modes}))
+
+    write({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "Transformer", "Pooling")
+    assert find_base(str(folder)).pooling == ("cls", False)
+    first = load(export(str(folder), ExportConfig(out=tmp_path / "cls")))
+    mean = load(export(str(folder), ExportConfig(out=tmp_path / "mean", pooling="mean")))
+    assert isinstance(first, TextEmbedder)
+    assert isinstance(mean, TextEmbedder)
+    assert np.linalg.norm(first.embed(["good"])) != pytest.approx(1, abs=1e-3)
+    assert np.linalg.norm(mean.embed(["good"])) == pytest.approx(1, abs=1e-5)
+    write({"pooling_mode_max_tokens": True}, "Transformer", "Pooling")
+    with pytest.raises(ModelError, match="makes vectors by pooling_mode_max_tokens"):
+        export(str(folder), ExportConfig(out=tmp_path / "max"))
+    write({"pooling_mode_mean_tokens": True}, "Transformer", "Pooling", "Dense")
+    with pytest.raises(ModelError, match="makes vectors by Dense"):
+        export(str(folder), ExportConfig(out=tmp_path / "dense"))
+
+
+def test_pooling_is_for_embedders(bert: Path, reviews: Path, bundle: Bundle, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--pooling is for feature-extraction"):
+        tune(TuneConfig(model=str(bert), data=str(reviews), out=tmp_path / "run", pooling="cls"))
+    with pytest.raises(DataError, match="--pooling cls: this model was made with mean"):
+        evaluate(str(bundle.path), EvalConfig(data=str(rows), pooling="cls"))
+
+
+def test_texts_together_are_as_each_alone(bundle: Bundle) -> None:
+    opened = load(bundle)
+    assert isinstance(opened, TextEmbedder)
+    texts = ["good", "the film was very very good", "not a"]
+    for vector, text in zip(opened.embed(texts), texts, strict=True):
+        np.testing.assert_allclose(vector, opened.embed([text])[0], atol=1e-5)
+
+
+def test_a_row_out_for_each_row_in(bundle: Bundle, rows: Path, tmp_path: Path) -> None:
+    answer_file(bundle.path, rows, tmp_path / "out.jsonl", RunConfig(), Silent())
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(answers) == 60
+    assert {len(answer["embedding"]) for answer in answers} == {64}
+
+
+def test_a_second_text_that_is_right_for_two_rows_is_no_mistake_for_either() -> None:
+    ids = np.array([[1, 2], [1, 3], [1, 4]])
+    batch: Any = {"input_ids": ids, "pair_input_ids": np.array([[7], [7], [8]]), "rows": [1, 2, 3]}
+    assert same_texts(batch).tolist() == [[False, True, False], [True, False, False], [False] * 3]
+    vectors = np.eye(3, dtype=np.float32)
+    nll, rank = in_batch(vectors, vectors[[0, 0, 2]], batch)
+    assert rank.tolist() == [[0], [0], [0]]
+    assert nll[0, 0] == pytest.approx(np.log1p(np.exp(-20)), abs=1e-6)
+
+
+def test_recall_counts_a_text_that_stands_twice_once() -> None:
+    first = np.eye(3, dtype=np.float32)
+    second = np.array([[1, 0, 0], [1, 0, 0], [0, 0, 1]], np.float32)
+    found = recall(first, second, ["a", "a", "c"])
+    assert found["recall_at_1"]["value"] == pytest.approx(1)
+    assert found["recall_at_10"]["value"] == 1
