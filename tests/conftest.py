@@ -12,6 +12,14 @@ from edge_ft.export import export
 from edge_ft.tune import tune
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several workers, one takes all that needs real weights, and first: what they share is made once."""
+    shared = {item: any("smollm2" in name or "minilm" in name for name in item.fixturenames) for item in items}  # type: ignore[attr-defined]
+    items.sort(key=lambda item: not shared[item])
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("real weights" if shared[item] else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("work")
