@@ -36,7 +36,7 @@ class T5Recipe:
     vocabulary: int = 4096
     """Mostly whole words: what to copy next follows from the one word before."""
     batch: int = 64
-    steps: int = 800
+    steps: int = 1000
     learning_rate: float = 3e-3
     seed: int = 0
 
