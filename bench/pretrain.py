@@ -35,17 +35,17 @@ END = "<|endoftext|>"
 class Recipe:
     """How a model is pretrained; another recipe is another entry of the cache."""
 
-    width: int = 128
+    width: int = 192
     layers: int = 4
     heads: int = 4
     vocabulary: int = 4096
     """The first tokens of GPT-2's own: with all 50,257 the embedding would be nearly all of so small a model."""
     length: int = 128
     """Tokens of a training sequence, and the positions that the model has."""
-    batch: int = 2
-    steps: int = 1500
-    """Many small ones: 500 steps of 1,024 tokens came to little more than the words' frequencies."""
-    learning_rate: float = 3e-3
+    batch: int = 8
+    steps: int = 2000
+    """2 million tokens: with 0.4 million it learned little more than the words' frequencies (perplexity 503)."""
+    learning_rate: float = 2e-3
     seed: int = 0
 
 

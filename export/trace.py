@@ -282,7 +282,8 @@ def _name(graph_model: ir.Model, model: PreTrainedModel, wrapper: Wrapper) -> No
             value.const_value = ir.tensor(np.array(1, dtype=np.int64), name=value.name)
             graph.register_initializer(value)
     # GatherBlockQuantized wants [N, blob]: as an initializer of the same bytes, since OpenVINO refuses a Reshape.
-    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = names[model.get_input_embeddings()], names.get(model.get_output_embeddings())
     for node in graph:
         codes = node.inputs[0] if node.op_type == "GatherBlockQuantized" else None
         if codes is not None and codes.const_value is not None:
@@ -290,8 +291,10 @@ def _name(graph_model: ir.Model, model: PreTrainedModel, wrapper: Wrapper) -> No
             tensor = ir.tensor(rows.reshape(len(rows), -1), name=f"{embedding}.qweight")
             table = ir.val(tensor.name, const_value=tensor)
             node.replace_input_with(0, table)
-            if not codes.uses():  # otherwise the head's, tied to the embedding
-                del graph.initializers[str(codes.name)]
+            del graph.initializers[str(codes.name)]
+            if codes.uses():  # the head's, tied to the embedding, whose name it may have
+                codes.name = f"{head}.qweight" if codes.name == table.name else codes.name
+                graph.register_initializer(codes)
             graph.register_initializer(table)
 
 

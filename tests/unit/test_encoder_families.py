@@ -11,12 +11,12 @@ import pytest
 import torch
 from tiny_models import ENCODERS, tiny_encoder_config, write_encoder, write_reviews
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.base.adapter import add_lora
 from edge_ft.base.load import find_base, load_model
-from edge_ft.config import ExportConfig, TuneConfig
+from edge_ft.config import ExportConfig, Task, TuneConfig
 from edge_ft.data import Batch, collate, encode_rows, read_rows
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.evaluate.open import open_run_model
@@ -172,12 +172,18 @@ def test_a_head_of_two_layers_names_its_classes_and_makes_room_for_others(tmp_pa
     assert other.classifier.out_proj.weight.std() > 0.01
 
 
-@pytest.mark.parametrize("name", ["distilbert", "albert", "mpnet", "modernbert", "roberta"])
-def test_the_graph_of_a_tagger_has_the_models_logits(name: str, tmp_path: Path) -> None:
-    """A head over every word, where a classifier's reads one of them."""
-    base = find_base(str(write_encoder(tmp_path / "model", tiny_encoder_config(name))), "token-classification")
-    model: Any = load_model(base, "token-classification", labels=("O", "B-X", "I-X"))
-    graph = trace(model, base.family, "token-classification")
+@pytest.mark.parametrize("task", ["token-classification", "fill-mask", "feature-extraction"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_graph_of_every_other_task_is_the_model(name: str, task: Task, tmp_path: Path) -> None:
+    """Over int4 codes, of which a head over the vocabulary shares the embedding's."""
+    config = tiny_encoder_config(name)
+    folder = write_encoder(tmp_path / "model", config)
+    if task == "fill-mask":
+        AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    base = find_base(str(folder), task)
+    labels = ("O", "B-X", "I-X") if task == "token-classification" else ()
+    model: Any = load_model(base, task, "int4", labels=labels)
+    graph = trace(model, base.family, task)
     lower(graph)
     ir.save(graph, tmp_path / "graph.onnx")
     ids = torch.from_numpy(np.random.default_rng(0).integers(4, 15, (2, 20)))
@@ -186,8 +192,7 @@ def test_the_graph_of_a_tagger_has_the_models_logits(name: str, tmp_path: Path) 
     ids[1, 9:] = base.config["pad_token_id"]
     session = ort.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
     feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "token_type_ids": np.zeros_like(ids.numpy())}
-    names = [node.name for node in session.get_inputs()]
-    [logits] = session.run(["logits"], {key: feed[key] for key in names})
+    found = session.run(None, {node.name: feed[node.name] for node in session.get_inputs()})[0]
     with torch.inference_mode():
-        expected = model(input_ids=ids, attention_mask=mask).logits.numpy()
-    np.testing.assert_allclose(logits[mask == 1], expected[mask == 1], atol=1e-3)
+        expected = model(input_ids=ids, attention_mask=mask)[0].numpy()
+    np.testing.assert_allclose(found[mask == 1], expected[mask == 1], atol=1e-3)
