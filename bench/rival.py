@@ -178,11 +178,14 @@ class CountingTrainer(Trainer):
 def batch_tensors(examples: Sequence[Example], pad_id: int, task: str) -> dict[str, torch.Tensor]:
     batch = collate(examples, pad_id, task)
     labels = batch["labels"][:, 0] if task == "text-classification" else batch["labels"]
-    return {
+    tensors = {
         "input_ids": torch.from_numpy(batch["input_ids"]),
         "attention_mask": torch.from_numpy(batch["attention_mask"]),
         "labels": torch.from_numpy(labels),
     }
+    if "token_type_ids" in batch:  # of pairs
+        tensors["token_type_ids"] = torch.from_numpy(batch["token_type_ids"])
+    return tensors
 
 
 def our_batches(train: Sequence[Example], steps: int, config: TuneConfig) -> list[list[int]]:

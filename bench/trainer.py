@@ -16,7 +16,7 @@ from edge_ft.artifacts import write_text
 from edge_ft.bench.meters import peak_rss_bytes
 from edge_ft.bench.worker import answer
 from edge_ft.config import TuneConfig
-from edge_ft.errors import require
+from edge_ft.errors import UsageError, require
 from edge_ft.progress import Silent
 
 if TYPE_CHECKING:
@@ -71,8 +71,13 @@ def _prepare(job: dict[str, Any]) -> dict[str, Any]:
 
     with quiet_libraries():
         require("peft", "train")
+    from edge_ft.bench.rival import MODEL_CLASSES
+
     split = (1.0, 0.0, 0.0) if job["validation"] else (0.8, 0.2, 0.0)
     _, _, whole = _read(_config(job, data=job["data"], validation=job["validation"], split=split, seed=0))
+    problem = whole.rendering.problem_type
+    if whole.task not in MODEL_CLASSES or problem not in (None, "single_label_classification"):
+        raise UsageError(f"the rival learns {' and '.join(MODEL_CLASSES)} of one label, not {problem or whole.task}")
     chosen = {}
     for name, wanted in (("train", job["train_rows"]), ("validation", job["eval_rows"])):
         order = np.random.default_rng(0).permutation(len(whole.rows[name]))[:wanted]

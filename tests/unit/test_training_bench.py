@@ -197,6 +197,14 @@ def test_curves_that_part_are_refused(
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_the_rival_does_not_learn_is_refused(bert: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "stars.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"the film was {n}", "label": n / 7}) + "\n" for n in range(40)))
+    job = {"tune": {"model": str(bert)}, "data": str(rows), "validation": None, "train_rows": 20, "eval_rows": 5}
+    with pytest.raises(UsageError, match="of one label, not regression"):
+        trainer.work(job | {"do": "prepare", "rows": str(tmp_path / "rows"), "same_recipe": False})
+
+
 def test_rates_are_numbers(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--rival-rates fast"):
         main(model="m", data="d", rival_rates="fast", out=tmp_path)
