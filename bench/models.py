@@ -48,7 +48,7 @@ Texts longer than a model's positions are refused by `run` and by the runtime; `
 
 No package registry serves GPT-2's weights. A small one is trained from Wikipedia paragraphs and news articles that a
 package holds, with the first 4,096 tokens of GPT-2's own vocabulary, once, into the cache; it says its perplexity on
-held-out passages, which is high: two minutes of one core are little.
+held-out passages, which is high: some minutes of one core are little.
 
     python -m edge_ft.bench.pretrain gpt2 --out gpt2-small
     edge-ft tune --model gpt2-small --data rows.jsonl --out run

@@ -31,7 +31,8 @@ from edge_ft.tune.torch_backend import TorchBackend
 
 WINDOW = 8
 NOT_IN_OPENVINO = {  # 2026.4, its ONNX frontend
-    "gemma2": "no softcap in attention"
+    "gemma2": "no softcap in attention",
+    "opt-350m": "its embedding of codes, projected at once, is not converted",
 }
 LOOSE: dict[str, Any] = {"max_tax": 5.0, "min_retained": 0.0, "max_metric_drop": 1.0}
 
@@ -197,7 +198,7 @@ def test_openvino_scores_as_onnxruntime_does(family: Family) -> None:
     bundle = family.bundle("merged")
     opened = partial(core.compile_model, str(bundle.graph(1)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     if family.name in NOT_IN_OPENVINO:
-        with pytest.raises(RuntimeError, match="OpConversionFailure"):
+        with pytest.raises(RuntimeError, match="OpConversionFailure|convert_gather_to_compressed"):
             opened()
         record(family.name, openvino=f"no: {NOT_IN_OPENVINO[family.name]}")
         return
