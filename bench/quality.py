@@ -4,9 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from edge_ft.config import BenchConfig, EvalConfig, RowsConfig, as_plain
-from edge_ft.data import Rendering, read_rows, stop_ids
-from edge_ft.evaluate import evaluate_opened
-from edge_ft.evaluate.open import Opened, open_source, rendering_for
 from edge_ft.progress import Silent
 
 __all__ = ["SCORED", "quality_records", "score", "settings_of"]
@@ -25,6 +22,11 @@ def settings_of(config: BenchConfig, threads: int) -> dict[str, Any]:
 
 def score(job: dict[str, Any]) -> dict[str, Any]:
     """What `evaluate` says of the subject of a measuring job, opened as it is opened to be timed."""
+    # Here, not above: the process that measures imports no numpy.
+    from edge_ft.data import Rendering, read_rows, stop_ids
+    from edge_ft.evaluate import evaluate_opened
+    from edge_ft.evaluate.open import Opened, open_source, rendering_for
+
     settings = job["score"]
     rows = read_rows(settings["data"])[: settings["limit"]]
     if job["do"] == "bundle":

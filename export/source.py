@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from edge_ft.artifacts import RunFolder, kind_of
-from edge_ft.base.adapter import adapter_config, load_adapter, merge_adapter
+from edge_ft.base.adapter import adapter_task, load_adapter, merge_adapter
 from edge_ft.base.linear import is_within, quantize_model
 from edge_ft.base.load import BITS, Base, find_base, load_model
 from edge_ft.config import INT8_ACTIVATIONS, BaseFormat, ExportConfig, Task, Weights
@@ -182,9 +182,8 @@ def _from_model(source: str, config: ExportConfig) -> Source:
     if weights == "int8-static" and config.data is None:
         raise UsageError("--weights int8-static measures its ranges on rows, and a model brings none: give --data")
     tokenizer = TextTokenizer.load(base.path)
-    task = config.task or base.task
-    if config.adapter is not None:
-        adapter_config(config.adapter)  # refused before any work
+    # An adapter that cannot be used is refused before any work.
+    task = config.task or (adapter_task(config.adapter) if config.adapter is not None else None) or base.task
     rows = read_rows(config.data)[:VERIFY_ROWS] if config.data is not None else []
     labels = _labels(base, task, config, rows) if base.family.trained_head(task) else ()
     if rows:

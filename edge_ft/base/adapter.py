@@ -17,7 +17,7 @@ from edge_ft.config import Task, TuneConfig, last_layers
 from edge_ft.errors import ModelError, UsageError, did_you_mean
 from edge_ft.families import Family
 
-__all__ = ["add_lora", "load_adapter", "lora_pairs", "merge_adapter"]
+__all__ = ["adapter_task", "add_lora", "load_adapter", "lora_pairs", "merge_adapter"]
 
 PEFT_TASKS: dict[Task, str | None] = {
     "text-generation": "CAUSAL_LM",
@@ -114,6 +114,12 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def adapter_task(folder: Path) -> Task | None:
+    """The task that an adapter says it was trained for; None where it does not say, or PEFT has no name for it."""
+    named = adapter_config(folder).get("task_type")
+    return next((task for task, name in PEFT_TASKS.items() if name is not None and name == named), None)
+
+
 def lora_pairs(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """A [rank, in] and B [out, rank] of every adapted layer, the scaling of each folded into its B.
 
@@ -168,7 +174,8 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
         raise ModelError(
             f"{folder} adapts the embedding or the head of a model that ties them: this cannot be exported"
         )
-    merged: nn.Module = peft_model.merge_and_unload(safe_merge=True)
+    with quiet_libraries():  # PEFT says of a head with weights of its own that it is not tied
+        merged: nn.Module = peft_model.merge_and_unload(safe_merge=True)
     return merged.eval()
 
 

@@ -259,7 +259,7 @@ def test_a_classifier_prints_labels_and_scores(bert_bundle: Bundle) -> None:
 
 
 def test_a_classifier_does_not_converse(bert_bundle: Bundle) -> None:
-    assert "classifier" in refused(edge_ft("run", bert_bundle.path, "-i"), 2)
+    assert "text-classification bundle" in refused(edge_ft("run", bert_bundle.path, "-i"), 2)
 
 
 def test_a_model_in_pieces_is_refused_before_any_work(tmp_path: Path) -> None:

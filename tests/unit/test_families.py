@@ -198,7 +198,7 @@ def test_openvino_scores_as_onnxruntime_does(family: Family) -> None:
     bundle = family.bundle("merged")
     opened = partial(core.compile_model, str(bundle.graph(1)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     if family.name in NOT_IN_OPENVINO:
-        with pytest.raises(RuntimeError, match="OpConversionFailure|convert_gather_to_compressed"):
+        with pytest.raises(RuntimeError, match=r"OpConversionFailure|convert_gather_to_compressed"):
             opened()
         record(family.name, openvino=f"no: {NOT_IN_OPENVINO[family.name]}")
         return

@@ -39,7 +39,7 @@ def test_held_out_text_is_not_trained_on() -> None:
 
 def test_a_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_FT_CACHE", str(tmp_path))
-    monkeypatch.setattr(pretrain, "Recipe", lambda: SMALL)
+    monkeypatch.setitem(pretrain.PRETRAINED, "gpt2", (SMALL, pretrain.PRETRAINED["gpt2"][1]))
     monkeypatch.setattr(pretrain, "split_passages", lambda: (["a few words of text"] * 60, ["a few more words"] * 20))
     folder = pretrained("gpt2", Silent())
     figures = json.loads((folder / "pretraining.json").read_text())
@@ -48,7 +48,7 @@ def test_a_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     base = find_base(str(folder))
     assert (base.max_length, base.sizes.layers, base.sizes.vocabulary) == (32, 2, 512)
     load_model(base, "text-generation", "int4")
-    monkeypatch.setattr(pretrain, "PRETRAINED", {"gpt2": None})  # not called again
+    monkeypatch.setattr(pretrain, "PRETRAINED", {"gpt2": (SMALL, None)})  # not called again
     assert pretrained("gpt2", Silent()) == folder
 
 
