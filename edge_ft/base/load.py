@@ -159,10 +159,7 @@ def find_base(model: str, task: Task | None = None) -> Base:
             folder = _convert_gguf(ggufs[0])
     else:
         folder = _download(model)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    config = _json(folder / "config.json")
     if not isinstance(config, dict):
         raise ModelError(f"{folder / 'config.json'} is not a model's config: it must be one JSON object")
     family = family_of(str(config.get("model_type")), task)

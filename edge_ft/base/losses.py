@@ -10,12 +10,17 @@ from edge_ft.data import Batch
 from edge_ft.data.example import IGNORED
 from edge_ft.data.related import SCALE, same_texts
 
-__all__ = ["class_losses", "embed", "encoder_inputs", "mask_losses", "related_losses", "tag_losses"]
+__all__ = ["class_losses", "embed", "encoder_inputs", "mask_losses", "related_losses", "tag_losses", "task_model_of"]
+
+
+def task_model_of(model: Any) -> Any:
+    """The transformers model inside PEFT's, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def encoder_inputs(model: Any, batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """What of a batch the task model reads: RoBERTa has one token type alone, DistilBERT and MPNet none."""
-    task_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    task_model = task_model_of(model)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     takes = "token_type_ids" in signature(task_model.forward).parameters
     if "token_type_ids" in batch and takes and getattr(task_model.config, "type_vocab_size", 1) > 1:
@@ -54,7 +59,7 @@ def mask_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor,
     """Nll and likeliest token at each hidden place [places]; the vocabulary is projected there alone."""
     labels = torch.from_numpy(batch["labels"]).to(device)
     at = labels != IGNORED
-    task_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    task_model = task_model_of(model)
     # Whatever stands between the layers and the vocabulary differs by family; what the last layer reads does not.
     handle = task_model.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: arguments[0][at])
     try:
@@ -66,7 +71,7 @@ def mask_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor,
 
 def embed(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Vectors of length 1 of a batch's first and second texts [batch, hidden], pooled as the model's config says."""
-    task_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    task_model = task_model_of(model)
     vectors = []
     for ids, mask in (("input_ids", "attention_mask"), ("pair_input_ids", "pair_attention_mask")):
         input_ids, attention_mask = (torch.from_numpy(batch[name]).to(device) for name in (ids, mask))  # type: ignore[literal-required]

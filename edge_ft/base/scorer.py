@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_ft.base.head import logit_chunks, softcap_of
-from edge_ft.base.losses import class_losses, embed, mask_losses, related_losses, tag_losses
+from edge_ft.base.losses import class_losses, embed, mask_losses, related_losses, tag_losses, task_model_of
 from edge_ft.config import Task
 from edge_ft.data import Batch, target_mask
 from edge_ft.data.example import IGNORED
@@ -89,11 +89,6 @@ LOSSES: dict[Task, Targets] = {
     "feature-extraction": related_losses,
 }
 """All others: nll (nats, float32, differentiable) of each target, and what was predicted there."""
-
-
-def task_model_of(model: Any) -> Any:
-    """The transformers model inside PEFT's, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class TorchScorer:
@@ -184,16 +179,20 @@ class TorchScorer:
                 logits_to_keep=1,
             )
             input_ids = output.logits[:, -1].argmax(-1, keepdim=True)
-            for row, token in enumerate(input_ids[:, 0].tolist()):
-                if token in self.stop_ids:
-                    going.discard(row)
-                elif row in going:
-                    answers[row].append(token)
-            if not going:
+            if not self._append(input_ids[:, 0].tolist(), answers, going):
                 break
             past, position_ids = output.past_key_values, position_ids[:, -1:] + 1
             attention_mask = torch.cat((attention_mask, torch.ones_like(input_ids)), dim=1)
         return answers
+
+    def _append(self, tokens: list[int], answers: list[list[int]], going: set[int]) -> set[int]:
+        """Put each row's next token behind its answer, and give the rows that go on: a stop token ends one."""
+        for row, token in enumerate(tokens):
+            if token in self.stop_ids:
+                going.discard(row)
+            elif row in going:
+                answers[row].append(token)
+        return going
 
     def _write(self, sources: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         """An encoder-decoder's greedy answers; the sources are read together, padded on the right."""
@@ -218,12 +217,7 @@ class TorchScorer:
                 use_cache=True,
             )
             past, tokens = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
-            for row, token in enumerate(tokens[:, 0].tolist()):
-                if token in self.stop_ids:
-                    going.discard(row)
-                elif row in going:
-                    answers[row].append(token)
-            if not going:
+            if not self._append(tokens[:, 0].tolist(), answers, going):
                 break
         return answers
 

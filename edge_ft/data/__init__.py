@@ -22,13 +22,13 @@ from edge_ft.data.columns import (
 from edge_ft.data.example import Example
 from edge_ft.data.read import Row, column_names, read_rows, split_names
 from edge_ft.data.render import (
-    Rendering,
     encode_example,
     encode_prompt,
     encode_rows,
     make_rendering,
     stop_ids,
 )
+from edge_ft.data.rendering import Rendering
 from edge_ft.data.split import fingerprint, overlap, split_rows
 from edge_ft.data.tokenizer import TextTokenizer
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from edge_ft.data.columns import Columns, Record, answer_of, fill_answer
 from edge_ft.data.example import IGNORED
 from edge_ft.data.read import Row
-from edge_ft.data.render import Rendering, encode_example
+from edge_ft.data.render import encode_example
+from edge_ft.data.rendering import Rendering
 from edge_ft.data.tokenizer import TextTokenizer
 
 __all__ = ["answer_ids", "find_answers"]

@@ -1,24 +1,21 @@
 """From a record to token ids for models that read a whole text at once: one function a task."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from edge_ft.config import Task
 from edge_ft.data.classes import class_targets
 from edge_ft.data.columns import Record
 from edge_ft.data.example import IGNORED, Example
 from edge_ft.data.masking import mask_tokens
+from edge_ft.data.rendering import Rendering
 from edge_ft.data.tokenizer import TextTokenizer
 from edge_ft.data.words import encode_words
 from edge_ft.errors import DataError, ModelError, did_you_mean
 
-if TYPE_CHECKING:
-    from edge_ft.data.render import Rendering
-
 __all__ = ["ENCODERS"]
 
 
-def encode_text(rendering: "Rendering", tokenizer: TextTokenizer, record: Record) -> Example:
+def encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
     """A text, or two, and its class, classes or number.
 
     Raises:
@@ -38,7 +35,7 @@ def encode_text(rendering: "Rendering", tokenizer: TextTokenizer, record: Record
     )
 
 
-def encode_tags(rendering: "Rendering", tokenizer: TextTokenizer, record: Record) -> Example:
+def encode_tags(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
     """Words and their tags, each at its word's first token.
 
     Raises:
@@ -62,7 +59,7 @@ def encode_tags(rendering: "Rendering", tokenizer: TextTokenizer, record: Record
     )
 
 
-def encode_masked(rendering: "Rendering", tokenizer: TextTokenizer, record: Record) -> Example:
+def encode_masked(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
     """A text of which some tokens are hidden and learned.
 
     Raises:
@@ -76,7 +73,7 @@ def encode_masked(rendering: "Rendering", tokenizer: TextTokenizer, record: Reco
     return Example(record.row, ids, labels, len(ids), record.prompt, framed.cut)
 
 
-def encode_related(rendering: "Rendering", tokenizer: TextTokenizer, record: Record) -> Example:
+def encode_related(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
     """A text, and the one that should be found with it."""
     first, second = (
         tokenizer.encode_classifier(text, rendering.max_length) for text in (record.prompt, record.completion or "")
@@ -92,7 +89,7 @@ def encode_related(rendering: "Rendering", tokenizer: TextTokenizer, record: Rec
     )
 
 
-ENCODERS: dict[Task, Callable[["Rendering", TextTokenizer, Record], Example]] = {
+ENCODERS: dict[Task, Callable[[Rendering, TextTokenizer, Record], Example]] = {
     "text-classification": encode_text,
     "token-classification": encode_tags,
     "fill-mask": encode_masked,

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge_ft.artifacts import Bundle
+from edge_ft.config import ProblemType
 from edge_ft.data import Batch
 from edge_ft.errors import UsageError
 from edge_ft.runtime.encoder import Encoder, log_softmax
@@ -37,12 +36,12 @@ class TextClassifier(Encoder):
         BundleError: its manifest names no classes.
     """
 
-    def __init__(
-        self, bundle: Bundle, session: ort.InferenceSession, adapter_inputs: dict[str, NDArray[np.float32]]
-    ) -> None:
-        super().__init__(bundle, session, adapter_inputs)
-        self.need_labels()
-        self.problem = self.rendering.problem_type or "single_label_classification"
+    needs_labels = True
+
+    @property
+    def problem(self) -> ProblemType:
+        """What its outputs are."""
+        return self.rendering.problem_type or "single_label_classification"
 
     def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[Classification]:
         """Label every text, or pair of texts, in order; longer ones than the bundle's rows were are cut as those were.

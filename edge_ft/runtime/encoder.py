@@ -24,6 +24,8 @@ class Encoder(OneTask):
 
     output = "logits"
     """What the graph gives."""
+    needs_labels = False
+    """Whether its outputs are classes that the manifest must name."""
 
     def __init__(
         self, bundle: Bundle, session: ort.InferenceSession, adapter_inputs: dict[str, NDArray[np.float32]]
@@ -35,6 +37,8 @@ class Encoder(OneTask):
         self._session = session
         self._names = {node.name for node in session.get_inputs()}
         self._adapter_inputs = adapter_inputs
+        if self.needs_labels and not self.labels:
+            raise BundleError(f"{bundle.path} names no classes: export the model again, with its labels")
 
     def logits(
         self,
@@ -69,11 +73,6 @@ class Encoder(OneTask):
             input_ids, attention_mask = pad([texts[row].ids for row in rows], self.tokenizer.pad_id)
             kinds, _ = pad([texts[row].type_ids for row in rows], 0)
             yield from zip(rows, self.logits(input_ids, attention_mask, kinds), strict=True)
-
-    def need_labels(self) -> None:
-        """Raise BundleError where the manifest names no classes."""
-        if not self.labels:
-            raise BundleError(f"{self.bundle.path} names no classes: export the model again, with its labels")
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float32]:

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge_ft.artifacts import Bundle
 from edge_ft.data import Batch, target_mask
 from edge_ft.data.tokenizer import Framed
 from edge_ft.data.words import encode_words, split_words
@@ -54,11 +52,7 @@ class TextTagger(Encoder):
         BundleError: its manifest names no tags.
     """
 
-    def __init__(
-        self, bundle: Bundle, session: ort.InferenceSession, adapter_inputs: dict[str, NDArray[np.float32]]
-    ) -> None:
-        super().__init__(bundle, session, adapter_inputs)
-        self.need_labels()
+    needs_labels = True
 
     def tag(self, texts: Sequence[str | Sequence[str]]) -> list[TaggedText]:
         """Tag every text, in order: a text is split into words first, a list is words as they are."""
