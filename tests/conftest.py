@@ -12,9 +12,16 @@ from edge_ft.export import export
 from edge_ft.tune import tune
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of several workers, one takes all that needs real weights, and first: what they share is made once."""
-    shared = {item: any("smollm2" in name or "minilm" in name for name in item.fixturenames) for item in items}  # type: ignore[attr-defined]
+
+    def needs_weights(item: pytest.Item) -> bool:
+        asked = getattr(item, "callspec", None)  # a parameter may name a fixture
+        names = [*item.fixturenames, *(map(str, asked.params.values()) if asked else ())]  # type: ignore[attr-defined]
+        return any("smollm2" in name or "minilm" in name for name in names)
+
+    shared = {item: needs_weights(item) for item in items}
     items.sort(key=lambda item: not shared[item])
     for item in items:
         item.add_marker(pytest.mark.xdist_group("real weights" if shared[item] else str(item.path)))
