@@ -268,13 +268,13 @@ def quantize_model(
     """
     read = read or (lambda name, rows: model.get_parameter(name)[rows])
 
+    def rounded(rows: Tensor) -> Codes:
+        return quantize(rows.detach().float().cpu().numpy(), block_size, bits, torch.get_num_threads())
+
     def codes_of(name: str, shape: Sequence[int]) -> Codes:
-        """A few rows at a time: rounding takes several times the memory of what it rounds."""
+        """A few rows at a time: they are float only while they are rounded."""
         size = max(1, _ROUNDED // shape[1])
-        parts = [
-            quantize(read(name, slice(start, start + size)).detach().float().cpu().numpy(), block_size, bits)
-            for start in range(0, shape[0], size)
-        ]
+        parts = [rounded(read(name, slice(start, start + size))) for start in range(0, shape[0], size)]
         qweight, scales, zero_points = (
             np.concatenate([getattr(part, field) for part in parts]) for field in ("qweight", "scales", "zero_points")
         )
