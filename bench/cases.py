@@ -22,7 +22,9 @@ __all__ = [
     "question_rows",
     "sentence_rows",
     "support_rows",
+    "swedish_rows",
     "tag_rows",
+    "transcript_of",
     "transcript_rows",
     "write_splits",
 ]
@@ -57,7 +59,7 @@ def sentence_rows() -> Rows:
     rows: dict[str, str] = {}
     for passage in passages():
         for written in re.split(r"(?<=[.?!]) ", passage):
-            transcript = _transcript(written)
+            transcript = transcript_of(written)
             # Many different ones: over four thousand plainer sentences a T5 learned them by heart instead of the task.
             if re.fullmatch(r"[A-Z][^\"()\[\]{}<>|]+[.?!]", written) and 3 <= len(transcript.split()) <= 14:
                 rows.setdefault(transcript, written)
@@ -72,13 +74,14 @@ def transcript_rows() -> Rows:
     rows: dict[str, str] = {}
     for line in _lines("Translation/test.jsonl"):
         written = line["sourceString"].strip()
-        transcript = _transcript(written)
+        transcript = transcript_of(written)
         if re.fullmatch(r"[A-Z][A-Za-z ',]+[.?!]", written) and 5 <= len(transcript.split()) <= 14:
             rows.setdefault(transcript, written)
     return [{"transcript": transcript, "written": written} for transcript, written in rows.items()]
 
 
-def _transcript(written: str) -> str:
+def transcript_of(written: str) -> str:
+    """Lower case and no punctuation, as speech recognition gives it."""
     return " ".join(re.sub(r"[^\w\s]", "", written.lower()).split())
 
 
@@ -109,6 +112,13 @@ def support_rows() -> Rows:
     file = _file("zaragoza-construction-faq", "zaragoza_construction_faq/data/faq-en-alpaca.jsonl")
     found = {line["instruction"]: line["output"] for line in _lines(file)}
     return [{"instruction": question, "output": answer} for question, answer in found.items()]
+
+
+def swedish_rows() -> Rows:
+    """`question` (in Swedish) and `answer` (in English) of the same building firm."""
+    file = _file("zaragoza-construction-faq", "zaragoza_construction_faq/data/faq.jsonl")
+    answers = {line["id"]: line["a"] for line in _lines(file.with_name("faq-en.jsonl"))}
+    return [{"question": line["q"], "answer": answers[line["id"]]} for line in _lines(file)]
 
 
 def question_rows() -> Rows:

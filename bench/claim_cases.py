@@ -10,7 +10,10 @@ from edge_ft.bench.cases import (
     department_rows,
     encoder_weights,
     finance_rows,
+    question_rows,
     support_rows,
+    swedish_rows,
+    tag_rows,
     transcript_rows,
 )
 from edge_ft.bench.pretrain import pretrained
@@ -72,18 +75,32 @@ class Stage:
 MODELS = {
     "minilm": Model("MiniLM-L6 (BERT, 22.7 M)", "encoder", encoder_weights),
     "gpt2": Model("GPT-2, small, pretrained here", "decoder", lambda: pretrained("gpt2", Lines())),
-    "t5": Model(
-        "T5, small, pretrained on this task with other rows", "encoder-decoder", lambda: pretrained("t5", Lines())
-    ),
+    "t5": Model("T5, small, pretrained here on the reverse task", "encoder-decoder", lambda: pretrained("t5", Lines())),
     "smollm2": Model("SmolLM2-135M-Instruct", "decoder", decoder_weights),
 }
 
 ROWS = {
     "departments": Data("medical question to one of 16 departments (MedMCQA)", department_rows),
+    "questions": Data(
+        "question and passage of Wikipedia to yes or no (BoolQ)",
+        question_rows,
+        ("--prompt", "{question}", "--text-pair", "{passage}", "--label", "label"),
+    ),
+    "tags": Data("news to people, places and organisations (CoNLL 2003)", tag_rows),
+    "swedish": Data(
+        "customer's question in Swedish to the building firm's answer in English, by their vectors (zaragoza FAQ)",
+        swedish_rows,
+        ("--task", "feature-extraction", "--prompt", "{question}", "--completion", "{answer}"),
+    ),
     "transcripts": Data(
         "transcript to written sentence",
         transcript_rows,
         ("--prompt", r"Transcript: {transcript}\nWritten:", "--completion", " {written}"),
+    ),
+    "spoken": Data(
+        "written sentence to what is said: lower case, no punctuation",
+        transcript_rows,
+        ("--prompt", "{written}", "--completion", "{transcript}"),
     ),
     "finance": Data(
         "finance question to answer (Fiqa)",
@@ -100,6 +117,8 @@ ROWS = {
 _STEPS = ("--max-steps", "200", "--eval-steps", "40")
 _FEW_STEPS = ("--max-steps", "40", "--eval-steps", "20")
 _TINY = ("--max-steps", "120", "--eval-steps", "10")
+_PAIRS = ("--max-length", "192", "--batch-size", "16", "--max-steps", "400", "--eval-steps", "100")
+_VECTORS = ("--max-length", "96", "--batch-size", "32", "--max-steps", "100", "--eval-steps", "20")
 _FINAL = ("--preset", "final-layers")
 _EARLY = ("--patience", "2")
 _SIZES = (32, 128, 512, 2000)
@@ -109,7 +128,8 @@ def _small(
     name: str, model: str, train: int, *tune: str, weights: tuple[str, ...] = ("int4",), answer_tokens: int = 0
 ) -> Case:
     """A case of one of the small models, on the rows that its claims are about."""
-    data, validation, test = ("departments", 200, 400) if model == "minilm" else ("transcripts", 100, 150)
+    data = {"minilm": "departments", "gpt2": "transcripts", "t5": "spoken"}[model]
+    validation, test = (200, 400) if model == "minilm" else (100, 150)
     tune = ("--max-length", "96", "--batch-size", "16", *tune)
     return Case(f"{model}-{name}", model, data, train, validation, test, tune, weights, answer_tokens)
 
@@ -134,6 +154,9 @@ CASES = {
     case.name: case
     for case in (
         *_cases("minilm", 0),
+        Case("minilm-questions", "minilm", "questions", 8000, 500, 2000, _PAIRS),
+        Case("minilm-tags", "minilm", "tags", 129, 30, 60, ("--max-length", "64", "--epochs", "12")),
+        Case("minilm-swedish", "minilm", "swedish", 353, 50, 100, _VECTORS),
         *_cases("gpt2", 32),
         *_cases("t5", 32),
         *(_domain("gpt2", data, *_STEPS) for data in ("support", "finance")),
@@ -147,9 +170,12 @@ CASES = {
 
 _SMALL = ("minilm", "gpt2", "t5")
 CLAIMS: dict[str, tuple[str, ...]] = {
-    "understanding": (*(f"{model}-main" for model in _SMALL), "smollm2-main"),
+    "understanding": (
+        *("minilm-main", "minilm-questions", "minilm-tags", "minilm-swedish"),
+        *("gpt2-main", "t5-main", "smollm2-main"),
+    ),
     "coherence": ("gpt2-main", "gpt2-support", "t5-main", "smollm2-main", "smollm2-support"),
-    "domains": ("minilm-main", "gpt2-finance", "gpt2-support", "smollm2-finance", "smollm2-support"),
+    "domains": ("minilm-main", "minilm-swedish", "gpt2-finance", "gpt2-support", "smollm2-finance", "smollm2-support"),
     "size": (*(f"{model}-main" for model in _SMALL), "smollm2-main"),
     "overfitting": tuple(f"{model}-{name}" for model in _SMALL for name in ("tiny", "tiny-early")),
     "rows": tuple(
