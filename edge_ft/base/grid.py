@@ -80,16 +80,16 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, threa
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, range(0, len(blocks), _BLOCKS_AT_ONCE)))
     qweight: NDArray[np.uint8] = codes.reshape(rows, -1, block_size)
-    scales, zero_points = scales.reshape(rows, -1), zero_points.reshape(rows, -1)
+    zeros: NDArray[np.uint8] = zero_points.reshape(rows, -1)
     if bits == 4:
-        qweight, zero_points = pack_nibbles(qweight), pack_nibbles(zero_points)
-    return Codes(qweight, scales, zero_points, columns, bits)
+        qweight, zeros = pack_nibbles(qweight), pack_nibbles(zeros)
+    return Codes(qweight, scales.reshape(rows, -1), zeros, columns, bits)
 
 
 def _closest(
     blocks: NDArray[np.float32], bits: Bits
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8]]:
-    """Scale [blocks], zero point [blocks] and codes [blocks, block_size] of each block."""
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Scale [blocks], zero point [blocks] and codes [blocks, block_size] of each block, all of them floats."""
     largest = 2**bits - 1
     # [block_size, blocks]: every step below runs along the blocks, in full vectors
     values = np.ascontiguousarray(blocks.T)
