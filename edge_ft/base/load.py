@@ -109,7 +109,7 @@ class Base:
 
     def labels(self, task: Task) -> tuple[str, ...]:
         """Class names that the checkpoint brings for `task`, in the order of its head; none where it has no head."""
-        if not self.family.trained_head(task) or task != self.task:
+        if task != self.task or not self.family.trained_head(task):
             return ()
         known = self.family.class_weights(task)
         for file in sorted(self.path.glob("*.safetensors")):

@@ -258,6 +258,11 @@ def test_every_form_of_weights_ships_merged(weights: Any, tuned: RunFolder, tmp_
         assert bundle.encoder_graph(int(level)).is_file()
 
 
+def test_a_model_without_a_run_ships_too(t5: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle = export(str(t5("t5, relu, tied")), ExportConfig(out=tmp_path / "bundle"))
+    assert (bundle.task, bundle.manifest["lane"]) == (TASK, "base")
+
+
 def test_the_adapter_lane_is_exact_and_its_base_can_be_asked(adapter_bundle: Bundle, held_out: list[list[int]]) -> None:
     found = adapter_bundle.manifest["verification"]
     assert abs(found["quantization_tax"]) < 1e-3
