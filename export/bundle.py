@@ -33,8 +33,8 @@ NAMES: dict[Weights, tuple[str, str]] = {
     "fp32": ("model", "fp32"),
 }
 """The graph's file and its `dtype`, both as transformers.js says them."""
-ENCODER, DECODER = "encoder_", "decoder_with_past_"
-"""What the two graphs of an encoder-decoder have before that name, as optimum calls graphs with these inputs."""
+ENCODER, FIRST, DECODER = "encoder_", "decoder_", "decoder_with_past_"
+"""What the graphs of an encoder-decoder have before that name, as optimum calls graphs with these inputs."""
 
 METHODS: dict[Weights, str] = {"int8-dynamic": "dynamic", "int8-static": "static"}
 """Whose ranges of activations: each batch's, or those of calibration rows."""
@@ -55,16 +55,15 @@ def write_bundle(folder: Path, source: Source, model: Any, config: ExportConfig,
         model = model.unload()  # the base alone, its trained head in place: 2 x 210 LoRA inputs would triple the trace
     name, dtype = NAMES[source.weights]
     parts = _parts(source, model, name)
+    # Each of several graphs has some of the layers; one that none of them has is an error.
+    lost = [layer for layer in pairs if not any(has_linear(graph, layer) for graph in parts.values())]
+    if lost:
+        raise ValueError(f"the adapter changes {lost[0]!r}, but no graph holds a linear layer of that name")
     for graph in parts.values():
-        # Each of two graphs has some of the layers; one that none of them has is an error.
-        found = {layer: pair for layer, pair in pairs.items() if len(parts) == 1 or has_linear(graph, layer)}
-        add_lora_inputs(graph, found)
-        pairs = {layer: pair for layer, pair in pairs.items() if layer not in found}
+        add_lora_inputs(graph, {layer: pair for layer, pair in pairs.items() if has_linear(graph, layer)})
         lower(graph)
         if source.weights == "fp16":
             store_in_fp16(graph)
-    if pairs:
-        raise ValueError(f"the adapter changes {next(iter(pairs))!r}, but no graph holds a linear layer of that name")
     if source.weights in INT8_ACTIVATIONS:
         (graph,) = parts.values()
         graphs = write(graph, folder, NAMES["fp32"][0], (1,))
@@ -90,15 +89,15 @@ def write_bundle(folder: Path, source: Source, model: Any, config: ExportConfig,
 def _parts(source: Source, model: Any, name: str) -> dict[str, ir.Model]:
     """The graphs by the stems of their files, the one that a bundle is known by at the end."""
     if source.base.family.kind == "encoder-decoder":
-        encoder, decoder = trace_seq2seq(model)
-        return {f"{ENCODER}{name}": encoder, f"{DECODER}{name}": decoder}
+        encoder, decoder, first = trace_seq2seq(model)
+        return {f"{ENCODER}{name}": encoder, f"{FIRST}{name}": first, f"{DECODER}{name}": decoder}
     return {name: trace(model, source.base.family, source.task)}
 
 
 def graph_files(graph: str) -> tuple[str, ...]:
-    """The files that run together: a graph, and an encoder-decoder's encoder before its decoder."""
+    """The files that go together: a graph, and before an encoder-decoder's its encoder and that of its first tokens."""
     decoder = Path(graph).name.startswith(DECODER)
-    return (graph.replace(DECODER, ENCODER), graph) if decoder else (graph,)
+    return tuple(graph.replace(DECODER, part) for part in ((ENCODER, FIRST, DECODER) if decoder else (DECODER,)))
 
 
 def _calibration(source: Source, graph: ir.Model) -> list[Feed] | None:

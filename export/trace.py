@@ -85,7 +85,7 @@ def trace_wrapper(
     examples = tuple(
         torch.zeros(
             [EXAMPLE_SIZES[size] if isinstance(size, str) else size for size in dims],
-            dtype=torch.float32 if len(dims) == 4 else torch.int64,
+            dtype=torch.float32 if len(dims) > 2 else torch.int64,
         )
         for dims in wrapper.inputs.values()
     )

@@ -1,7 +1,8 @@
-"""Two graphs of an encoder-decoder: what is computed once for a source, and what is computed for every token.
+"""Graphs of an encoder-decoder: what is computed once for a source, and what is computed for every token.
 
 The encoder's graph also computes every decoder layer's keys and values of the source, so that the decoder's graph
-never reads the source again.
+never reads the source again. For clients that expect these keys and values of the decoder (optimum), there is one more
+graph: the decoder's first tokens, from the encoder's hidden states.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,8 @@ Attend = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """module, query, key and value [batch, heads, seq, head_dim], position bias -> [batch, seq, heads * head_dim]"""
 
 
-def trace_seq2seq(model: PreTrainedModel) -> tuple[ir.Model, ir.Model]:
-    """The encoder's and the decoder's graph; `lowering.lower` must follow before they run.
+def trace_seq2seq(model: PreTrainedModel) -> tuple[ir.Model, ir.Model, ir.Model]:
+    """The encoder's graph, the decoder's, and that of its first tokens; `lowering.lower` must follow before they run.
 
     Weights are named and shared as those of `trace.trace`. The model is afterwards as it was.
 
@@ -37,22 +38,34 @@ def trace_seq2seq(model: PreTrainedModel) -> tuple[ir.Model, ir.Model]:
         for kind in kinds:
             undo.callback(setattr, kind, "compute_bias", kind.compute_bias)
             kind.compute_bias = _whole_bias(kind.compute_bias)
-        encoder = trace_wrapper(model, _Encoder(model), attention=_attention)
-        return encoder, trace_wrapper(model, _Decoder(model), attention=_attention)
+        encoder, decoder, first = (
+            trace_wrapper(model, wrapper, attention=_attention)
+            for wrapper in (_Encoder(model), _Decoder(model), _FirstDecoder(model))
+        )
+        return encoder, decoder, first
 
 
-def _cross_attentions(model: Any) -> list[Any]:
-    """The modules of each decoder layer that attend to the source."""
-    return [block.layer[1].EncDecAttention for block in model.get_decoder().block]
+def _source_cache(model: Any, hidden: Tensor) -> list[Tensor]:
+    """Key and value [batch, heads, seq, head_dim] of every decoder layer from the encoder's last hidden states."""
+    return [
+        layer(hidden).unflatten(2, (-1, model.config.d_kv)).transpose(1, 2)
+        for block in model.get_decoder().block
+        for layer in (block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v)
+    ]
 
 
-def _cache_dims(model: Any, part: str, length: str, prefix: str) -> dict[str, Dims]:
-    """Names and dimensions of every decoder layer's keys and values, as optimum calls them."""
+def _cache_dims(model: Any, prefix: str, **lengths: str) -> dict[str, Dims]:
+    """Names and dimensions of every decoder layer's keys and values, as optimum calls and orders them.
+
+    Args:
+        prefix: `past_key_values` or `present`.
+        lengths: Name of the length of the answer (`decoder`), of the source (`encoder`), or both.
+    """
     config = model.config
-    dims: Dims = ("batch_size", config.num_heads, length, config.d_kv)
     return {
-        f"{prefix}.{layer}.{part}.{name}": dims
+        f"{prefix}.{layer}.{part}.{name}": ("batch_size", config.num_heads, length, config.d_kv)
         for layer in range(config.num_decoder_layers)
+        for part, length in lengths.items()
         for name in ("key", "value")
     }
 
@@ -67,7 +80,7 @@ class _Encoder(nn.Module):
         self.inputs: dict[str, Dims] = {"input_ids": dims, "attention_mask": dims}
         self.outputs: dict[str, Dims] = {
             "last_hidden_state": (*dims, model.config.d_model),
-            **_cache_dims(model, "encoder", "encoder_sequence_length", "present"),
+            **_cache_dims(model, "present", encoder="encoder_sequence_length"),
         }
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -88,12 +101,7 @@ class _Encoder(nn.Module):
         hidden = self.model.get_encoder()(
             input_ids=input_ids, attention_mask=attention_mask, attend=attend
         ).last_hidden_state
-        present = [
-            layer(hidden).unflatten(2, (-1, self.model.config.d_kv)).transpose(1, 2)
-            for cross in _cross_attentions(self.model)
-            for layer in (cross.k, cross.v)
-        ]
-        return (hidden, *present)
+        return (hidden, *_source_cache(self.model, hidden))
 
 
 class _Decoder(nn.Module):
@@ -105,19 +113,25 @@ class _Decoder(nn.Module):
         self.inputs: dict[str, Dims] = {
             "input_ids": ("batch_size", "sequence_length"),
             "encoder_attention_mask": ("batch_size", "encoder_sequence_length"),
-            **_cache_dims(model, "decoder", "past_sequence_length", "past_key_values"),
-            **_cache_dims(model, "encoder", "encoder_sequence_length", "past_key_values"),
+            **_cache_dims(model, "past_key_values", decoder="past_sequence_length", encoder="encoder_sequence_length"),
         }
         self.outputs: dict[str, Dims] = {
             "logits": ("batch_size", "sequence_length", model.config.vocab_size),
-            **_cache_dims(model, "decoder", "total_sequence_length", "present"),
+            **_cache_dims(model, "present", decoder="total_sequence_length"),
         }
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         input_ids, attention_mask, *caches = tensors
-        own, source = caches[: len(caches) // 2], caches[len(caches) // 2 :]
+        layers = [caches[start : start + 4] for start in range(0, len(caches), 4)]
+        own, source = ([tensor for layer in layers for tensor in layer[part]] for part in (slice(2), slice(2, 4)))
+        return self.read(input_ids, attention_mask, own, source)
+
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor, own: list[Tensor], source: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Logits, and every layer's keys and values of the answer; `own` are those so far, none at its start."""
         mask = attention_mask.to(torch.int32)
-        past_length, length = own[0].shape[2], input_ids.shape[1]
+        past_length, length = own[0].shape[2] if own else 0, input_ids.shape[1]
         present: list[Tensor] = []
 
         def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,7 +146,7 @@ class _Decoder(nn.Module):
                     version=1,
                 )
             past = own[2 * module.layer_idx : 2 * module.layer_idx + 2]
-            cache = (query.shape[0], past[0].shape[1], past_length + length, past[0].shape[3])
+            cache = (query.shape[0], module.n_heads, past_length + length, module.key_value_proj_dim)
             output, *pair = symbolic_multi_out(
                 "com.microsoft::MultiHeadAttention",
                 [query, _joined(key), _joined(value), None, None, bias, *past],
@@ -153,6 +167,29 @@ class _Decoder(nn.Module):
         ).last_hidden_state
         logits: Tensor = self.model.get_output_embeddings()(head_input(self.model, hidden))
         return (logits, *present)
+
+
+class _FirstDecoder(_Decoder):
+    """The decoder's first tokens: no keys and values are inputs, all of them are outputs."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        rows: Dims = ("batch_size", "encoder_sequence_length")
+        self.inputs = {
+            "input_ids": ("batch_size", "sequence_length"),
+            "encoder_hidden_states": (*rows, model.config.d_model),
+            "encoder_attention_mask": rows,
+        }
+        self.outputs = {
+            "logits": self.outputs["logits"],
+            **_cache_dims(model, "present", decoder="sequence_length"),
+            **_cache_dims(model, "present", encoder="encoder_sequence_length"),
+        }
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        input_ids, hidden, attention_mask = tensors
+        source = _source_cache(self.model, hidden)
+        return (*self.read(input_ids, attention_mask, [], source), *source)
 
 
 class _Given(EncoderDecoderCache):

@@ -119,6 +119,7 @@ def write_bert(folder: Path, *, seed: int = 0, **config: Any) -> Path:
 
 
 ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
     "roberta": {"pad_token_id": 1, "type_vocab_size": 1},
     "xlm-roberta": {"pad_token_id": 1, "type_vocab_size": 1},
     "electra": {"embedding_size": 32},

@@ -51,7 +51,7 @@ def test_plain_onnxruntime_takes_the_models_own_inputs(name: str, bundle_of: Cal
     bundle = bundle_of(name, "fp32")
     feed, expected = answers(bundle)
     session = ort.InferenceSession(bundle / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
-    if name in ("albert", "electra"):
+    if name in ("albert", "bert", "electra"):
         feed["token_type_ids"] = np.zeros_like(feed["input_ids"])
     assert {node.name for node in session.get_inputs()} == set(feed)
     assert [node.name for node in session.get_outputs()] == ["logits"]
@@ -68,7 +68,7 @@ def test_openvino_reads_the_graph(name: str, weights: str, bundle_of: Callable[[
     feed, expected = answers(bundle)
     [graph] = (bundle / "onnx").glob("*.onnx")
     compiled = openvino.Core().compile_model(str(graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    if name in ("albert", "electra"):
+    if name in ("albert", "bert", "electra"):
         feed["token_type_ids"] = np.zeros_like(feed["input_ids"])
     found = compiled(feed)["logits"]
     np.testing.assert_allclose(found, expected, atol=0.02 if weights == "int8-dynamic" else 1e-3)

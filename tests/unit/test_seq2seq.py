@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from peft import PeftModel
@@ -254,8 +255,10 @@ def test_every_form_of_weights_ships_merged(weights: Any, tuned: RunFolder, tmp_
     assert found["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-3
     assert found["nll"]["shipped"] < found["nll"]["base"]
     assert len(list((bundle.path / "onnx").glob("*.onnx_data"))) == 1
-    for level in bundle.manifest["graphs"]:
-        assert bundle.encoder_graph(int(level)).is_file()
+    graphs = {bundle.encoder_graph(int(level)).name for level in bundle.manifest["graphs"]}
+    assert {file.name for file in (bundle.path / "onnx").glob("*.onnx")} == {
+        name.replace("encoder", part) for name in graphs for part in ("encoder", "decoder", "decoder_with_past")
+    }
 
 
 def test_a_model_without_a_run_ships_too(t5: Callable[[str], Path], tmp_path: Path) -> None:
@@ -271,6 +274,32 @@ def test_the_adapter_lane_is_exact_and_its_base_can_be_asked(adapter_bundle: Bun
     assert isinstance(tuned, Seq2SeqGenerator)
     assert isinstance(base, Seq2SeqGenerator)
     assert [tuned.answer(ids, 8) for ids in held_out] != [base.answer(ids, 8) for ids in held_out]
+
+
+def test_the_graph_of_the_first_tokens_needs_the_encoders_hidden_states_alone(adapter_bundle: Bundle) -> None:
+    """Its logits, keys and values are those of the two graphs that our runtime uses."""
+
+    def ran(part: str, **feed: Any) -> dict[str, Any]:
+        file = adapter_bundle.path / "onnx" / f"{part}_model_q4.onnx"
+        session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+        assert {node.name for node in session.get_inputs()} == feed.keys()
+        return dict(zip([node.name for node in session.get_outputs()], session.run(None, feed), strict=True))
+
+    source, mask = np.random.default_rng(0).integers(2, 60, (2, 9)), np.ones((2, 9), np.int64)
+    mask[1, 5:] = 0
+    tokens = np.array([[0, 5, 6], [0, 8, 4]])
+    read = ran("encoder", input_ids=source, attention_mask=mask)
+    first = ran(
+        "decoder", input_ids=tokens, encoder_hidden_states=read.pop("last_hidden_state"), encoder_attention_mask=mask
+    )
+    sizes = adapter_bundle.manifest["cache"]
+    empty = np.zeros((2, sizes["kv_heads"], 0, sizes["head_dim"]), np.float32)
+    past = {name.replace("present", "past_key_values"): value for name, value in read.items()}
+    past |= {name.replace("encoder", "decoder"): empty for name in past}
+    second = ran("decoder_with_past", input_ids=tokens, encoder_attention_mask=mask, **past)
+    assert first.keys() == {*second, *read}
+    for name, value in first.items():
+        np.testing.assert_allclose(value, (second | read)[name], atol=1e-6, err_msg=name)
 
 
 def test_the_model_is_as_it_was_after_the_trace(t5: Callable[[str], Path]) -> None:
