@@ -41,11 +41,13 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest $(WORKERS)
 
-# Writes docs/models.md from what the tests of families find out.
+# Writes docs/models.md, and the table of clients in docs/bundle.md, from what the tests of families and clients find out.
 models: install
+	$(BIN)/pip install --quiet --editable ".[peers]"
 	rm -rf out/models
-	MODELS=out/models $(BIN)/python -m pytest tests/unit/test_families.py
-	$(BIN)/python -m edge_ft.bench.models out/models docs/models.md
+	MODELS=out/models $(BIN)/python -m pytest $(addprefix tests/,unit/test_families.py unit/test_encoder_families.py \
+		unit/test_encoder_clients.py unit/test_seq2seq.py integration/test_strangers.py packaging/test_strangers.py)
+	$(BIN)/python -m edge_ft.bench.models out/models docs/models.md docs/bundle.md
 
 check: install
 	$(BIN)/ruff check .

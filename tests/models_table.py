@@ -1,10 +1,11 @@
-"""What the tests of families found out, kept for docs/models.md where `make models` asks for it."""
+"""What tests found out of models and clients, kept for docs/models.md and docs/bundle.md where `make models` asks."""
 
 import json
 import os
+from importlib.metadata import version
 from pathlib import Path
 
-__all__ = ["record"]
+__all__ = ["record", "record_client", "release"]
 
 
 def record(model: str, **columns: str) -> None:
@@ -15,3 +16,28 @@ def record(model: str, **columns: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     row = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"model": model}
     file.write_text(json.dumps(row | columns), encoding="utf-8")
+
+
+def record_client(model: str, task: str, weights: str, client: str, held: str, *, refused: str | None = None) -> None:
+    """Say that the test at hand has seen a client open a model's bundle, or refuse it; kept as `record` keeps its rows.
+
+    Args:
+        model: A family, or a shape of it after a dash.
+        weights: Format and, where it matters, lane.
+        client: Name and `release` of what opens the bundle.
+        held: What is the same there as in our runtime.
+        refused: Why this model is not opened.
+    """
+    if "MODELS" not in os.environ:
+        return
+    file = Path(os.environ["MODELS"]) / "clients.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    test = os.environ["PYTEST_CURRENT_TEST"].partition("::")[0]
+    row = {"model": model, "task": task, "weights": weights, "client": client, "held": held, "test": test}
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row | {"refused": refused}) + "\n")
+
+
+def release(package: str) -> str:
+    """The first two numbers of its version."""
+    return ".".join(version(package).split(".")[:2])

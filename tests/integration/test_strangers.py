@@ -1,6 +1,7 @@
 """Other runtimes open a bundle of real weights and give the same tokens."""
 
 import pytest
+from models_table import record_client, release
 
 from edge_ft.artifacts import Bundle
 from edge_ft.runtime import load
@@ -25,3 +26,5 @@ def test_onnxruntime_genai_answers_smollm2_as_we_do(smollm2_bundle: Bundle) -> N
     ours = generator.answer(prompt, 24)
     assert ours
     assert tokens[: len(ours)] == ours
+    client = f"onnxruntime-genai {release('onnxruntime-genai')}"
+    record_client("SmolLM2-135M", "text-generation", "int4 merged", client, "the same prompt and greedy tokens")

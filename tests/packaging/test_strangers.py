@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models_table import record, record_client
 from tiny_models import DECODERS, ENCODERS, tiny_encoder_config, write_decoder, write_encoder, write_t5
 from transformers import (
     AutoModel,
@@ -28,7 +29,8 @@ pytestmark = pytest.mark.long
 
 Jobs = dict[str, dict[str, Any]]
 
-NOT_IN_OPTIMUM = {  # optimum-onnx 0.1.0
+OPTIMUM = "0.1"
+NOT_IN_OPTIMUM = {  # this version
     "gemma2": "begins with a cache of as many heads as there are of queries",
     "phi3": "begins with a cache of as many heads as there are of queries",
     "qwen3": "begins with a cache of heads of size hidden_size / heads",
@@ -36,8 +38,8 @@ NOT_IN_OPTIMUM = {  # optimum-onnx 0.1.0
 """What it does whatever a config of these families says: its own cache does not fit the graph."""
 SHAPES: dict[str, dict[str, Any]] = {
     **{name: {} for name in DECODERS},
-    "phi3, a key for each query": {"num_key_value_heads": 4},  # as Phi-3 mini
-    "qwen3, heads of hidden_size / heads": {"head_dim": 16},  # as Qwen3 8B
+    "phi3 with a key for each query": {"num_key_value_heads": 4},  # as Phi-3 mini
+    "qwen3 with heads of hidden_size / heads": {"head_dim": 16},  # as Qwen3 8B
 }
 """Every decoder, and the shapes of those families that do open."""
 T5_SHAPES: dict[str, dict[str, Any]] = {
@@ -85,7 +87,7 @@ def optimum(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Jobs], dict[s
     """What `CLIENT` finds in a fresh environment with optimum-onnx: for each job an `output` or an `error`."""
     folder = tmp_path_factory.mktemp("optimum")
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    wanted = ["optimum-onnx", "onnxruntime", f"torch=={torch.__version__.partition('+')[0]}"]
+    wanted = [f"optimum-onnx=={OPTIMUM}.*", "onnxruntime", f"torch=={torch.__version__.partition('+')[0]}"]
     subprocess.run([folder / "bin" / "pip", "install", "--quiet", *wanted], check=True)
 
     def ask(jobs: Jobs) -> dict[str, Any]:
@@ -101,6 +103,11 @@ def job(kind: str, bundle: Bundle, inputs: dict[str, Any], new_tokens: int = 0) 
     """Open the fp32 graph in a class, and run it once or greedily for so many tokens."""
     files = {"file_name": "model.onnx"}
     return {"kind": kind, "bundle": str(bundle.path), "files": files, "inputs": inputs, "new_tokens": new_tokens}
+
+
+def seen(model: str, task: Task, kind: str, held: str, refused: str | None = None) -> None:
+    """Keep for the tables that a class opens a model, or why not."""
+    record_client(model, task, "fp32", f"optimum-onnx {OPTIMUM}, `{kind}`", held, refused=refused)
 
 
 # Decoders
@@ -122,7 +129,7 @@ def decoders(
     """Of each family what optimum made of its bundle, and prompt and answer by our runtime."""
     ours, jobs = {}, {}
     for name, config in SHAPES.items():
-        family = name.partition(",")[0]
+        family = name.partition(" ")[0]
         folder = tmp_path_factory.mktemp(family)
         model = write_decoder(folder / "model", family, **config)
         bundle = export(str(model), ExportConfig(out=folder / "bundle", weights="fp32"))
@@ -137,10 +144,16 @@ def decoders(
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_decoder_answers_with_the_same_tokens(name: str, decoders: dict[str, tuple[Any, list[int]]]) -> None:
     found, expected = decoders[name]
+    held = "the same greedy tokens"
     if name in NOT_IN_OPTIMUM:
         assert "Got invalid dimensions for input: past_key_values" in found["error"], found
+        record(name, optimum=f"no: {NOT_IN_OPTIMUM[name]}")
+        seen(name, "text-generation", "ORTModelForCausalLM", held, NOT_IN_OPTIMUM[name])
         return
     assert found.get("output") == [expected], found
+    if name in DECODERS:
+        record(name, optimum="same tokens")
+    seen(name, "text-generation", "ORTModelForCausalLM", held)
 
 
 # Encoder and decoder
@@ -179,6 +192,8 @@ def test_an_encoder_decoder_answers_with_the_same_tokens(
     assert "output" in found, found
     assert [row[1:] for row in found["output"]] == expected  # before it stands what an answer begins with
     assert all(len(set(answer)) > 1 for answer in expected)
+    record(name, optimum="same tokens")
+    seen(name, "text2text-generation", "ORTModelForSeq2SeqLM", "the same greedy tokens, of sources in a padded batch")
 
 
 # Encoders
@@ -216,6 +231,9 @@ def test_an_encoder_gives_the_same_output(name: str, task: Task, encoders: dict[
     found, expected = encoders[f"{name} {task}"]
     assert "output" in found, found
     np.testing.assert_allclose(found["output"], expected, atol=1e-4)
+    record(name, optimum="same outputs")
+    held = "the same hidden states" if task == "feature-extraction" else "the same logits"
+    seen(name, task, HEADS[task][1], f"{held} within 0.0001")
 
 
 def test_a_tuned_encoder_of_real_weights_classifies_texts(
@@ -230,3 +248,5 @@ def test_a_tuned_encoder_of_real_weights_classifies_texts(
     assert isinstance(classifier, TextClassifier)
     ours = [list(one.scores.values()) for one in classifier.classify(texts)]
     np.testing.assert_allclose(found, ours, atol=1e-4)
+    held = "the same probabilities within 0.0001, read with the bundle's own tokenizer files"
+    seen("MiniLM", "text-classification", "ORTModelForSequenceClassification", held)

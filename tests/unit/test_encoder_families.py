@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from models_table import record
 from tiny_models import ENCODERS, tiny_encoder_config, write_encoder, write_reviews
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
@@ -76,14 +77,20 @@ def test_the_adapter_lane_computes_what_torch_does_in_padded_batches_and_alone(
     model, _ = open_run_model(run)
     with torch.inference_mode():
         ids, mask = torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["attention_mask"])
-        np.testing.assert_allclose(logits, model(input_ids=ids, attention_mask=mask).logits, atol=1e-3)
+        expected = model(input_ids=ids, attention_mask=mask).logits.numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-3)
     assert np.ptp(logits, axis=0).max() > 0.1
+    worst = 0.0
     for row, mask in enumerate(batch["attention_mask"]):
         length = int(mask.sum())
         alone = classifier.logits(
             batch["input_ids"][row : row + 1, :length], batch["attention_mask"][row : row + 1, :length]
         )
         np.testing.assert_allclose(alone[0], logits[row], atol=1e-3)
+        worst = max(worst, float(np.abs(alone[0] - logits[row]).max()))
+    nll = run.report()["nll"]
+    record(name, tune=f"{nll['base']:.2f} → {nll['best']:.2f}", padded=f"{worst:.0e}")
+    record(name, logits=f"{np.abs(logits - expected).max():.0e}")
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name not in ("xlm-roberta", "electra")])
@@ -94,6 +101,7 @@ def test_the_merged_lane_ships_the_graph_that_was_scored(
     found = bundle.manifest["verification"]
     assert found["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-3
     assert found["nll"]["shipped"] < found["nll"]["base"]
+    record(name, shipped=f"{found['by_accuracy_level']['1']['shipped_minus_last_evaluated']:.0e}")
     names = {node.name for node in load(bundle)._session.get_inputs()}
     assert ("token_type_ids" in names) == (name in ("albert", "bert"))
 
@@ -202,3 +210,4 @@ def test_the_graph_of_every_other_task_is_the_model(name: str, task: Task, tmp_p
     with torch.inference_mode():
         expected = model(input_ids=ids, attention_mask=mask)[0].numpy()
     np.testing.assert_allclose(found[mask == 1], expected[mask == 1], atol=1e-3)
+    record(name, **{task: f"{np.abs(found - expected)[mask == 1].max():.0e}"})

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from models_table import record
 from peft import PeftModel
 from tiny_bundle import write_decoder
 from tiny_models import write_sums, write_t5
@@ -227,6 +228,7 @@ def test_a_run_has_learned_and_its_adapter_loads_with_plain_peft(tuned: RunFolde
     report = tuned.report()
     assert report["task"] == TASK
     assert report["nll"]["best"] < 0.5 * report["nll"]["base"]
+    record(tuned.base()["model_type"], tune=f"{report['nll']['base']:.2f} → {report['nll']['best']:.2f}")
     assert {"exact_match", "token_f1"} <= set(report["answers"]["metrics"])
     base = AutoModelForSeq2SeqLM.from_pretrained(tuned.base()["path"])
     model = PeftModel.from_pretrained(base, str(tuned.adapter))
@@ -254,6 +256,9 @@ def test_every_form_of_weights_ships_merged(weights: Any, tuned: RunFolder, tmp_
     found = bundle.manifest["verification"]
     assert found["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-3
     assert found["nll"]["shipped"] < found["nll"]["base"]
+    if weights == "int4":
+        exact = found["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"]
+        record(tuned.base()["model_type"], shipped=f"{exact:.0e}")
     assert len(list((bundle.path / "onnx").glob("*.onnx_data"))) == 1
     graphs = {bundle.encoder_graph(int(level)).name for level in bundle.manifest["graphs"]}
     assert {file.name for file in (bundle.path / "onnx").glob("*.onnx")} == {
@@ -326,12 +331,15 @@ def test_greedy_answers_are_those_of_torchs_generate(
     longest = max(map(len, held_out))
     ids = torch.tensor([[*source, *[0] * (longest - len(source))] for source in held_out])
     together = model.generate(input_ids=ids, attention_mask=(ids != 0).long(), max_new_tokens=20, do_sample=False)
+    right = 0
     for source, padded in zip(held_out, together.tolist(), strict=True):
         alone = model.generate(input_ids=torch.tensor([source]), max_new_tokens=20, do_sample=False)[0].tolist()
         answer = generator.answer(source, 20)
         assert answer == [token for token in alone[1:] if token not in (0, 1)]
         assert answer == [token for token in padded[1:] if token not in (0, 1)]
         assert answer == scorer.answer(source, 20)
+        right += len(answer)
+    record(tuned.base()["model_type"], adapter=f"{right} of {right}")
 
 
 @pytest.mark.parametrize(("beams", "length_penalty"), [(4, 1.0), (2, 0.0), (3, 2.5)])
@@ -347,6 +355,7 @@ def test_beams_are_those_of_torchs_generate(
         answer = generator.generate(generator.tokenizer.decode(source), config)
         assert answer.text == generator.tokenizer.decode(found)
         assert answer.new_tokens == len(found) - 1
+    record(tuned.base()["model_type"], beams="same answers")
 
 
 def test_scores_are_those_of_torch_padded_or_not(tuned: RunFolder, generator: Seq2SeqGenerator) -> None:
@@ -358,9 +367,12 @@ def test_scores_are_those_of_torch_padded_or_not(tuned: RunFolder, generator: Se
     expected, likeliest = scorer.token_nll(batch)
     np.testing.assert_allclose(nll, expected, atol=1e-4)
     np.testing.assert_array_equal(predicted, likeliest)
+    worst = 0.0
     for row, example in enumerate(examples):
         alone, _ = generator.token_nll(collate([example], 0, TASK))
         np.testing.assert_allclose(nll[row, : alone.shape[1]], alone[0], atol=1e-4)
+        worst = max(worst, float(np.abs(nll[row, : alone.shape[1]] - alone[0]).max()))
+    record(tuned.base()["model_type"], padded=f"{worst:.0e}")
 
 
 def test_a_stream_gives_what_generate_does_and_the_seed_decides_a_sample(generator: Seq2SeqGenerator) -> None:
@@ -431,9 +443,9 @@ def test_the_bench_measures_it_beside_its_peers(
     monkeypatch.setenv("EDGE_FT_CACHE", str(tmp_path))
     settings = BenchConfig(peers=(peer,), repeats=1, threads=1, prompt_tokens=12, new_tokens=4)
     records = bench([str(adapter_bundle.path)], settings)
-    found = {(record["subject"], record["variant"]): {} for record in records}
-    for record in records:
-        found[record["subject"], record["variant"]][record["metric"]] = record["value"]
+    found = {(one["subject"], one["variant"]): {} for one in records}
+    for one in records:
+        found[one["subject"], one["variant"]][one["metric"]] = one["value"]
     # CTranslate2 is measured twice, in float32 and in int8.
     assert [subject for subject, _ in found] == ["edge-ft", *[peer] * {"torch": 1, "ctranslate2": 2}[peer]]
     for figures in found.values():
