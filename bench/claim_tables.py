@@ -30,7 +30,8 @@ INTRODUCTION = """# What fine-tuning is said to give, measured
 it goes on where it was stopped, and `--only NAME` does one claim. *Base* is the model before tuning (a classifier's
 head is untrained then), *tuned* is as trained, in torch, *shipped* is the int4 ONNX bundle. Figures are of test rows,
 on which nothing was chosen, with 95% intervals over rows in brackets; losses are nats per target token. *Better* and
-*worse* stand only where the intervals of base and shipped are apart. Times are of a machine with {cores} cores that
+*worse* stand only where the intervals of base and shipped are apart; what the gate refused on validation rows would
+not have shipped, and says so. Times are of a machine with {cores} cores that
 may have been busy with other work. "not run": the case was not finished when this page was written.
 """
 
@@ -267,7 +268,11 @@ def _compared(case: Case, results: Results, metric: str, answers: bool = True) -
     for column in COLUMNS:
         # A figure can be missing although the stage ran: answers of three words have no phrases of four.
         cells.append("-" if scores[column] and metric not in scores[column] else _interval(scores[column].get(metric)))
-    return (*cells, "-" if verdict == NOT_RUN and all(cell == "-" for cell in cells) else verdict)
+    if verdict == NOT_RUN and all(cell == "-" for cell in cells):
+        verdict = "-"
+    if _found(results, case, f"export-{case.weights[0]}", "verification", "refused"):
+        verdict += ", but refused by the gate"
+    return (*cells, verdict)
 
 
 def _interval(value: dict[str, float] | None) -> str:

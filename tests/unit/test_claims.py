@@ -193,6 +193,9 @@ def test_figures_are_those_that_were_kept() -> None:
     assert found["overfitting"][0][3:] == ["200", "0.400", "1.400", "1.900", "+1.000", "1.500", "1.5"]
     assert found["compute"][0][2:] == ["0.49", "2000", "200", "1.5", "812", "1.10"]
     assert found["recipe"][0][1] == "LoRA on all layers (default)"
+    refused = {"verification": {"test": test, "refused": ["too much was lost"]}, "files": {}}
+    found = tables({"minilm-main": kept | {"export-int4": refused}})
+    assert found["understanding"][0][-1] == "better, but refused by the gate"
 
 
 def test_a_lower_loss_is_better_and_a_metric_without_phrases_is_no_gap() -> None:
