@@ -194,11 +194,11 @@ def _peer_case(found: dict[str, Any], asked: dict[str, int]) -> Case:
 
 
 def _same_model(a: Case, b: Case) -> bool:
-    """Whether two cases measure the same weights under torch."""
-    if (a.subject, b.subject) != ("torch", "torch"):
+    """Whether two cases measure the same weights in the same other engine."""
+    if a.subject != b.subject or a.subject == "edge-ft":
         return False
     same_base = a.job["base"]["content_sha256"] == b.job["base"]["content_sha256"]
-    return same_base and a.job["adapter"] == b.job["adapter"]
+    return same_base and all(a.job.get(key) == b.job.get(key) for key in ("adapter", "compute_type"))
 
 
 def _conditions(case: Case, limit: MemoryLimit | None) -> dict[str, Any]:

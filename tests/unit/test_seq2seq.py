@@ -442,12 +442,12 @@ def test_the_bench_measures_it_beside_its_peers(
     pytest.importorskip(peer)
     monkeypatch.setenv("EDGE_FT_CACHE", str(tmp_path))
     settings = BenchConfig(peers=(peer,), repeats=1, threads=1, prompt_tokens=12, new_tokens=4)
-    records = bench([str(adapter_bundle.path)], settings)
+    records = bench([str(adapter_bundle.path)] * 2, settings)  # of one base: each peer is measured once
     found = {(one["subject"], one["variant"]): {} for one in records}
     for one in records:
         found[one["subject"], one["variant"]][one["metric"]] = one["value"]
     # CTranslate2 is measured twice, in float32 and in int8.
-    assert [subject for subject, _ in found] == ["edge-ft", *[peer] * {"torch": 1, "ctranslate2": 2}[peer]]
+    assert [subject for subject, _ in found] == ["edge-ft", "edge-ft", *[peer] * {"torch": 1, "ctranslate2": 2}[peer]]
     for figures in found.values():
         assert figures["decode_tps"] > 0
         assert 0 < figures["ttft_s"] < figures["cold_start_s"]
