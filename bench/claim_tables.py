@@ -31,8 +31,8 @@ it goes on where it was stopped, and `--only NAME` does one claim. *Base* is the
 head is untrained then), *tuned* is as trained, in torch, *shipped* is the int4 ONNX bundle. Figures are of test rows,
 on which nothing was chosen, with 95% intervals over rows in brackets; losses are nats per target token. *Better* and
 *worse* stand only where the intervals of base and shipped are apart; what the gate refused on validation rows would
-not have shipped, and says so. Times are of a machine with {cores} cores that
-may have been busy with other work. "not run": the case was not finished when this page was written.
+not have shipped, and says so. Times are of a machine with {cores} cores that may have been busy with other work.
+"not run": the case was not finished when this page was written.
 """
 
 
@@ -271,6 +271,8 @@ def _compared(case: Case, results: Results, metric: str, answers: bool = True) -
     if verdict == NOT_RUN and all(cell == "-" for cell in cells):
         verdict = "-"
     if _found(results, case, f"export-{case.weights[0]}", "verification", "refused"):
+        if verdict == NOT_RUN:  # a refused bundle is not asked for answers
+            return (*cells[:-1], "-", "refused by the gate")
         verdict += ", but refused by the gate"
     return (*cells, verdict)
 

@@ -64,7 +64,10 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
         if checked.reasons:
             shutil.rmtree(rejected, ignore_errors=True)
             folder.rename(rejected)
-            raise GateRefused(f"refused, kept as {rejected}: {'; '.join(checked.reasons)}")
+            lost = (checked.verification.get("quantization_tax") or 0) > config.max_tax
+            codes_are_held = opened.trained_format == opened.weights and opened.weights in ("int4", "int8")
+            mend = ". --lane adapter ships the codes that were trained over" if lost and codes_are_held else ""
+            raise GateRefused(f"refused, kept as {rejected}: {'; '.join(checked.reasons)}{mend}")
     return Bundle.open(config.out)
 
 
