@@ -57,6 +57,8 @@ class Case:
     """Formats that it is exported to, the first one is what ships; none where training is all that is looked at."""
     answer_tokens: int = 0
     """Longest answer to the test rows, of base, tuned and shipped; 0 asks none."""
+    lane: str = "merged"
+    """As `edge-ft export --lane`."""
 
     @property
     def answers(self) -> bool:
@@ -146,8 +148,9 @@ def _cases(model: str, answer_tokens: int) -> list[Case]:
     ]
 
 
-def _domain(model: str, data: str, *tune: str) -> Case:
-    return Case(f"{model}-{data}", model, data, 400, 40, 32, ("--max-length", "128", *tune), answer_tokens=48)
+def _domain(model: str, data: str, *tune: str, lane: str = "merged") -> Case:
+    tune = ("--max-length", "128", *tune)
+    return Case(f"{model}-{data}", model, data, 400, 40, 32, tune, lane=lane, answer_tokens=48)
 
 
 CASES = {
@@ -164,7 +167,8 @@ CASES = {
             *("smollm2-main", "smollm2", "transcripts", 400, 48, 32, ("--max-length", "96", *_FEW_STEPS)),
             *(("int4", "int8", "fp32"), 32),
         ),
-        *(_domain("smollm2", data, *_FEW_STEPS) for data in ("support", "finance")),
+        # Merged they are refused: rounding anew costs +0.17 and +0.05 nats on long answers.
+        *(_domain("smollm2", data, *_FEW_STEPS, lane="adapter") for data in ("support", "finance")),
     )
 }
 
@@ -194,7 +198,8 @@ def stages(case: Case, weights: Path, rows: dict[str, Path], folder: Path) -> li
     split = ("--data", str(rows["train"]), "--validation", str(rows["validation"]), "--test", str(rows["test"]))
     found = [Stage("tune", ("tune", "--model", str(weights), *split, *columns, *case.tune, "--out", run))]
     for kind in case.weights:
-        found.append(Stage(f"export-{kind}", ("export", run, "--weights", kind, "--out", str(folder / kind))))
+        shape = ("--weights", kind, "--lane", case.lane)
+        found.append(Stage(f"export-{kind}", ("export", run, *shape, "--out", str(folder / kind))))
     if case.answers:
         asked = ("--data", str(rows["test"]), "--max-new-tokens", str(case.answer_tokens))
         found += [
