@@ -18,7 +18,7 @@ Bits = Literal[4, 8]
 _SHARES = (1.0, 1.05, 1.1, 0.95, 0.9, 0.85, 0.8)
 """Parts of a block's range that are tried; of two that are equally close the earlier is taken."""
 _BLOCKS_AT_ONCE = 2048
-"""What is worked on stays in the processor's cache; whole matrices at once take three times as long."""
+"""What is worked on stays in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, threa
 
     At 4 bits parts of the range from minimum to maximum are tried, each with the zero points below and above,
     and the scale is fitted to the codes by least squares. The choice was made by held-out loss
-    (docs/decisions/009).
+    (docs/decisions/009). So many threads share the blocks; the codes are the same with any number.
 
     Raises:
         ValueError: the weight is not finite.

@@ -76,3 +76,13 @@ def test_the_layout_is_that_of_matmulnbits() -> None:
 def test_weights_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         quantize(np.array([[np.nan, 1.0]], np.float32), 16)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_threads_and_parts_change_no_code(bits: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = np.random.default_rng(0).normal(size=(40, 100)).astype(np.float32)
+    whole = quantize(weight, 32, bits)
+    monkeypatch.setattr(grid, "_BLOCKS_AT_ONCE", 7)
+    parts = quantize(weight, 32, bits, threads=3)
+    for field in ("qweight", "scales", "zero_points"):
+        assert (getattr(parts, field) == getattr(whole, field)).all()

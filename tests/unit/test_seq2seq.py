@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -460,15 +461,26 @@ def test_ctranslate2_is_no_peer_of_a_decoder(tmp_path: Path) -> None:
         bench([str(decoder)], BenchConfig(peers=("ctranslate2",)))
 
 
-def test_a_small_t5_is_pretrained_from_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def pretrained_nll(folder: Path, monkeypatch: pytest.MonkeyPatch, **recipe: Any) -> float:
+    """Held-out loss after three steps over a few sentences."""
     rows = [{"transcript": f"hello world {n}", "written": f"Hello world {n}."} for n in range(40)]
-    recipe = pretrain_t5.T5Recipe(width=32, layers=1, heads=2, inner=32, vocabulary=60, batch=4, steps=3)
     monkeypatch.setattr(pretrain_t5, "split_sentences", lambda: (rows[8:], rows[:8]))
-    pretrain_t5.pretrain_t5(tmp_path, recipe, Silent())
-    base = find_base(str(tmp_path))
-    assert base.task == TASK
-    figures = json.loads((tmp_path / "pretraining.json").read_text())
-    assert figures["held_out_nll"] > 0
-    tokenizer = TextTokenizer.load(tmp_path)
+    small = pretrain_t5.T5Recipe(width=32, layers=1, heads=2, inner=32, vocabulary=60, batch=4, steps=3)
+    folder.mkdir()
+    pretrain_t5.pretrain_t5(folder, replace(small, **recipe), Silent())
+    found: float = json.loads((folder / "pretraining.json").read_text())["held_out_nll"]
+    return found
+
+
+def test_a_small_t5_is_pretrained_from_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "t5"
+    assert pretrained_nll(folder, monkeypatch) > 0
+    assert find_base(str(folder)).task == TASK
+    tokenizer = TextTokenizer.load(folder)
     assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
     assert tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
+
+
+def test_jumbled_words_are_other_rows_than_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences, jumbled = (pretrained_nll(tmp_path / str(share), monkeypatch, jumbled=share) for share in (0.0, 1.0))
+    assert sentences != jumbled
