@@ -96,8 +96,9 @@ def _parts(source: Source, model: Any, name: str) -> dict[str, ir.Model]:
 
 def graph_files(graph: str) -> tuple[str, ...]:
     """The files that go together: a graph, and before an encoder-decoder's its encoder and that of its first tokens."""
-    decoder = Path(graph).name.startswith(DECODER)
-    return tuple(graph.replace(DECODER, part) for part in ((ENCODER, FIRST, DECODER) if decoder else (DECODER,)))
+    if not Path(graph).name.startswith(DECODER):
+        return (graph,)
+    return tuple(graph.replace(DECODER, part) for part in (ENCODER, FIRST, DECODER))
 
 
 def _calibration(source: Source, graph: ir.Model) -> list[Feed] | None:

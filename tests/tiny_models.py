@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from small_tokenizers import write_bpe, write_t5_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
@@ -116,6 +118,15 @@ def write_bert(folder: Path, *, seed: int = 0, **config: Any) -> Path:
         "initializer_range": 0.1,
     }
     return write_encoder(folder, BertConfig(**{**settings, **config}), seed=seed)
+
+
+def padded_ids(pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids and attention mask [3, 20] of texts for an encoder, the second one of 7 tokens."""
+    ids = np.random.default_rng(0).integers(4, 15, (3, 20))
+    mask = np.ones_like(ids)
+    mask[1, 7:] = 0
+    ids[1, 7:] = pad_id
+    return ids, mask
 
 
 ENCODERS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from models_table import record, record_client
-from tiny_models import DECODERS, ENCODERS, tiny_encoder_config, write_decoder, write_encoder, write_t5
+from tiny_models import DECODERS, ENCODERS, padded_ids, tiny_encoder_config, write_decoder, write_encoder, write_t5
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -214,10 +214,7 @@ def encoders(
             bundle = export(str(model), ExportConfig(out=folder / "bundle", weights="fp32", task=task))
             reader = load(bundle, threads=1)
             assert isinstance(reader, Encoder)
-            ids = np.random.default_rng(0).integers(4, 15, (3, 20))
-            mask = np.ones_like(ids)
-            mask[1, 7:] = 0
-            ids[1, 7:] = reader.tokenizer.pad_id
+            ids, mask = padded_ids(reader.tokenizer.pad_id)
             ours[f"{name} {task}"] = reader.logits(ids, mask)
             inputs = {"input_ids": ids.tolist(), "attention_mask": mask.tolist()}
             jobs[f"{name} {task}"] = job(kind, bundle, inputs)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from models_table import record, record_client, release
+from models_table import OPENVINO_EXACT, record, record_client, release
 from numpy.typing import NDArray
-from tiny_models import ENCODERS, tiny_encoder_config, write_encoder
+from tiny_models import ENCODERS, padded_ids, tiny_encoder_config, write_encoder
 from transformers import AutoModelForSequenceClassification
 
 from edge_ft.config import ExportConfig
@@ -17,9 +17,6 @@ from edge_ft.export import export
 from edge_ft.runtime import TextClassifier, load
 
 Feed = dict[str, NDArray[np.int64]]
-
-EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-"""Left to itself, OpenVINO rounds activations before codes to int8 where the processor has instructions for it."""
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +40,7 @@ def answers(bundle: Path) -> tuple[Feed, NDArray[np.float32]]:
     """A padded batch, and our runtime's logits for it."""
     classifier = load(bundle, threads=1)
     assert isinstance(classifier, TextClassifier)
-    ids = np.random.default_rng(0).integers(4, 15, (3, 20))
-    mask = np.ones_like(ids)
-    mask[1, 7:] = 0
-    ids[1, 7:] = classifier.tokenizer.pad_id
+    ids, mask = padded_ids(classifier.tokenizer.pad_id)
     return {"input_ids": ids, "attention_mask": mask}, classifier.logits(ids, mask)
 
 
@@ -74,7 +68,7 @@ def test_openvino_reads_the_graph(name: str, weights: str, bundle_of: Callable[[
     bundle = bundle_of(name, weights)
     feed, expected = answers(bundle)
     [graph] = (bundle / "onnx").glob("*.onnx")
-    compiled = openvino.Core().compile_model(str(graph), "CPU", EXACT)
+    compiled = openvino.Core().compile_model(str(graph), "CPU", OPENVINO_EXACT)
     if name in ("albert", "bert", "electra"):
         feed["token_type_ids"] = np.zeros_like(feed["input_ids"])
     found = compiled(feed)["logits"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_table import record, record_client, release
+from models_table import OPENVINO_EXACT, record, record_client, release
 from numpy.typing import NDArray
 from peft import PeftModel
 from tiny_models import DECODERS, ROPE, write_decoder, write_sums
@@ -34,8 +34,6 @@ NOT_IN_OPENVINO = {  # 2026.4, its ONNX frontend
     "gemma2": "no softcap in attention",
     "opt-350m": "its embedding of codes, projected at once, is not converted",
 }
-EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-"""Left to itself, OpenVINO rounds activations before codes to int8 where the processor has instructions for it."""
 LOOSE: dict[str, Any] = {"max_tax": 5.0, "min_retained": 0.0, "max_metric_drop": 1.0}
 
 
@@ -202,7 +200,7 @@ def test_openvino_scores_as_onnxruntime_does(family: Family) -> None:
     bundle = family.bundle("merged")
     client, held = f"OpenVINO {release('openvino')}, ONNX frontend", "the same logits within 0.002"
     seen = partial(record_client, family.name, "text-generation", "int4 merged", client, held)
-    opened = partial(core.compile_model, str(bundle.graph(1)), "CPU", EXACT)
+    opened = partial(core.compile_model, str(bundle.graph(1)), "CPU", OPENVINO_EXACT)
     if family.name in NOT_IN_OPENVINO:
         with pytest.raises(RuntimeError, match=r"OpConversionFailure|convert_gather_to_compressed"):
             opened()
