@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, TrainingArguments
 
 from edge_ft.base.adapter import add_lora
+from edge_ft.base.calibrate import choose_rows
 from edge_ft.base.linear import move
 from edge_ft.base.load import Base, find_base, load_model
 from edge_ft.base.quiet import quiet_libraries
@@ -116,7 +117,9 @@ def _nll(model: nn.Module, prepared: Prepared, pad_id: int) -> float:
 
 def _ours(base: Base, prepared: Prepared, pad_id: int, config: TuneConfig, meter: _Meter) -> tuple[str, float, float]:
     task = prepared.task
-    model = load_model(base, task, config.base_format, config.block_size)
+    rows = config.calibration_rows if config.base_format == "int4" else 0
+    codes = choose_rows(prepared.examples["train"], rows, pad_id, task)
+    model = load_model(base, task, config.base_format, config.block_size, codes=codes)
     peft_model = move(add_lora(model, base.family, task, config), meter.device)
     backend = TorchBackend(peft_model, base.family, task, config)
     first = prepared.examples["validation"][: config.batch_size]

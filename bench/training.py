@@ -34,6 +34,7 @@ SAME_RECIPE = {
     "alpha": 16.0,
     "dropout": 0.0,
     "target_modules": ["all-linear"],
+    "calibration_rows": 0,
     "layers": "all",
     "compute": "fp32",
     "memory": "normal",

@@ -148,6 +148,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def codes(self) -> Path:
+        """The base's int4 codes where they were chosen over training rows."""
+        return self.path / "codes.safetensors"
+
+    @property
     def tokenizer(self) -> Path:
         """Folder with tokenizer.json and its settings."""
         return self.path / "tokenizer"
@@ -161,7 +166,8 @@ class RunFolder:
         return _read_json(self.report_path)
 
     def base(self) -> dict[str, Any]:
-        """Identity of the base: `model`, `path`, `content_sha256`, `format`, `block_size`, `codes_sha256`."""
+        """Identity of the base: `model`, `path`, `content_sha256`, `format`, `block_size`, `calibration_rows`,
+        `codes_sha256`."""
         return _read_json(self.path / "base.json")
 
     def rendering(self) -> dict[str, Any]:

@@ -132,6 +132,9 @@ class TuneConfig(RowsConfig):
     """low: recompute activations instead of keeping them; slower, in less memory, to the same result."""
     block_size: Literal[16, 32, 64, 128] = 32
     """Weights per scale of int4 and int8; nf4 has bitsandbytes' 64."""
+    calibration_rows: int = 64
+    """Training rows over which int4 codes are chosen, of the base and of what a merged export ships (GPTQ,
+    arXiv:2210.17323); fewer where they are long. 0: each weight is rounded by itself."""
     learning_rate: float | None = None
     """Peak learning rate of AdamW; default 2e-3 for decoders, 1e-3 for encoders."""
     loraplus_lr_ratio: float = 1.0
@@ -192,6 +195,7 @@ class TuneConfig(RowsConfig):
         _check(self.max_steps is None or self.max_steps >= 1, "--max-steps must be at least 1")
         _check(self.max_minutes is None or self.max_minutes > 0, "--max-minutes must be above 0")
         _check(self.batch_size >= 1, "--batch-size must be at least 1")
+        _check(self.calibration_rows >= 0, "--calibration-rows cannot be negative")
         _check(self.gradient_accumulation >= 1, "--gradient-accumulation must be at least 1")
         _check(self.eval_steps is None or self.eval_steps >= 1, "--eval-steps must be at least 1")
         _check(self.patience is None or self.patience >= 1, "--patience must be at least 1")

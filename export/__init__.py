@@ -42,7 +42,7 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
     if not _is_rejected(rejected):
         refuse_existing(rejected)
     with atomic_folder(config.out) as folder:
-        shipped_model = opened.load_shipped(config.lane)
+        shipped_model = opened.load_shipped(config.lane, progress)
         scores = score_torch(opened, shipped_model, config, progress)
         graphs = write_bundle(folder, opened, shipped_model, config, progress)
         del shipped_model

@@ -118,6 +118,13 @@ def lane(source: Source, config: ExportConfig) -> str:
     return "base" if source.adapter is None else config.lane
 
 
+def _method(source: Source) -> str | None:
+    """How weights became what the bundle holds; None for floats."""
+    if source.weights in BITS:
+        return "gptq" if source.weights == "int4" and source.calibration else "rtn"
+    return METHODS.get(source.weights)
+
+
 def describe(source: Source, config: ExportConfig, graphs: dict[int, str], main: int) -> dict[str, Any]:
     """The manifest, without its files and its verification; `main` is the level of the graph that runs by default."""
     rounded = source.weights in BITS
@@ -128,7 +135,7 @@ def describe(source: Source, config: ExportConfig, graphs: dict[int, str], main:
         "model": graphs[main],
         "graphs": {str(level): path for level, path in graphs.items()},
         "quantization": {
-            "method": "rtn" if rounded else METHODS.get(source.weights),
+            "method": _method(source),
             "bits": {"int4": 4, "fp16": 16, "fp32": 32}.get(source.weights, 8),
             "block_size": source.block_size if rounded else None,
             "symmetric": source.weights in METHODS,

@@ -10,6 +10,7 @@ from torch import nn
 
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.base.adapter import adapter_task, load_adapter, merge_adapter
+from edge_ft.base.calibrate import choose_rows, quantize_over, spread
 from edge_ft.base.linear import is_within, quantize_model
 from edge_ft.base.load import BITS, Base, find_base, load_model
 from edge_ft.config import INT8_ACTIVATIONS, BaseFormat, ExportConfig, Task, Weights
@@ -31,6 +32,7 @@ from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.evaluate.open import find_run_base, longest_sequence, open_run_model, pooled, rendering_for
 from edge_ft.evaluate.score import scorable
 from edge_ft.export.verify import VERIFY_ROWS
+from edge_ft.progress import Progress
 
 __all__ = ["Source", "open_export_source"]
 
@@ -55,7 +57,7 @@ class Source:
     validation: list[Example]
     test: list[Example]
     calibration: list[Example]
-    """Train rows that give int8-static its ranges; none for other weights."""
+    """Train rows that give int8-static its ranges, or over which int4 codes are chosen; none for other weights."""
     rows_sha256: str | None
     """Fingerprint of the validation rows."""
     data_fingerprint: str | None
@@ -68,8 +70,11 @@ class Source:
         held: dict[str, BaseFormat] = dict.fromkeys(("fp16", *INT8_ACTIVATIONS), "fp32")
         form = held.get(base_format) or cast(BaseFormat, base_format)
         labels, problem = self.rendering.labels, self.rendering.problem_type
+        codes = None
+        if self.run is not None and self.run.codes.is_file() and self.block_size == self.run.base()["block_size"]:
+            codes = self.run.codes
         model = load_model(
-            self.base, self.task, form, self.block_size, labels, self.seed, problem, self.rendering.pooling
+            self.base, self.task, form, self.block_size, labels, self.seed, problem, self.rendering.pooling, codes
         )
         if narrow:
             self._round_to_fp16(model)
@@ -82,7 +87,7 @@ class Source:
             return open_run_model(self.run)[0]
         return load_adapter(self.load(self.trained_format), self.adapter)
 
-    def load_shipped(self, lane: str) -> Any:
+    def load_shipped(self, lane: str, progress: Progress) -> Any:
         """The model that ships: merged in float and then rounded, or the base with the adapter beside it.
 
         With activations in int8 its layers are float still (the graph's are rounded), and its embedding is codes.
@@ -100,6 +105,10 @@ class Source:
         merged = merge_adapter(self.load("fp32"), self.adapter)
         if self.weights == "fp16":
             self._round_to_fp16(merged)
+        elif self.weights == "int4" and self.calibration:
+            rows = choose_rows(self.calibration, len(self.calibration), self.tokenizer.pad_id, self.task, progress)
+            assert rows is not None
+            quantize_over(merged, self.task, self.block_size, self._keep, rows)
         elif self.weights == "int4" or self.weights == "int8":
             quantize_model(merged, self.block_size, self._keep, BITS[self.weights])
         return merged
@@ -155,7 +164,10 @@ def _from_run(run: RunFolder, config: ExportConfig) -> Source:
     rendering = Rendering.from_dict(run.rendering())
     rows = read_rows(str(run.split("validation")))[:VERIFY_ROWS]
     test = read_rows(str(run.split("test"))) if run.split("test").stat().st_size else []
-    train = read_rows(str(run.split("train")))[:CALIBRATION_ROWS] if weights == "int8-static" else []
+    read = {"int8-static": CALIBRATION_ROWS, "int4": identity.get("calibration_rows", 0)}.get(weights, 0)
+    if weights == "int4" and base.sizes.repeats_layers:
+        read = 0
+    train = spread(read_rows(str(run.split("train"))), read) if read else []
     return Source(
         base=base,
         task=report["task"],

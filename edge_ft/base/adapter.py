@@ -13,6 +13,7 @@ from torch import nn
 
 from edge_ft.base.linear import FrozenLinear, is_within, stack_names
 from edge_ft.base.quiet import quiet_libraries
+from edge_ft.base.sizes import Sizes
 from edge_ft.config import Task, TuneConfig, last_layers
 from edge_ft.errors import ModelError, UsageError, did_you_mean
 from edge_ft.families import Family
@@ -201,10 +202,9 @@ def _targets(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
     stacks = {stack: len(model.get_submodule(stack)) for stack in stack_names(model, family)}  # type: ignore[arg-type]
     count = last_layers(config.layers)
     fewest = min(stacks.values())
-    runs = int(getattr(model.config, "num_hidden_layers", fewest))
-    if count is not None and len(stacks) == 1 and runs != fewest:
+    if count is not None and Sizes(model.config).repeats_layers:
         raise UsageError(
-            f"--layers {config.layers}: this model runs the same {fewest} layer(s) {runs} times, so the last ones "
+            f"--layers {config.layers}: this model runs the same {fewest} layer(s) several times, so the last ones "
             "are the first ones too: use --layers all"
         )
     if count is not None and count > fewest:

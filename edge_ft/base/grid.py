@@ -4,8 +4,9 @@ Layout and arithmetic are those of ONNX Runtime's `com.microsoft::MatMulNBits` (
 documentation), so that the bytes here are the bytes in the file: W ≈ scale · (code − zero_point).
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -34,6 +35,18 @@ class Codes:
     in_features: int
     """K; the last block is padded when K is not a multiple of block_size."""
     bits: Bits = 4
+
+    @classmethod
+    def of_rows(cls, parts: "Sequence[Codes]") -> "Codes":
+        """The codes of a weight from those of its rows, some at a time."""
+        qweight, scales, zero_points = (
+            np.concatenate([getattr(part, field) for part in parts]) for field in ("qweight", "scales", "zero_points")
+        )
+        return cls(qweight, scales, zero_points, parts[0].in_features, parts[0].bits)
+
+    def rows(self, rows: slice) -> "Codes":
+        """The codes of some rows of the weight."""
+        return replace(self, qweight=self.qweight[rows], scales=self.scales[rows], zero_points=self.zero_points[rows])
 
     @property
     def block_size(self) -> int:

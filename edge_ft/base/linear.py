@@ -28,6 +28,7 @@ __all__ = [
     "codes_sha256",
     "embedding_scale",
     "exporting",
+    "frozen_layers",
     "is_within",
     "move",
     "quantize_model",
@@ -58,7 +59,8 @@ class _OverCodes(nn.Module):
     size: int
     """K of the weight [N, K], without the last block's padding."""
 
-    def _hold(self, codes: Codes) -> None:
+    def hold(self, codes: Codes) -> None:
+        """Take these codes, instead of those it had."""
         self.bits, self.block_size, self.size = codes.bits, codes.block_size, codes.in_features
         rows, blocks = codes.scales.shape
         zero_points = unpack_nibbles(codes.zero_points, blocks) if codes.bits == 4 else codes.zero_points
@@ -169,7 +171,7 @@ class QuantLinear(_OverCodes, FrozenLinear):
 
     def __init__(self, codes: Codes, bias: Tensor | None = None) -> None:
         FrozenLinear.__init__(self, codes.in_features, codes.qweight.shape[0], bias)
-        self._hold(codes)
+        self.hold(codes)
 
     def forward(self, x: Tensor) -> Tensor:
         if not _exporting:
@@ -207,7 +209,7 @@ class QuantEmbedding(_OverCodes, nn.Embedding):
         self.num_embeddings, self.embedding_dim = codes.qweight.shape[0], codes.in_features
         self.padding_idx = padding_idx
         self.register_parameter("weight", None)
-        self._hold(codes)
+        self.hold(codes)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if not _exporting:
@@ -255,6 +257,7 @@ def quantize_model(
     keep: tuple[str, ...] = (),
     bits: Bits = 4,
     read: Callable[[str, slice], Tensor] | None = None,
+    known: Callable[[str, int], Codes] | None = None,
 ) -> None:
     """Replace every linear layer and token embedding of `model` by its quantized form, in place.
 
@@ -265,6 +268,7 @@ def quantize_model(
         bits: Of a code.
         read: Gives some rows of the parameter of a name, where those of `model` are on the meta device; default
             the model's own.
+        known: Gives the codes of the layer of a name with so many columns, where they were chosen before.
     """
     read = read or (lambda name, rows: model.get_parameter(name)[rows])
 
@@ -273,12 +277,12 @@ def quantize_model(
 
     def codes_of(name: str, shape: Sequence[int]) -> Codes:
         """A few rows at a time: they are float only while they are rounded."""
+        if known is not None:
+            return known(name, shape[1])
         size = max(1, _ROUNDED // shape[1])
-        parts = [rounded(read(name, slice(start, start + size))) for start in range(0, shape[0], size)]
-        qweight, scales, zero_points = (
-            np.concatenate([getattr(part, field) for part in parts]) for field in ("qweight", "scales", "zero_points")
+        return Codes.of_rows(
+            [rounded(read(f"{name}.weight", slice(start, start + size))) for start in range(0, shape[0], size)]
         )
-        return Codes(qweight, scales, zero_points, shape[1], bits)
 
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     names = {module: name for name, module in model.named_modules()}
@@ -290,12 +294,12 @@ def quantize_model(
             if module.weight is embedding.weight:
                 continue  # tied to the embedding: set below, over the same codes
             bias = None if module.bias is None else read(f"{name}.bias", slice(None)).detach()
-            codes = codes_of(f"{name}.weight", module.weight.shape)
+            codes = codes_of(name, module.weight.shape)
             setattr(parent, name.rpartition(".")[2], QuantLinear(codes, bias))
     # Only whole blocks: GatherBlockQuantized knows no padded last block.
     if embedding.embedding_dim % block_size:
         return
-    codes = codes_of(f"{names[embedding]}.weight", embedding.weight.shape)
+    codes = codes_of(names[embedding], embedding.weight.shape)
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
     quantized = QuantEmbedding(codes, embedding.padding_idx, embedding_scale(embedding))
@@ -332,14 +336,19 @@ def stack_names(model: nn.Module, family: Family) -> tuple[str, ...]:
     return tuple(stack if hasattr(model, prefix) else stack.removeprefix(f"{prefix}.") for stack in family.stacks)
 
 
-def codes_sha256(model: nn.Module) -> str:
-    """Hex sha256 over what every quantized layer holds, in the order of their names."""
+def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear | QuantEmbedding]:
+    """Every quantized layer by its name in the model without PEFT around it."""
     # PEFT wraps a layer as NAME.base_layer inside base_model.model: the layer itself is the same.
-    layers = {
+    return {
         name.removeprefix("base_model.model.").removesuffix(".base_layer"): module
         for name, module in model.named_modules()
         if isinstance(module, FrozenLinear | QuantEmbedding)
     }
+
+
+def codes_sha256(model: nn.Module) -> str:
+    """Hex sha256 over what every quantized layer holds, in the order of their names."""
+    layers = frozen_layers(model)
     digest = hashlib.sha256()
     for name in sorted(layers):
         digest.update(name.encode())

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from edge_ft.artifacts import atomic_folder, cache_folder, file_sha256, write_text
 from edge_ft.base.bf16 import round_to_bf16
+from edge_ft.base.calibrate import Calibration, calibrate, float_reader
+from edge_ft.base.codes import read_codes
 from edge_ft.base.grid import Bits
 from edge_ft.base.linear import is_within, quantize_model, turn_conv1d
 from edge_ft.base.mpnet import use_attention_interface
@@ -39,6 +41,8 @@ MADE_FOR: dict[str, Task] = {
     "Model": "feature-extraction",
 }
 """How transformers ends the names of its classes."""
+Read = Callable[[str, slice], Tensor]
+"""Gives some rows of the float parameter of a name."""
 ADAPTED: dict[str, Callable[[Any], None]] = {"mpnet": use_attention_interface}
 """Families of which transformers' own module lacks something that all others have."""
 
@@ -190,11 +194,13 @@ def load_model(
     seed: int = 0,
     problem_type: ProblemType | None = None,
     pooling: Pooling | None = None,
+    codes: Path | Calibration | None = None,
 ) -> nn.Module:
     """The task model of a base, frozen: in float32, or rounded: int4, int8 and bf16 with the embedding, nf4
     without.
 
-    Codes are made of one weight after the other, so that the float model is never in memory. A classification
+    Codes are made of one weight after the other, so that the float model is never in memory; those of int4 are
+    read from the file `codes`, or chosen over its rows, else each weight by itself. A classification
     head that the checkpoint lacks, or has for other classes, is drawn from `seed`, and stays float.
 
     Raises:
@@ -213,17 +219,22 @@ def load_model(
     fresh = base.family.trained_head(task) if labels else ()
     unread = base.family.heads[task] if task == "feature-extraction" else ()  # vectors are of the last hidden states
     model_class = TasksManager.get_model_class_for_task(task, framework="pt")
-    model = None
+    absent, file = (*fresh, *unread), codes if isinstance(codes, Path) else None
+    model, read = None, None
     try:
         with quiet_libraries():
             if base_format != "fp32":
-                model = _quantized(base, model_class, task, settings, base_format, block_size, (*fresh, *unread), seed)
+                model, read = _quantized(
+                    base, model_class, task, settings, base_format, block_size, absent, seed, file
+                ) or (None, None)
             if model is None:
-                model = _whole(base, model_class, task, settings, (*fresh, *unread), seed)
+                model = _whole(base, model_class, task, settings, absent, seed)
                 if base.family.fan_in_fan_out:
                     turn_conv1d(model)
+                if isinstance(codes, Calibration):
+                    read = float_reader(model)
                 if base_format != "fp32":
-                    _round(model, base, task, base_format, block_size)
+                    _round(model, base, task, base_format, block_size, read, file)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{base.path} cannot be loaded as {task}: {error}") from error
     if fresh and base.labels(task) and not base.brings_head_of(task, labels):
@@ -238,6 +249,9 @@ def load_model(
         model.config.pooling = pooling or "mean"
     if base.family.name in ADAPTED:
         ADAPTED[base.family.name](model)
+    if isinstance(codes, Calibration) and base_format == "int4":
+        assert read is not None
+        calibrate(model.eval(), task, read, codes)
     return model.eval().requires_grad_(False)
 
 
@@ -274,8 +288,10 @@ def _quantized(
     block_size: int,
     fresh: tuple[str, ...],
     seed: int,
-) -> Any | None:
-    """The quantized model, read one tensor at a time; None where the file's names are not the model's."""
+    codes: Path | None,
+) -> tuple[Any, Read] | None:
+    """The quantized model, read one tensor at a time, and what reads it; None where the file's names are not the
+    model's."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=False, **settings)
@@ -326,7 +342,7 @@ def _quantized(
             part = stored[:, rows].T if name in turned else stored[rows]
             return part.to(torch.float32, copy=True)
 
-    _round(model, base, task, base_format, block_size, read)
+    _round(model, base, task, base_format, block_size, read, codes)
     for name in [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         parent, _, attribute = name.rpartition(".")
         value = torch.empty(parameters[name].shape) if name in drawn else read(name, slice(None))
@@ -339,7 +355,7 @@ def _quantized(
     for name, module in model.named_modules():
         if name in modules:
             model._init_weights(module)
-    return model
+    return model, read
 
 
 def _differ(places: dict[str, Path], first: str, second: str) -> bool:
@@ -358,9 +374,10 @@ def _round(
     task: Task,
     base_format: BaseFormat,
     block_size: int,
-    read: Callable[[str, slice], Tensor] | None = None,
+    read: Read | None,
+    codes: Path | None,
 ) -> None:
-    """Bring a model's layers to `base_format`, in place; `read` as for `quantize_model`."""
+    """Bring a model's layers to `base_format`, in place; `read` as for `quantize_model`, int4's from a file."""
     keep = base.family.trained_head(task)
     if base_format == "nf4":
         require("bitsandbytes", "train")
@@ -370,7 +387,8 @@ def _round(
     elif base_format == "bf16":
         round_to_bf16(model, keep, read)
     else:
-        quantize_model(model, block_size, keep, BITS[base_format], read)
+        known = read_codes(codes) if codes is not None and base_format == "int4" else None
+        quantize_model(model, block_size, keep, BITS[base_format], read, known)
 
 
 def _json(file: Path) -> Any:

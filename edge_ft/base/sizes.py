@@ -24,6 +24,11 @@ class Sizes:
         return min(layers, int(getattr(self.config, "num_decoder_layers", layers)))
 
     @property
+    def repeats_layers(self) -> bool:
+        """Whether a text passes through the same layers several times (ALBERT)."""
+        return int(getattr(self.config, "num_hidden_groups", self.layers)) < self.layers
+
+    @property
     def hidden(self) -> int:
         """Width of the residual stream."""
         return int(self.config.hidden_size)

@@ -142,7 +142,10 @@ def open_run_model(run: RunFolder, adapter: bool = True) -> "tuple[Any, Base]":
     task: Task = report["task"]
     rendering = Rendering.from_dict(run.rendering())
     labels, seed, problem = rendering.labels, int(report["seed"]), rendering.problem_type
-    model = load_model(base, task, identity["format"], identity["block_size"], labels, seed, problem, rendering.pooling)
+    codes = run.codes if run.codes.is_file() else None
+    model = load_model(
+        *(base, task, identity["format"], identity["block_size"], labels, seed, problem, rendering.pooling, codes)
+    )
     if identity["codes_sha256"] is not None and codes_sha256(model) != identity["codes_sha256"]:
         raise ModelError(
             f"the {identity['format']} codes of {base.path} are not those that {run.path} was trained over: tune again"

@@ -62,6 +62,8 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     with quiet_libraries():
         require("peft", "train")
     from edge_ft.base.adapter import add_lora
+    from edge_ft.base.calibrate import Calibration, choose_rows
+    from edge_ft.base.codes import write_codes
     from edge_ft.base.linear import codes_sha256, move
     from edge_ft.base.load import find_base, load_model
     from edge_ft.base.scorer import TorchScorer
@@ -104,8 +106,22 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     refuse_at_sight(base, config, Room.here(run.path))
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
     labels, problem = prepared.rendering.labels, prepared.rendering.problem_type
+    rows = config.calibration_rows if config.base_format == "int4" else 0
+    codes = (
+        run.codes
+        if run.codes.is_file()
+        else choose_rows(prepared.examples["train"], rows, tokenizer.pad_id, task, progress)
+    )
     model = load_model(
-        base, task, config.base_format, config.block_size, labels, config.seed, problem, prepared.rendering.pooling
+        base,
+        task,
+        config.base_format,
+        config.block_size,
+        labels,
+        config.seed,
+        problem,
+        prepared.rendering.pooling,
+        codes,
     )
     identify(codes_sha256=codes_sha256(model) if config.base_format != "fp32" else None)
     peft_model = move(add_lora(model, base.family, task, config), device)
@@ -135,6 +151,8 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     with _kept(run, new and ranks.first):
         if ranks.first:
             _begin(run, config, base, prepared, tokenizer, identity)
+            if isinstance(codes, Calibration):
+                write_codes(run.codes, peft_model.get_base_model())
         if checkpoint is not None:
             backend.restore(checkpoint.backend)
         elif ranks.first:
@@ -153,6 +171,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
             "family": base.family.name,
             "task": task,
             "rows": counts,
+            "calibration": codes.to_dict() if isinstance(codes, Calibration) else None,
             "findings": prepared.findings,
             "trainable_parameters": sum(p.numel() for p in backend.parameters),
             "seconds": round(before + time.monotonic() - started, 2),
@@ -200,6 +219,7 @@ def _begin(
             "content_sha256": base.content_sha256,
             "format": config.base_format,
             "block_size": config.block_size,
+            "calibration_rows": config.calibration_rows,
             "codes_sha256": identity["codes_sha256"],
             "data_fingerprint": prepared.fingerprint,
         },

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import safe_open
 
+from edge_ft.artifacts import RunFolder
 from edge_ft.config import TEXT_TASKS, TuneConfig, last_layers
 from edge_ft.data import Batch, Example, TextTokenizer, collate, eval_batches, train_batches
 from edge_ft.errors import WillNotFit, require
@@ -116,20 +117,29 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
     tokenizer = TextTokenizer.load(base.path)
     prepared = prepare(config, base, tokenizer, progress)
     ready = time.monotonic() - started
-    choices, loaded = [], []
+    weights = _weights(base)
+    choices: list[dict[str, Any]] = []
+    loaded: list[float] = []
     for option in _options(config, base.sizes.layers):
         refuse_at_sight(base, option, room)
         progress.say(f"measuring layers {option.layers}, memory {option.memory}")
         began = time.monotonic()
         with Peak() as loading:
-            backend, scorer = _load(base, prepared, option)
+            # The codes do not change what a step takes: they are chosen once, for the time that takes.
+            calibration_rows = 0 if choices else option.calibration_rows
+            backend, scorer = _load(
+                base, prepared, replace(option, calibration_rows=calibration_rows), tokenizer, progress
+            )
         loaded.append(time.monotonic() - began)
         first = collate(prepared.examples["validation"][: config.batch_size], tokenizer.pad_id, prepared.task)
         option = replace(option, compute=backend.settle(first))
         measured = _measure(backend, scorer, prepared, option, tokenizer.pad_id, room, loading.bytes)
         # The first time is also that of what a tune imports.
         before = ready + loaded[0] + time.monotonic() - began - loaded[-1]
-        choices.append(_choice(option, prepared, measured, tokenizer, before, room))
+        kept = (
+            int(weights * BYTES_PER_WEIGHT["int4"]) if option.base_format == "int4" and option.calibration_rows else 0
+        )
+        choices.append(_choice(option, prepared, measured, tokenizer, before, kept, room))
         del backend, scorer
         give_back()
     recommended = next((choice for choice in choices if choice["fits"]), None)
@@ -161,7 +171,9 @@ def make_plan(
     room, began = room or Room.here(config.out), time.monotonic()
     measured = _measure(backend, scorer, prepared, config, tokenizer.pad_id, room, peak_rss_bytes())
     before += time.monotonic() - began
-    choice = _choice(config, prepared, measured, tokenizer, before, room)
+    codes = RunFolder(config.out).codes
+    kept = codes.stat().st_size if codes.is_file() else 0
+    choice = _choice(config, prepared, measured, tokenizer, before, kept, room)
     for text in prepared.shown:
         progress.say(text)
     result = _result(config, prepared, room, [choice], choice)
@@ -183,16 +195,22 @@ def refuse_at_sight(base: "Base", config: TuneConfig, room: Room) -> None:
     Raises:
         WillNotFit: so it is.
     """
-    weights = 0
-    for file in base.path.glob("*.safetensors"):
-        with safe_open(file, "np") as tensors:
-            weights += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    weights = _weights(base)
     needed = int(weights * BYTES_PER_WEIGHT[config.base_format]) + resident_bytes()
     if needed > MARGIN * room.memory:
         raise WillNotFit(
             f"{base.name} has {weights / 1e6:.0f} M weights, which take {megabytes(needed)} of memory as "
             f"{config.base_format}: {megabytes(room.memory)} are free; take a smaller model"
         )
+
+
+def _weights(base: "Base") -> int:
+    """How many weights the files of a base hold."""
+    weights = 0
+    for file in base.path.glob("*.safetensors"):
+        with safe_open(file, "np") as tensors:
+            weights += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return weights
 
 
 def duration(seconds: float) -> str:
@@ -215,10 +233,13 @@ def _options(config: TuneConfig, layers: int) -> list[TuneConfig]:
     return [replace(config, layers=name, memory=memory) for name in named for memory in ("normal", "low")]
 
 
-def _load(base: "Base", prepared: Prepared, config: TuneConfig) -> tuple[Any, Answerer]:
+def _load(
+    base: "Base", prepared: Prepared, config: TuneConfig, tokenizer: TextTokenizer, progress: Progress
+) -> tuple[Any, Answerer]:
     import torch
 
     from edge_ft.base.adapter import add_lora
+    from edge_ft.base.calibrate import choose_rows
     from edge_ft.base.linear import move
     from edge_ft.base.load import load_model
     from edge_ft.base.scorer import TorchScorer
@@ -226,12 +247,12 @@ def _load(base: "Base", prepared: Prepared, config: TuneConfig) -> tuple[Any, An
 
     asked = prepared.rendering
     labels, problem, pooling = asked.labels, asked.problem_type, asked.pooling
-    model = load_model(
-        base, prepared.task, config.base_format, config.block_size, labels, config.seed, problem, pooling
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peft_model = move(add_lora(model, base.family, prepared.task, config), device)
     task = prepared.task
+    rows = config.calibration_rows if config.base_format == "int4" else 0
+    codes = choose_rows(prepared.examples["train"], rows, tokenizer.pad_id, task, progress)
+    model = load_model(base, task, config.base_format, config.block_size, labels, config.seed, problem, pooling, codes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peft_model = move(add_lora(model, base.family, task, config), device)
     return TorchBackend(peft_model, base.family, task, config), TorchScorer(peft_model, task)
 
 
@@ -338,9 +359,10 @@ def _choice(
     measured: Measured,
     tokenizer: TextTokenizer,
     before: float,
+    codes_bytes: int,
     room: Room,
 ) -> dict[str, Any]:
-    """What a run with these settings takes; `before` it are so many seconds."""
+    """What a run with these settings takes, after so many seconds `before` it and with codes of such a size."""
     train = prepared.examples["train"]
     sizes = [_padded(batch, train) for batch in _batches(config, train)]
     steps = planned_steps(len(train), config)
@@ -367,7 +389,9 @@ def _choice(
     peak = max(measured.held, round((measured.memory.at(max(sizes)) + 3 * state + measured.answering) * PIECES))
     rows = sum(len(json.dumps(row.fields, default=str)) for name in SPLITS for row in prepared.rows[name])
     texts = sum(file.stat().st_size for file in tokenizer.files())
-    disk = rows + texts + 2 * state + 2 * CHECKPOINT * state + 1_000_000  # each is written beside what it replaces
+    disk = (
+        codes_bytes + rows + texts + 2 * state + 2 * CHECKPOINT * state + 1_000_000
+    )  # each is written beside what it replaces
     return {
         "layers": config.layers,
         "memory": config.memory,

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.base.adapter import add_lora, load_adapter, lora_pairs, merge_adapter
-from edge_ft.base.grid import dequantize, quantize
-from edge_ft.base.linear import QuantEmbedding, QuantLinear, codes_sha256
+from edge_ft.base.grid import dequantize
+from edge_ft.base.linear import QuantEmbedding, QuantLinear, codes_sha256, frozen_layers
 from edge_ft.base.load import find_base, load_model
 from edge_ft.config import TuneConfig
 from edge_ft.errors import ModelError, UsageError
+from edge_ft.evaluate.open import open_run_model
 
 IDS = torch.tensor([[1, 20, 30, 40, 50, 60]])
 
@@ -40,19 +41,14 @@ def base_model(llama: Path, base_format: Any = "fp32") -> Any:
 
 
 def test_a_tuned_adapter_loads_with_plain_peft_on_the_plain_base(llama: Path, llama_run: RunFolder) -> None:
-    ours = load_adapter(base_model(llama, "int4"), llama_run.adapter)
+    ours, _ = open_run_model(llama_run)
+    assert codes_sha256(ours) == llama_run.base()["codes_sha256"]
     plain = AutoModelForCausalLM.from_pretrained(llama)
-    for module in plain.modules():  # the same codes as floats: then both must agree
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-            module.weight.data = torch.from_numpy(dequantize(quantize(module.weight.detach().numpy(), 32)))
+    for name, layer in frozen_layers(ours).items():  # the same codes as floats: then both must agree
+        plain.get_submodule(name).weight.data = torch.from_numpy(dequantize(layer.codes()))
     theirs = PeftModel.from_pretrained(plain, llama_run.adapter).eval()
     with torch.inference_mode():
         torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_the_trained_codes_are_those_of_the_run_folder(llama: Path, llama_run: RunFolder) -> None:
-    ours = load_adapter(base_model(llama, "int4"), llama_run.adapter)
-    assert codes_sha256(ours) == llama_run.base()["codes_sha256"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tiny_models import write_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from edge_ft.artifacts import Bundle, RunFolder
+from edge_ft.base import calibrate
 from edge_ft.base.linear import QuantEmbedding, QuantLinear
 from edge_ft.base.load import find_base, load_model
 from edge_ft.base.scorer import TorchScorer
@@ -203,24 +204,16 @@ def test_a_limit_that_does_not_hold_refuses_and_keeps_the_bundle_aside(
 
 def test_a_fallen_metric_refuses(llama_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales that are far off are what a broken rounding would look like."""
-    from edge_ft.base import linear
-
-    whole = linear.quantize
+    whole = calibrate.round_over
 
     def broken(*asked: Any) -> Any:
         codes = whole(*asked)
         codes.scales[:] *= 4
         return codes
 
-    monkeypatch.setattr("edge_ft.export.source.quantize_model", lambda *a: _with(broken, linear, monkeypatch, *a))
+    monkeypatch.setattr(calibrate, "round_over", broken)
     with pytest.raises(GateRefused, match=r"--max-metric-drop 0\.02"):
         export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle", max_tax=100.0, min_retained=-100.0))
-
-
-def _with(quantize: Any, linear: Any, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(linear, "quantize", quantize)
-        linear.quantize_model(*arguments)
 
 
 def test_an_interrupted_export_leaves_nothing(llama_run: RunFolder, tmp_path: Path) -> None:

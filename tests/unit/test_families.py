@@ -24,6 +24,7 @@ from edge_ft.data import Batch
 from edge_ft.errors import ModelError
 from edge_ft.export import export
 from edge_ft.export.source import open_export_source
+from edge_ft.progress import Silent
 from edge_ft.runtime import cache, load
 from edge_ft.tune import tune
 from edge_ft.tune.plan import plan
@@ -99,7 +100,7 @@ class Family:
     def torch(self, lane: Any) -> TorchScorer:
         """The torch model that the bundle of a lane was made from."""
         source = open_export_source(str(self.run.path), ExportConfig(out=self.folder / "unused", lane=lane))
-        return TorchScorer(source.load_shipped(lane).eval(), "text-generation")
+        return TorchScorer(source.load_shipped(lane, Silent()).eval(), "text-generation")
 
 
 @pytest.fixture(scope="module", params=DECODERS)

@@ -1,0 +1,183 @@
+"""Codes chosen over rows: which rows, which layers, that they are kept with the run, and what they change."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import tiny_encoder_config, write_decoder, write_encoder, write_t5
+
+from edge_ft.artifacts import RunFolder
+from edge_ft.base.calibrate import MOST_TOKENS, Calibration, choose_rows, spread
+from edge_ft.base.linear import codes_sha256, frozen_layers
+from edge_ft.base.load import find_base, load_model
+from edge_ft.base.losses import embed
+from edge_ft.base.scorer import HIDDEN, LOSSES
+from edge_ft.config import ExportConfig, Task, TuneConfig
+from edge_ft.data.example import Example
+from edge_ft.errors import ModelError
+from edge_ft.evaluate.open import open_run_model
+from edge_ft.export import export
+from edge_ft.tune import tune
+
+CPU = torch.device("cpu")
+
+
+def examples(task: Task, count: int = 24) -> list[Example]:
+    """Rows of random tokens, of different lengths."""
+    random = np.random.default_rng(0)
+    found = []
+    for row in range(count):
+        ids = random.integers(3, 14, random.integers(4, 12)).tolist()
+        labels = [0] if task in ("text-classification", "feature-extraction") else list(ids)
+        pair = random.integers(3, 14, 9).tolist() if task == "feature-extraction" else []
+        found.append(Example(row, ids, labels, 2, "", 0, pair_ids=pair))
+    return found
+
+
+@given(st.lists(st.integers(), max_size=50), st.integers(0, 60))
+def test_rows_come_from_all_over_the_list(items: list[int], count: int) -> None:
+    indices = spread(range(len(items)), count)
+    assert len(indices) == min(count, len(items)) == len(set(indices))
+    assert indices == sorted(indices)
+    if len(indices) > 1:
+        gaps = np.diff([*indices, len(items)])
+        assert gaps.max() - gaps.min() <= 1
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=100), st.integers(1, 120))
+def test_long_rows_are_fewer(lengths: list[int], rows: int) -> None:
+    found = choose_rows([Example(0, [1] * n, [1] * n, 0, "", 0) for n in lengths], rows, 0, "text-generation")
+    assert found is not None
+    count = len(found.batch["input_ids"])
+    assert 1 <= count <= rows
+    assert count == 1 or found.batch["input_ids"].size <= MOST_TOKENS
+
+
+def test_no_rows_are_no_calibration() -> None:
+    assert choose_rows(examples("text-generation"), 0, 0, "text-generation") is None
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "llama": write_decoder(folder / "llama", "llama"),
+        "gpt2": write_decoder(folder / "gpt2", "gpt2"),
+        "opt": write_decoder(folder / "opt", "opt"),
+        "t5": write_t5(folder / "t5"),
+        "bert": write_encoder(folder / "bert", tiny_encoder_config("bert")),
+        "albert": write_encoder(folder / "albert", tiny_encoder_config("albert")),
+    }
+
+
+def outcome(model: Any, task: Task, calibration: Calibration) -> np.ndarray:
+    """What the head reads, a vector or the loss of each of the rows."""
+    with torch.no_grad():
+        if task == "feature-extraction":
+            return np.asarray(embed(model, calibration.batch, CPU)[0])
+        return np.asarray((HIDDEN.get(task) or LOSSES[task])(model, calibration.batch, CPU)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("llama", "text-generation"),
+        ("gpt2", "text-generation"),
+        ("opt", "text-generation"),
+        ("t5", "text2text-generation"),
+        ("bert", "text-classification"),
+        ("bert", "feature-extraction"),
+    ],
+)
+def test_the_model_is_closer_to_the_float_one_over_the_rows(name: str, task: Task, models: dict[str, Path]) -> None:
+    base, labels = find_base(str(models[name])), ("a", "b") if task == "text-classification" else ()
+    rows = choose_rows(examples(task), 24, base.sizes.config.pad_token_id or 0, task)
+    assert rows is not None
+    exact, nearest, chosen = (
+        load_model(base, task, form, labels=labels, codes=codes)
+        for form, codes in (("fp32", None), ("int4", None), ("int4", rows))  # type: ignore[arg-type]
+    )
+    changed = [
+        layer
+        for layer, module in frozen_layers(chosen).items()
+        if any((a != b).any() for a, b in zip(module.stored(), frozen_layers(nearest)[layer].stored(), strict=True))
+    ]
+    # An embedding is chosen where it is a language model's head too.
+    head, embedding = chosen.get_output_embeddings(), chosen.get_input_embeddings()
+    tied = getattr(head, "qweight", None) is embedding.qweight
+    untouched = {layer for layer, module in frozen_layers(chosen).items() if module is embedding and not tied}
+    assert set(changed) == frozen_layers(chosen).keys() - untouched
+    off = [np.square(outcome(model, task, rows) - outcome(exact, task, rows)).mean() for model in (chosen, nearest)]
+    assert off[0] < off[1]
+    again = load_model(base, task, "int4", labels=labels, codes=rows)
+    assert codes_sha256(again) == codes_sha256(chosen)
+
+
+def test_padding_has_no_say(models: dict[str, Path]) -> None:
+    base = find_base(str(models["llama"]))
+    found = []
+    for pad_id in (0, 7):
+        rows = choose_rows(examples("text-generation"), 24, pad_id, "text-generation")
+        found.append(codes_sha256(load_model(base, "text-generation", "int4", codes=rows)))
+    assert found[0] == found[1]
+
+
+def test_layers_that_are_run_through_several_times_are_rounded_by_themselves(models: dict[str, Path]) -> None:
+    base, task = find_base(str(models["albert"])), "text-classification"
+    rows = choose_rows(examples(task), 24, 0, task)  # type: ignore[arg-type]
+    models_of = [load_model(base, task, "int4", labels=("a", "b"), codes=codes) for codes in (rows, None)]  # type: ignore[arg-type]
+    assert codes_sha256(models_of[0]) == codes_sha256(models_of[1])
+
+
+def test_half_of_an_embedders_rows_are_answers(tmp_path: Path) -> None:
+    rows = choose_rows(examples("feature-extraction", 4), 4, 0, "feature-extraction")
+    assert rows is not None
+    given_ids = examples("feature-extraction", 4)
+    assert rows.batch["input_ids"][1, :9].tolist() == given_ids[1].pair_ids
+    assert rows.batch["pair_input_ids"][1, : len(given_ids[1].input_ids)].tolist() == given_ids[1].input_ids
+    assert rows.batch["input_ids"][2, : len(given_ids[2].input_ids)].tolist() == given_ids[2].input_ids
+
+
+def short_tune(model: Path, sums: Path, out: Path, **settings: Any) -> RunFolder:
+    return tune(TuneConfig(model=str(model), data=str(sums), out=out, max_steps=2, eval_steps=2, **settings))
+
+
+def test_the_option_changes_what_is_trained_over_and_the_run_keeps_it(llama: Path, sums: Path, tmp_path: Path) -> None:
+    plain = short_tune(llama, sums, tmp_path / "plain", calibration_rows=0)
+    chosen = short_tune(llama, sums, tmp_path / "chosen", calibration_rows=8)
+    assert not plain.codes.exists()
+    nearest = codes_sha256(load_model(find_base(str(llama)), "text-generation", "int4"))
+    assert plain.base()["codes_sha256"] == nearest != chosen.base()["codes_sha256"]
+    model, _ = open_run_model(chosen)
+    assert codes_sha256(model) == chosen.base()["codes_sha256"]
+    few = short_tune(llama, sums, tmp_path / "few", calibration_rows=2)
+    assert few.base()["codes_sha256"] != chosen.base()["codes_sha256"]
+
+
+@pytest.mark.parametrize("how", ["missing", "torn", "other"])
+def test_a_run_whose_codes_are_lost_is_refused(how: str, llama: Path, sums: Path, tmp_path: Path) -> None:
+    run = short_tune(llama, sums, tmp_path / "run", calibration_rows=8)
+    if how == "missing":
+        run.codes.unlink()
+    elif how == "torn":
+        run.codes.write_bytes(run.codes.read_bytes()[:-100])
+    else:
+        other = short_tune(llama, sums, tmp_path / "other", calibration_rows=3)
+        run.codes.write_bytes(other.codes.read_bytes())
+    with pytest.raises(ModelError, match="codes"):
+        open_run_model(run)
+
+
+@pytest.mark.parametrize("lane", ["merged", "adapter"])
+def test_a_bundle_says_how_its_codes_were_chosen(lane: Any, llama: Path, sums: Path, tmp_path: Path) -> None:
+    loose: dict[str, Any] = {"max_tax": 9.0, "min_retained": -9.0, "max_metric_drop": 1.0}
+    methods = {}
+    for rows in (0, 8):
+        run = short_tune(llama, sums, tmp_path / f"run{rows}", calibration_rows=rows, learning_rate=1e-2)
+        bundle = export(str(run.path), ExportConfig(out=tmp_path / f"{lane}{rows}", lane=lane, **loose))
+        methods[rows] = bundle.manifest["quantization"]["method"]
+    assert methods == {0: "rtn", 8: "gptq"}

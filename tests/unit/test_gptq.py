@@ -1,0 +1,58 @@
+"""Codes chosen over a layer's inputs keep what the layer gives better than codes of the weight alone."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_ft.base.gptq import error_factor, round_over
+from edge_ft.base.grid import Codes, dequantize, quantize
+
+
+def a_layer(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [rows, columns], and inputs [256, columns] of which most is along a few directions."""
+    random = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(256, 8, generator=random) @ torch.randn(8, columns, generator=random)
+    noise = 0.1 * torch.randn(256, columns, generator=random)
+    return torch.randn(rows, columns, generator=random), inputs + noise
+
+
+def lost(codes: Codes, weight: torch.Tensor, inputs: torch.Tensor) -> float:
+    """Mean squared error of what the layer gives."""
+    return float((inputs @ (torch.from_numpy(dequantize(codes)) - weight).T).square().mean())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 12), st.sampled_from([64, 80, 33]), st.sampled_from([16, 32]), st.integers(0, 99))
+def test_what_the_layer_gives_over_these_inputs_changes_less_than_by_rounding_to_nearest(
+    rows: int, columns: int, block_size: int, seed: int
+) -> None:
+    weight, inputs = a_layer(rows, columns, seed)
+    nearest = quantize(weight.numpy(), block_size)
+    over = round_over(weight, error_factor(inputs.T @ inputs), nearest)
+    assert lost(over, weight, inputs) < lost(nearest, weight, inputs)
+    np.testing.assert_array_equal(over.scales, nearest.scales)
+    np.testing.assert_array_equal(over.zero_points, nearest.zero_points)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.sampled_from([64, 70]), st.sampled_from([16, 32]))
+def test_where_inputs_do_not_go_together_nothing_can_be_made_up_for(rows: int, columns: int, block_size: int) -> None:
+    weight, _ = a_layer(rows, columns)
+    nearest = quantize(weight.numpy(), block_size)
+    over = round_over(weight, error_factor(torch.eye(columns)), nearest)
+    np.testing.assert_array_equal(over.qweight, nearest.qweight, strict=True)
+
+
+def test_inputs_that_are_always_zero_do_no_harm() -> None:
+    weight, inputs = a_layer(4, 64)
+    inputs[:, 10:20] = 0
+    codes = round_over(weight, error_factor(inputs.T @ inputs), quantize(weight.numpy(), 32))
+    assert np.isfinite(dequantize(codes)).all()
+    assert lost(codes, weight, inputs) < lost(quantize(weight.numpy(), 32), weight, inputs)
+
+
+def test_fewer_inputs_than_columns_are_enough() -> None:
+    weight, inputs = a_layer(4, 64)
+    codes = round_over(weight, error_factor(inputs[:3].T @ inputs[:3]), quantize(weight.numpy(), 32))
+    assert lost(codes, weight, inputs[:3]) < 0.01 * lost(quantize(weight.numpy(), 32), weight, inputs[:3])
