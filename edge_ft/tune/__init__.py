@@ -33,7 +33,7 @@ from edge_ft.tune.plan import make_plan, refuse_at_sight
 from edge_ft.tune.plot import plot_losses
 from edge_ft.tune.prepare import Prepared, prepare, write_splits
 from edge_ft.tune.report import peak_rss_bytes, results
-from edge_ft.tune.room import Room
+from edge_ft.tune.room import Room, give_back
 
 if TYPE_CHECKING:
     from edge_ft.base.load import Base
@@ -163,6 +163,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
             write_json(run.path / "plan.json", found_plan)
         result = _train(run, config, backend, prepared, tokenizer, identity, checkpoint, ranks, progress)
         backend.save(run.adapter)
+        give_back()  # the answers of the report would come on top of what steps took
         found = results(
             scorer, peft_model.disable_adapter, result, prepared, tokenizer, base.max_length, config, progress
         )

@@ -384,9 +384,10 @@ def _choice(
         answer = statistics.median(len(example.labels) - example.read for example in train)
         after += BATCH_COST * (SAMPLE_TOKENS + min(answer, SAMPLE_TOKENS)) * measured.token
     state = 4 * measured.trainable  # bytes of all trained weights
-    # AdamW's two moments and the best weights come on top of what was measured; and little of what a step took is
-    # given back before the report is made.
-    peak = max(measured.held, round((measured.memory.at(max(sizes)) + 3 * state + measured.answering) * PIECES))
+    # AdamW's two moments and the best weights come on top of what was measured. What a step took is given back before
+    # the report is made.
+    most = max(measured.memory.at(max(sizes)), measured.memory.values[0] + measured.answering)
+    peak = max(measured.held, round((most + 3 * state) * PIECES))
     rows = sum(len(json.dumps(row.fields, default=str)) for name in SPLITS for row in prepared.rows[name])
     texts = sum(file.stat().st_size for file in tokenizer.files())
     disk = (
