@@ -202,10 +202,11 @@ def _targets(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
     stacks = {stack: len(model.get_submodule(stack)) for stack in stack_names(model, family)}  # type: ignore[arg-type]
     count = last_layers(config.layers)
     fewest = min(stacks.values())
-    if count is not None and Sizes(model.config).repeats_layers:
+    sizes = Sizes(model.config)
+    if count is not None and sizes.repeats_layers:
         raise UsageError(
-            f"--layers {config.layers}: this model runs the same {fewest} layer(s) several times, so the last ones "
-            "are the first ones too: use --layers all"
+            f"--layers {config.layers}: this model runs the same {fewest} layer(s) {sizes.layers} times, so the "
+            "last ones are the first ones too: use --layers all"
         )
     if count is not None and count > fewest:
         where = " in its smaller stack" if len(stacks) > 1 else ""

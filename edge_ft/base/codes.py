@@ -32,16 +32,18 @@ def write_codes(file: Path, model: nn.Module) -> None:
     temporary.rename(file)
 
 
-def read_codes(file: Path) -> Callable[[str, int], Codes]:
-    """What gives the codes of a layer's name, and of how many columns its weight has.
+def read_codes(file: Path) -> Callable[[str, int], Codes | None]:
+    """What gives the codes of a layer's name, and of how many columns its weight has; None of one that is not there.
 
     Raises:
-        ModelError: from what is returned: the file is torn, or of another model.
+        ModelError: from what is returned: the file is torn.
     """
 
-    def codes(name: str, columns: int) -> Codes:
+    def codes(name: str, columns: int) -> Codes | None:
         try:
             with safe_open(file, "np") as arrays:
+                if f"{name}.qweight" not in arrays.keys():  # noqa: SIM118 - not a dict
+                    return None
                 qweight, scales, zero_points = (
                     arrays.get_tensor(f"{name}.{part}") for part in ("qweight", "scales", "zero_points")
                 )

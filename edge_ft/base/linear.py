@@ -257,7 +257,7 @@ def quantize_model(
     keep: tuple[str, ...] = (),
     bits: Bits = 4,
     read: Callable[[str, slice], Tensor] | None = None,
-    known: Callable[[str, int], Codes] | None = None,
+    known: Callable[[str, int], Codes | None] = lambda name, columns: None,
 ) -> None:
     """Replace every linear layer and token embedding of `model` by its quantized form, in place.
 
@@ -268,7 +268,7 @@ def quantize_model(
         bits: Of a code.
         read: Gives some rows of the parameter of a name, where those of `model` are on the meta device; default
             the model's own.
-        known: Gives the codes of the layer of a name with so many columns, where they were chosen before.
+        known: Gives the codes of the layer of a name with so many columns where they were chosen before, else None.
     """
     read = read or (lambda name, rows: model.get_parameter(name)[rows])
 
@@ -277,8 +277,8 @@ def quantize_model(
 
     def codes_of(name: str, shape: Sequence[int]) -> Codes:
         """A few rows at a time: they are float only while they are rounded."""
-        if known is not None:
-            return known(name, shape[1])
+        if (found := known(name, shape[1])) is not None:
+            return found
         size = max(1, _ROUNDED // shape[1])
         return Codes.of_rows(
             [rounded(read(f"{name}.weight", slice(start, start + size))) for start in range(0, shape[0], size)]

@@ -387,8 +387,8 @@ def _round(
     elif base_format == "bf16":
         round_to_bf16(model, keep, read)
     else:
-        known = read_codes(codes) if codes is not None and base_format == "int4" else None
-        quantize_model(model, block_size, keep, BITS[base_format], read, known)
+        chosen = {"known": read_codes(codes)} if codes is not None and base_format == "int4" else {}
+        quantize_model(model, block_size, keep, BITS[base_format], read, **chosen)
 
 
 def _json(file: Path) -> Any:

@@ -143,6 +143,8 @@ def open_run_model(run: RunFolder, adapter: bool = True) -> "tuple[Any, Base]":
     rendering = Rendering.from_dict(run.rendering())
     labels, seed, problem = rendering.labels, int(report["seed"]), rendering.problem_type
     codes = run.codes if run.codes.is_file() else None
+    if codes is None and identity["format"] == "int4" and identity.get("calibration_rows"):
+        raise ModelError(f"{run.codes} is missing, which holds the int4 codes that were trained over: tune again")
     model = load_model(
         *(base, task, identity["format"], identity["block_size"], labels, seed, problem, rendering.pooling, codes)
     )

@@ -158,8 +158,15 @@ def test_the_option_changes_what_is_trained_over_and_the_run_keeps_it(llama: Pat
     assert few.base()["codes_sha256"] != chosen.base()["codes_sha256"]
 
 
-@pytest.mark.parametrize("how", ["missing", "torn", "other"])
-def test_a_run_whose_codes_are_lost_is_refused(how: str, llama: Path, sums: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("missing", r"codes\.safetensors is missing"),
+        ("torn", r"codes\.safetensors cannot be read"),
+        ("other", "are not those that"),
+    ],
+)
+def test_a_run_whose_codes_are_lost_is_refused(how: str, says: str, llama: Path, sums: Path, tmp_path: Path) -> None:
     run = short_tune(llama, sums, tmp_path / "run", calibration_rows=8)
     if how == "missing":
         run.codes.unlink()
@@ -168,7 +175,7 @@ def test_a_run_whose_codes_are_lost_is_refused(how: str, llama: Path, sums: Path
     else:
         other = short_tune(llama, sums, tmp_path / "other", calibration_rows=3)
         run.codes.write_bytes(other.codes.read_bytes())
-    with pytest.raises(ModelError, match="codes"):
+    with pytest.raises(ModelError, match=says):
         open_run_model(run)
 
 

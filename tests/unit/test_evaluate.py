@@ -207,7 +207,8 @@ def test_on_other_rows_an_adapter_must_beat_its_base(
     assert found["same_rows"] is False
     assert found["nll"] < found["base_nll"]
     wrong = tmp_path / "wrong.jsonl"
-    lines = [{"prompt": f"hello {n}", "completion": "\x01\x02\x03\x04" * (n + 1)} for n in range(4)]
+    own = [row.fields for row in read_rows(str(llama_run.split("validation")))]
+    lines = [{**row, "completion": row["completion"][::-1]} for row in own]  # spelled backwards
     wrong.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(GateRefused, match="no better than its base"):
         verify(llama_adapter_bundle.path, VerifyConfig(data=str(wrong)))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.base import calibrate
+from edge_ft.base.grid import Codes
 from edge_ft.base.linear import QuantEmbedding, QuantLinear
 from edge_ft.base.load import find_base, load_model
 from edge_ft.base.scorer import TorchScorer
@@ -203,13 +205,10 @@ def test_a_limit_that_does_not_hold_refuses_and_keeps_the_bundle_aside(
 
 
 def test_a_fallen_metric_refuses(llama_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scales that are far off are what a broken rounding would look like."""
-    whole = calibrate.round_over
+    """What a broken rounding would look like."""
 
-    def broken(*asked: Any) -> Any:
-        codes = whole(*asked)
-        codes.scales[:] *= 4
-        return codes
+    def broken(weight: Any, factor: Any, nearest: Codes) -> Codes:
+        return replace(nearest, qweight=nearest.qweight[:, ::-1])
 
     monkeypatch.setattr(calibrate, "round_over", broken)
     with pytest.raises(GateRefused, match=r"--max-metric-drop 0\.02"):

@@ -37,6 +37,7 @@ def test_the_run_folder_holds_what_the_documentation_lists(plain_run: RunFolder)
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "base.json",
+        "codes.safetensors",
         "config.yaml",
         "loss.png",
         "metrics.jsonl",
