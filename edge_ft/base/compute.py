@@ -26,7 +26,7 @@ from edge_ft.base.linear import stack_names, transposed_weight
 from edge_ft.base.norm import plain_rms_norm
 from edge_ft.families import Family
 
-__all__ = ["Compute", "has_bf16"]
+__all__ = ["Compute", "give_freed_memory_back", "has_bf16"]
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -43,7 +43,7 @@ class Compute:
     def __init__(self, model: Any, family: Family, dtype: torch.dtype, recompute: bool) -> None:
         self.dtype = dtype
         self.active = False
-        _give_freed_memory_back(recompute)
+        give_freed_memory_back(recompute)
         task_model = model.get_base_model()
         stacks = [task_model.get_submodule(stack) for stack in stack_names(task_model, family)]
         use_short_attention(task_model)
@@ -148,7 +148,7 @@ class Compute:
         layer.forward = forward
 
 
-def _give_freed_memory_back(at_once: bool) -> None:
+def give_freed_memory_back(at_once: bool) -> None:
     """Let glibc map large blocks, so that they return to the system when they are freed (mallopt(3)).
 
     Otherwise its thresholds are those that it comes to by itself.

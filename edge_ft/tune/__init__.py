@@ -64,6 +64,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     from edge_ft.base.adapter import add_lora
     from edge_ft.base.calibrate import Calibration, choose_rows
     from edge_ft.base.codes import write_codes
+    from edge_ft.base.compute import give_freed_memory_back
     from edge_ft.base.linear import codes_sha256, move
     from edge_ft.base.load import find_base, load_model
     from edge_ft.base.scorer import TorchScorer
@@ -106,6 +107,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     refuse_at_sight(base, config, Room.here(run.path))
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
     labels, problem = prepared.rendering.labels, prepared.rendering.problem_type
+    give_freed_memory_back(config.memory == "low")  # before codes are chosen, which takes as much as a step
     rows = config.calibration_rows if config.base_format == "int4" else 0
     codes = (
         run.codes

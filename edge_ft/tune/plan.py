@@ -240,6 +240,7 @@ def _load(
 
     from edge_ft.base.adapter import add_lora
     from edge_ft.base.calibrate import choose_rows
+    from edge_ft.base.compute import give_freed_memory_back
     from edge_ft.base.linear import move
     from edge_ft.base.load import load_model
     from edge_ft.base.scorer import TorchScorer
@@ -248,6 +249,7 @@ def _load(
     asked = prepared.rendering
     labels, problem, pooling = asked.labels, asked.problem_type, asked.pooling
     task = prepared.task
+    give_freed_memory_back(config.memory == "low")
     rows = config.calibration_rows if config.base_format == "int4" else 0
     codes = choose_rows(prepared.examples["train"], rows, tokenizer.pad_id, task, progress)
     model = load_model(base, task, config.base_format, config.block_size, labels, config.seed, problem, pooling, codes)
