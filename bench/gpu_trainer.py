@@ -117,8 +117,7 @@ def _nll(model: nn.Module, prepared: Prepared, pad_id: int) -> float:
 
 def _ours(base: Base, prepared: Prepared, pad_id: int, config: TuneConfig, meter: _Meter) -> tuple[str, float, float]:
     task = prepared.task
-    rows = config.calibration_rows if config.base_format == "int4" else 0
-    codes = choose_rows(prepared.examples["train"], rows, pad_id, task)
+    codes = choose_rows(prepared.examples["train"], config.base_calibration_rows, pad_id, task)
     model = load_model(base, task, config.base_format, config.block_size, codes=codes)
     peft_model = move(add_lora(model, base.family, task, config), meter.device)
     backend = TorchBackend(peft_model, base.family, task, config)

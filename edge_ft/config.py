@@ -207,6 +207,11 @@ class TuneConfig(RowsConfig):
         _check(self.show >= 0, "--show cannot be negative")
         last_layers(self.layers)
 
+    @property
+    def base_calibration_rows(self) -> int:
+        """Training rows over which the base's codes are chosen: only those of int4 are."""
+        return self.calibration_rows if self.base_format == "int4" else 0
+
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> Self:
         """The settings of a preset, those given here before them.

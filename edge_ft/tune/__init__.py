@@ -108,7 +108,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
     labels, problem = prepared.rendering.labels, prepared.rendering.problem_type
     give_freed_memory_back(config.memory == "low")  # before codes are chosen, which takes as much as a step
-    rows = config.calibration_rows if config.base_format == "int4" else 0
+    rows = config.base_calibration_rows
     codes = (
         run.codes
         if run.codes.is_file()

@@ -136,9 +136,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
         measured = _measure(backend, scorer, prepared, option, tokenizer.pad_id, room, loading.bytes)
         # The first time is also that of what a tune imports.
         before = ready + loaded[0] + time.monotonic() - began - loaded[-1]
-        kept = (
-            int(weights * BYTES_PER_WEIGHT["int4"]) if option.base_format == "int4" and option.calibration_rows else 0
-        )
+        kept = int(weights * BYTES_PER_WEIGHT["int4"]) if option.base_calibration_rows else 0
         choices.append(_choice(option, prepared, measured, tokenizer, before, kept, room))
         del backend, scorer
         give_back()
@@ -250,7 +248,7 @@ def _load(
     labels, problem, pooling = asked.labels, asked.problem_type, asked.pooling
     task = prepared.task
     give_freed_memory_back(config.memory == "low")
-    rows = config.calibration_rows if config.base_format == "int4" else 0
+    rows = config.base_calibration_rows
     codes = choose_rows(prepared.examples["train"], rows, tokenizer.pad_id, task, progress)
     model = load_model(base, task, config.base_format, config.block_size, labels, config.seed, problem, pooling, codes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -392,9 +390,8 @@ def _choice(
     peak = max(measured.held, round((most + 3 * state) * PIECES))
     rows = sum(len(json.dumps(row.fields, default=str)) for name in SPLITS for row in prepared.rows[name])
     texts = sum(file.stat().st_size for file in tokenizer.files())
-    disk = (
-        codes_bytes + rows + texts + 2 * state + 2 * CHECKPOINT * state + 1_000_000
-    )  # each is written beside what it replaces
+    # Adapter and checkpoint are written beside what they replace.
+    disk = codes_bytes + rows + texts + 2 * state + 2 * CHECKPOINT * state + 1_000_000
     return {
         "layers": config.layers,
         "memory": config.memory,
