@@ -4,7 +4,8 @@ A PEFT model with `Compute` gives the same as without, up to rounding, for less 
 
 - attention over short sequences keeps no scores (`edge_ft.base.attention`);
 - frozen and low-rank product of an adapted layer are one operation, which keeps its input alone;
-- RMSNorm keeps its input and one number a row, a gated unit its two inputs, instead of every intermediate;
+- RMSNorm keeps its input and one number a row, a gated unit its two inputs, instead of every intermediate; what they
+  give is made again where the adapted products behind them want it;
 - in bfloat16 all that lies between the embedding and the head is held and multiplied in it, while
   normalisation and loss are computed in float32 and the trained parameters stay float32;
 - with `recompute` only the inputs of the transformer layers are kept (Chen et al., arXiv:1604.06174).
@@ -28,6 +29,9 @@ from edge_ft.families import Family
 
 __all__ = ["Compute", "give_freed_memory_back", "has_bf16"]
 
+NormInput = tuple[Tensor, Tensor, float]
+"""x, weight and eps of an RMSNorm."""
+
 
 def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware; without it, it is many times slower than float32."""
@@ -43,6 +47,8 @@ class Compute:
     def __init__(self, model: Any, family: Family, dtype: torch.dtype, recompute: bool) -> None:
         self.dtype = dtype
         self.active = False
+        self._normed: tuple[Tensor, NormInput] | None = None
+        """What the last norm gave, and what it can be made of again."""
         give_freed_memory_back(recompute)
         task_model = model.get_base_model()
         stacks = [task_model.get_submodule(stack) for stack in stack_names(task_model, family)]
@@ -71,7 +77,7 @@ class Compute:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.active = False
+        self.active, self._normed = False, None
 
     def _enter_layer(self, _: nn.Module, arguments: Any, keywords: Any) -> Any:
         return (_cast(arguments, self.dtype), _cast(keywords, self.dtype)) if self.active else None
@@ -90,7 +96,15 @@ class Compute:
         if found is None or norm.weight.requires_grad:
             return
         weight, eps = found
-        norm.forward = lambda x: _RMSNorm.apply(x, weight, eps) if self.active else plain(x)
+
+        def forward(x: Tensor) -> Tensor:
+            if not self.active:
+                return plain(x)
+            y: Tensor = _RMSNorm.apply(x, weight, eps)
+            self._normed = y, (x, weight, eps)
+            return y
+
+        norm.forward = forward
 
     def _widen_norm(self, norm: Any) -> None:
         """In float32, whatever comes in: on a CPU that is how it mixes dtypes, on a GPU it would refuse to."""
@@ -112,7 +126,13 @@ class Compute:
         def forward(x: Tensor) -> Tensor:
             if not self.active:
                 return plain(x)
-            y: Tensor = mlp.down_proj(_SwiGLU.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+            gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
+            adapter = self._adapter(down)
+            y: Tensor = (
+                down(_SwiGLU.apply(gate, up))
+                if adapter is None
+                else _GatedLoraMatMul.apply(gate, up, *adapter, down.base_layer)
+            )
             return y
 
         mlp.forward = forward
@@ -121,19 +141,25 @@ class Compute:
         plain = layer.forward
 
         def forward(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-            name = layer.active_adapters[0]
-            fused = (
-                self.active
-                and not (layer.disable_adapters or layer.merged or layer.lora_variant)
-                and not (layer.training and getattr(layer.lora_dropout[name], "p", 0))
-            )
-            if not fused:
+            adapter = self._adapter(layer)
+            if adapter is None:
                 return plain(x, *arguments, **keywords)
-            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-            y: Tensor = _LoraMatMul.apply(x, a, b, layer.base_layer, layer.scaling[name])
+            made_of = self._normed[1] if self._normed is not None and self._normed[0] is x else None
+            y: Tensor = _LoraMatMul.apply(x, *adapter, layer.base_layer, made_of)
             return y
 
         layer.forward = forward
+
+    def _adapter(self, layer: Any) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and scaling of a layer, where they are all that it adds to its frozen product now."""
+        if not (self.active and hasattr(layer, "lora_A") and isinstance(layer.base_layer, nn.Linear)):
+            return None
+        name = layer.active_adapters[0]
+        if layer.disable_adapters or layer.merged or layer.lora_variant:
+            return None
+        if layer.training and getattr(layer.lora_dropout[name], "p", 0):
+            return None
+        return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
     def _narrow(self, layer: Any) -> None:
         """A float layer computes in its input's dtype; inside LoRA's it is the one that is wrapped."""
@@ -177,10 +203,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        y, scale = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -189,6 +214,13 @@ class _RMSNorm(torch.autograd.Function):
         wide = grad.float() * weight
         wide -= normed.mul_((wide * normed).mean(-1, keepdim=True))
         return wide.mul_(scale).to(x.dtype), None, None
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normed x, in its dtype, and 1 / sqrt(mean(x²) + eps) of each row in float32."""
+    wide = x.float()
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight).to(x.dtype), scale
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -207,28 +239,70 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _LoraMatMul(torch.autograd.Function):
-    """x Wᵀ + bias + scaling · x Aᵀ Bᵀ over a frozen layer, as one operation that keeps x alone."""
+    """x Wᵀ + bias + scaling · x Aᵀ Bᵀ over a frozen layer, as one operation that keeps x or what that is made of."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: nn.Linear, scaling: float) -> Tensor:
-        rows = x.flatten(0, -2)
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        weight = transposed_weight(layer, x.dtype)
-        y = rows @ weight if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), rows, weight)
-        down = rows @ a.T  # [rows, rank]
-        y.addmm_(down, b.T, alpha=scaling)
-        ctx.save_for_backward(rows, down, a, b)
-        ctx.layer, ctx.scaling, ctx.shape = layer, scaling, x.shape
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear, made_of: NormInput | None
+    ) -> Tensor:
+        rows, a, b = x.flatten(0, -2), a.to(x.dtype), b.to(x.dtype)
+        y, down = _lora_product(rows, a, b, scaling, layer)
+        kept, *ctx.norm = made_of or (x,)
+        ctx.save_for_backward(kept, down, a, b)
+        ctx.scaling, ctx.layer = scaling, layer
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:  # type: ignore[override]
-        rows, down, a, b = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        x, down, a, b = ctx.saved_tensors
+        if ctx.norm:
+            x, _ = _rms_norm(x, *ctx.norm)
         grad = grad.flatten(0, -2)
-        # Both written so that the short side comes first, which float32 products run 3 times as fast.
-        up = (b.T @ grad.T).mul_(ctx.scaling).T  # [rows, rank]
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ transposed_weight(ctx.layer, grad.dtype).T
-            grad_x = grad_x.addmm_(up, a).view(ctx.shape)
-        return grad_x, (up.T @ rows).float(), (down.T @ grad).T.float().mul_(ctx.scaling), None, None
+        up, grad_a, grad_b = _lora_gradients(grad, x.flatten(0, -2), down, b, ctx.scaling)
+        grad_x = _input_gradient(grad, up, a, ctx.layer).view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_a, grad_b, None, None, None
+
+
+class _GatedLoraMatMul(torch.autograd.Function):
+    """`_LoraMatMul` of silu(gate) · up, which keeps these two and makes their product again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear) -> Tensor:
+        rows, a, b = nn.functional.silu(gate).mul_(up).flatten(0, -2), a.to(up.dtype), b.to(up.dtype)
+        y, down = _lora_product(rows, a, b, scaling, layer)
+        ctx.save_for_backward(gate, up, down, a, b)
+        ctx.scaling, ctx.layer = scaling, layer
+        return y.unflatten(0, up.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+        gate, up, down, a, b = ctx.saved_tensors
+        grad, shape = grad.flatten(0, -2), gate.shape
+        gate, up = gate.flatten(0, -2), up.flatten(0, -2)
+        unit = nn.functional.silu(gate)
+        short, grad_a, grad_b = _lora_gradients(grad, unit * up, down, b, ctx.scaling)
+        inner = _input_gradient(grad, short, a, ctx.layer)
+        grad_up = unit.mul_(inner).view(shape)
+        return torch.ops.aten.silu_backward(inner.mul_(up), gate).view(shape), grad_up, grad_a, grad_b, None, None
+
+
+def _lora_product(rows: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """The layer's output [rows, out], and what A makes of its input [rows, rank]."""
+    weight = transposed_weight(layer, rows.dtype)
+    y = rows @ weight if layer.bias is None else torch.addmm(layer.bias.to(rows.dtype), rows, weight)
+    down = rows @ a.T
+    return y.addmm_(down, b.T, alpha=scaling), down
+
+
+def _lora_gradients(
+    grad: Tensor, rows: Tensor, down: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of what A made [rows, rank], of A and of B."""
+    # Both written so that the short side comes first, which float32 products run 3 times as fast.
+    up = (b.T @ grad.T).mul_(scaling).T
+    return up, (up.T @ rows).float(), (down.T @ grad).T.float().mul_(scaling)
+
+
+def _input_gradient(grad: Tensor, up: Tensor, a: Tensor, layer: nn.Linear) -> Tensor:
+    """The gradient of a layer's input [rows, in]."""
+    return (grad @ transposed_weight(layer, grad.dtype).T).addmm_(up, a)

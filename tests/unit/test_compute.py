@@ -134,6 +134,23 @@ def test_a_layer_norm_reads_what_its_weight_is(bert: Path) -> None:
     assert seen == {torch.float32}
 
 
+def test_what_can_be_made_again_is_not_kept(llama: Path) -> None:
+    """Of a layer: the inputs of its two norms and what attention gives, the two inputs of its gated unit."""
+    model = adapted(llama, config())
+    backend, shape = TorchBackend(model, family_of("llama"), "text-generation", config()), model.config
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        backend.gradient(decoder_batch(4, 40), 1)
+    widths = [tensor.shape[-1] for tensor in kept.values() if tensor.numel() == 4 * 40 * tensor.shape[-1]]
+    assert widths.count(shape.intermediate_size) == 2 * shape.num_hidden_layers
+    assert widths.count(shape.hidden_size) <= 3 * shape.num_hidden_layers + 1  # and the last norm
+
+
 def test_low_memory_keeps_fewer_activations(llama: Path) -> None:
     kept = {}
     for memory in ("normal", "low"):
