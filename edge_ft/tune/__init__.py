@@ -32,8 +32,8 @@ from edge_ft.tune.loop import Backend, Fit, fit
 from edge_ft.tune.plan import make_plan, refuse_at_sight
 from edge_ft.tune.plot import plot_losses
 from edge_ft.tune.prepare import Prepared, prepare, write_splits
-from edge_ft.tune.report import peak_rss_bytes, results
-from edge_ft.tune.room import Room, give_back
+from edge_ft.tune.report import results
+from edge_ft.tune.room import Room, give_back, peak_rss_bytes
 
 if TYPE_CHECKING:
     from edge_ft.base.load import Base

@@ -24,8 +24,8 @@ from edge_ft.evaluate.score import Answerer
 from edge_ft.progress import Progress, Silent
 from edge_ft.tune.loop import LOOKS, Backend, planned_steps
 from edge_ft.tune.prepare import SPLITS, Prepared, prepare
-from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS, peak_rss_bytes
-from edge_ft.tune.room import Peak, Room, give_back, resident_bytes
+from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS
+from edge_ft.tune.room import Peak, Room, give_back, peak_rss_bytes, resident_bytes
 
 if TYPE_CHECKING:
     from edge_ft.base.load import Base

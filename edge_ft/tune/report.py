@@ -1,7 +1,5 @@
 """What a run came to: losses, metrics, over-fitting, guards, and a few answers before and after."""
 
-import platform
-import resource
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,12 +9,14 @@ import numpy as np
 from edge_ft.config import TEXT_TASKS, TuneConfig
 from edge_ft.data import Example, Rendering, TextTokenizer, answer_ids
 from edge_ft.evaluate.answers import Answer, Chooser, answer_metrics, choice_metrics, generate_answers
+from edge_ft.evaluate.metrics import Metric
 from edge_ft.evaluate.score import Answerer, RowScores, said, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.prepare import Prepared
+from edge_ft.tune.room import give_back
 
-__all__ = ["peak_rss_bytes", "results"]
+__all__ = ["results"]
 
 SAMPLES = 3
 ANSWERS = 16
@@ -117,12 +117,6 @@ def results(
     }
 
 
-def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
-
-
 def _overfitting(
     train_nll: float, best: float, fitted: Fit, rows: int, config: TuneConfig, progress: Progress
 ) -> dict[str, Any]:
@@ -159,16 +153,19 @@ def _answers(
     if not examples:
         return [], None
     answers: dict[str, list[Answer]] = {}
-    metrics: dict[str, dict[str, Any]] = {}
+    chosen: dict[str, dict[str, Metric]] = {}
     choices = [answer_ids(rendering, tokenizer, answer) for answer in rendering.answers]
     for name, context in (("base", base), ("tuned", nullcontext)):
         with context():
             answers[name] = generate_answers(
                 scorer, tokenizer.decode, examples, SAMPLE_TOKENS, model_limit, progress, f"answers, {name}"
             )
-            found = answer_metrics(answers[name], progress if name == "base" else Silent())
             if choices and isinstance(scorer, Chooser):
-                found |= choice_metrics(scorer, examples, choices, model_limit, progress, f"choices, {name}")
+                chosen[name] = choice_metrics(scorer, examples, choices, model_limit, progress, f"choices, {name}")
+    give_back()  # ROUGE brings libraries of 160 MB, which would come on top of what answers took
+    metrics: dict[str, dict[str, Any]] = {}
+    for name, texts in answers.items():
+        found = answer_metrics(texts, progress if name == "base" else Silent()) | chosen.get(name, {})
         for metric, value in found.items():
             metrics.setdefault(metric, {"base": None, "tuned": None})[name] = value
     samples = []

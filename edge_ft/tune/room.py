@@ -2,15 +2,15 @@
 
 import gc
 import os
+import platform
+import resource
 import shutil
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_ft.tune.report import peak_rss_bytes
-
-__all__ = ["Peak", "Room", "give_back", "resident_bytes"]
+__all__ = ["Peak", "Room", "give_back", "peak_rss_bytes", "resident_bytes"]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,14 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak_rss_bytes() -> int:
+    """The largest resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
 def _free_memory() -> int:
     """Bytes that this process could still take without anything being swapped or killed."""
-    import resource
-
     found = [_number(Path("/proc/meminfo"), "MemAvailable:", 1024)]
     if found == [None] and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - resident_bytes()]
