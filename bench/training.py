@@ -36,7 +36,7 @@ SAME_RECIPE = {
     "target_modules": ["all-linear"],
     "calibration_rows": 0,
     "layers": "all",
-    "compute": "fp32",
+    "compute": "auto",
     "memory": "normal",
     "learning_rate": 1e-3,
     "schedule": "cosine",

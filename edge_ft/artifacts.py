@@ -167,7 +167,7 @@ class RunFolder:
 
     def base(self) -> dict[str, Any]:
         """Identity of the base: `model`, `path`, `content_sha256`, `format`, `block_size`, `calibration_rows`,
-        `codes_sha256`."""
+        `calibration` (what choosing int4 codes took, or null), `codes_sha256`."""
         return _read_json(self.path / "base.json")
 
     def rendering(self) -> dict[str, Any]:

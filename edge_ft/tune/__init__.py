@@ -126,6 +126,8 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         codes,
     )
     identify(codes_sha256=codes_sha256(model) if config.base_format != "fp32" else None)
+    known = run.base() if codes == run.codes else {}
+    calibration = codes.to_dict() if isinstance(codes, Calibration) else known.get("calibration")
     peft_model = move(add_lora(model, base.family, task, config), device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
     backend = (
@@ -152,7 +154,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     ranks.wait()  # all have seen what was there
     with _kept(run, new and ranks.first):
         if ranks.first:
-            _begin(run, config, base, prepared, tokenizer, identity)
+            _begin(run, config, base, prepared, tokenizer, identity, calibration)
             if isinstance(codes, Calibration):
                 write_codes(run.codes, peft_model.get_base_model())
         if checkpoint is not None:
@@ -174,7 +176,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
             "family": base.family.name,
             "task": task,
             "rows": counts,
-            "calibration": codes.to_dict() if isinstance(codes, Calibration) else None,
+            "calibration": calibration,
             "findings": prepared.findings,
             "trainable_parameters": sum(p.numel() for p in backend.parameters),
             "seconds": round(before + time.monotonic() - started, 2),
@@ -208,6 +210,7 @@ def _begin(
     prepared: Prepared,
     tokenizer: TextTokenizer,
     identity: dict[str, Any],
+    calibration: dict[str, float] | None,
 ) -> None:
     """What a run folder holds before the first step; a run that is gone on with has the same already."""
     run.path.mkdir(parents=True, exist_ok=True)
@@ -223,6 +226,7 @@ def _begin(
             "format": config.base_format,
             "block_size": config.block_size,
             "calibration_rows": config.calibration_rows,
+            "calibration": calibration,
             "codes_sha256": identity["codes_sha256"],
             "data_fingerprint": prepared.fingerprint,
         },

@@ -99,10 +99,13 @@ def stopped(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_run_that_is_gone_on_with_ends_as_one_that_was_not_stopped(stopped: TuneConfig, whole: RunFolder) -> None:
     assert kind_of(str(stopped.out)) == "run"
+    calibration = RunFolder(stopped.out).base()["calibration"]
     with pytest.raises(UsageError, match="--resume goes on"):
         RunFolder.open(stopped.out)
     run = tune(stopped)
     assert run.report()["resumed_from_step"] == 7
+    assert run.report()["calibration"] == calibration
+    assert calibration["rows"] == whole.report()["calibration"]["rows"]
     assert adapter(run) == adapter(whole)
     assert lines(run) == lines(whole)
     assert not has_checkpoint(run.path)
