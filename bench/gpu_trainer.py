@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 from edge_ft.base.adapter import add_lora
 from edge_ft.base.calibrate import choose_rows
+from edge_ft.base.find import Base, find_base
 from edge_ft.base.linear import move
-from edge_ft.base.load import Base, find_base, load_model
+from edge_ft.base.load import load_model
 from edge_ft.base.quiet import quiet_libraries
 from edge_ft.base.scorer import TorchScorer
 from edge_ft.bench.meters import peak_rss_bytes

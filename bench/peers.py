@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from edge_ft.artifacts import Bundle, RunFolder, kind_of
-from edge_ft.base.load import Base, find_base, load_model
+from edge_ft.base.find import Base, find_base
+from edge_ft.base.load import load_model
 from edge_ft.base.scorer import task_model_of
 from edge_ft.bench.meters import DecodeTimings
 from edge_ft.config import Task

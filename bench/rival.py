@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from edge_ft.base.adapter import PEFT_TASKS, add_lora
-from edge_ft.base.load import Base, load_model
+from edge_ft.base.find import Base
+from edge_ft.base.load import load_model
 from edge_ft.base.quiet import quiet_libraries
 from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import TuneConfig

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from edge_ft.artifacts import write_text
+from edge_ft.artifacts import atomic_file, write_text
 from edge_ft.bench.meters import peak_rss_bytes
 from edge_ft.bench.worker import answer
 from edge_ft.config import TuneConfig
@@ -20,7 +20,7 @@ from edge_ft.errors import UsageError, require
 from edge_ft.progress import Silent
 
 if TYPE_CHECKING:
-    from edge_ft.base.load import Base
+    from edge_ft.base.find import Base
     from edge_ft.data import TextTokenizer
     from edge_ft.tune.prepare import Prepared
 
@@ -47,7 +47,7 @@ def _config(job: dict[str, Any], **more: Any) -> TuneConfig:
 
 def _read(config: TuneConfig) -> "tuple[Base, TextTokenizer, Prepared]":
     """What `tune` reads before it loads weights."""
-    from edge_ft.base.load import find_base
+    from edge_ft.base.find import find_base
     from edge_ft.data import TextTokenizer
     from edge_ft.tune.prepare import prepare
 
@@ -113,6 +113,7 @@ def _linear_weights(base: "Base", prepared: "Prepared") -> tuple[int, int]:
     """Weights of the frozen linear layers that every token passes, and of those that only a target does."""
     import torch
     from transformers import AutoConfig
+    from transformers.pytorch_utils import Conv1D
 
     from edge_ft.base.linear import is_within
     from edge_ft.bench.rival import MODEL_CLASSES
@@ -124,15 +125,22 @@ def _linear_weights(base: "Base", prepared: "Prepared") -> tuple[int, int]:
         model = MODEL_CLASSES[prepared.task].from_config(settings)
     sizes = {False: 0, True: 0}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear | Conv1D):
             sizes[is_within(name, base.family.heads[prepared.task])] += module.weight.numel()
     return sizes[False], sizes[True]
 
 
 def _without_dropout(path: Path, folder: Path) -> Path:
     """The same model whose layers drop nothing out: two trainers draw other random numbers, and their curves part."""
+    from transformers import AutoConfig
+
     settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    dropouts = {key: 0.0 for key, value in settings.items() if "dropout" in key and isinstance(value, float) and value}
+    known = AutoConfig.from_pretrained(path).to_dict()  # with what its class has by default
+    dropouts = {
+        key: 0.0
+        for key, value in known.items()
+        if isinstance(value, float) and value and key.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate"))
+    }
     if not dropouts:
         return path
     for file in path.iterdir():
@@ -157,9 +165,8 @@ def _write_weights(base: "Base", config: TuneConfig, prepared: "Prepared", file:
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear | QuantEmbedding)
     }
-    neighbour = file.with_suffix(".tmp")
-    save_file(weights, neighbour)
-    neighbour.rename(file)
+    with atomic_file(file) as temporary:
+        save_file(weights, temporary)
 
 
 def _sgemm(job: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +208,7 @@ def _ours(job: dict[str, Any]) -> dict[str, Any]:
     before = run.report()["calibration"] or {"seconds": 0.0, "cpu_seconds": 0.0}
     curve = [
         {"step": look["step"], **{key: look[key] + before[key] for key in ("seconds", "cpu_seconds")}}
-        | {"nll": look["validation_nll"] if math.isfinite(look["validation_nll"]) else None}
+        | {"nll": look["validation_nll"]}
         for look in looks
     ]
     tokens = sum(line.get("tokens", 0) for line in lines)

@@ -20,6 +20,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Bundle",
     "RunFolder",
+    "atomic_file",
     "atomic_folder",
     "cache_folder",
     "disk_full",
@@ -44,18 +45,24 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: to a neighbour first, then renamed."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its name when the block ends well; else nothing is left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with neighbour.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield neighbour
+        with neighbour.open("r+b") as file:
             os.fsync(file.fileno())
         neighbour.replace(path)
     finally:
         neighbour.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    with atomic_file(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,8 +11,9 @@ from torch import nn
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.base.adapter import adapter_task, load_adapter, merge_adapter
 from edge_ft.base.calibrate import choose_rows, quantize_over, spread
+from edge_ft.base.find import Base, find_base
 from edge_ft.base.linear import is_within, quantize_model
-from edge_ft.base.load import BITS, Base, find_base, load_model
+from edge_ft.base.load import BITS, load_model
 from edge_ft.config import INT8_ACTIVATIONS, BaseFormat, ExportConfig, Task, Weights
 from edge_ft.data import (
     Example,

@@ -23,6 +23,7 @@ from edge_ft.base.sizes import Sizes
 from edge_ft.config import Task
 from edge_ft.data import Batch, Example, collate
 from edge_ft.data.example import IGNORED
+from edge_ft.errors import ModelError
 from edge_ft.progress import Progress, Silent, track
 
 __all__ = ["Calibration", "calibrate", "choose_rows", "float_reader", "quantize_over", "spread"]
@@ -94,6 +95,9 @@ def calibrate(model: Any, task: Task, read: Callable[[str, slice], Tensor], cali
         task: Of the model and the rows.
         read: Gives some rows of the float parameter of a name.
         calibration: Rows that the model is to be right about: train rows.
+
+    Raises:
+        ModelError: the model computes something that is not a number.
     """
     if Sizes(model.config).repeats_layers:
         return
@@ -113,7 +117,7 @@ def calibrate(model: Any, task: Task, read: Callable[[str, slice], Tensor], cali
             seen = x.reshape(-1, x.shape[-1])
             real = masks.get(len(seen))
             seen = (seen if real is None else seen[real]).float()
-            last = (x, error_factor(seen.T @ seen))
+            last = (x, _factor(seen, name))
         layer.hold(round_over(read(f"{name}.weight", slice(None)), last[1], layer.codes()))
         next(waiting, None)
         return x.to(narrow)  # the product with the new codes goes on to the next layers only
@@ -138,9 +142,17 @@ def calibrate(model: Any, task: Task, read: Callable[[str, slice], Tensor], cali
         for name in list(handles):
             forget(name)
     if task in HIDDEN and isinstance(head, QuantLinear):
-        _choose_head(model, head, error_factor(hidden.T @ hidden), read)
+        _choose_head(model, head, _factor(hidden, "the head"), read)
     calibration.seconds = time.monotonic() - began
     calibration.cpu_seconds = time.process_time() - cpu_began
+
+
+def _factor(inputs: Tensor, name: str) -> Tensor:
+    """`error_factor` of what a layer reads, float32 [inputs, K]."""
+    try:
+        return error_factor(inputs.T @ inputs)
+    except ValueError as error:
+        raise ModelError(f"what {name} reads is not a number: the model's weights are damaged") from error
 
 
 def _choose_head(model: Any, head: QuantLinear, factor: Tensor, read: Callable[[str, slice], Tensor]) -> None:

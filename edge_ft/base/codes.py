@@ -1,6 +1,5 @@
 """The file in which a run keeps codes that were chosen over its rows: no other rows would choose the same."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
+from edge_ft.artifacts import atomic_file
 from edge_ft.base.grid import Codes
 from edge_ft.base.linear import frozen_layers
 from edge_ft.errors import ModelError
@@ -25,11 +25,8 @@ def write_codes(file: Path, model: nn.Module) -> None:
         if layer is embedding or layer.qweight is not getattr(embedding, "qweight", None):  # a tied head is not stored
             for part, array in zip(("qweight", "scales", "zero_points"), layer.stored(), strict=True):
                 arrays[f"{name}.{part}"] = array
-    temporary = file.with_name(f".{file.name}.tmp")
-    save_file(arrays, temporary)
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    temporary.rename(file)
+    with atomic_file(file) as temporary:
+        save_file(arrays, temporary)
 
 
 def read_codes(file: Path) -> Callable[[str, int], Codes | None]:

@@ -10,8 +10,9 @@ from edge_ft.base.grid import Codes, pack_nibbles, unpack_nibbles
 
 __all__ = ["error_factor", "round_over"]
 
-DAMPING = 0.01
-"""Share of the mean diagonal that is added to all of it, the paper's: of some directions the rows say nothing."""
+DAMPING = (0.01, 0.09, 0.9)
+"""Share of the mean diagonal that is added to all of it, the paper's: of some directions the rows say nothing. More is
+added where float32 is too coarse for that."""
 _LARGEST = 15
 
 
@@ -19,16 +20,28 @@ def error_factor(products: Tensor) -> Tensor:
     """How the columns of a weight make up for each other's errors, from the products of its inputs.
 
     Args:
-        products: float32 [K, K], the sum (or mean) of x xᵀ over the inputs x of a layer.
+        products: float32 [K, K], the sum (or mean) of x xᵀ over the inputs x of a layer; overwritten.
 
     Returns:
         float32 [K, K], upper triangular: the Cholesky factor of the inverse of what was given.
+
+    Raises:
+        ValueError: it has entries that are not numbers.
     """
-    damped = products.clone()
-    diagonal = damped.diagonal()
+    diagonal = products.diagonal()
     diagonal[diagonal == 0] = 1  # an input that is always 0
-    diagonal += DAMPING * diagonal.mean()
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    mean = float(diagonal.mean())
+    for share in DAMPING:
+        diagonal += share * mean
+        lower, failed = torch.linalg.cholesky_ex(products)
+        if failed:
+            continue
+        inverse = torch.cholesky_inverse(lower)
+        del lower  # of a wide layer each of them is hundreds of MB
+        factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not failed and torch.isfinite(factor).all():
+            return factor
+    raise ValueError("the inputs are not numbers")
 
 
 def round_over(weight: Tensor, factor: Tensor, nearest: Codes) -> Codes:

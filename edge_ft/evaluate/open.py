@@ -25,7 +25,7 @@ from edge_ft.evaluate.score import Scorer
 from edge_ft.families import CLASSIFIERS, Kind
 
 if TYPE_CHECKING:
-    from edge_ft.base.load import Base
+    from edge_ft.base.find import Base
 
 __all__ = ["Opened", "find_run_base", "longest_sequence", "open_run_model", "open_source", "pooled", "rendering_for"]
 
@@ -83,7 +83,8 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> Opened:
         scorer = TorchScorer(move(run_model, device), rendering.task, stop_ids(rendering, tokenizer))
         return Opened(scorer, tokenizer, rendering, limit)
 
-    from edge_ft.base.load import find_base, load_model
+    from edge_ft.base.find import find_base
+    from edge_ft.base.load import load_model
 
     if config.adapter is not None:
         raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter")
@@ -115,7 +116,7 @@ def find_run_base(run: RunFolder) -> "Base":
     Raises:
         ModelError: it is gone, or its content has changed.
     """
-    from edge_ft.base.load import find_base
+    from edge_ft.base.find import find_base
 
     identity = run.base()
     where = identity["path"] if Path(identity["path"]).is_dir() else identity["model"]

@@ -36,7 +36,7 @@ from edge_ft.tune.report import results
 from edge_ft.tune.room import Room, give_back, peak_rss_bytes
 
 if TYPE_CHECKING:
-    from edge_ft.base.load import Base
+    from edge_ft.base.find import Base
     from edge_ft.tune.ranks import Ranks
 
 __all__ = ["tune"]
@@ -65,8 +65,9 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     from edge_ft.base.calibrate import Calibration, choose_rows
     from edge_ft.base.codes import write_codes
     from edge_ft.base.compute import give_freed_memory_back
+    from edge_ft.base.find import find_base
     from edge_ft.base.linear import codes_sha256, move
-    from edge_ft.base.load import find_base, load_model
+    from edge_ft.base.load import load_model
     from edge_ft.base.scorer import TorchScorer
     from edge_ft.tune.ranks import RankedBackend, Ranks
     from edge_ft.tune.torch_backend import TorchBackend
@@ -98,6 +99,8 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     prepared = prepare(config, base, tokenizer, progress)
     task = prepared.task
     family_of(base.family.name, task)  # a guessed task too
+    if task == "feature-extraction" and ranks.world > 1:
+        raise UsageError("feature-extraction tells apart the texts of a whole batch: train it in one process")
     longest = max(max(example.input_ids) for rows in prepared.examples.values() for example in rows)
     if longest >= base.sizes.vocabulary:
         raise ModelError(f"{base.path}: its tokenizer gives id {longest}, its model knows {base.sizes.vocabulary}")
@@ -254,6 +257,9 @@ def _settings(run: RunFolder, config: TuneConfig) -> tuple[TuneConfig, Checkpoin
         return config, None
     if not run.is_begun():
         raise UsageError(f"--resume: {run.path} is not a run folder: give another --out")
+    for left in run.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+        if left.is_file():
+            left.unlink(missing_ok=True)
     checkpoint = read_checkpoint(run.path)
     if checkpoint is not None:
         return same_settings(config, checkpoint.config, run.path), checkpoint

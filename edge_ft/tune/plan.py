@@ -17,9 +17,9 @@ import numpy as np
 from safetensors import safe_open
 
 from edge_ft.artifacts import RunFolder
-from edge_ft.config import TEXT_TASKS, TuneConfig, last_layers
+from edge_ft.config import TEXT_TASKS, Task, TuneConfig, last_layers
 from edge_ft.data import Batch, Example, TextTokenizer, collate, eval_batches, train_batches
-from edge_ft.errors import WillNotFit, require
+from edge_ft.errors import UsageError, WillNotFit, require
 from edge_ft.evaluate.score import Answerer
 from edge_ft.progress import Progress, Silent
 from edge_ft.tune.loop import LOOKS, Backend, planned_steps
@@ -28,7 +28,7 @@ from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS
 from edge_ft.tune.room import Peak, Room, give_back, peak_rss_bytes, resident_bytes
 
 if TYPE_CHECKING:
-    from edge_ft.base.load import Base
+    from edge_ft.base.find import Base
 
 __all__ = ["make_plan", "plan", "refuse_at_sight"]
 
@@ -106,7 +106,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
 
     with quiet_libraries():
         require("peft", "train")
-    from edge_ft.base.load import find_base
+    from edge_ft.base.find import find_base
 
     progress = progress or Silent()
     room = room or Room.here(config.out)
@@ -120,20 +120,28 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
     weights = _weights(base)
     choices: list[dict[str, Any]] = []
     loaded: list[float] = []
-    for option in _options(config, base.sizes.layers):
+    most: dict[str, int] = {}
+    for option in _options(config, base):
         refuse_at_sight(base, option, room)
         progress.say(f"measuring layers {option.layers}, memory {option.memory}")
         began = time.monotonic()
         with Peak() as loading:
-            # The codes do not change what a step takes: they are chosen once, for the time that takes.
-            calibration_rows = 0 if choices else option.calibration_rows
-            backend, scorer = _load(
-                base, prepared, replace(option, calibration_rows=calibration_rows), tokenizer, progress
-            )
+            # The codes do not change what a step takes: they are chosen for the time and the memory that takes.
+            known = any(choice["memory"] == option.memory for choice in choices)
+            calibration_rows = 0 if known else option.calibration_rows
+            try:
+                backend, scorer = _load(
+                    base, prepared, replace(option, calibration_rows=calibration_rows), tokenizer, progress
+                )
+            except UsageError:
+                if option.layers == config.layers:
+                    raise
+                continue  # --target-modules names no layer of so few
+        most[option.memory] = max(most.get(option.memory, 0), loading.bytes)
         loaded.append(time.monotonic() - began)
         first = collate(prepared.examples["validation"][: config.batch_size], tokenizer.pad_id, prepared.task)
         option = replace(option, compute=backend.settle(first))
-        measured = _measure(backend, scorer, prepared, option, tokenizer.pad_id, room, loading.bytes)
+        measured = _measure(backend, scorer, prepared, option, tokenizer.pad_id, room, most[option.memory])
         # The first time is also that of what a tune imports.
         before = ready + loaded[0] + time.monotonic() - began - loaded[-1]
         kept = int(weights * BYTES_PER_WEIGHT["int4"]) if option.base_calibration_rows else 0
@@ -223,10 +231,11 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:.0f} MB"
 
 
-def _options(config: TuneConfig, layers: int) -> list[TuneConfig]:
+def _options(config: TuneConfig, base: "Base") -> list[TuneConfig]:
     """The settings worth choosing between, the best first: fewer layers learn less, less memory only costs time."""
+    layers = base.sizes.layers
     own = min(last_layers(config.layers) or layers, layers)
-    counts = sorted({layers, max(layers // 2, 1), own}, reverse=True)
+    counts = [own] if base.sizes.repeats_layers else sorted({layers, max(layers // 2, 1), own}, reverse=True)
     named = [config.layers if count == own else "all" if count == layers else f"last:{count}" for count in counts]
     return [replace(config, layers=name, memory=memory) for name in named for memory in ("normal", "low")]
 
@@ -267,16 +276,13 @@ def _batches(config: TuneConfig, train: Sequence[Example]) -> list[list[int]]:
     return found[:count]
 
 
-def _padded(batch: Sequence[int], examples: Sequence[Example]) -> int:
-    """Tokens of a batch with its padding."""
-    firsts, seconds = (
-        max(len(ids) for ids in texts)
-        for texts in (
-            [examples[index].input_ids for index in batch],
-            [examples[index].pair_ids for index in batch],
-        )
-    )
-    return len(batch) * (firsts + seconds)
+def _padded(batch: Sequence[int], examples: Sequence[Example], task: Task) -> int:
+    """Tokens of a batch with its padding: of both texts, or of what is read and what is answered to it."""
+    rows = [examples[index] for index in batch]
+    parts = [[row.input_ids for row in rows], [row.pair_ids for row in rows]]
+    if task == "text2text-generation":
+        parts.append([row.labels for row in rows])
+    return len(batch) * sum(max(map(len, part)) for part in parts)
 
 
 def _measure(
@@ -290,7 +296,11 @@ def _measure(
 ) -> Measured:
     """Train on a few short rows, a typical batch and the longest, or as much of them as surely fits, and forget it."""
     train = prepared.examples["train"]
-    batches = sorted(_batches(config, train), key=lambda batch: _padded(batch, train))
+
+    def size(indices: Sequence[int]) -> int:
+        return _padded(indices, train, prepared.task)
+
+    batches = sorted(_batches(config, train), key=size)
     few, typical, longest = batches[0][: max(1, len(batches[0]) // 4)], batches[len(batches) // 2], batches[-1]
 
     def collated(indices: Sequence[int]) -> Batch:
@@ -320,12 +330,12 @@ def _measure(
         if len(sizes) > 1:
             # No more rows than would fit if all that was taken so far were due to the tokens.
             tokens = sizes[-1] * (room.memory - idle) / max(memory[-1] - idle, 1)
-            indices = indices[: max(int(tokens * len(indices) / _padded(indices, train)), 0)]
-            if not indices or _padded(indices, train) <= sizes[-1]:
+            indices = indices[: max(int(tokens * len(indices) / size(indices)), 0)]
+            if not indices or size(indices) <= sizes[-1]:
                 continue
         batch = collated(indices)
         seconds, most = trained(batch)
-        sizes.append(_padded(indices, train))
+        sizes.append(size(indices))
         steps.append(seconds)
         memory.append(most)
         looks.append(timed(lambda scored=batch: backend.token_nll(scored))[0])  # type: ignore[misc]
@@ -364,13 +374,16 @@ def _choice(
 ) -> dict[str, Any]:
     """What a run with these settings takes, after so many seconds `before` it and with codes of such a size."""
     train = prepared.examples["train"]
-    sizes = [_padded(batch, train) for batch in _batches(config, train)]
+    sizes = [_padded(batch, train, prepared.task) for batch in _batches(config, train)]
     steps = planned_steps(len(train), config)
     passes = steps * config.gradient_accumulation * statistics.fmean(map(measured.step.at, sizes))
 
     def look(examples: Sequence[Example]) -> float:
         lengths = [len(example.input_ids) for example in examples]
-        return sum(measured.look.at(_padded(batch, examples)) for batch in eval_batches(lengths, config.batch_size))
+        return sum(
+            measured.look.at(_padded(batch, examples, prepared.task))
+            for batch in eval_batches(lengths, config.batch_size)
+        )
 
     validation = prepared.examples["validation"]
     looks = math.ceil(steps / (config.eval_steps or math.ceil(steps / LOOKS)))

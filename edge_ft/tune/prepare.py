@@ -47,7 +47,7 @@ from edge_ft.families import CLASSIFIERS
 from edge_ft.progress import Progress
 
 if TYPE_CHECKING:
-    from edge_ft.base.load import Base
+    from edge_ft.base.find import Base
 
 __all__ = ["Prepared", "prepare", "write_splits"]
 
@@ -150,6 +150,11 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
                 f"--max-length {rendering.max_length}"
                 + (" (which --allow cannot mend)" if "nothing-to-learn" in config.allow else "")
             )
+    if task == "feature-extraction" and min(len(trainable["validation"]), config.batch_size) < 2:
+        raise UsageError(
+            f"{config.data}: each text is told apart from the others of its batch: at least 2 validation rows and "
+            f"--batch-size 2 are needed, there are {len(trainable['validation'])} and {config.batch_size}"
+        )
     progress.say(", ".join(f"{len(trainable[name])} {name}" for name in SPLITS) + " rows")
     shown = [_shown(example, rendering, tokenizer) for example in trainable["train"][: config.show]]
     everything = fingerprint([row for name in SPLITS for row in rows[name]])

@@ -64,7 +64,8 @@ def results(
         )
 
     scores = {"validation_base": fitted.base, "validation": fitted.best}
-    if config.compute == "bf16":
+    embeds = prepared.task == "feature-extraction"  # a checkpoint keeps losses, not vectors
+    if config.compute == "bf16" or (embeds and None in (fitted.base.vectors, fitted.best.vectors)):
         # The loop's own scores are in the numbers of its steps; reported is what export will be held to.
         with base():
             scores["validation_base"] = scored(prepared.examples["validation"], "validation rows, base, in float32")

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from edge_ft.base.find import find_base
 from edge_ft.base.linear import FrozenLinear, move
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.load import load_model
 from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import EvalConfig, ExportConfig, TuneConfig
 from edge_ft.evaluate import evaluate

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.base.load import find_base
+from edge_ft.base.find import find_base
 from edge_ft.config import EvalConfig, ExportConfig, VerifyConfig
 from edge_ft.errors import BundleError, GateRefused, UsageError
 from edge_ft.evaluate import evaluate

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.base.adapter import add_lora, load_adapter, lora_pairs, merge_adapter
+from edge_ft.base.find import find_base
 from edge_ft.base.grid import dequantize
 from edge_ft.base.linear import QuantEmbedding, QuantLinear, codes_sha256, frozen_layers
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.load import load_model
 from edge_ft.config import TuneConfig
 from edge_ft.errors import ModelError, UsageError
 from edge_ft.evaluate.open import open_run_model

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from small_tokenizers import write_bpe
 
-from edge_ft.base.load import Base
+from edge_ft.base.find import Base
 from edge_ft.config import TuneConfig
 from edge_ft.data import Example, Finding, Record, TextTokenizer, audit, template_marks
 from edge_ft.data.audit import CODES

@@ -7,8 +7,9 @@ import torch
 from tiny_models import write_llama
 
 from edge_ft.base.bf16 import BF16Linear
+from edge_ft.base.find import find_base
 from edge_ft.base.linear import move
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.load import load_model
 
 IDS = torch.arange(3, 27)[None]
 

@@ -1,5 +1,6 @@
 """Codes chosen over rows: which rows, which layers, that they are kept with the run, and what they change."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_encoder_config, write_decoder, write_encoder, write_t5
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.base.calibrate import MOST_TOKENS, Calibration, choose_rows, spread
+from edge_ft.base.find import find_base
 from edge_ft.base.linear import codes_sha256, frozen_layers
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.load import load_model
 from edge_ft.base.losses import embed
 from edge_ft.base.scorer import HIDDEN, LOSSES
 from edge_ft.config import ExportConfig, Task, TuneConfig
@@ -131,6 +134,17 @@ def test_layers_that_are_run_through_several_times_are_rounded_by_themselves(mod
     rows = choose_rows(examples(task), 24, 0, task)  # type: ignore[arg-type]
     models_of = [load_model(base, task, "int4", labels=("a", "b"), codes=codes) for codes in (rows, None)]  # type: ignore[arg-type]
     assert codes_sha256(models_of[0]) == codes_sha256(models_of[1])
+
+
+def test_a_damaged_model_is_named_as_such(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(models["llama"], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.input_layernorm.weight"][3] = np.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    rows = choose_rows(examples("text-generation"), 8, 0, "text-generation")
+    with pytest.raises(ModelError, match=r"what model\.layers\.1\..* reads is not a number: .* damaged"):
+        load_model(find_base(str(folder)), "text-generation", "int4", codes=rows)
 
 
 def test_half_of_an_embedders_rows_are_answers(tmp_path: Path) -> None:

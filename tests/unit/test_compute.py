@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from edge_ft.base import attention, head
 from edge_ft.base.adapter import add_lora
 from edge_ft.base.compute import Compute, has_bf16
+from edge_ft.base.find import find_base
 from edge_ft.base.grid import quantize
 from edge_ft.base.linear import QuantLinear, quantize_model
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.load import load_model
 from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import TuneConfig
 from edge_ft.data import Batch

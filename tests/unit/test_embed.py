@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import BertModel
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.base.load import find_base
+from edge_ft.base.find import find_base
 from edge_ft.config import EvalConfig, ExportConfig, RunConfig, TuneConfig
 from edge_ft.data.related import in_batch, same_texts
 from edge_ft.errors import DataError, ModelError, UsageError
@@ -22,6 +23,7 @@ from edge_ft.progress import Silent
 from edge_ft.runtime import TextEmbedder, load
 from edge_ft.runtime.answer import answer_file
 from edge_ft.tune import tune
+from edge_ft.tune.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,43 @@ def test_an_embedder_learns_and_ships(run: RunFolder, bundle: Bundle) -> None:
     scored = evaluate(str(bundle.path), EvalConfig(data=str(run.split("test"))))
     assert scored["perplexity"] is None
     assert scored["metrics"]["recall_at_1"] == found["test"]["metrics"]["recall_at_1"]["shipped"]
+
+
+def test_a_run_that_is_gone_on_with_ends_as_one_that_was_not_stopped(
+    bert: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "eval_steps": 2, "checkpoint_steps": 1, "compute": "fp32"}
+    whole = tune(TuneConfig(model=str(bert), data=str(rows), out=tmp_path / "whole", threads=1, **settings))
+    config = TuneConfig(model=str(bert), data=str(rows), out=tmp_path / "run", threads=1, **settings)
+
+    def stopped(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("edge_ft.tune.results", stopped)  # after the last step, before the report
+        tune(config)
+    again = tune(replace(config, resume=True))
+    assert again.report()["resumed_from_step"] == 4
+    assert again.report()["nll"] == whole.report()["nll"]
+    assert again.report()["metrics"] == whole.report()["metrics"]
+
+
+def test_texts_that_cannot_be_told_apart_are_refused(
+    bert: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = rows.read_text().splitlines(keepends=True)
+    one = tmp_path / "one.jsonl"
+    one.write_text(lines[0])
+    settings: dict[str, Any] = {"model": str(bert), "data": str(rows), "out": tmp_path / "run"}
+    with pytest.raises(UsageError, match=r"at least 2 validation rows .* there are 1 and 8"):
+        tune(TuneConfig(**settings, validation=str(one), split=(1.0, 0.0, 0.0), allow=("leak",)))
+    with pytest.raises(UsageError, match=r"--batch-size 2 are needed, there are 6 and 1"):
+        tune(TuneConfig(**settings, batch_size=1))
+    monkeypatch.setattr(Ranks, "here", classmethod(lambda cls, progress: cls(torch.device("cpu"), 0, 2)))
+    monkeypatch.setattr(Ranks, "sum", lambda self, value: value)
+    with pytest.raises(UsageError, match="in one process"):
+        tune(TuneConfig(**settings))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_base_as_it_is_embeds_as_torch_does(bert: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.base.adapter import add_lora
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.find import find_base
+from edge_ft.base.load import load_model
 from edge_ft.config import ExportConfig, Task, TuneConfig
 from edge_ft.data import Batch, collate, encode_rows, read_rows
 from edge_ft.errors import DataError, ModelError, UsageError

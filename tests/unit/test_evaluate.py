@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.find import find_base
+from edge_ft.base.load import load_model
 from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import EvalConfig, VerifyConfig
 from edge_ft.data import TextTokenizer, fingerprint, read_rows

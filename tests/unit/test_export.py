@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.base import calibrate
+from edge_ft.base.find import find_base
 from edge_ft.base.grid import Codes
 from edge_ft.base.linear import QuantEmbedding, QuantLinear
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.load import load_model
 from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.data import Rendering, TextTokenizer, collate, encode_rows, read_rows

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.base.adapter import add_lora
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.find import find_base
+from edge_ft.base.load import load_model
 from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.data import Batch

@@ -1,6 +1,7 @@
 """Codes chosen over a layer's inputs keep what the layer gives better than codes of the weight alone."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,3 +57,16 @@ def test_fewer_inputs_than_columns_are_enough() -> None:
     weight, inputs = a_layer(4, 64)
     codes = round_over(weight, error_factor(inputs[:3].T @ inputs[:3]), quantize(weight.numpy(), 32))
     assert lost(codes, weight, inputs[:3]) < 0.01 * lost(quantize(weight.numpy(), 32), weight, inputs[:3])
+
+
+def test_inputs_that_float32_is_too_coarse_for_do_no_harm() -> None:
+    _, inputs = a_layer(4, 64)
+    inputs[:, 0] *= 1e6
+    inputs[:, 1] = inputs[:, 0]
+    assert torch.isfinite(error_factor(inputs.T @ inputs)).all()
+
+
+def test_inputs_that_are_not_numbers_are_refused() -> None:
+    for odd in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="not numbers"):
+            error_factor(torch.eye(8).index_fill(0, torch.tensor([3]), odd))

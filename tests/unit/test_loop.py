@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from edge_ft.base.adapter import add_lora
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.find import find_base
+from edge_ft.base.load import load_model
 from edge_ft.config import RowsConfig, TuneConfig
 from edge_ft.data import Batch, Example, TextTokenizer, collate, encode_rows, find_columns, make_rendering, read_rows
 from edge_ft.errors import UsageError

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from edge_ft.artifacts import RunFolder
+from edge_ft.base.find import find_base
 from edge_ft.base.linear import codes_sha256
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.load import load_model
 from edge_ft.base.nf4 import NF4Linear
 from edge_ft.base.quiet import quiet_libraries
 from edge_ft.config import TuneConfig

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+from tiny_models import tiny_encoder_config, write_encoder, write_t5
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import PlanConfig, TuneConfig
@@ -124,6 +125,38 @@ def test_rows_that_train_nothing_are_refused_by_a_plan_too(llama: Path, sums: Pa
 def test_settings_of_ones_own_are_among_the_choices(llama: Path, sums: Path) -> None:
     found = plan(PlanConfig(model=str(llama), data=str(sums), layers="last:2", memory="low"), room=PLENTY)
     assert {choice["layers"] for choice in found["choices"]} == {"last:2", "last:1"}
+
+
+def test_layers_that_are_run_through_several_times_are_one_choice(reviews: Path, tmp_path: Path) -> None:
+    albert = write_encoder(tmp_path / "albert", tiny_encoder_config("albert"))
+    found = plan(PlanConfig(model=str(albert), data=str(reviews), max_steps=2), room=PLENTY)
+    assert [(choice["layers"], choice["memory"]) for choice in found["choices"]] == [("all", "normal"), ("all", "low")]
+
+
+def test_fewer_layers_are_no_choice_where_none_of_them_is_trained(llama: Path, sums: Path) -> None:
+    first = ("model.layers.0.self_attn.q_proj",)
+    found = plan(PlanConfig(model=str(llama), data=str(sums), target_modules=first, max_steps=2), room=PLENTY)
+    assert {choice["layers"] for choice in found["choices"]} == {"all"}
+
+
+def test_an_encoder_decoders_answers_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources of one length and answers of several: the longest answers are among what is measured."""
+    rows = tmp_path / "rows.jsonl"
+    answers = [" ".join(["two"] * (1 + n % 8)) for n in range(40)]
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"one {n:02d}", "completion": a}) + "\n" for n, a in enumerate(answers))
+    )
+    lengths = []
+
+    def collated(examples: Any, *arguments: Any) -> Any:
+        lengths.append(max(len(example.labels) for example in examples))
+        return collate(examples, *arguments)
+
+    collate = planning.collate
+    monkeypatch.setattr(planning, "collate", collated)
+    model = write_t5(tmp_path / "t5")
+    plan(PlanConfig(model=str(model), data=str(rows), batch_size=2, memory="low", layers="last:1"), room=PLENTY)
+    assert max(lengths) > 2 * min(lengths)
 
 
 def test_a_limit_of_time_limits_the_predicted_time(llama: Path, sums: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.find import find_base
+from edge_ft.base.load import load_model
 from edge_ft.bench import pretrain
 from edge_ft.bench.pretrain import Recipe, pretrained, split_passages, write_gpt2_tokenizer
 from edge_ft.data import TextTokenizer

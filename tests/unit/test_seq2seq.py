@@ -20,7 +20,8 @@ from transformers import AutoModelForSeq2SeqLM
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.base.adapter import add_lora
 from edge_ft.base.compute import Compute
-from edge_ft.base.load import find_base, load_model
+from edge_ft.base.find import find_base
+from edge_ft.base.load import load_model
 from edge_ft.base.scorer import TorchScorer
 from edge_ft.bench import bench, pretrain_t5
 from edge_ft.config import BenchConfig, EvalConfig, ExportConfig, RowsConfig, RunConfig, TuneConfig

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from tiny_models import write_bert
 
 from edge_ft.artifacts import RunFolder
+from edge_ft.base.find import find_base
 from edge_ft.config import EvalConfig, TuneConfig
 from edge_ft.data import TextTokenizer, encode_rows, read_rows
 from edge_ft.errors import AuditRefused, DataError, Interrupted, ModelError, UsageError, WillNotFit
@@ -189,6 +190,22 @@ def test_an_unknown_architecture_is_refused_before_the_rows_are_read(tmp_path: P
 def test_a_missing_model_is_answered_with_a_near_one(llama: Path, sums: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no model at .*lama.*did you mean 'llama'"):
         tune(TuneConfig(model=str(llama.with_name("lama")), data=str(sums), out=tmp_path / "run"))
+
+
+def test_a_folder_of_a_like_name_does_not_stand_before_the_hub(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2-run").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, **_: str(llama))
+    assert find_base("gpt2").path == llama
+
+    def unknown(model: str, **_: Any) -> str:
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unknown)
+    with pytest.raises(ModelError, match=r"gpt2 is neither a local folder.*did you mean 'gpt2-run'.*offline"):
+        find_base("gpt2")
 
 
 def test_pickled_weights_are_refused(sums: Path, tmp_path: Path) -> None:
