@@ -195,7 +195,8 @@ def table(report: Result) -> str:
         lines.append("its best rate is the lowest or highest one tried: give --rival-rates beyond it")
     if (agreement := report["same_recipe"]) is not None:
         difference = _figure(agreement["max_difference"], ".5f", "not comparable")
-        lines.append(f"same recipe, base {agreement['base_format']}: the curves differ by at most {difference} nats")
+        what = f"base {agreement['base_format']}, ours in {agreement['compute']}"
+        lines.append(f"same recipe, {what}: the curves differ by at most {difference} nats")
     return "\n".join(lines)
 
 

@@ -226,7 +226,13 @@ def run(
 def _agreement(rival: list[dict[str, Any]], ours: list[dict[str, Any]], base_format: str) -> dict[str, Any]:
     largest = max(largest_difference(a["curve"], b["curve"]) for a, b in zip(rival, ours, strict=True))
     known = largest if largest < float("inf") else None
-    return {"base_format": base_format, "max_difference": known, "limit": AGREEMENT, "agrees": largest <= AGREEMENT}
+    return {
+        "base_format": base_format,
+        "compute": ours[0]["config"]["compute"],
+        "max_difference": known,
+        "limit": AGREEMENT,
+        "agrees": largest <= AGREEMENT,
+    }
 
 
 def main(

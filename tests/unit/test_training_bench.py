@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import write_decoder
 
 from edge_ft.bench import trainer, training
 from edge_ft.bench.child import run_worker
@@ -157,12 +158,19 @@ def test_a_race_sweeps_the_rival_and_goes_on_from_what_is_done(
 
 @pytest.mark.parametrize("base_format", ["fp32", "int4"])
 def test_the_same_recipe_gives_the_same_curve(
-    jobs: list[dict[str, Any]], llama: Path, sums: Path, tmp_path: Path, base_format: Any
+    jobs: list[dict[str, Any]],
+    llama: Path,
+    sums: Path,
+    tmp_path: Path,
+    base_format: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(training.SAME_RECIPE, "compute", "fp32")  # on every processor
     settings = Race(model=str(llama), data=str(sums), train_rows=16, eval_rows=6, eval_steps=1, base_format=base_format)
     report = run(settings, tmp_path / "race", seeds=1, same_recipe=True)
     agreement = report["same_recipe"]
     assert agreement["base_format"] == base_format
+    assert agreement["compute"] == "fp32"
     assert agreement["agrees"]
     assert agreement["max_difference"] < 1e-3
     first, *_, last = report["ours"][0]["curve"]
@@ -172,8 +180,9 @@ def test_the_same_recipe_gives_the_same_curve(
 
 
 def test_the_same_recipe_of_a_classifier_drops_nothing_out(
-    jobs: list[dict[str, Any]], bert: Path, reviews: Path, tmp_path: Path
+    jobs: list[dict[str, Any]], bert: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(training.SAME_RECIPE, "compute", "fp32")
     settings = Race(model=str(bert), data=str(reviews), train_rows=24, eval_rows=8, eval_steps=2)
     report = run(settings, tmp_path / "race", seeds=1, same_recipe=True)
     assert report["same_recipe"]["max_difference"] < 1e-3
@@ -203,6 +212,18 @@ def test_what_the_rival_does_not_learn_is_refused(bert: Path, tmp_path: Path) ->
     job = {"tune": {"model": str(bert)}, "data": str(rows), "validation": None, "train_rows": 20, "eval_rows": 5}
     with pytest.raises(UsageError, match="of one label, not regression"):
         trainer.work(job | {"do": "prepare", "rows": str(tmp_path / "rows"), "same_recipe": False})
+
+
+def test_gpt2s_dropout_and_its_layers_have_other_names(sums: Path, tmp_path: Path) -> None:
+    model = write_decoder(tmp_path / "gpt2", "gpt2", attn_pdrop=0.1, embd_pdrop=0.1)
+    rows = tmp_path / "rows"
+    job = {"do": "prepare", "tune": Race(model=str(model), data=str(sums)).tune(rows), "data": str(sums)}
+    job |= {"rows": str(rows), "folder": str(tmp_path), "same_recipe": True, "weights": None, "validation": None}
+    case = trainer.work(job | {"train_rows": 8, "eval_rows": 4, "eval_steps": 1})
+    config = json.loads((Path(case["model"]) / "config.json").read_text())
+    assert (config["attn_pdrop"], config["embd_pdrop"], config["resid_pdrop"]) == (0.0, 0.0, 0.0)
+    hidden, layers = config["n_embd"], config["n_layer"]
+    assert case["flops_per_token"] > 4 * layers * (4 * hidden**2 + 2 * hidden * config["n_inner"])
 
 
 def test_rates_are_numbers(tmp_path: Path) -> None:
