@@ -279,10 +279,10 @@ def _batches(config: TuneConfig, train: Sequence[Example]) -> list[list[int]]:
 def _padded(batch: Sequence[int], examples: Sequence[Example], task: Task) -> int:
     """Tokens of a batch with its padding: of both texts, or of what is read and what is answered to it."""
     rows = [examples[index] for index in batch]
-    parts = [[row.input_ids for row in rows], [row.pair_ids for row in rows]]
+    longest = max(len(row.input_ids) for row in rows) + max(len(row.pair_ids) for row in rows)
     if task == "text2text-generation":
-        parts.append([row.labels for row in rows])
-    return len(batch) * sum(max(map(len, part)) for part in parts)
+        longest += max(len(row.labels) for row in rows)
+    return len(batch) * longest
 
 
 def _measure(
