@@ -12,9 +12,10 @@ from tiny_models import tiny_encoder_config, write_encoder, write_t5
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import PlanConfig, TuneConfig
 from edge_ft.errors import AuditRefused, WillNotFit
-from edge_ft.tune import plan as planning
+from edge_ft.tune import measure as measuring
 from edge_ft.tune import tune
-from edge_ft.tune.plan import Curve, duration, plan
+from edge_ft.tune.measure import Curve
+from edge_ft.tune.plan import duration, plan
 from edge_ft.tune.room import Room
 
 PLENTY = Room(memory=2**50, disk=2**50)
@@ -86,22 +87,22 @@ def test_steps_that_do_not_fit_are_refused_without_taking_them(
     llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest batch would need more than there is: it is foreseen from a few rows of a batch."""
-    rows = planning.resident_bytes() + 2**28  # enough for the weights and a few rows of this tiny model
+    rows = measuring.resident_bytes() + 2**28  # enough for the weights and a few rows of this tiny model
     taken: list[int] = []
-    watched = planning.Peak.__exit__
+    watched = measuring.Peak.__exit__
 
     def heavy(self: Any, *arguments: object) -> None:
         """As if every pass took 200 MB."""
         watched(self, *arguments)
-        self.bytes = planning.resident_bytes() + 200_000_000
+        self.bytes = measuring.resident_bytes() + 200_000_000
 
     def collated(examples: Any, *arguments: Any) -> Any:
         taken.append(len(examples))
         return collate(examples, *arguments)
 
-    collate = planning.collate
-    monkeypatch.setattr(planning.Peak, "__exit__", heavy)
-    monkeypatch.setattr(planning, "collate", collated)
+    collate = measuring.collate
+    monkeypatch.setattr(measuring.Peak, "__exit__", heavy)
+    monkeypatch.setattr(measuring, "collate", collated)
     with pytest.raises(WillNotFit, match=r"of memory and .* are free: give .*--batch-size"):
         plan(PlanConfig(model=str(llama), data=str(sums), batch_size=16), room=Room(rows, PLENTY.disk))
     assert max(taken) < 16
@@ -152,8 +153,8 @@ def test_an_encoder_decoders_answers_count(tmp_path: Path, monkeypatch: pytest.M
         lengths.append(max(len(example.labels) for example in examples))
         return collate(examples, *arguments)
 
-    collate = planning.collate
-    monkeypatch.setattr(planning, "collate", collated)
+    collate = measuring.collate
+    monkeypatch.setattr(measuring, "collate", collated)
     model = write_t5(tmp_path / "t5")
     plan(PlanConfig(model=str(model), data=str(rows), batch_size=2, memory="low", layers="last:1"), room=PLENTY)
     assert max(lengths) > 2 * min(lengths)
@@ -219,7 +220,7 @@ def test_a_tune_that_does_not_fit_is_refused_and_leaves_nothing(
 
 def test_what_is_free_here_is_found(tmp_path: Path) -> None:
     room = Room.here(tmp_path / "not" / "there")
-    assert planning.resident_bytes() < room.memory < 2**50
+    assert measuring.resident_bytes() < room.memory < 2**50
     assert 0 < room.disk < 2**60
 
 
