@@ -155,7 +155,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     if checkpoint is not None:  # its state goes on with the loop
         before, resumed_from = checkpoint.state.elapsed, checkpoint.step
     ranks.wait()  # all have seen what was there
-    with _kept(run, new and ranks.first):
+    with _kept(run, new, ranks.first):
         if ranks.first:
             _begin(run, config, base, prepared, tokenizer, identity, calibration)
             if isinstance(codes, Calibration):
@@ -328,12 +328,17 @@ def _train(
 
 
 @contextmanager
-def _kept(run: RunFolder, new: bool) -> Iterator[None]:
-    """Say what is left of a run that stops in this block, and how to go on; leave nothing where nothing was learned."""
+def _kept(run: RunFolder, new: bool, first: bool) -> Iterator[None]:
+    """Say what is left of a run that stops in this block, and how to go on; leave nothing where nothing was learned.
+
+    Of several processes the first one says and does so: it may still be writing when another one stops.
+    """
     go_on = f"edge-ft tune --config {shlex.quote(str(run.config_path))} --resume"
     try:
         yield
     except KeyboardInterrupt:
+        if not first:
+            raise Interrupted("stopped") from None
         kept = f"the best adapter so far is in {run.adapter}" if run.adapter.is_dir() else "nothing was better yet"
         checkpoint = read_checkpoint(run.path)
         where = f"from step {checkpoint.step}" if checkpoint is not None else "at step 0, there is no checkpoint yet"
@@ -342,7 +347,7 @@ def _kept(run: RunFolder, new: bool) -> Iterator[None]:
         from torch import OutOfMemoryError
 
         learned = run.adapter.is_dir() or has_checkpoint(run.path)
-        if new and not learned:
+        if new and first and not learned:
             shutil.rmtree(run.path, ignore_errors=True)  # the same command can be given again
         if disk_full(error):
             again = f"then {go_on}" if run.path.is_dir() else "and run again"
