@@ -129,8 +129,9 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         codes,
     )
     identify(codes_sha256=codes_sha256(model) if config.base_format != "fp32" else None)
-    known = run.base() if codes == run.codes else {}
-    calibration = codes.to_dict() if isinstance(codes, Calibration) else known.get("calibration")
+    calibration = codes.to_dict() if isinstance(codes, Calibration) else None
+    if codes == run.codes:  # chosen before this process began
+        calibration = run.base().get("calibration")
     peft_model = move(add_lora(model, base.family, task, config), device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
     backend = (

@@ -83,8 +83,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
         began = time.monotonic()
         with Peak() as loading:
             # The codes do not change what a step takes: they are chosen for the time and the memory that takes.
-            known = any(choice["memory"] == option.memory for choice in choices)
-            calibration_rows = 0 if known else option.calibration_rows
+            calibration_rows = 0 if option.memory in most else option.calibration_rows
             try:
                 backend, scorer = _load(
                     base, prepared, replace(option, calibration_rows=calibration_rows), tokenizer, progress
