@@ -9,9 +9,11 @@ __version__ = "0.1.0"
 # Read by OpenMP when torch is imported: threads that spin at every barrier make two threads several times slower
 # than one as soon as a neighbour is busy (docs/decisions/006).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Read by oneDNN: it keeps the code it made for each of the last 1024 shapes of a product, and batches are of many
-# lengths. On MiniLM 120 of them left 1,428 MB with the process, and 1,099 MB with a cache of 64, in the same time.
+# Read by oneDNN, and by torch about what it keeps of it: the code made for each of the last 1024 shapes of a product,
+# and batches are of many lengths. 200 batches of MiniLM left 1,262 MiB with the process when only the first of the
+# two was bounded, and 1,045 with both, in the same time.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 # A checkout keeps export/ and bench/ beside this folder; a wheel carries them inside it.
 _here = Path(__file__).resolve().parent

@@ -25,7 +25,7 @@ class BF16Linear(FrozenLinear):
     def stored(self) -> tuple[NDArray[np.generic], ...]:
         return (self.qweight.view(torch.int16).cpu().numpy(),)  # numpy knows no bfloat16
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice = slice(None)) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice | Tensor = slice(None)) -> Tensor:
         return self.qweight[columns].T.to(dtype)
 
 

@@ -1,6 +1,7 @@
 """The projection onto the vocabulary and the loss behind it, a part at a time: never all logits at once."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from edge_ft.base.linear import FrozenLinear, transposed_weight
 
-__all__ = ["logit_chunks", "softcap_of", "target_loss"]
+__all__ = ["Targets", "score_targets", "softcap_of", "target_loss"]
 
 _LOGITS = {"cpu": 2**22, "cuda": 2**26}
 """Logits held at a time: 16 MiB in float32; on a GPU 256 MiB, since it waits for small pieces."""
@@ -22,33 +23,91 @@ def softcap_of(model: Any) -> float | None:
     return cap
 
 
-def logit_chunks(
-    hidden: Tensor, head: Any, dtype: torch.dtype = torch.float32, softcap: float | None = None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of some positions after the other.
+@dataclass(frozen=True)
+class Targets:
+    """What a head says at some positions."""
+
+    nll: Tensor
+    """[targets] float32, nats of the right tokens."""
+    predicted: Tensor
+    """[targets] int64, the likeliest tokens."""
+    grad: Tensor | None
+    """[targets, hidden] float32: of the sum of `nll`, in what the head reads."""
+
+
+def score_targets(
+    hidden: Tensor,
+    head: Any,
+    labels: Tensor,
+    dtype: torch.dtype = torch.float32,
+    softcap: float | None = None,
+    with_grad: bool = False,
+) -> Targets:
+    """Cross-entropy of some positions, in one pass over the vocabulary: every weight is dequantized once.
+
+    Sums over the entries seen so far are scaled anew when a greater logit comes (online softmax, arXiv:1805.02867; with
+    the gradient made on the way, as FlashAttention's output is, arXiv:2205.14135).
 
     Args:
         hidden: [targets, hidden] float32, the inputs of the head.
         head: [hidden] -> [vocab].
-        dtype: Of its products.
+        labels: [targets] int64.
+        dtype: Of the head's products; the rest is float32.
         softcap: As `softcap_of` gives it.
-
-    Yields:
-        Which targets, and their logits [some, vocab] float32, which the caller may overwrite.
+        with_grad: Also make the gradient; the head is then a frozen layer.
     """
-    size = max(1, _LOGITS[hidden.device.type] // int(head.out_features))
-    for start in range(0, len(hidden), size):
-        rows = slice(start, start + size)
-        if _is_plain(head):
-            narrow = hidden[rows].to(dtype)
-            logits = torch.empty(len(narrow), head.out_features, device=hidden.device)
-            for part in _parts(head, hidden.device):
-                logits[:, part] = narrow @ transposed_weight(head, dtype, part)
-            if head.bias is not None:
-                logits += head.bias
-        else:
-            logits = head(hidden[rows]).float()
-        yield rows, logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    most = hidden.new_full((len(hidden), 1), -torch.inf)
+    right, others = torch.zeros_like(most), torch.zeros_like(most)
+    grad = torch.zeros_like(hidden) if with_grad else None
+    predicted = torch.zeros_like(labels)
+    for rows, start, logits, weight in _tiles(hidden, head, dtype):
+        inner: Tensor | None = None
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_()
+            inner = 1 - logits.square()  # tanh's slope
+            logits *= softcap
+        at = labels[rows, None] - start
+        here = (at >= 0) & (at < logits.shape[1])
+        at = at.clamp(0, logits.shape[1] - 1)
+        own = logits.gather(1, at)
+        right[rows] = torch.where(here, own, right[rows])
+        top, place = logits.max(1, keepdim=True)
+        before = most[rows].clone()
+        predicted[rows] = torch.where(top > before, place + start, predicted[rows, None])[:, 0]
+        most[rows] = torch.maximum(before, top)
+        # The right token's share is left out: what is small beside 1 would be lost in the rounding of products.
+        shares = logits.scatter_(1, at, own.masked_fill(here, -torch.inf)).sub_(most[rows]).exp_()
+        fade = (before - most[rows]).exp_()
+        others[rows] = others[rows] * fade + shares.sum(1, keepdim=True)
+        if grad is not None:
+            if inner is not None:
+                shares *= inner
+            grad[rows] = grad[rows] * fade + shares.to(dtype) @ weight.T
+    total = others + (right - most).exp()
+    if grad is not None:
+        slope = others if softcap is None else others * (1 - (right / softcap).square())
+        grad = (grad - slope * transposed_weight(head, dtype, labels).T) / total
+    return Targets((most + total.log() - right)[:, 0], predicted, grad)
+
+
+def _tiles(hidden: Tensor, head: Any, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+    """Which positions, the first entry of the vocabulary, their logits float32 and the weights [hidden, entries].
+
+    A head that is more than its weight and bias gives all entries at once, and no weights.
+    """
+    plain = isinstance(head, FrozenLinear) or type(head) is nn.Linear
+    kind, size = hidden.device.type, int(head.out_features)
+    columns = min(_COLUMNS[kind], size) if plain else size
+    height = max(1, _LOGITS[kind] // columns)
+    for start in range(0, size, columns):
+        part = slice(start, min(start + columns, size))
+        weight = transposed_weight(head, dtype, part) if plain else hidden.new_empty(0)
+        for first in range(0, len(hidden), height):
+            rows = slice(first, first + height)
+            logits = (hidden[rows].to(dtype) @ weight if plain else head(hidden[rows])).float()
+            if plain and head.bias is not None:
+                logits += head.bias[part]
+            yield rows, start, logits, weight
 
 
 def target_loss(
@@ -57,14 +116,7 @@ def target_loss(
     """Cross-entropy summed over positions, float32; differentiable in `hidden`.
 
     The gradient is made together with the loss, so that no logits are kept (as Liger's fused linear
-    cross-entropy, arXiv:2410.10989).
-
-    Args:
-        hidden: [targets, hidden] float32, the inputs of the head.
-        head: Its layer, frozen: [hidden] -> [vocab].
-        labels: [targets] int64.
-        dtype: Of the head's products; the loss itself is float32.
-        softcap: As `softcap_of` gives it.
+    cross-entropy, arXiv:2410.10989). Arguments are those of `score_targets`; the head is frozen.
     """
     loss: Tensor = _TargetLoss.apply(hidden, head, labels, dtype, softcap)
     return loss
@@ -75,34 +127,10 @@ class _TargetLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: nn.Linear, labels: Tensor, dtype: torch.dtype, softcap: float | None
     ) -> Tensor:
-        loss = torch.zeros((), device=hidden.device)
-        grad = torch.zeros_like(hidden)
-        for rows, logits in logit_chunks(hidden, head, dtype, softcap):
-            right = labels[rows, None]
-            normaliser = logits.logsumexp(1, keepdim=True)
-            loss += (normaliser - logits.gather(1, right)).sum()
-            if not hidden.requires_grad:
-                continue
-            inner = None if softcap is None else 1 - (logits / softcap).square_()  # of tanh
-            slope = logits.sub_(normaliser).exp_()  # softmax - one-hot
-            slope.scatter_add_(1, right, -torch.ones_like(normaliser))
-            if inner is not None:
-                slope *= inner
-            for part in _parts(head, hidden.device):
-                grad[rows] += slope[:, part].to(dtype) @ transposed_weight(head, dtype, part).T
-        ctx.save_for_backward(grad)
-        return loss
+        targets = score_targets(hidden, head, labels, dtype, softcap, with_grad=True)
+        ctx.save_for_backward(targets.grad)
+        return targets.nll.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         return ctx.saved_tensors[0] * grad, None, None, None, None
-
-
-def _is_plain(head: Any) -> bool:
-    """Whether the layer is its weight and bias alone, without an adapter around it."""
-    return isinstance(head, FrozenLinear) or type(head) is nn.Linear
-
-
-def _parts(head: Any, device: torch.device) -> list[slice]:
-    size, columns = int(head.out_features), _COLUMNS[device.type]
-    return [slice(start, min(start + columns, size)) for start in range(0, size, columns)]

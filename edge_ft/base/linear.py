@@ -43,6 +43,9 @@ _exporting = False
 
 _ROUNDED = 2**19
 """Weights that are rounded at a time."""
+_DEQUANTIZED = 2**20
+"""Weights that are float32 at a time on the way to fewer bits: all of a large layer's would cost a page of new memory
+each time (2,048 x 5,632 to bfloat16: 37 ms at once, so 18; a page is the system's to clear)."""
 
 
 class _OverCodes(nn.Module):
@@ -94,20 +97,29 @@ class _OverCodes(nn.Module):
         qweight, scales, zero_points = (buffer[:, columns] for buffer in (self.qweight, self.scales, self.zero_points))
         blocks, width = scales.shape
         values = qweight.unflatten(0, (blocks, -1))
-        if self.bits == 4:
-            both = torch.empty(blocks, values.shape[1], 2, width, dtype=torch.uint8, device=values.device)
-            torch.bitwise_and(values, 15, out=both[:, :, 0])
-            torch.bitwise_right_shift(values, 4, out=both[:, :, 1])
-            # The difference of two 4-bit codes is right in a signed byte, however the unsigned one wraps.
-            signed = both.flatten(1, 2).sub_(zero_points[:, None]).view(torch.int8)
-            if signed.is_cuda:  # the same numbers in fewer launches, which are what a small layer takes there
-                narrow = torch.empty(signed.shape, dtype=dtype, device=signed.device)
-                return torch.mul(signed, scales[:, None], out=narrow).flatten(0, 1)[: self.size]
-            weight = signed.to(torch.float32)
+        if values.is_cuda:  # in the fewest launches, which are what a small layer takes there
+            weight = torch.empty(blocks, self.block_size, width, dtype=dtype, device=values.device)
+            torch.mul(self._differences(values, zero_points), scales[:, None], out=weight)
+        elif dtype == torch.float32:
+            weight = self._differences(values, zero_points).to(dtype).mul_(scales[:, None])
         else:
-            weight = values.to(torch.float32).sub_(zero_points[:, None])
-        weight = weight.mul_(scales[:, None]).flatten(0, 1).to(dtype)
-        return weight[: self.size]
+            weight = torch.empty(blocks, self.block_size, width, dtype=dtype)
+            step = max(1, _DEQUANTIZED // (self.block_size * width))
+            for start in range(0, blocks, step):
+                part = slice(start, start + step)
+                wide = self._differences(values[part], zero_points[part]).to(torch.float32)
+                weight[part] = wide.mul_(scales[part, None])
+        return weight.flatten(0, 1)[: self.size]
+
+    def _differences(self, values: Tensor, zero_points: Tensor) -> Tensor:
+        """Codes less zero points [blocks, block_size, N], of bytes [blocks, block_size * bits / 8, N]."""
+        if self.bits == 8:
+            return values.to(torch.int16).sub_(zero_points[:, None])
+        both = torch.empty(*values.shape[:2], 2, values.shape[2], dtype=torch.uint8, device=values.device)
+        torch.bitwise_and(values, 15, out=both[:, :, 0])
+        torch.bitwise_right_shift(values, 4, out=both[:, :, 1])
+        # The difference of two 4-bit codes is right in a signed byte, however the unsigned one wraps.
+        return both.flatten(1, 2).sub_(zero_points[:, None]).view(torch.int8)
 
 
 @contextmanager
@@ -140,7 +152,7 @@ class FrozenLinear(nn.Linear):
         self.register_parameter("weight", None)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice = slice(None)) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice | Tensor = slice(None)) -> Tensor:
         """The transposed weight [in_features, out_features], or some of its columns."""
         raise NotImplementedError
 
@@ -192,7 +204,7 @@ class QuantLinear(_OverCodes, FrozenLinear):
         )
 
 
-def transposed_weight(layer: nn.Module, dtype: torch.dtype, columns: slice = slice(None)) -> Tensor:
+def transposed_weight(layer: nn.Module, dtype: torch.dtype, columns: slice | Tensor = slice(None)) -> Tensor:
     """[in_features, out_features] of a frozen or float linear layer, or some of its columns."""
     if isinstance(layer, FrozenLinear):
         return layer.dequantize(dtype, columns)

@@ -38,7 +38,7 @@ class NF4Linear(FrozenLinear):
     def stored(self) -> tuple[NDArray[np.generic], ...]:
         return self.qweight.cpu().numpy(), self.absmax.cpu().numpy()
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice = slice(None)) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice | Tensor = slice(None)) -> Tensor:
         shape = torch.Size((len(self.absmax), BLOCK))
         state = QuantState(self.absmax, shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
         flat = dequantize_4bit(self.qweight, state).flatten()

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_ft.base.head import logit_chunks, softcap_of
+from edge_ft.base.head import score_targets, softcap_of
 from edge_ft.base.losses import class_losses, embed, mask_losses, related_losses, tag_losses, task_model_of
 from edge_ft.config import Task
 from edge_ft.data import Batch, target_mask
@@ -112,12 +112,10 @@ class TorchScorer:
         self.model.eval()
         if self.task in HIDDEN:
             hidden, targets = HIDDEN[self.task](self.model, batch, self.device)
-            nll, predicted = hidden.new_empty(len(hidden)), torch.empty_like(targets)
             task_model = task_model_of(self.model)
-            head, softcap = task_model.get_output_embeddings(), softcap_of(task_model)
-            for rows, logits in logit_chunks(hidden, head, self.dtype, softcap):
-                nll[rows] = nn.functional.cross_entropy(logits, targets[rows], reduction="none")
-                predicted[rows] = logits.argmax(dim=-1)
+            head = task_model.get_output_embeddings()
+            scores = score_targets(hidden, head, targets, self.dtype, softcap_of(task_model))
+            nll, predicted = scores.nll, scores.predicted
         else:
             nll, predicted = LOSSES[self.task](self.model, batch, self.device)
         at = target_mask(batch["labels"], self.task)

@@ -256,6 +256,35 @@ def test_the_loss_in_parts_is_cross_entropy(
     found = head.target_loss(hidden, layer, labels, torch.float32, softcap)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, hidden)[0], torch.autograd.grad(expected, hidden)[0])
+    scores = head.score_targets(hidden.detach(), layer, labels, softcap=softcap)
+    torch.testing.assert_close(scores.nll, nn.functional.cross_entropy(logits, labels, reduction="none").detach())
+    assert torch.equal(scores.predicted, logits.argmax(1))
+
+
+def test_the_gradient_of_a_sure_answer_is_not_lost_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it is a thousandth of the weights that it is made of."""
+    monkeypatch.setitem(head._COLUMNS, "cpu", 16)
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 64, bias=False).requires_grad_(False)
+    layer.weight.data = layer.weight.bfloat16().float()
+    labels = torch.tensor([5, 40])
+    hidden = layer.weight[labels].div(layer.weight[labels].square().sum(1, keepdim=True)).mul(8).bfloat16().float()
+    exact = hidden.double().requires_grad_()
+    loss = nn.functional.cross_entropy(exact @ layer.weight.double().T, labels, reduction="sum")
+    assert loss < 0.5
+    found = head.score_targets(hidden, layer, labels, torch.bfloat16, with_grad=True).grad
+    assert found is not None
+    expected = torch.autograd.grad(loss, exact)[0]
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_head_with_an_adapter_is_scored_whole() -> None:
+    torch.manual_seed(0)
+    adapted = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 20))
+    adapted.out_features = 20  # type: ignore[assignment]
+    hidden, labels = torch.randn(5, 8), torch.randint(20, (5,))
+    expected = nn.functional.cross_entropy(adapted(hidden), labels, reduction="none")
+    torch.testing.assert_close(head.score_targets(hidden, adapted, labels).nll, expected)
 
 
 def test_a_norm_of_another_form_is_left_alone() -> None:
