@@ -53,7 +53,7 @@ def _read(config: TuneConfig) -> "tuple[Base, TextTokenizer, Prepared]":
 
     base = find_base(config.model, config.task)
     tokenizer = TextTokenizer.load(base.path)
-    return base, tokenizer, prepare(config, base, tokenizer, Silent())
+    return base, tokenizer, prepare(base.family.settle(config), base, tokenizer, Silent())
 
 
 def _prepare(job: dict[str, Any]) -> dict[str, Any]:
@@ -85,6 +85,7 @@ def _prepare(job: dict[str, Any]) -> dict[str, Any]:
     write_splits(replace(whole, rows=chosen | {"test": []}), Path(job["rows"]))
     config = _config(job, task=whole.task)
     base, _, prepared = _read(config)
+    config = base.family.settle(config)
     examples = prepared.examples["train"]
     tokens = sum(len(example.input_ids) for example in examples)
     targets = sum(sum(label != -100 for label in example.labels) for example in examples)
@@ -191,6 +192,7 @@ def _rival(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     config = _config(job, seed=job["seed"], epochs=job["epochs"])
     base, tokenizer, prepared = _read(config)
+    config = base.family.settle(config)
     found = train_rival(base, prepared, tokenizer.pad_id, config, learning_rate=job["learning_rate"], job=job)
     return _result(job, job["learning_rate"], found)
 

@@ -92,7 +92,7 @@ class Trainings:
         self.tune = settings.tune(rows) | (SAME_RECIPE if same_recipe else {})
         ours = TuneConfig(**self.tune, out=Path("unused"))
         self.base_format = ours.base_format
-        self.epochs = settings.epochs or (ours.epochs if same_recipe else RIVAL_EPOCHS)
+        self.epochs = settings.epochs or (0.0 if same_recipe else RIVAL_EPOCHS)  # 0: as ours
         self.prefix = f"same-recipe-{self.base_format}-" if same_recipe else ""
         held = same_recipe and self.base_format != "fp32"
         self.weights = str(out.resolve() / f"weights-{self.base_format}.safetensors") if held else None

@@ -3,10 +3,10 @@
 Everything that is not in a row is read from the model's own config or modules.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from edge_ft.config import Task
+from edge_ft.config import Task, TuneConfig
 from edge_ft.errors import ModelError
 
 __all__ = ["CLASSIFIERS", "FAMILIES", "Family", "Kind", "family_of"]
@@ -31,7 +31,11 @@ class Family:
     kind: Kind
     """decoder: causal, with a KV cache; encoder: bidirectional, one pass; encoder-decoder: one of each."""
     learning_rate: float
-    """Peak rate for LoRA, chosen by measurement (docs/decisions/010)."""
+    """Peak rate for LoRA; as the next two, chosen by measurement (docs/decisions/010)."""
+    epochs: float = 3.0
+    """Passes over the training rows."""
+    batch_size: int = 8
+    """Rows of a step."""
     positions_after_pad: bool = False
     """Positions are numbered from `pad_token_id` + 1 on, so that many of the table are never used."""
     fan_in_fan_out: bool = False
@@ -57,6 +61,15 @@ class Family:
         """Names that a classifier's weight [classes, hidden] may have: of a linear layer, of the last of several."""
         return f"{self.heads[task][-1]}.weight", f"{self.heads[task][-1]}.out_proj.weight"
 
+    def settle(self, config: TuneConfig) -> TuneConfig:
+        """`config` with the family's recipe where it leaves that open."""
+        return replace(
+            config,
+            learning_rate=config.learning_rate or self.learning_rate,
+            epochs=config.epochs or self.epochs,
+            batch_size=config.batch_size or self.batch_size,
+        )
+
     @property
     def decoder(self) -> bool:
         """Whether it is one decoder and nothing else."""
@@ -65,7 +78,7 @@ class Family:
 
 def _decoder(name: str, layers: str = "model.layers", fan_in_fan_out: bool = False) -> Family:
     heads: dict[Task, tuple[str, ...]] = {"text-generation": ("lm_head",)}
-    return Family(name, heads, layers, "decoder", 2e-3, fan_in_fan_out=fan_in_fan_out)
+    return Family(name, heads, layers, "decoder", 2e-3, epochs=2.0, batch_size=4, fan_in_fan_out=fan_in_fan_out)
 
 
 def _encoder(

@@ -87,6 +87,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         torch.set_num_threads(config.threads)
     with ranks.one_after_the_other():  # a GGUF file is converted once
         base = find_base(config.model, asked_task)  # another model is named as such, not by what it cannot do
+    config = base.family.settle(config)
     identity: dict[str, Any] = {}
 
     def identify(**found: Any) -> None:
@@ -146,7 +147,6 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         threads=torch.get_num_threads(),
         max_length=prepared.rendering.max_length,
         compute=backend.settle(first),
-        learning_rate=config.learning_rate or base.family.learning_rate,
     )
 
     scorer = TorchScorer(peft_model, task, stop_ids(prepared.rendering, tokenizer))

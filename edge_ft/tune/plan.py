@@ -70,6 +70,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     base = find_base(config.model, config.task)
+    config = base.family.settle(config)
     tokenizer = TextTokenizer.load(base.path)
     prepared = prepare(config, base, tokenizer, progress)
     ready = time.monotonic() - started

@@ -19,7 +19,7 @@ def test_train_and_validation_loss_of_the_best_weights_are_compared(llama_run: R
     assert found["gap"] == pytest.approx(found["validation_nll"] - found["train_nll"])
     assert 0 < found["train_nll"] < report["nll"]["base"] / 2
     assert found["best_step"] == report["best_step"]
-    assert found["best_epoch"] == pytest.approx(report["best_step"] * 8 / report["rows"]["train"], abs=1e-3)
+    assert found["best_epoch"] == pytest.approx(report["best_step"] * 4 / report["rows"]["train"], abs=1e-3)
     assert report["guards"] == {"skipped": 0, "rate_factor": 1.0}
 
 

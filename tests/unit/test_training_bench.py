@@ -117,7 +117,9 @@ def test_a_target_that_was_not_reached_has_no_time_and_no_ratio() -> None:
 def test_a_race_sweeps_the_rival_and_goes_on_from_what_is_done(
     jobs: list[dict[str, Any]], llama: Path, sums: Path, tmp_path: Path
 ) -> None:
-    settings = Race(model=str(llama), data=str(sums), train_rows=16, eval_rows=6, eval_steps=2, epochs=2.0)
+    settings = Race(
+        model=str(llama), data=str(sums), train_rows=16, eval_rows=6, eval_steps=2, epochs=2.0, batch_size=8
+    )
     rates = (1e-5, 3e-2)
     report = run(settings, tmp_path / "race", seeds=2, rival_rates=rates)
     assert trained(jobs) == [

@@ -17,6 +17,7 @@ from edge_ft.config import EvalConfig, TuneConfig
 from edge_ft.data import TextTokenizer, encode_rows, read_rows
 from edge_ft.errors import AuditRefused, DataError, Interrupted, ModelError, UsageError, WillNotFit
 from edge_ft.evaluate.open import open_source
+from edge_ft.families import FAMILIES, Family
 from edge_ft.tune import tune
 from edge_ft.tune.torch_backend import TorchBackend
 
@@ -79,6 +80,15 @@ def test_the_saved_config_gives_the_same_run(plain_run: RunFolder, tmp_path: Pat
     assert adapter(tune(TuneConfig(**saved))) == adapter(plain_run)
 
 
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_what_is_left_open_is_the_familys_recipe(family: Family) -> None:
+    asked: dict[str, Any] = {"model": "m", "data": "d", "out": Path("o")}
+    found = family.settle(TuneConfig(**asked))
+    assert (found.epochs, found.batch_size) == ((2.0, 4) if family.decoder else (3.0, 8))
+    given = TuneConfig(**asked, epochs=0.5, batch_size=2, learning_rate=1e-4)
+    assert family.settle(given) == given
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -87,11 +97,11 @@ def test_the_saved_config_gives_the_same_run(plain_run: RunFolder, tmp_path: Pat
         {"base_format": "int8"},
         {"base_format": "nf4"},
         {"base_format": "bf16"},
-        {"batch_size": 4},
+        {"batch_size": 8},
         {"block_size": 16},
         {"chat_template": "none"},
         {"dropout": 0.3},
-        {"epochs": 2.0, "max_steps": None},
+        {"epochs": 1.0, "max_steps": None},
         {"gradient_accumulation": 2},
         {"layers": "last:1"},
         {"learning_rate": 2e-2},
