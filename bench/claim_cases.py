@@ -117,7 +117,7 @@ ROWS = {
 }
 
 _STEPS = ("--max-steps", "200", "--eval-steps", "40")
-_FEW_STEPS = ("--max-steps", "40", "--eval-steps", "20")
+_FEW_STEPS = ("--batch-size", "8", "--max-steps", "40", "--eval-steps", "20")
 _TINY = ("--max-steps", "120", "--eval-steps", "10")
 _PAIRS = ("--max-length", "192", "--batch-size", "16", "--max-steps", "400", "--eval-steps", "100")
 _VECTORS = ("--max-length", "96", "--batch-size", "32", "--max-steps", "100", "--eval-steps", "20")
@@ -149,7 +149,7 @@ def _cases(model: str, answer_tokens: int) -> list[Case]:
 
 
 def _domain(model: str, data: str, *tune: str, lane: str = "merged") -> Case:
-    tune = ("--max-length", "128", *tune)
+    tune = ("--max-length", "128", "--batch-size", "8", *tune)
     return Case(f"{model}-{data}", model, data, 400, 40, 32, tune, lane=lane, answer_tokens=48)
 
 

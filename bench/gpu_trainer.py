@@ -50,6 +50,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     config = TuneConfig(out=Path("unused"), **job["tune"])
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     base = find_base(config.model, "text-generation")
+    config = base.family.settle(config)
     tokenizer = TextTokenizer.load(base.path)
     prepared = prepare(config, base, tokenizer, Silent())
     meter = _Meter(prepared, config, job["warm_up"], device)
@@ -122,7 +123,7 @@ def _ours(base: Base, prepared: Prepared, pad_id: int, config: TuneConfig, meter
     model = load_model(base, task, config.base_format, config.block_size, codes=codes)
     peft_model = move(add_lora(model, base.family, task, config), meter.device)
     backend = TorchBackend(peft_model, base.family, task, config)
-    first = prepared.examples["validation"][: config.batch_size]
+    first = prepared.examples["validation"][: config.rows_at_once]
     compute = backend.settle(collate(first, pad_id, task))
     before = _nll(peft_model, prepared, pad_id)
     fit(

@@ -195,7 +195,7 @@ def our_batches(train: Sequence[Example], steps: int, config: TuneConfig) -> lis
     batches: list[list[int]] = []
     epoch = 0
     while len(batches) < steps:
-        batches += train_batches(lengths, config.batch_size, config.seed, epoch)
+        batches += train_batches(lengths, config.rows_at_once, config.seed, epoch)
         epoch += 1
     return batches[:steps]
 

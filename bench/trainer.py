@@ -105,7 +105,7 @@ def _prepare(job: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_epoch": tokens,
         "targets_per_epoch": targets,
         "flops_per_token": 4 * (body + head * targets / tokens),
-        "sgemm_shape": [config.batch_size * length, hidden, wide],
+        "sgemm_shape": [config.rows_at_once * length, hidden, wide],
         "eval_steps": job["eval_steps"] or max(1, math.ceil(planned_steps(len(examples), config) / LOOKS)),
     }
 
@@ -193,6 +193,9 @@ def _rival(job: dict[str, Any]) -> dict[str, Any]:
     config = _config(job, seed=job["seed"], epochs=job["epochs"])
     base, tokenizer, prepared = _read(config)
     config = base.family.settle(config)
+    if config.eval_steps and not job["same_recipe"]:  # it is looked at after as many rows as ours
+        eval_steps = max(1, round(config.eval_steps * config.rows_at_once / job["batch_size"]))
+        config = replace(config, eval_steps=eval_steps)
     found = train_rival(base, prepared, tokenizer.pad_id, config, learning_rate=job["learning_rate"], job=job)
     return _result(job, job["learning_rate"], found)
 

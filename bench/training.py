@@ -92,7 +92,7 @@ class Trainings:
         self.tune = settings.tune(rows) | (SAME_RECIPE if same_recipe else {})
         ours = TuneConfig(**self.tune, out=Path("unused"))
         self.base_format = ours.base_format
-        self.epochs = settings.epochs or (0.0 if same_recipe else RIVAL_EPOCHS)  # 0: as ours
+        self.epochs = settings.epochs or (None if same_recipe else RIVAL_EPOCHS)  # None: as ours
         self.prefix = f"same-recipe-{self.base_format}-" if same_recipe else ""
         held = same_recipe and self.base_format != "fp32"
         self.weights = str(out.resolve() / f"weights-{self.base_format}.safetensors") if held else None
@@ -287,7 +287,7 @@ def main(
     batch_size
         Of both; left out, ours takes its default and the rival 8.
     eval_steps
-        Steps between two looks at the held-out rows; default twelve looks.
+        Steps of ours between two looks at the held-out rows; the rival's come after as many rows. Default twelve.
     base_format
         Of ours; default what edge-ft tune takes. With --same-recipe the rival trains over what its codes stand for.
     rival_rates

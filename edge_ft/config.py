@@ -147,14 +147,14 @@ class TuneConfig(RowsConfig):
     """AdamW weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 switches clipping off."""
-    epochs: float = 0.0
-    """Passes over the training rows; 0: 2 for decoders, 3 for others."""
+    epochs: float | None = None
+    """Passes over the training rows; default 2 for decoders, 3 for others."""
     max_steps: int | None = None
     """Optimizer steps; wins over --epochs."""
     max_minutes: float | None = None
     """Stop after so many minutes of training and validation."""
-    batch_size: int = 0
-    """Rows in one forward pass; 0: 4 for decoders, 8 for others."""
+    batch_size: int | None = None
+    """Rows in one forward pass; default 4 for decoders, 8 for others."""
     gradient_accumulation: int = 1
     """Forward passes per optimizer step."""
     eval_steps: int | None = None
@@ -191,10 +191,10 @@ class TuneConfig(RowsConfig):
         _check(self.learning_rate is None or self.learning_rate > 0, "--learning-rate must be above 0")
         _check(self.loraplus_lr_ratio > 0, "--loraplus-lr-ratio must be above 0")
         _check(0 <= self.warmup <= 1, "--warmup is a share of the steps: 0 to 1")
-        _check(self.epochs >= 0, "--epochs cannot be negative")
+        _check(self.epochs is None or self.epochs > 0, "--epochs must be above 0")
         _check(self.max_steps is None or self.max_steps >= 1, "--max-steps must be at least 1")
         _check(self.max_minutes is None or self.max_minutes > 0, "--max-minutes must be above 0")
-        _check(self.batch_size >= 0, "--batch-size cannot be negative")
+        _check(self.batch_size is None or self.batch_size >= 1, "--batch-size must be at least 1")
         _check(self.calibration_rows >= 0, "--calibration-rows cannot be negative")
         _check(self.gradient_accumulation >= 1, "--gradient-accumulation must be at least 1")
         _check(self.eval_steps is None or self.eval_steps >= 1, "--eval-steps must be at least 1")
@@ -206,6 +206,12 @@ class TuneConfig(RowsConfig):
         _check(self.checkpoint_steps is None or self.checkpoint_steps >= 1, "--checkpoint-steps must be at least 1")
         _check(self.show >= 0, "--show cannot be negative")
         last_layers(self.layers)
+
+    @property
+    def rows_at_once(self) -> int:
+        """`batch_size` of settings that a family has settled (`Family.settle`)."""
+        assert self.batch_size is not None
+        return self.batch_size
 
     @property
     def base_calibration_rows(self) -> int:

@@ -57,7 +57,8 @@ def score_targets(
         with_grad: Also make the gradient; the head is then a frozen layer.
     """
     most = hidden.new_full((len(hidden), 1), -torch.inf)
-    right, others = torch.zeros_like(most), torch.zeros_like(most)
+    right = torch.full_like(most, torch.nan)  # stays so for a label outside the vocabulary
+    others = torch.zeros_like(most)
     grad = torch.zeros_like(hidden) if with_grad else None
     predicted = torch.zeros_like(labels)
     for rows, start, logits, weight in _tiles(hidden, head, dtype):

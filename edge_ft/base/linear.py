@@ -104,7 +104,7 @@ class _OverCodes(nn.Module):
             weight = self._differences(values, zero_points).to(dtype).mul_(scales[:, None])
         else:
             weight = torch.empty(blocks, self.block_size, width, dtype=dtype)
-            step = max(1, _DEQUANTIZED // (self.block_size * width))
+            step = max(1, _DEQUANTIZED // max(1, self.block_size * width))
             for start in range(0, blocks, step):
                 part = slice(start, start + step)
                 wide = self._differences(values[part], zero_points[part]).to(torch.float32)

@@ -140,7 +140,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         if ranks.world == 1
         else RankedBackend(peft_model, base.family, task, config, ranks)
     )
-    first = collate(prepared.examples["validation"][: config.batch_size], tokenizer.pad_id, task)
+    first = collate(prepared.examples["validation"][: config.rows_at_once], tokenizer.pad_id, task)
     config = replace(
         config,
         task=task,

@@ -40,8 +40,6 @@ __all__ = [
 FORMAT = 1
 NOT_COMPARED = {"out", "resume", "checkpoint_minutes", "checkpoint_steps", "allow", "show"}
 """Settings that do not change what is learned."""
-OPEN_AT_0 = {"epochs", "batch_size"}
-"""Numbers that 0 leaves open, as None does others."""
 BY_CONTENT = {"model", "data", "validation", "test"}
 """Names of things that may move: what they hold is compared instead."""
 IDENTITY = {
@@ -167,7 +165,7 @@ def same_settings(config: TuneConfig, saved: Mapping[str, Any], run: Path) -> Tu
     for name, value in saved.items():
         if name not in given or name in NOT_COMPARED | BY_CONTENT or given[name] == value:
             continue
-        if given[name] not in (None, "auto") and not (name in OPEN_AT_0 and given[name] == 0):
+        if given[name] not in (None, "auto"):
             flag = "--" + name.replace("_", "-")
             raise UsageError(
                 f"{run} was started with {flag} {_shown(value)} and not {_shown(given[name])}: "

@@ -116,7 +116,8 @@ def planned_steps(rows: int, config: TuneConfig) -> int:
     """Optimizer steps that `config` asks for, before any limit of time."""
     if config.max_steps is not None:
         return config.max_steps
-    return max(1, round(config.epochs * rows / (config.batch_size * config.gradient_accumulation)))
+    assert config.epochs is not None  # settled
+    return max(1, round(config.epochs * rows / (config.rows_at_once * config.gradient_accumulation)))
 
 
 def fit(
@@ -334,7 +335,7 @@ class _Loop:
                 self.validation,
                 task=self.task,
                 pad_id=self.pad_id,
-                batch_size=self.config.batch_size,
+                batch_size=self.config.rows_at_once,
                 progress=self.progress,
                 stage=stage,
             )
@@ -393,7 +394,7 @@ def _endless_batches(
     lengths = [len(example.input_ids) for example in train]
     epoch = 0
     while True:
-        for indices in train_batches(lengths, config.batch_size, config.seed, epoch):
+        for indices in train_batches(lengths, config.rows_at_once, config.seed, epoch):
             if skip:
                 skip -= 1
                 continue

@@ -68,7 +68,7 @@ def batches_of(config: TuneConfig, train: Sequence[Example]) -> list[list[int]]:
     found: list[list[int]] = []
     for epoch in range(3):
         if len(found) < count:
-            found += train_batches(lengths, config.batch_size, config.seed, epoch)
+            found += train_batches(lengths, config.rows_at_once, config.seed, epoch)
     return found[:count]
 
 

@@ -95,7 +95,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
                 continue  # --target-modules names no layer of so few
         most[option.memory] = max(most.get(option.memory, 0), loading.bytes)
         loaded.append(time.monotonic() - began)
-        first = collate(prepared.examples["validation"][: config.batch_size], tokenizer.pad_id, prepared.task)
+        first = collate(prepared.examples["validation"][: config.rows_at_once], tokenizer.pad_id, prepared.task)
         option = replace(option, compute=backend.settle(first))
         measured = measure(backend, scorer, prepared, option, tokenizer.pad_id, room, most[option.memory])
         # The first time is also that of what a tune imports.
@@ -240,7 +240,7 @@ def _choice(
         lengths = [len(example.input_ids) for example in examples]
         return sum(
             measured.look.at(padded(batch, examples, prepared.task))
-            for batch in eval_batches(lengths, config.batch_size)
+            for batch in eval_batches(lengths, config.rows_at_once)
         )
 
     validation = prepared.examples["validation"]

@@ -150,10 +150,10 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
                 f"--max-length {rendering.max_length}"
                 + (" (which --allow cannot mend)" if "nothing-to-learn" in config.allow else "")
             )
-    if task == "feature-extraction" and min(len(trainable["validation"]), config.batch_size) < 2:
+    if task == "feature-extraction" and min(len(trainable["validation"]), config.rows_at_once) < 2:
         raise UsageError(
             f"{config.data}: each text is told apart from the others of its batch: at least 2 validation rows and "
-            f"--batch-size 2 are needed, there are {len(trainable['validation'])} and {config.batch_size}"
+            f"--batch-size 2 are needed, there are {len(trainable['validation'])} and {config.rows_at_once}"
         )
     progress.say(", ".join(f"{len(trainable[name])} {name}" for name in SPLITS) + " rows")
     shown = [_shown(example, rendering, tokenizer) for example in trainable["train"][: config.show]]

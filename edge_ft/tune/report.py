@@ -58,7 +58,7 @@ def results(
             examples,
             task=prepared.task,
             pad_id=tokenizer.pad_id,
-            batch_size=config.batch_size,
+            batch_size=config.rows_at_once,
             progress=progress,
             stage=stage,
         )
@@ -123,7 +123,7 @@ def _overfitting(
 ) -> dict[str, Any]:
     """Train and validation loss of the best weights, said where they are far apart."""
     gap = best - train_nll
-    epoch = fitted.best_step * config.batch_size * config.gradient_accumulation / rows
+    epoch = fitted.best_step * config.rows_at_once * config.gradient_accumulation / rows
     if gap > OVERFITTING_GAP * train_nll:
         progress.say(
             f"over-fitted: at its best (epoch {epoch:.1f}) the train loss is {train_nll:.4f}, the validation loss "

@@ -212,7 +212,7 @@ def test_settings_that_were_left_open_are_those_of_the_run(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(out: str) -> TuneConfig:
-        open_ = {"epochs": 0, "batch_size": 0, "gradient_accumulation": 1, "max_steps": None, "threads": None}
+        open_ = {"epochs": None, "batch_size": None, "gradient_accumulation": 1, "max_steps": None, "threads": None}
         return settings(llama, sums, tmp_path / out, checkpoint_minutes=0, **open_)
 
     torch.set_num_threads(1)
