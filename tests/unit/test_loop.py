@@ -24,7 +24,10 @@ TASK = "text-generation"
 
 def config(**settings: Any) -> TuneConfig:
     return TuneConfig(
-        model="", data="", out=Path("unused"), **{"learning_rate": 1e-2, "batch_size": 4, "compute": "fp32", **settings}
+        model="",
+        data="",
+        out=Path("unused"),
+        **{"learning_rate": 1e-2, "batch_size": 4, "epochs": 3.0, "compute": "fp32", **settings},
     )
 
 
