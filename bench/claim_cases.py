@@ -149,7 +149,7 @@ def _cases(model: str, answer_tokens: int) -> list[Case]:
 
 
 def _domain(model: str, data: str, *tune: str, lane: str = "merged") -> Case:
-    tune = ("--max-length", "128", "--batch-size", "8", *tune)
+    tune = ("--max-length", "128", *tune)
     return Case(f"{model}-{data}", model, data, 400, 40, 32, tune, lane=lane, answer_tokens=48)
 
 
@@ -162,7 +162,7 @@ CASES = {
         Case("minilm-swedish", "minilm", "swedish", 353, 50, 100, _VECTORS),
         *_cases("gpt2", 32),
         *_cases("t5", 32),
-        *(_domain("gpt2", data, *_STEPS) for data in ("support", "finance")),
+        *(_domain("gpt2", data, "--batch-size", "8", *_STEPS) for data in ("support", "finance")),
         Case(
             *("smollm2-main", "smollm2", "transcripts", 400, 48, 32, ("--max-length", "96", *_FEW_STEPS)),
             *(("int4", "int8", "fp32"), 32),

@@ -45,15 +45,15 @@ def _config(job: dict[str, Any], **more: Any) -> TuneConfig:
     return TuneConfig(**{"out": Path("unused"), **job["tune"], **more})
 
 
-def _read(config: TuneConfig) -> "tuple[Base, TextTokenizer, Prepared]":
-    """What `tune` reads before it loads weights."""
+def _read(config: TuneConfig) -> "tuple[TuneConfig, Base, TextTokenizer, Prepared]":
+    """What `tune` reads before it loads weights, and its settings with the family's recipe."""
     from edge_ft.base.find import find_base
     from edge_ft.data import TextTokenizer
     from edge_ft.tune.prepare import prepare
 
     base = find_base(config.model, config.task)
-    tokenizer = TextTokenizer.load(base.path)
-    return base, tokenizer, prepare(base.family.settle(config), base, tokenizer, Silent())
+    config, tokenizer = base.family.settle(config), TextTokenizer.load(base.path)
+    return config, base, tokenizer, prepare(config, base, tokenizer, Silent())
 
 
 def _prepare(job: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _prepare(job: dict[str, Any]) -> dict[str, Any]:
     from edge_ft.bench.rival import MODEL_CLASSES
 
     split = (1.0, 0.0, 0.0) if job["validation"] else (0.8, 0.2, 0.0)
-    _, _, whole = _read(_config(job, data=job["data"], validation=job["validation"], split=split, seed=0))
+    *_, whole = _read(_config(job, data=job["data"], validation=job["validation"], split=split, seed=0))
     problem = whole.rendering.problem_type
     if whole.task not in MODEL_CLASSES or problem not in (None, "single_label_classification"):
         raise UsageError(f"the rival learns {' and '.join(MODEL_CLASSES)} of one label, not {problem or whole.task}")
@@ -83,9 +83,7 @@ def _prepare(job: dict[str, Any]) -> dict[str, Any]:
         order = np.random.default_rng(0).permutation(len(whole.rows[name]))[:wanted]
         chosen[name] = [whole.rows[name][index] for index in sorted(order)]
     write_splits(replace(whole, rows=chosen | {"test": []}), Path(job["rows"]))
-    config = _config(job, task=whole.task)
-    base, _, prepared = _read(config)
-    config = base.family.settle(config)
+    config, base, _, prepared = _read(_config(job, task=whole.task))
     examples = prepared.examples["train"]
     tokens = sum(len(example.input_ids) for example in examples)
     targets = sum(sum(label != -100 for label in example.labels) for example in examples)
@@ -190,9 +188,7 @@ def _rival(job: dict[str, Any]) -> dict[str, Any]:
     from edge_ft.bench.rival import train_rival
 
     torch.set_num_threads(job["threads"])
-    config = _config(job, seed=job["seed"], epochs=job["epochs"])
-    base, tokenizer, prepared = _read(config)
-    config = base.family.settle(config)
+    config, base, tokenizer, prepared = _read(_config(job, seed=job["seed"], epochs=job["epochs"]))
     if config.eval_steps and not job["same_recipe"]:  # it is looked at after as many rows as ours
         eval_steps = max(1, round(config.eval_steps * config.rows_at_once / job["batch_size"]))
         config = replace(config, eval_steps=eval_steps)

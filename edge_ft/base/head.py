@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edge_ft.base.linear import FrozenLinear, transposed_weight
 
-__all__ = ["Targets", "score_targets", "softcap_of", "target_loss"]
+__all__ = ["TargetScores", "score_targets", "softcap_of", "target_loss"]
 
 _LOGITS = {"cpu": 2**22, "cuda": 2**26}
 """Logits held at a time: 16 MiB in float32; on a GPU 256 MiB, since it waits for small pieces."""
@@ -24,7 +24,7 @@ def softcap_of(model: Any) -> float | None:
 
 
 @dataclass(frozen=True)
-class Targets:
+class TargetScores:
     """What a head says at some positions."""
 
     nll: Tensor
@@ -42,7 +42,7 @@ def score_targets(
     dtype: torch.dtype = torch.float32,
     softcap: float | None = None,
     with_grad: bool = False,
-) -> Targets:
+) -> TargetScores:
     """Cross-entropy of some positions, in one pass over the vocabulary: every weight is dequantized once.
 
     Sums over the entries seen so far are scaled anew when a greater logit comes (online softmax, arXiv:1805.02867; with
@@ -88,7 +88,7 @@ def score_targets(
     if grad is not None:
         slope = others if softcap is None else others * (1 - (right / softcap).square())
         grad = (grad - slope * transposed_weight(head, dtype, labels).T) / total
-    return Targets((most + total.log() - right)[:, 0], predicted, grad)
+    return TargetScores((most + total.log() - right)[:, 0], predicted, grad)
 
 
 def _tiles(hidden: Tensor, head: Any, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
@@ -128,9 +128,9 @@ class _TargetLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: nn.Linear, labels: Tensor, dtype: torch.dtype, softcap: float | None
     ) -> Tensor:
-        targets = score_targets(hidden, head, labels, dtype, softcap, with_grad=True)
-        ctx.save_for_backward(targets.grad)
-        return targets.nll.sum()
+        scores = score_targets(hidden, head, labels, dtype, softcap, with_grad=True)
+        ctx.save_for_backward(scores.grad)
+        return scores.nll.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]

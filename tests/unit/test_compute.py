@@ -262,7 +262,7 @@ def test_the_loss_in_parts_is_cross_entropy(
 
 
 def test_the_gradient_of_a_sure_answer_is_not_lost_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left of it is a thousandth of the weights that it is made of."""
+    """It is small beside the weights whose difference it is."""
     monkeypatch.setitem(head._COLUMNS, "cpu", 16)
     torch.manual_seed(0)
     layer = nn.Linear(32, 64, bias=False).requires_grad_(False)
