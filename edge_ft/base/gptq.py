@@ -33,13 +33,12 @@ def error_factor(products: Tensor) -> Tensor:
     mean = float(diagonal.mean())
     for share in DAMPING:
         diagonal += share * mean
-        lower, failed = torch.linalg.cholesky_ex(products)
+        # With both orders turned round, products = R Rᵀ of an upper triangular R, and R⁻¹ is the factor.
+        lower, failed = torch.linalg.cholesky_ex(products.flip(0, 1))
         if failed:
             continue
-        inverse = torch.cholesky_inverse(lower)
-        del lower  # of a wide layer each of them is hundreds of MB
-        factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not failed and torch.isfinite(factor).all():
+        factor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False).flip(0, 1)
+        if torch.isfinite(factor).all():
             return factor
     raise ValueError("the inputs are not numbers")
 
