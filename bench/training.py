@@ -37,7 +37,6 @@ SAME_RECIPE = {
     "calibration_rows": 0,
     "layers": "all",
     "compute": "auto",
-    "memory": "normal",
     "learning_rate": 1e-3,
     "schedule": "cosine",
     "warmup": 0.05,

@@ -16,6 +16,7 @@ __all__ = [
     "BenchConfig",
     "EvalConfig",
     "ExportConfig",
+    "Memory",
     "PlanConfig",
     "Pooling",
     "ProblemType",
@@ -44,6 +45,7 @@ Pooling = Literal["mean", "cls"]
 TEXT_TASKS: tuple[Task, ...] = ("text-generation", "text2text-generation")
 """Tasks whose answer is a text of the model's own; targets are its tokens."""
 BaseFormat = Literal["int4", "int8", "nf4", "bf16", "fp32"]
+Memory = Literal["high", "normal", "low"]
 Weights = Literal["int4", "int8", "int8-dynamic", "int8-static", "fp16", "fp32"]
 INT8_ACTIVATIONS: tuple[Weights, ...] = ("int8-dynamic", "int8-static")
 """Weights that are multiplied with activations in int8, at accuracy level 4 and no other."""
@@ -128,8 +130,10 @@ class TuneConfig(RowsConfig):
     float32."""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """Numbers of a training step; auto takes bf16 where the processor has it, it is faster and its loss agrees."""
-    memory: Literal["normal", "low"] = "normal"
-    """low: recompute activations instead of keeping them; slower, in less memory, to the same result."""
+    memory: Memory | None = None
+    """What memory is used for, to the same result: high keeps the float weights that the base's codes stand for from
+    step to step, low computes activations again instead of keeping them. Default normal, or high where steps are so
+    short that it saves much of their time and there is plenty of memory."""
     block_size: Literal[16, 32, 64, 128] = 32
     """Weights per scale of int4 and int8; nf4 has bitsandbytes' 64."""
     calibration_rows: int = 64

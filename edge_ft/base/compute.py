@@ -8,7 +8,8 @@ A PEFT model with `Compute` gives the same as without, up to rounding, for less 
   give is made again where the adapted products behind them want it;
 - in bfloat16 all that lies between the embedding and the head is held and multiplied in it, while
   normalisation and loss are computed in float32 and the trained parameters stay float32;
-- with `recompute` only the inputs of the transformer layers are kept (Chen et al., arXiv:1604.06174).
+- with memory `high` frozen layers keep the float weights that their codes stand for;
+- with memory `low` only the inputs of the transformer layers are kept (Chen et al., arXiv:1604.06174).
 """
 
 import ctypes
@@ -23,14 +24,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from edge_ft.base.attention import use_short_attention
-from edge_ft.base.linear import stack_names, transposed_weight
+from edge_ft.base.linear import FrozenLinear, Kept, stack_names, transposed_weight
 from edge_ft.base.norm import plain_rms_norm
+from edge_ft.config import Memory
 from edge_ft.families import Family
 
 __all__ = ["Compute", "give_freed_memory_back", "has_bf16"]
 
-NormInput = tuple[Tensor, Tensor, float]
-"""x, weight and eps of an RMSNorm."""
+MadeOf = tuple[Tensor, Callable[[Tensor], Tensor]]
+"""A tensor, and what makes of it the input of an adapted layer."""
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -44,19 +46,23 @@ def has_bf16(device: torch.device) -> bool:
 class Compute:
     """Inside, `model` computes in `dtype`, fused, and recomputes its layers if told so."""
 
-    def __init__(self, model: Any, family: Family, dtype: torch.dtype, recompute: bool) -> None:
+    def __init__(self, model: Any, family: Family, dtype: torch.dtype, memory: Memory) -> None:
         self.dtype = dtype
         self.active = False
-        self._normed: tuple[Tensor, NormInput] | None = None
+        self._normed: tuple[Tensor, MadeOf] | None = None
         """What the last norm gave, and what it can be made of again."""
-        give_freed_memory_back(recompute)
+        self._again: tuple[Tensor, Tensor, Tensor] | None = None
+        """Input and weight of the norm that was last made again, and what it gave: several layers read it."""
+        self._frozen = [m for m in model.modules() if isinstance(m, FrozenLinear)] if memory == "high" else []
+        self.keep(dtype)
+        give_freed_memory_back(memory == "low")
         task_model = model.get_base_model()
         stacks = [task_model.get_submodule(stack) for stack in stack_names(task_model, family)]
         use_short_attention(task_model)
         for layers in stacks:
             for layer in layers:
                 layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True)
-                if recompute:
+                if memory == "low":
                     layer.forward = partial(self._recompute, layer.forward)
             layers[-1].register_forward_hook(self._leave_layers)
         for module in (module for layers in stacks for module in layers.modules()):
@@ -77,7 +83,12 @@ class Compute:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.active, self._normed = False, None
+        self.active, self._normed, self._again = False, None, None
+
+    def keep(self, dtype: torch.dtype | None) -> None:
+        """With memory `high`: keep the frozen weights in this dtype from now on, and no other ones; None: none."""
+        for layer in self._frozen:
+            layer.kept = None if dtype is None else Kept(dtype)
 
     def _enter_layer(self, _: nn.Module, arguments: Any, keywords: Any) -> Any:
         return (_cast(arguments, self.dtype), _cast(keywords, self.dtype)) if self.active else None
@@ -102,8 +113,14 @@ class Compute:
                 return plain(x)
             y: Tensor = _RMSNorm.apply(x, weight, eps)
             if x.dim() == 3:  # not of a head's queries and keys (Qwen 3), which come in between
-                self._normed = y, (x, weight, eps)
+                self._normed = y, (x, again)
             return y
+
+        def again(x: Tensor) -> Tensor:
+            last = self._again
+            if last is None or last[0].data_ptr() != x.data_ptr() or last[1] is not weight:
+                self._again = last = x, weight, _rms_norm(x, weight, eps)[0]
+            return last[2]
 
         norm.forward = forward
 
@@ -244,11 +261,11 @@ class _LoraMatMul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear, made_of: NormInput | None
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear, made_of: MadeOf | None
     ) -> Tensor:
         rows, a, b = x.flatten(0, -2), a.to(x.dtype), b.to(x.dtype)
         y, down = _lora_product(rows, a, b, scaling, layer)
-        kept, *ctx.norm = made_of or (x,)
+        kept, ctx.again = made_of or (x, None)
         ctx.save_for_backward(kept, down, a, b)
         ctx.scaling, ctx.layer = scaling, layer
         return y.unflatten(0, x.shape[:-1])
@@ -256,8 +273,8 @@ class _LoraMatMul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:  # type: ignore[override]
         x, down, a, b = ctx.saved_tensors
-        if ctx.norm:
-            x, _ = _rms_norm(x, *ctx.norm)
+        if ctx.again is not None:
+            x = ctx.again(x)
         grad = grad.flatten(0, -2)
         up, grad_a, grad_b = _lora_gradients(grad, x.flatten(0, -2), down, b, ctx.scaling)
         grad_x = _input_gradient(grad, up, a, ctx.layer).view(x.shape) if ctx.needs_input_grad[0] else None

@@ -23,6 +23,7 @@ from edge_ft.families import Family
 
 __all__ = [
     "FrozenLinear",
+    "Kept",
     "QuantEmbedding",
     "QuantLinear",
     "codes_sha256",
@@ -143,8 +144,25 @@ def exporting(model: nn.Module) -> Iterator[None]:
             layer._buffers.update(buffers)
 
 
+class Kept:
+    """The float weights of a layer, or parts of them, as they were first dequantized to one dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._parts: dict[tuple[int | None, int | None], Tensor] = {}
+
+    def get(self, layer: "FrozenLinear", columns: slice) -> Tensor:
+        key = columns.start, columns.stop
+        if key not in self._parts:
+            self._parts[key] = layer.dequantize(self.dtype, columns)
+        return self._parts[key]
+
+
 class FrozenLinear(nn.Linear):
     """A frozen linear layer that holds no float weight: [..., in_features] -> [..., out_features], in x's dtype."""
+
+    kept: Kept | None = None
+    """Its float weights, where time is worth more than memory."""
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
@@ -171,11 +189,11 @@ class _FrozenMatMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        return x @ layer.dequantize(x.dtype)
+        return x @ transposed_weight(layer, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.layer.dequantize(grad.dtype).T, None
+        return grad @ transposed_weight(ctx.layer, grad.dtype).T, None
 
 
 class QuantLinear(_OverCodes, FrozenLinear):
@@ -207,6 +225,8 @@ class QuantLinear(_OverCodes, FrozenLinear):
 def transposed_weight(layer: nn.Module, dtype: torch.dtype, columns: slice | Tensor = slice(None)) -> Tensor:
     """[in_features, out_features] of a frozen or float linear layer, or some of its columns."""
     if isinstance(layer, FrozenLinear):
+        if layer.kept is not None and layer.kept.dtype == dtype and isinstance(columns, slice):
+            return layer.kept.get(layer, columns)
         return layer.dequantize(dtype, columns)
     return layer.get_parameter("weight")[columns].T.to(dtype)
 

@@ -29,7 +29,7 @@ from edge_ft.tune.checkpoint import (
 from edge_ft.tune.interrupt import Interruption
 from edge_ft.tune.log import Metrics
 from edge_ft.tune.loop import Backend, Fit, fit
-from edge_ft.tune.plan import make_plan, refuse_at_sight
+from edge_ft.tune.plan import make_plan, refuse_at_sight, settle_memory
 from edge_ft.tune.plot import plot_losses
 from edge_ft.tune.prepare import Prepared, prepare, write_splits
 from edge_ft.tune.report import results
@@ -107,8 +107,9 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         raise ModelError(f"{base.path}: its tokenizer gives id {longest}, its model knows {base.sizes.vocabulary}")
     counts = {name: len(examples) for name, examples in prepared.examples.items()}
     identify(data_fingerprint=prepared.fingerprint, rows=counts, examples_sha256=examples_sha256(prepared.examples))
-    device = ranks.device
-    refuse_at_sight(base, config, Room.here(run.path))
+    device, room = ranks.device, Room.here(run.path)
+    config = settle_memory(base, config, prepared, room, device)
+    refuse_at_sight(base, config, room)
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
     labels, problem = prepared.rendering.labels, prepared.rendering.problem_type
     give_freed_memory_back(config.memory == "low")  # before codes are chosen, which takes as much as a step
@@ -171,6 +172,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
             write_json(run.path / "plan.json", found_plan)
         result = _train(run, config, backend, prepared, tokenizer, identity, checkpoint, ranks, progress)
         backend.save(run.adapter)
+        backend.compute.keep(None)
         give_back()  # the answers of the report would come on top of what steps took
         found = results(
             scorer, peft_model.disable_adapter, result, prepared, tokenizer, base.max_length, config, progress

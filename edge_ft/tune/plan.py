@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import safe_open
 
 from edge_ft.artifacts import RunFolder
-from edge_ft.config import TEXT_TASKS, TuneConfig, last_layers
+from edge_ft.config import TEXT_TASKS, Memory, TuneConfig, last_layers
 from edge_ft.data import Example, TextTokenizer, collate, eval_batches
 from edge_ft.errors import UsageError, WillNotFit, require
 from edge_ft.evaluate.score import Answerer
@@ -24,10 +24,16 @@ from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS
 from edge_ft.tune.room import Peak, Room, give_back, peak_rss_bytes, resident_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from edge_ft.base.find import Base
 
-__all__ = ["make_plan", "plan", "refuse_at_sight"]
+__all__ = ["make_plan", "plan", "refuse_at_sight", "settle_memory"]
 
+SHORT_STEP = 512
+"""Padded tokens of a step up to which keeping the frozen weights in bfloat16 saves a sixth of its time and more."""
+PLENTY = 1 / 8
+"""Share of the memory that they may take for it without being asked for."""
 MARGIN = 0.9
 """Share of the free memory and disk that a run may take."""
 BYTES_PER_WEIGHT = {"int4": 0.65, "nf4": 1.3, "int8": 1.15, "bf16": 2.05, "fp32": 4.0}
@@ -73,6 +79,8 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
     config = base.family.settle(config)
     tokenizer = TextTokenizer.load(base.path)
     prepared = prepare(config, base, tokenizer, progress)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = settle_memory(base, config, prepared, room, device)
     ready = time.monotonic() - started
     weights = _weights(base)
     choices: list[dict[str, Any]] = []
@@ -86,9 +94,8 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
             # The codes do not change what a step takes: they are chosen for the time and the memory that takes.
             calibration_rows = 0 if option.memory in most else option.calibration_rows
             try:
-                backend, scorer = _load(
-                    base, prepared, replace(option, calibration_rows=calibration_rows), tokenizer, progress
-                )
+                option_rows = replace(option, calibration_rows=calibration_rows)
+                backend, scorer = _load(base, prepared, option_rows, tokenizer, device, progress)
             except UsageError:
                 if option.layers == config.layers:
                     raise
@@ -151,6 +158,21 @@ def make_plan(
     return result
 
 
+def settle_memory(
+    base: "Base", config: TuneConfig, prepared: Prepared, room: Room, device: "torch.device"
+) -> TuneConfig:
+    """`config` with what memory is used for, where it leaves that open."""
+    from edge_ft.base.compute import has_bf16
+
+    if config.memory is not None:
+        return config
+    train = prepared.examples["train"]
+    tokens = statistics.fmean(padded(batch, train, prepared.task) for batch in batches_of(config, train))
+    saves = device.type == "cpu" and config.compute != "fp32" and has_bf16(device) and config.base_format != "fp32"
+    fits = 2 * _weights(base) <= PLENTY * room.memory
+    return replace(config, memory="high" if saves and fits and tokens <= SHORT_STEP else "normal")
+
+
 def refuse_at_sight(base: "Base", config: TuneConfig, room: Room) -> None:
     """Refuse a base whose weights alone are more than there is, before they are loaded.
 
@@ -193,14 +215,19 @@ def _options(config: TuneConfig, base: "Base") -> list[TuneConfig]:
     own = min(last_layers(config.layers) or layers, layers)
     counts = [own] if base.sizes.repeats_layers else sorted({layers, max(layers // 2, 1), own}, reverse=True)
     named = [config.layers if count == own else "all" if count == layers else f"last:{count}" for count in counts]
-    return [replace(config, layers=name, memory=memory) for name in named for memory in ("normal", "low")]
+    more: Memory = "high" if config.memory == "high" else "normal"
+    uses: tuple[Memory, ...] = (more, "low")
+    return [replace(config, layers=name, memory=memory) for name in named for memory in uses]
 
 
 def _load(
-    base: "Base", prepared: Prepared, config: TuneConfig, tokenizer: TextTokenizer, progress: Progress
+    base: "Base",
+    prepared: Prepared,
+    config: TuneConfig,
+    tokenizer: TextTokenizer,
+    device: "torch.device",
+    progress: Progress,
 ) -> tuple[Any, Answerer]:
-    import torch
-
     from edge_ft.base.adapter import add_lora
     from edge_ft.base.calibrate import choose_rows
     from edge_ft.base.compute import give_freed_memory_back
@@ -216,7 +243,6 @@ def _load(
     rows = config.base_calibration_rows
     codes = choose_rows(prepared.examples["train"], rows, tokenizer.pad_id, task, progress)
     model = load_model(base, task, config.base_format, config.block_size, labels, config.seed, problem, pooling, codes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peft_model = move(add_lora(model, base.family, task, config), device)
     return TorchBackend(peft_model, base.family, task, config), TorchScorer(peft_model, task)
 
@@ -313,7 +339,7 @@ def _too_much(choice: dict[str, Any], room: Room) -> str:
     what = f"layers {choice['layers']} with {choice['memory']} memory"
     if choice["disk_bytes"] > MARGIN * room.disk:
         return f"{what} takes {megabytes(choice['disk_bytes'])} of disk and {megabytes(room.disk)} are free: free some"
-    others = [*(["--memory low"] if choice["memory"] == "normal" else []), "a smaller --batch-size or --max-length"]
+    others = [*(["--memory low"] if choice["memory"] != "low" else []), "a smaller --batch-size or --max-length"]
     return (
         f"{what} takes {megabytes(choice['peak_rss_bytes'])} of memory and {megabytes(room.memory)} are free: "
         f"give {', or '.join(others)}"

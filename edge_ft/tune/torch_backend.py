@@ -34,7 +34,7 @@ class TorchBackend(TorchScorer):
         self._asked = config.compute
         narrow = config.compute == "bf16" or (config.compute == "auto" and has_bf16(self.device))
         self.dtype = torch.bfloat16 if narrow else torch.float32
-        self.compute = Compute(model, family, self.dtype, recompute=config.memory == "low")
+        self.compute = Compute(model, family, self.dtype, config.memory or "normal")
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.parameters: list[nn.Parameter] = list(trained.values())
         groups = [
@@ -65,6 +65,7 @@ class TorchBackend(TorchScorer):
             wide = float(TorchScorer(self.model, self.task).token_nll(batch)[0].sum())
             if not abs(narrow - wide) <= _AGREEMENT * wide:  # NaN too
                 self.dtype = self.compute.dtype = torch.float32
+                self.compute.keep(torch.float32)
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edge_ft.base import attention, head
+from edge_ft.base import attention, compute, head
 from edge_ft.base.adapter import add_lora
 from edge_ft.base.compute import Compute, has_bf16
 from edge_ft.base.find import find_base
@@ -82,7 +82,7 @@ def backend_gradients(
     return backend.gradient(batch, 1), gradients(peft_model)
 
 
-@pytest.mark.parametrize("memory", ["normal", "low"])
+@pytest.mark.parametrize("memory", ["high", "normal", "low"])
 @pytest.mark.parametrize("base_format", ["int4", "nf4", "bf16", "fp32"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_float32_step_is_that_of_plain_peft(
@@ -167,6 +167,48 @@ def test_low_memory_keeps_fewer_activations(llama: Path) -> None:
             backend.gradient(decoder_batch(4, 64), 1)
         kept[memory] = sum(sizes)
     assert kept["low"] < kept["normal"] / 3
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_high_memory_dequantizes_once_and_changes_no_bit(
+    compute: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, plain = [0], QuantLinear.dequantize
+
+    def dequantize(self: Any, dtype: Any = torch.float32, columns: Any = slice(None)) -> Tensor:
+        counted[0] += isinstance(columns, slice)
+        return plain(self, dtype, columns)
+
+    monkeypatch.setattr(QuantLinear, "dequantize", dequantize)
+    found: dict[str, list[Tensor]] = {}
+    often: dict[str, list[int]] = {}
+    for memory in ("normal", "high"):
+        settings = config(memory=memory, compute=compute)
+        model = adapted(llama, settings)
+        backend = TorchBackend(model, family_of("llama"), "text-generation", settings)
+        found[memory], often[memory] = [], []
+        for _ in range(2):
+            counted[0] = 0
+            backend.gradient(decoder_batch(), 1)
+            found[memory] += gradients(model).values()
+            often[memory].append(counted[0])
+        backend.compute.keep(None)
+        counted[0] = 0
+        backend.gradient(decoder_batch(), 1)
+        often[memory].append(counted[0])
+    assert all(torch.equal(*both) for both in zip(found["normal"], found["high"], strict=True))
+    assert often["normal"][0] == often["normal"][1] > often["high"][0] > often["high"][1] == 0
+    assert often["high"][2] == often["normal"][0]  # after they were let go
+
+
+def test_a_norm_is_made_again_once_for_all_that_read_it(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    plain = compute._rms_norm
+    monkeypatch.setattr(compute, "_rms_norm", lambda x, *rest: (made.append(x.dim()), plain(x, *rest))[1])
+    model = adapted(llama, config())
+    TorchBackend(model, family_of("llama"), "text-generation", config()).gradient(decoder_batch(), 1)
+    norms = 2 * model.config.num_hidden_layers
+    assert made.count(3) == 2 * norms  # forward and backward
 
 
 def test_dropout_is_the_same_when_it_is_recomputed(llama: Path) -> None:

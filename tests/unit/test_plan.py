@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 from tiny_models import tiny_encoder_config, write_encoder, write_t5
 
 from edge_ft.artifacts import RunFolder
+from edge_ft.base.find import find_base
 from edge_ft.config import PlanConfig, TuneConfig
+from edge_ft.data import TextTokenizer
 from edge_ft.errors import AuditRefused, WillNotFit
+from edge_ft.progress import Silent
 from edge_ft.tune import measure as measuring
 from edge_ft.tune import tune
 from edge_ft.tune.measure import Curve
-from edge_ft.tune.plan import duration, plan
+from edge_ft.tune.plan import duration, plan, settle_memory
+from edge_ft.tune.prepare import prepare
 from edge_ft.tune.room import Room
 
 PLENTY = Room(memory=2**50, disk=2**50)
@@ -37,7 +42,7 @@ class Heard:
 
 @pytest.fixture(scope="module")
 def planned(llama: Path, sums: Path) -> dict[str, Any]:
-    return plan(PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2)), room=PLENTY)
+    return plan(PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2), memory="normal"), room=PLENTY)
 
 
 def test_a_plan_counts_rows_tokens_steps_and_parameters(planned: dict[str, Any], llama_run: RunFolder) -> None:
@@ -128,8 +133,37 @@ def test_settings_of_ones_own_are_among_the_choices(llama: Path, sums: Path) -> 
 
 def test_layers_that_are_run_through_several_times_are_one_choice(reviews: Path, tmp_path: Path) -> None:
     albert = write_encoder(tmp_path / "albert", tiny_encoder_config("albert"))
-    found = plan(PlanConfig(model=str(albert), data=str(reviews), max_steps=2), room=PLENTY)
-    assert [(choice["layers"], choice["memory"]) for choice in found["choices"]] == [("all", "normal"), ("all", "low")]
+    found = plan(PlanConfig(model=str(albert), data=str(reviews), max_steps=2, memory="high"), room=PLENTY)
+    assert [(choice["layers"], choice["memory"]) for choice in found["choices"]] == [("all", "high"), ("all", "low")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "room", "bf16", "expected"),
+    [
+        ({}, PLENTY, True, "high"),
+        ({}, PLENTY, False, "normal"),
+        ({}, Room(600_000, PLENTY.disk), True, "normal"),  # the model's weights are more than an eighth of it
+        ({"batch_size": 16}, PLENTY, True, "normal"),  # steps of more than 512 tokens
+        ({"base_format": "fp32"}, PLENTY, True, "normal"),  # keeps its weights anyway
+        ({"compute": "fp32"}, PLENTY, True, "normal"),
+        ({"memory": "low"}, PLENTY, True, "low"),
+        ({"memory": "high"}, Room(1, 1), False, "high"),
+    ],
+)
+def test_float_weights_are_kept_where_steps_are_short_and_memory_is_plenty(
+    settings: dict[str, Any],
+    room: Room,
+    bf16: bool,
+    expected: str,
+    llama: Path,
+    sums: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("edge_ft.base.compute.has_bf16", lambda device: bf16)
+    base = find_base(str(llama))
+    config = base.family.settle(PlanConfig(model=str(llama), data=str(sums), **settings))
+    prepared = prepare(config, base, TextTokenizer.load(base.path), Silent())
+    assert settle_memory(base, config, prepared, room, torch.device("cpu")).memory == expected
 
 
 def test_fewer_layers_are_no_choice_where_none_of_them_is_trained(llama: Path, sums: Path) -> None:
