@@ -1,0 +1,36 @@
+"""What a user may choose, one frozen dataclass per command, each in a file of its name.
+
+The same classes are the command-line flags, the keys of `--config FILE.yaml` and the arguments of the
+Python API; a field's docstring is its `--help`.
+"""
+
+from edge_ft.config.bench import BenchConfig
+from edge_ft.config.evaluate import EvalConfig
+from edge_ft.config.export import ExportConfig, VerifyConfig
+from edge_ft.config.fields import as_plain
+from edge_ft.config.names import INT8_ACTIVATIONS, TEXT_TASKS, BaseFormat, Memory, Pooling, ProblemType, Task, Weights
+from edge_ft.config.rows import RowsConfig
+from edge_ft.config.run import RunConfig
+from edge_ft.config.tune import PlanConfig, TuneConfig, last_layers, preset_file
+
+__all__ = [
+    "INT8_ACTIVATIONS",
+    "TEXT_TASKS",
+    "BaseFormat",
+    "BenchConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "Memory",
+    "PlanConfig",
+    "Pooling",
+    "ProblemType",
+    "RowsConfig",
+    "RunConfig",
+    "Task",
+    "TuneConfig",
+    "VerifyConfig",
+    "Weights",
+    "as_plain",
+    "last_layers",
+    "preset_file",
+]
