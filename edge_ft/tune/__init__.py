@@ -61,14 +61,12 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
 
     with quiet_libraries():
         require("peft", "train")
-    from edge_ft.base.adapter import add_lora
     from edge_ft.base.calibrate import Calibration, choose_rows
     from edge_ft.base.codes import write_codes
-    from edge_ft.base.compute import give_freed_memory_back
     from edge_ft.base.find import find_base
-    from edge_ft.base.linear import codes_sha256, move
-    from edge_ft.base.load import load_model
+    from edge_ft.base.linear import codes_sha256
     from edge_ft.base.scorer import TorchScorer
+    from edge_ft.tune.adapted import load_adapted
     from edge_ft.tune.ranks import RankedBackend, Ranks
     from edge_ft.tune.torch_backend import TorchBackend
 
@@ -111,30 +109,17 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     config = settle_memory(base, config, prepared, room, device)
     refuse_at_sight(base, config, room)
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
-    labels, problem = prepared.rendering.labels, prepared.rendering.problem_type
-    give_freed_memory_back(config.memory == "low")  # before codes are chosen, which takes as much as a step
     rows = config.base_calibration_rows
     codes = (
         run.codes
         if run.codes.is_file()
         else choose_rows(prepared.examples["train"], rows, tokenizer.pad_id, task, progress)
     )
-    model = load_model(
-        base,
-        task,
-        config.base_format,
-        config.block_size,
-        labels,
-        config.seed,
-        problem,
-        prepared.rendering.pooling,
-        codes,
-    )
-    identify(codes_sha256=codes_sha256(model) if config.base_format != "fp32" else None)
+    peft_model = load_adapted(base, prepared, config, codes, device)
+    identify(codes_sha256=codes_sha256(peft_model) if config.base_format != "fp32" else None)
     calibration = codes.to_dict() if isinstance(codes, Calibration) else None
     if codes == run.codes:  # chosen before this process began
         calibration = run.base().get("calibration")
-    peft_model = move(add_lora(model, base.family, task, config), device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
     backend = (
         TorchBackend(peft_model, base.family, task, config)

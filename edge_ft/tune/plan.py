@@ -85,7 +85,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
     weights = _weights(base)
     choices: list[dict[str, Any]] = []
     loaded: list[float] = []
-    most: dict[str, int] = {}
+    most: dict[Memory | None, int] = {}
     for option in _options(config, base):
         refuse_at_sight(base, option, room)
         progress.say(f"measuring layers {option.layers}, memory {option.memory}")
@@ -228,22 +228,14 @@ def _load(
     device: "torch.device",
     progress: Progress,
 ) -> tuple[Any, Answerer]:
-    from edge_ft.base.adapter import add_lora
     from edge_ft.base.calibrate import choose_rows
-    from edge_ft.base.compute import give_freed_memory_back
-    from edge_ft.base.linear import move
-    from edge_ft.base.load import load_model
     from edge_ft.base.scorer import TorchScorer
+    from edge_ft.tune.adapted import load_adapted
     from edge_ft.tune.torch_backend import TorchBackend
 
-    asked = prepared.rendering
-    labels, problem, pooling = asked.labels, asked.problem_type, asked.pooling
-    task = prepared.task
-    give_freed_memory_back(config.memory == "low")
-    rows = config.base_calibration_rows
+    task, rows = prepared.task, config.base_calibration_rows
     codes = choose_rows(prepared.examples["train"], rows, tokenizer.pad_id, task, progress)
-    model = load_model(base, task, config.base_format, config.block_size, labels, config.seed, problem, pooling, codes)
-    peft_model = move(add_lora(model, base.family, task, config), device)
+    peft_model = load_adapted(base, prepared, config, codes, device)
     return TorchBackend(peft_model, base.family, task, config), TorchScorer(peft_model, task)
 
 

@@ -115,7 +115,7 @@ def test_a_base_too_large_is_refused_before_it_is_loaded(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Room, "here", classmethod(lambda cls, out: Room(1000, PLENTY.disk)))
-    monkeypatch.setattr("edge_ft.base.load.load_model", None)
+    monkeypatch.setattr("edge_ft.tune.adapted.load_model", None)
     with pytest.raises(WillNotFit, match="take a smaller model"):
         tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
     assert not (tmp_path / "run").exists()
