@@ -220,6 +220,7 @@ def test_settings_that_were_left_open_are_those_of_the_run(
     stopped_at(config("run"), 5, monkeypatch)
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (saved["max_steps"], saved["threads"], saved["task"]) == (12, 1, "text-generation")
+    assert saved["memory"] in ("high", "normal")
     torch.set_num_threads(2)
     again = tune(replace(config("run"), resume=True, checkpoint_steps=5))
     assert again.report()["threads"] == 1
