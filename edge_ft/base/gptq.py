@@ -37,8 +37,11 @@ def error_factor(products: Tensor) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(products.flip(0, 1))
         if failed:
             continue
-        factor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False).flip(0, 1)
-        if torch.isfinite(factor).all():
+        inverse = torch.eye(len(lower)).T  # its columns lie together: solved in place
+        torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+        del lower  # of a wide layer each of them is hundreds of MB
+        factor = inverse.flip(0, 1)
+        if torch.isfinite(factor).all() and (factor.diagonal() > 0).all():  # 0 where the products were infinite
             return factor
     raise ValueError("the inputs are not numbers")
 
@@ -60,7 +63,7 @@ def round_over(weight: Tensor, factor: Tensor, nearest: Codes) -> Codes:
     scales = np.ascontiguousarray(nearest.scales.T)
     zero_points = np.ascontiguousarray(unpack_nibbles(nearest.zero_points, blocks).T).astype(np.float32)
     # [K, N]: each step below runs along the rows of the weight, in full vectors
-    rest = weight.T.contiguous()
+    rest = weight.T.clone(memory_format=torch.contiguous_format)  # of one row the transpose is contiguous itself
     left, share = rest.numpy(), factor.numpy()
     codes = np.repeat(zero_points, block_size, axis=0)  # what stands for 0, in the last block's padding
     errors = torch.empty(block_size, rows)

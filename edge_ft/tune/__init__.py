@@ -106,7 +106,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     counts = {name: len(examples) for name, examples in prepared.examples.items()}
     identify(data_fingerprint=prepared.fingerprint, rows=counts, examples_sha256=examples_sha256(prepared.examples))
     device, room = ranks.device, Room.here(run.path)
-    config = settle_memory(base, config, prepared, room, device)
+    config = settle_memory(base, config, prepared, room, device, ranks.world)
     refuse_at_sight(base, config, room)
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
     rows = config.base_calibration_rows

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 FORMAT = 1
-NOT_COMPARED = {"out", "resume", "checkpoint_minutes", "checkpoint_steps", "allow", "show"}
+NOT_COMPARED = {"out", "resume", "memory", "checkpoint_minutes", "checkpoint_steps", "allow", "show"}
 """Settings that do not change what is learned."""
 BY_CONTENT = {"model", "data", "validation", "test"}
 """Names of things that may move: what they hold is compared instead."""

@@ -117,9 +117,9 @@ def measure(
         backend.discard()
         return seconds, before + more
 
+    trained(collated(few))  # the first pass also pays for what is set up once, and dequantizes what is kept
     give_back()
     idle = resident_bytes()
-    trained(collated(few))  # the first pass also pays for what is set up once
     taken: list[Batch] = []
     sizes, steps, looks, memory = [0], [0.0], [0.0], [float(idle)]
     for indices in (few, typical, longest):

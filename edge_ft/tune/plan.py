@@ -159,17 +159,18 @@ def make_plan(
 
 
 def settle_memory(
-    base: "Base", config: TuneConfig, prepared: Prepared, room: Room, device: "torch.device"
+    base: "Base", config: TuneConfig, prepared: Prepared, room: Room, device: "torch.device", processes: int = 1
 ) -> TuneConfig:
-    """`config` with what memory is used for, where it leaves that open."""
+    """`config` with what memory is used for, where it leaves that open; each of the processes has its own weights."""
     from edge_ft.base.compute import has_bf16
 
     if config.memory is not None:
         return config
     train = prepared.examples["train"]
     tokens = statistics.fmean(padded(batch, train, prepared.task) for batch in batches_of(config, train))
-    saves = device.type == "cpu" and config.compute != "fp32" and has_bf16(device) and config.base_format != "fp32"
-    fits = 2 * _weights(base) <= PLENTY * room.memory
+    narrow = device.type == "cpu" and config.compute != "fp32" and has_bf16(device)
+    saves = narrow and config.base_format in ("int4", "int8", "nf4")
+    fits = 2 * _weights(base) * processes <= PLENTY * room.memory
     return replace(config, memory="high" if saves and fits and tokens <= SHORT_STEP else "normal")
 
 
@@ -180,11 +181,16 @@ def refuse_at_sight(base: "Base", config: TuneConfig, room: Room) -> None:
         WillNotFit: so it is.
     """
     weights = _weights(base)
-    needed = int(weights * BYTES_PER_WEIGHT[config.base_format]) + resident_bytes()
+    size, less = BYTES_PER_WEIGHT[config.base_format], ""
+    if config.memory == "high":
+        size += BYTES_PER_WEIGHT["fp32" if config.compute == "fp32" else "bf16"]
+        less = "give --memory normal, or "
+    needed = int(weights * size) + resident_bytes()
     if needed > MARGIN * room.memory:
         raise WillNotFit(
             f"{base.name} has {weights / 1e6:.0f} M weights, which take {megabytes(needed)} of memory as "
-            f"{config.base_format}: {megabytes(room.memory)} are free; take a smaller model"
+            f"{config.base_format}{' beside floats' if less else ''}: {megabytes(room.memory)} are free; "
+            f"{less}take a smaller model"
         )
 
 
@@ -331,7 +337,8 @@ def _too_much(choice: dict[str, Any], room: Room) -> str:
     what = f"layers {choice['layers']} with {choice['memory']} memory"
     if choice["disk_bytes"] > MARGIN * room.disk:
         return f"{what} takes {megabytes(choice['disk_bytes'])} of disk and {megabytes(room.disk)} are free: free some"
-    others = [*(["--memory low"] if choice["memory"] != "low" else []), "a smaller --batch-size or --max-length"]
+    less = {"high": ["--memory normal or low"], "normal": ["--memory low"], "low": []}
+    others = [*less[choice["memory"]], "a smaller --batch-size or --max-length"]
     return (
         f"{what} takes {megabytes(choice['peak_rss_bytes'])} of memory and {megabytes(room.memory)} are free: "
         f"give {', or '.join(others)}"

@@ -222,7 +222,8 @@ def test_settings_that_were_left_open_are_those_of_the_run(
     assert (saved["max_steps"], saved["threads"], saved["task"]) == (12, 1, "text-generation")
     assert saved["memory"] in ("high", "normal")
     torch.set_num_threads(2)
-    again = tune(replace(config("run"), resume=True, checkpoint_steps=5))
+    # What memory is used for changes nothing of the result.
+    again = tune(replace(config("run"), resume=True, checkpoint_steps=5, memory="low"))
     assert again.report()["threads"] == 1
     assert adapter(again) == adapter(once)
 

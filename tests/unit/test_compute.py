@@ -344,7 +344,9 @@ def test_a_norm_of_another_form_is_left_alone() -> None:
     other = GemmaRMSNorm(32)
     model.model.layers[0].input_layernorm = other.requires_grad_(False)
     plain = other.forward
-    Compute(add_lora(model, family_of("llama"), "text-generation", config()), family_of("llama"), torch.float32, False)
+    Compute(
+        add_lora(model, family_of("llama"), "text-generation", config()), family_of("llama"), torch.float32, "normal"
+    )
     assert other.forward == plain
 
 

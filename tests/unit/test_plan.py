@@ -16,8 +16,9 @@ from edge_ft.config import PlanConfig, TuneConfig
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import AuditRefused, WillNotFit
 from edge_ft.progress import Silent
+from edge_ft.tune import adapted, tune
 from edge_ft.tune import measure as measuring
-from edge_ft.tune import tune
+from edge_ft.tune import plan as planning
 from edge_ft.tune.measure import Curve
 from edge_ft.tune.plan import duration, plan, settle_memory
 from edge_ft.tune.prepare import prepare
@@ -115,10 +116,23 @@ def test_a_base_too_large_is_refused_before_it_is_loaded(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Room, "here", classmethod(lambda cls, out: Room(1000, PLENTY.disk)))
-    monkeypatch.setattr("edge_ft.tune.adapted.load_model", None)
+    monkeypatch.setattr(adapted, "load_model", None)
     with pytest.raises(WillNotFit, match="take a smaller model"):
         tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
     assert not (tmp_path / "run").exists()
+
+
+def test_floats_beside_the_codes_are_reckoned_with(llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(adapted, "load_model", None)
+    weights = sum(array.size for file in llama.glob("*.safetensors") for array in load_file(file).values())
+    settings: dict[str, Any] = {"model": str(llama), "data": str(sums), "memory": "high"}
+    with pytest.raises(WillNotFit, match=r"as int4 beside floats: .* give --memory normal, or take a smaller model"):
+        plan(PlanConfig(**settings), room=Room(2 * weights, PLENTY.disk))
+    with pytest.raises(TypeError):  # goes on to load it
+        plan(PlanConfig(**settings), room=Room(4 * weights, PLENTY.disk))
+    with pytest.raises(WillNotFit, match="beside floats"):
+        plan(PlanConfig(**settings, compute="fp32"), room=Room(4 * weights, PLENTY.disk))
 
 
 def test_rows_that_train_nothing_are_refused_by_a_plan_too(llama: Path, sums: Path) -> None:
@@ -144,7 +158,9 @@ def test_layers_that_are_run_through_several_times_are_one_choice(reviews: Path,
         ({}, PLENTY, False, "normal"),
         ({}, Room(600_000, PLENTY.disk), True, "normal"),  # the model's weights are more than an eighth of it
         ({"batch_size": 16}, PLENTY, True, "normal"),  # steps of more than 512 tokens
-        ({"base_format": "fp32"}, PLENTY, True, "normal"),  # keeps its weights anyway
+        ({"base_format": "fp32"}, PLENTY, True, "normal"),  # floats anyway
+        ({"base_format": "bf16"}, PLENTY, True, "normal"),
+        ({"base_format": "nf4"}, PLENTY, True, "high"),
         ({"compute": "fp32"}, PLENTY, True, "normal"),
         ({"memory": "low"}, PLENTY, True, "low"),
         ({"memory": "high"}, Room(1, 1), False, "high"),

@@ -24,7 +24,7 @@ from edge_ft.base.find import find_base
 from edge_ft.base.load import load_model
 from edge_ft.base.scorer import TorchScorer
 from edge_ft.bench import bench, pretrain_t5
-from edge_ft.config import BenchConfig, EvalConfig, ExportConfig, RowsConfig, RunConfig, TuneConfig
+from edge_ft.config import BenchConfig, EvalConfig, ExportConfig, Memory, RowsConfig, RunConfig, TuneConfig
 from edge_ft.data import Row, TextTokenizer, collate, encode_rows, find_columns, make_rendering, read_rows
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.evaluate import evaluate
@@ -205,14 +205,15 @@ def test_a_fused_step_gives_the_loss_and_the_gradient_of_a_plain_one(t5: Callabl
     batch = collate(encode_rows(rendering, tokenizer, rows), tokenizer.pad_id, TASK)
     config = TuneConfig(model="-", data="-", out="-")  # type: ignore[arg-type]
     found = []
-    for fused, recompute in ((False, False), (True, False), (True, True)):
+    memories: tuple[tuple[bool, Memory], ...] = ((False, "normal"), (True, "normal"), (True, "high"), (True, "low"))
+    for fused, memory in memories:
         model = add_lora(load_model(base, TASK, "int4"), base.family, TASK, config)
         with torch.no_grad():
             for name, parameter in sorted(model.named_parameters()):
                 if "lora_B" in name:
                     torch.manual_seed(len(name))
                     parameter.normal_(std=0.1)
-        compute = Compute(model, base.family, torch.float32, recompute)
+        compute = Compute(model, base.family, torch.float32, memory)
         model.train()
         compute.active = fused
         from edge_ft.base.scorer import HIDDEN
