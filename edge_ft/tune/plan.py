@@ -92,10 +92,9 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
         began = time.monotonic()
         with Peak() as loading:
             # The codes do not change what a step takes: they are chosen for the time and the memory that takes.
-            calibration_rows = 0 if option.memory in most else option.calibration_rows
+            chosen = option if option.memory not in most else replace(option, calibration_rows=0)
             try:
-                option_rows = replace(option, calibration_rows=calibration_rows)
-                backend, scorer = _load(base, prepared, option_rows, tokenizer, device, progress)
+                backend, scorer = _load(base, prepared, chosen, tokenizer, device, progress)
             except UsageError:
                 if option.layers == config.layers:
                     raise
@@ -221,8 +220,7 @@ def _options(config: TuneConfig, base: "Base") -> list[TuneConfig]:
     own = min(last_layers(config.layers) or layers, layers)
     counts = [own] if base.sizes.repeats_layers else sorted({layers, max(layers // 2, 1), own}, reverse=True)
     named = [config.layers if count == own else "all" if count == layers else f"last:{count}" for count in counts]
-    more: Memory = "high" if config.memory == "high" else "normal"
-    uses: tuple[Memory, ...] = (more, "low")
+    uses: tuple[Memory, ...] = ("high" if config.memory == "high" else "normal", "low")
     return [replace(config, layers=name, memory=memory) for name in named for memory in uses]
 
 
