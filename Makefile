@@ -28,11 +28,11 @@ $(INSTALLED): pyproject.toml
 
 # Tunes, exports, runs and scores a decoder and an encoder on real rows; results in out/demo.
 demo: install
-	$(BIN)/python -m edge_ft.bench.demo --out out/demo
+	$(BIN)/python -m edge_ft.bench.studies demo --out out/demo
 
 # The promises of fine-tuning as measurements, into docs/claims.md; stopped, it goes on where it was.
 claims: install
-	$(BIN)/python -m edge_ft.bench.claims --out out/claims --write docs/claims.md
+	$(BIN)/python -m edge_ft.bench.studies claims --out out/claims --write docs/claims.md
 
 # All that guards a change, the short main job on real weights included.
 test: install
@@ -47,12 +47,13 @@ models: install
 	rm -rf out/models
 	MODELS=out/models $(BIN)/python -m pytest $(addprefix tests/,unit/test_families.py unit/test_encoder_families.py \
 		unit/test_encoder_clients.py unit/test_seq2seq.py integration/test_strangers.py packaging/test_strangers.py)
-	$(BIN)/python -m edge_ft.bench.models out/models docs/models.md docs/bundle.md
+	$(BIN)/python -m edge_ft.bench.studies models out/models docs/models.md docs/bundle.md
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build && $(BIN)/pip install --quiet --no-deps --target build/installed .
+	cp -r bench/studies build/installed/edge_ft/bench/
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p edge_ft
 	cd build/installed && PYTHONPATH=. ../../$(BIN)/lint-imports ../../pyproject.toml
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from edge_ft import __version__
 from edge_ft.artifacts import Bundle, kind_of
-from edge_ft.bench.child import run_worker
 from edge_ft.bench.meters import MemoryLimit, cpu_count, machine, memory_limit
 from edge_ft.bench.quality import SCORED, quality_records, settings_of
 from edge_ft.bench.record import records_of
+from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.config import TEXT_TASKS, BenchConfig
 from edge_ft.errors import MissingExtra, UsageError, WillNotFit
 from edge_ft.progress import Progress, Silent, track
@@ -59,7 +59,7 @@ def bench(subjects: Sequence[str], config: BenchConfig, progress: Progress | Non
     Args:
         subjects: Bundles (onnxruntime), run folders and models (torch eager, float32).
         config: What to measure; its budgets are judged by `edge_ft.bench.report.budget_failures`.
-        progress: Told of each process that ended.
+        progress: RecordedProgress of each process that ended.
 
     Returns:
         Records `{subject, variant, metric, unit, value, samples, environment}`: `value` is the median of the

@@ -23,17 +23,17 @@ def settings_of(config: BenchConfig, threads: int) -> dict[str, Any]:
 def score(job: dict[str, Any]) -> dict[str, Any]:
     """What `evaluate` says of the subject of a measuring job, opened as it is opened to be timed."""
     # Here, not above: the process that measures imports no numpy.
-    from edge_ft.data import Rendering, read_rows, stop_ids
-    from edge_ft.evaluate import evaluate_opened
-    from edge_ft.evaluate.open import Opened, open_source, rendering_for
+    from edge_ft.data import Rendering, read_rows, rendering_for, stop_ids
+    from edge_ft.evaluate import evaluate_loaded
+    from edge_ft.evaluate.loading import LoadedSource, open_source
 
     settings = job["score"]
     rows = read_rows(settings["data"])[: settings["limit"]]
     if job["do"] == "bundle":
         config = EvalConfig(**settings, accuracy_level=job["accuracy_level"])
-        return evaluate_opened(open_source(job["bundle"], config, rows), rows, config, Silent())
-    from edge_ft.base.scorer import TorchScorer, task_model_of
-    from edge_ft.bench.peers import load_peer, prepare
+        return evaluate_loaded(open_source(job["bundle"], config, rows), rows, config, Silent())
+    from edge_ft.bench.torch_peer import load_peer, prepare
+    from edge_ft.models.scorer import TorchScorer, task_model_of
 
     config, base = EvalConfig(**settings), prepare(job)
     engine = load_peer(base, job)
@@ -52,8 +52,8 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
     if rendering.problem_type is not None:
         task_model_of(engine.model).config.problem_type = rendering.problem_type
     scorer = TorchScorer(engine.model, rendering.task, stop_ids(rendering, engine.tokenizer))
-    opened = Opened(scorer, engine.tokenizer, rendering, base.max_length)
-    return evaluate_opened(opened, rows, config, Silent())
+    opened = LoadedSource(scorer, engine.tokenizer, rendering, base.max_length)
+    return evaluate_loaded(opened, rows, config, Silent())
 
 
 def quality_records(

@@ -1,6 +1,6 @@
 """The measuring process: one JSON job on stdin, one JSON answer on stdout, and only what it measures in memory.
 
-`python -m edge_ft.bench.worker` is started by `edge_ft.bench.child`. No library beyond the standard one is
+`python -m edge_ft.bench.worker` is started by `edge_ft.bench.subprocess_job`. No library beyond the standard one is
 imported before the job says which engine is wanted.
 """
 
@@ -19,8 +19,8 @@ from edge_ft.config import TEXT_TASKS
 from edge_ft.errors import EdgeFTError, UsageError, require
 
 if TYPE_CHECKING:
-    from edge_ft.bench.openvino import OpenVINOClassifier
-    from edge_ft.bench.peers import TorchClassifier, TorchDecoder
+    from edge_ft.bench.openvino_peer import OpenVINOClassifier
+    from edge_ft.bench.torch_peer import TorchClassifier, TorchDecoder
     from edge_ft.data import TextTokenizer
     from edge_ft.runtime import TextClassifier, TextGenerator
 
@@ -96,7 +96,7 @@ def _find(job: dict[str, Any]) -> dict[str, Any]:
                 # This is a device, and a bundle was meant: that torch is missing would mislead.
                 raise UsageError(f"there is no bundle, run folder or model at {source}")
     require("torch", "train")
-    from edge_ft.bench.peers import find, find_bundle_base
+    from edge_ft.bench.torch_peer import find, find_bundle_base
 
     found = [find(item["source"]) if "source" in item else find_bundle_base(item["bundle"]) for item in wanted]
     for at, item in enumerate(wanted):
@@ -120,14 +120,14 @@ def _measure(job: dict[str, Any]) -> dict[str, float | None]:
         began = time.perf_counter()
         engine = load(job["bundle"], threads=job["threads"], accuracy_level=job["accuracy_level"])
     elif job["do"] == "openvino":
-        from edge_ft.bench.openvino import OpenVINOClassifier
+        from edge_ft.bench.openvino_peer import OpenVINOClassifier
 
         began = time.perf_counter()
         engine = OpenVINOClassifier(Path(job["bundle"]), job["accuracy_level"], job["threads"])
     else:
         # Whatever the hub was needed for was fetched when the model was found.
         os.environ["HF_HUB_OFFLINE"] = "1"
-        from edge_ft.bench.peers import load_peer, prepare
+        from edge_ft.bench.torch_peer import load_peer, prepare
 
         base = prepare(job)
         began = time.perf_counter()

@@ -25,7 +25,7 @@ from edge_ft.config import (
     preset_file,
 )
 from edge_ft.errors import EdgeFTError, UsageError, WillNotFit
-from edge_ft.progress import Lines, Progress, Silent
+from edge_ft.progress import Lines, Progress, ProgressBars, Silent
 
 __all__ = ["main"]
 
@@ -173,7 +173,7 @@ def verify(
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
     """Check a bundle's files and graphs on this machine, and its scores on --data; needs no torch."""
-    from edge_ft.export.verify import verify as run_verify
+    from edge_ft.evaluate.verify import verify as run_verify
 
     with _progress(output) as progress:
         result = run_verify(bundle, settings, progress)
@@ -235,7 +235,7 @@ def run(
     out
         File for the answers to --jsonl, a row for each row in its order.
     """
-    from edge_ft.runtime.answer import answer_file, answer_one, converse
+    from edge_ft.runtime.run import answer_file, answer_one, converse
 
     if (jsonl is None) != (out is None):
         raise UsageError("--jsonl IN and --out OUT go together")
@@ -350,9 +350,7 @@ def _progress(output: Output) -> AbstractContextManager[Progress]:
         return nullcontext(Silent())
     if not sys.stderr.isatty():
         return nullcontext(Lines())
-    from edge_ft.bars import Bars
-
-    return Bars()
+    return ProgressBars()
 
 
 def _show(output: Output, result: Any, table: list[tuple[str, ...]], lines: str) -> None:

@@ -61,7 +61,7 @@ class Family:
         """Names that a classifier's weight [classes, hidden] may have: of a linear layer, of the last of several."""
         return f"{self.heads[task][-1]}.weight", f"{self.heads[task][-1]}.out_proj.weight"
 
-    def settle(self, config: TuneConfig) -> TuneConfig:
+    def resolve(self, config: TuneConfig) -> TuneConfig:
         """`config` with the family's recipe where it leaves that open."""
         return replace(
             config,

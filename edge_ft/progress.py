@@ -1,11 +1,15 @@
-"""How long work reports itself; the command line passes in what draws it."""
+"""How long work reports its progress, and the displays of it: nothing, plain lines, or bars on a terminal."""
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TextIO, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
-__all__ = ["Lines", "Progress", "Silent", "track"]
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+__all__ = ["Lines", "Progress", "ProgressBars", "Silent", "track"]
 
 T = TypeVar("T")
 
@@ -50,6 +54,48 @@ class Lines:
             self.shown = now
             time_left = eta(done - self.first, total - self.first, now - self.started)
             self.say(f"{stage} {done}/{total}  {time_left}  {detail}".rstrip())
+
+
+class ProgressBars:
+    """A bar per stage on stderr, with elapsed and remaining time; news scroll above it."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+        )
+        self._display = RichProgress(*columns, console=Console(stderr=True), transient=True)
+        self._task: TaskID | None = None
+        self._stage = ""
+
+    def __enter__(self) -> "ProgressBars":
+        self._display.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._display.stop()
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        self._display.console.print(text, markup=False, highlight=False)
+
+    def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """Move the bar of `stage`, a new one when the stage changes."""
+        if stage != self._stage or self._task is None:
+            if self._task is not None:
+                self._display.remove_task(self._task)
+            self._stage, self._task = stage, self._display.add_task(stage, total=total, detail=detail)
+        self._display.update(self._task, completed=done, total=total, detail=detail)
 
 
 def eta(done: int, total: int, seconds: float) -> str:

@@ -23,15 +23,15 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
         GateRefused: too much was lost, or nothing was learned; the bundle is kept as `NAME.rejected`.
     """
     torch = require("torch", "train")
-    from edge_ft.base.quiet import quiet_libraries
+    from edge_ft.models.logging import silence_libraries
 
-    with quiet_libraries():
+    with silence_libraries():
         for module in ("onnxscript", "peft", "optimum"):
             require(module, "train")
     from edge_ft.export.bundle import describe, graph_files, write_bundle
-    from edge_ft.export.check import check_bundle, score_torch
     from edge_ft.export.genai import write_genai
     from edge_ft.export.source import open_export_source
+    from edge_ft.export.verification import check_bundle, score_torch
 
     progress = progress or Silent()
     refuse_existing(config.out)
@@ -53,7 +53,7 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
                 (folder / file).unlink()
                 (folder / file).with_suffix(".onnx_data").unlink(missing_ok=True)  # weights of its own
         if opened.base.family.decoder:
-            write_genai(folder, opened.base.family.name, opened.base.sizes, opened.tokenizer, kept[checked.main])
+            write_genai(folder, opened.base.family.name, opened.base.dims, opened.tokenizer, kept[checked.main])
         Bundle.seal(
             folder,
             {

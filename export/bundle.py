@@ -10,16 +10,16 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_ft.artifacts import write_json, write_text
-from edge_ft.base.adapter import lora_pairs
-from edge_ft.base.load import BITS
 from edge_ft.config import INT8_ACTIVATIONS, ExportConfig, Weights
 from edge_ft.data import collate, eval_batches
 from edge_ft.export.activations import Feed, quantize_activations
 from edge_ft.export.lowering import add_lora_inputs, has_linear, lower, store_in_fp16
-from edge_ft.export.pack import write, write_graphs
+from edge_ft.export.packing import write, write_graphs
 from edge_ft.export.source import Source
 from edge_ft.export.trace import trace
 from edge_ft.export.trace_seq2seq import trace_seq2seq
+from edge_ft.models.loading import BITS
+from edge_ft.models.lora import lora_pairs
 from edge_ft.progress import Progress
 
 __all__ = ["describe", "graph_files", "lane", "write_bundle"]
@@ -153,7 +153,7 @@ def describe(source: Source, config: ExportConfig, graphs: dict[int, str], main:
         },
     }
     if base.family.kind == "encoder-decoder":
-        settings = base.sizes.config
+        settings = base.dims.config
         manifest["encoder_graphs"] = {str(level): graph_files(path)[0] for level, path in graphs.items()}
         manifest["tokenization"]["decoder_start"] = int(settings.decoder_start_token_id)
         manifest["cache"] = {
@@ -162,6 +162,6 @@ def describe(source: Source, config: ExportConfig, graphs: dict[int, str], main:
             "head_dim": int(settings.head_dim),
         }
     if base.family.decoder:
-        sizes = base.sizes
+        sizes = base.dims
         manifest["cache"] = {"layers": sizes.layers, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
     return manifest

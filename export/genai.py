@@ -6,8 +6,8 @@ from typing import Any
 import onnx_ir as ir
 
 from edge_ft.artifacts import write_json
-from edge_ft.base.sizes import Sizes
 from edge_ft.data import TextTokenizer
+from edge_ft.models.dims import ModelDims
 
 __all__ = ["write_genai"]
 
@@ -15,7 +15,7 @@ KNOWN = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", 
 """Families that onnxruntime-genai knows by the name that transformers gives them."""
 
 
-def write_genai(folder: Path, family: str, sizes: Sizes, tokenizer: TextTokenizer, graph: str) -> None:
+def write_genai(folder: Path, family: str, sizes: ModelDims, tokenizer: TextTokenizer, graph: str) -> None:
     """Write `genai_config.json` and `NAME_genai.onnx` beside the bundle's `graph` NAME.onnx, over the same weights.
 
     It makes room for the logits of every position that it feeds, unless the graph itself says that there is one.
@@ -30,7 +30,7 @@ def write_genai(folder: Path, family: str, sizes: Sizes, tokenizer: TextTokenize
     write_json(folder / "genai_config.json", _config(family, sizes, tokenizer, path))
 
 
-def _config(family: str, sizes: Sizes, tokenizer: TextTokenizer, graph: str) -> dict[str, Any]:
+def _config(family: str, sizes: ModelDims, tokenizer: TextTokenizer, graph: str) -> dict[str, Any]:
     """Names, sizes and defaults of the decoder at `graph`, relative to the bundle.
 
     A family that it does not know goes by `decoder`, its name for one that reads nothing but what is named here.

@@ -9,11 +9,6 @@ from safetensors import safe_open
 from torch import nn
 
 from edge_ft.artifacts import RunFolder, kind_of
-from edge_ft.base.adapter import adapter_task, load_adapter, merge_adapter
-from edge_ft.base.calibrate import choose_rows, quantize_over, spread
-from edge_ft.base.find import Base, find_base
-from edge_ft.base.linear import is_within, quantize_model
-from edge_ft.base.load import BITS, load_model
 from edge_ft.config import INT8_ACTIVATIONS, BaseFormat, ExportConfig, Task, Weights
 from edge_ft.data import (
     Example,
@@ -26,14 +21,22 @@ from edge_ft.data import (
     find_columns,
     find_labels,
     fingerprint,
+    longest_sequence,
     make_rendering,
     read_rows,
+    rendering_for,
+    with_pooling,
 )
 from edge_ft.errors import DataError, ModelError, UsageError
-from edge_ft.evaluate.open import find_run_base, longest_sequence, open_run_model, pooled, rendering_for
-from edge_ft.evaluate.score import scorable
-from edge_ft.export.verify import VERIFY_ROWS
+from edge_ft.evaluate.loading import find_run_base, open_run_model
+from edge_ft.evaluate.scoring import scorable
+from edge_ft.evaluate.verify import VERIFY_ROWS
+from edge_ft.models.base_model import Base, find_base
+from edge_ft.models.loading import BITS, load_model, quantize_over
+from edge_ft.models.lora import adapter_task, load_adapter, merge_adapter
 from edge_ft.progress import Progress
+from edge_ft.quant.calibration import choose_rows, spread
+from edge_ft.quant.layers import is_within, quantize_model
 
 __all__ = ["Source", "open_export_source"]
 
@@ -166,7 +169,7 @@ def _from_run(run: RunFolder, config: ExportConfig) -> Source:
     rows = read_rows(str(run.split("validation")))[:VERIFY_ROWS]
     test = read_rows(str(run.split("test"))) if run.split("test").stat().st_size else []
     read = {"int8-static": CALIBRATION_ROWS, "int4": identity.get("calibration_rows", 0)}.get(weights, 0)
-    if weights == "int4" and base.sizes.repeats_layers:
+    if weights == "int4" and base.dims.repeats_layers:
         read = 0
     train = spread(read_rows(str(run.split("train"))), read) if read else []
     return Source(
@@ -216,7 +219,7 @@ def _from_model(source: str, config: ExportConfig) -> Source:
         columns = bare_columns(task, problem)
         longest = longest_sequence(config.max_length, base.max_length)
         rendering = make_rendering(config, columns, task, tokenizer, longest, labels)
-    rendering = pooled(rendering, base, config.pooling)
+    rendering = with_pooling(rendering, base, config.pooling)
     examples = scorable(encode_rows(rendering, tokenizer, rows))
     rendering = replace(rendering, labels=labels)  # rows may name classes by number; the bundle names them by name
     if rows and not examples:

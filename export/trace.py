@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic, symbolic_multi_out
 from transformers import AttentionInterface, PreTrainedModel
 
-from edge_ft.base.linear import exporting
-from edge_ft.base.norm import plain_rms_norm
-from edge_ft.base.sizes import Sizes
-from edge_ft.base.supported import refuse_unsupported
 from edge_ft.config import Task
 from edge_ft.export.lowering import quiet
 from edge_ft.families import Family
+from edge_ft.models.dims import ModelDims
+from edge_ft.models.rms_norm import plain_rms_norm
+from edge_ft.models.supported import refuse_unsupported
+from edge_ft.quant.layers import exporting
 
 __all__ = ["trace", "trace_wrapper"]
 
@@ -59,7 +59,7 @@ def trace(model: PreTrainedModel, family: Family, task: Task | None = None) -> i
         ModelError: a decoder that ONNX Runtime's attention does not take.
     """
     # A table of absolute positions can be sliced no further than its end.
-    length = torch.export.Dim("sequence_length", max=Sizes(model.config).positions)
+    length = torch.export.Dim("sequence_length", max=ModelDims(model.config).positions)
     return trace_wrapper(model, _Decoder(model) if family.decoder else _Encoder(model, task or family.tasks[0]), length)
 
 
@@ -118,7 +118,7 @@ class _Decoder(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        sizes = Sizes(model.config)
+        sizes = ModelDims(model.config)
         refuse_unsupported(sizes, "the model")
         heads, size = sizes.kv_heads, sizes.head_dim
         self.inputs: dict[str, Dims] = {

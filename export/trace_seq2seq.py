@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic, symbolic_multi_out
 from transformers import EncoderDecoderCache, PreTrainedModel
 
-from edge_ft.base.scorer import head_input
 from edge_ft.export.trace import Dims, trace_wrapper
+from edge_ft.models.scorer import head_input
 
 __all__ = ["trace_seq2seq"]
 

@@ -6,7 +6,13 @@ import pytest
 from tiny_models import write_bert, write_llama, write_reviews, write_sums
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.bench.cases import decoder_weights, department_rows, encoder_weights, transcript_rows, write_splits
+from edge_ft.bench.studies.datasets import (
+    decoder_weights,
+    department_rows,
+    encoder_weights,
+    transcript_rows,
+    write_splits,
+)
 from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.export import export
 from edge_ft.tune import tune

@@ -1,9 +1,10 @@
 """Rows in, token ids and loss masks out: the same in training and at run time, without torch."""
 
-from edge_ft.data.answers import answer_ids, find_answers
+from edge_ft.data.answer_choices import answer_ids, find_answers
 from edge_ft.data.audit import Finding, audit, template_marks
 from edge_ft.data.batches import Batch, collate, eval_batches, pad, target_mask, train_batches
 from edge_ft.data.chat import render_chat
+from edge_ft.data.choose_rendering import longest_sequence, make_rendering, rendering_for, with_pooling
 from edge_ft.data.classes import class_numbers
 from edge_ft.data.columns import (
     Columns,
@@ -19,15 +20,14 @@ from edge_ft.data.columns import (
     is_empty,
     record,
 )
-from edge_ft.data.example import Example
-from edge_ft.data.read import Row, column_names, read_rows, split_names
-from edge_ft.data.render import (
+from edge_ft.data.encoding import (
     encode_example,
     encode_prompt,
     encode_rows,
-    make_rendering,
     stop_ids,
 )
+from edge_ft.data.example import Example
+from edge_ft.data.readers import Row, column_names, read_rows, split_names
 from edge_ft.data.rendering import Rendering
 from edge_ft.data.split import fingerprint, overlap, split_rows
 from edge_ft.data.tokenizer import TextTokenizer
@@ -61,16 +61,19 @@ __all__ = [
     "guess_task",
     "has_answer",
     "is_empty",
+    "longest_sequence",
     "make_rendering",
     "overlap",
     "pad",
     "read_rows",
     "record",
     "render_chat",
+    "rendering_for",
     "split_names",
     "split_rows",
     "stop_ids",
     "target_mask",
     "template_marks",
     "train_batches",
+    "with_pooling",
 ]

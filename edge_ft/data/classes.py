@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from edge_ft.config import ProblemType
-from edge_ft.data.read import Row
+from edge_ft.data.readers import Row
 from edge_ft.errors import DataError, did_you_mean
 
 __all__ = ["class_numbers", "class_targets", "guess_problem", "read_classes", "sort_classes"]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from edge_ft.config import ProblemType, RowsConfig, Task
 from edge_ft.data.classes import guess_problem, read_classes, sort_classes
-from edge_ft.data.read import Row
+from edge_ft.data.readers import Row
 from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import DataError, did_you_mean
 from edge_ft.families import Kind

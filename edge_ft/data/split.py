@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from edge_ft.data.read import Row
+from edge_ft.data.readers import Row
 
 __all__ = ["content", "fingerprint", "overlap", "split_rows"]
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.config import TEXT_TASKS, EvalConfig
-from edge_ft.data import Row, answer_ids, encode_rows, read_rows
+from edge_ft.data import Row, answer_ids, encode_rows, longest_sequence, read_rows
 from edge_ft.errors import UsageError
-from edge_ft.evaluate.answers import Chooser, answer_metrics, choice_metrics, generate_answers
-from edge_ft.evaluate.open import Opened, longest_sequence, open_source
-from edge_ft.evaluate.score import Answerer, counted, score, summary
-from edge_ft.evaluate.shots import with_shots
+from edge_ft.evaluate.few_shot import with_shots
+from edge_ft.evaluate.generation import Chooser, answer_metrics, choice_metrics, generate_answers
+from edge_ft.evaluate.loading import LoadedSource, open_source
+from edge_ft.evaluate.scoring import Answerer, counted, score, summary
 from edge_ft.progress import Progress, Silent
 
-__all__ = ["evaluate", "evaluate_opened"]
+__all__ = ["evaluate", "evaluate_loaded"]
 
 
 def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -34,11 +34,11 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
     progress = progress or Silent()
     rows = read_rows(config.data)[: config.limit]
     shots = _shot_rows(source, config)[: config.shots] if config.shots else []
-    return {"source": source, **evaluate_opened(open_source(source, config, rows), rows, config, progress, shots)}
+    return {"source": source, **evaluate_loaded(open_source(source, config, rows), rows, config, progress, shots)}
 
 
-def evaluate_opened(
-    opened: Opened, rows: Sequence[Row], config: EvalConfig, progress: Progress, shots: Sequence[Row] = ()
+def evaluate_loaded(
+    opened: LoadedSource, rows: Sequence[Row], config: EvalConfig, progress: Progress, shots: Sequence[Row] = ()
 ) -> dict[str, Any]:
     """What `evaluate` returns, but for the source, of anything that is open."""
     started = time.monotonic()

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from edge_ft.evaluate.judged import ACCURACY, Judged
 from edge_ft.evaluate.metrics import paired, paired_bootstrap
-from edge_ft.evaluate.score import RowScores
+from edge_ft.evaluate.scoring import RowScores
+from edge_ft.evaluate.task_metric import ACCURACY, TaskMetric
 
-__all__ = ["Limits", "Verdict", "judge"]
+__all__ = ["Limits", "Verdict", "evaluate_gate"]
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
-def judge(
+def evaluate_gate(
     base: RowScores,
     trained: RowScores,
     shipped: RowScores,
     limits: Limits,
     adapter_changes_logits: bool,
-    metric: Judged = ACCURACY,
+    metric: TaskMetric = ACCURACY,
 ) -> Verdict:
     """Compare the untuned base, the model as trained and the graph as shipped.
 

@@ -8,7 +8,7 @@ from edge_ft.runtime.cache import KVCache
 from edge_ft.runtime.classify import Classification, TextClassifier
 from edge_ft.runtime.decode import Conversation, Generation, TextGenerator, Timings
 from edge_ft.runtime.embed import TextEmbedder
-from edge_ft.runtime.fill import Fill, FilledText, MaskFiller
+from edge_ft.runtime.fill_mask import Fill, FilledText, MaskFiller
 from edge_ft.runtime.seq2seq import Seq2SeqGenerator
 from edge_ft.runtime.session import open_session
 from edge_ft.runtime.tag import TaggedText, TaggedWord, TextTagger

@@ -24,12 +24,12 @@ from edge_ft.data import (
     target_mask,
 )
 from edge_ft.errors import UsageError
+from edge_ft.runtime.answer_scoring import answer_nll
 from edge_ft.runtime.cache import CacheShape, KVCache
-from edge_ft.runtime.choose import answer_nll
 from edge_ft.runtime.classify import Classification
-from edge_ft.runtime.sample import Sampler
+from edge_ft.runtime.detokenizer import TextPieces
+from edge_ft.runtime.sampling import Sampler
 from edge_ft.runtime.task import OneTask
-from edge_ft.runtime.text import TextPieces
 
 __all__ = [
     "DEFAULT_NEW_TOKENS",
@@ -173,7 +173,7 @@ class TextGenerator(OneTask):
         return found
 
     def answer_nll(self, prompt_ids: list[int], answers: Sequence[list[int]]) -> NDArray[np.float64]:
-        """See `edge_ft.runtime.choose.answer_nll`; the prompt is read once.
+        """See `edge_ft.runtime.answer_scoring.answer_nll`; the prompt is read once.
 
         Raises:
             TooLong: prompt and longest answer are longer together than the model can read.

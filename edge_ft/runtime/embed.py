@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_ft.data import Batch, pad
-from edge_ft.data.related import in_batch, pool
+from edge_ft.data.contrastive import in_batch_loss, pool
 from edge_ft.data.tokenizer import Framed
 from edge_ft.runtime.encoder import Encoder
 
@@ -55,7 +55,7 @@ class TextEmbedder(Encoder):
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Loss (nats) and rank of each row's own second text within the batch, both [batch, 1]."""
-        return in_batch(*self.vectors(batch), batch)
+        return in_batch_loss(*self.vectors(batch), batch)
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,11 +12,11 @@ from edge_ft.artifacts import Bundle
 from edge_ft.config import RunConfig
 from edge_ft.data import Batch, Message, Rendering, TextTokenizer, encode_prompt, stop_ids, target_mask
 from edge_ft.errors import BundleError, UsageError
-from edge_ft.runtime.beam import beam_search
+from edge_ft.runtime.beam_search import beam_search
 from edge_ft.runtime.cache import CacheShape
 from edge_ft.runtime.decode import DEFAULT_NEW_TOKENS, GREEDY, Clock, Generation, Timings, TooLong, last, nll_of, speak
-from edge_ft.runtime.sample import Sampler
-from edge_ft.runtime.text import TextPieces
+from edge_ft.runtime.detokenizer import TextPieces
+from edge_ft.runtime.sampling import Sampler
 
 __all__ = ["Seq2SeqGenerator"]
 

@@ -16,6 +16,7 @@ from edge_ft.data import TextTokenizer, collate, stop_ids
 from edge_ft.errors import Interrupted, ModelError, UsageError, WillNotFit, require
 from edge_ft.families import family_of
 from edge_ft.progress import Progress, Silent
+from edge_ft.system import Room, peak_rss_bytes, release_memory
 from edge_ft.tune.checkpoint import (
     Checkpoint,
     examples_sha256,
@@ -27,17 +28,16 @@ from edge_ft.tune.checkpoint import (
     write_checkpoint,
 )
 from edge_ft.tune.interrupt import Interruption
-from edge_ft.tune.log import Metrics
 from edge_ft.tune.loop import Backend, Fit, fit
-from edge_ft.tune.plan import make_plan, refuse_at_sight, settle_memory
+from edge_ft.tune.metrics_log import Metrics
+from edge_ft.tune.plan import make_plan, refuse_at_sight, resolve_memory
 from edge_ft.tune.plot import plot_losses
 from edge_ft.tune.prepare import Prepared, prepare, write_splits
 from edge_ft.tune.report import results
-from edge_ft.tune.room import Room, give_back, peak_rss_bytes
 
 if TYPE_CHECKING:
-    from edge_ft.base.find import Base
-    from edge_ft.tune.ranks import Ranks
+    from edge_ft.models.base_model import Base
+    from edge_ft.tune.distributed import Ranks
 
 __all__ = ["tune"]
 
@@ -57,18 +57,18 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         Interrupted: stopped by Ctrl-C or SIGTERM; a checkpoint and the best adapter so far are in the folder.
     """
     torch = require("torch", "train")
-    from edge_ft.base.quiet import quiet_libraries
+    from edge_ft.models.logging import silence_libraries
 
-    with quiet_libraries():
+    with silence_libraries():
         require("peft", "train")
-    from edge_ft.base.calibrate import Calibration, choose_rows
-    from edge_ft.base.codes import write_codes
-    from edge_ft.base.find import find_base
-    from edge_ft.base.linear import codes_sha256
-    from edge_ft.base.scorer import TorchScorer
-    from edge_ft.tune.adapted import load_adapted
-    from edge_ft.tune.ranks import RankedBackend, Ranks
+    from edge_ft.models.base_model import find_base
+    from edge_ft.models.scorer import TorchScorer
+    from edge_ft.quant.calibration import Calibration, choose_rows
+    from edge_ft.quant.layers import codes_sha256
+    from edge_ft.quant.serialization import write_codes
+    from edge_ft.tune.distributed import RankedBackend, Ranks
     from edge_ft.tune.torch_backend import TorchBackend
+    from edge_ft.tune.trainable_model import load_trainable_model
 
     started = time.monotonic()
     progress = progress or Silent()
@@ -85,7 +85,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         torch.set_num_threads(config.threads)
     with ranks.one_after_the_other():  # a GGUF file is converted once
         base = find_base(config.model, asked_task)  # another model is named as such, not by what it cannot do
-    config = base.family.settle(config)
+    config = base.family.resolve(config)
     identity: dict[str, Any] = {}
 
     def identify(**found: Any) -> None:
@@ -101,12 +101,12 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     if task == "feature-extraction" and ranks.world > 1:
         raise UsageError("feature-extraction tells apart the texts of a whole batch: train it in one process")
     longest = max(max(example.input_ids) for rows in prepared.examples.values() for example in rows)
-    if longest >= base.sizes.vocabulary:
-        raise ModelError(f"{base.path}: its tokenizer gives id {longest}, its model knows {base.sizes.vocabulary}")
+    if longest >= base.dims.vocabulary:
+        raise ModelError(f"{base.path}: its tokenizer gives id {longest}, its model knows {base.dims.vocabulary}")
     counts = {name: len(examples) for name, examples in prepared.examples.items()}
     identify(data_fingerprint=prepared.fingerprint, rows=counts, examples_sha256=examples_sha256(prepared.examples))
     device, room = ranks.device, Room.here(run.path)
-    config = settle_memory(base, config, prepared, room, device, ranks.world)
+    config = resolve_memory(base, config, prepared, room, device, ranks.world)
     refuse_at_sight(base, config, room)
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
     rows = config.base_calibration_rows
@@ -115,7 +115,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         if run.codes.is_file()
         else choose_rows(prepared.examples["train"], rows, tokenizer.pad_id, task, progress)
     )
-    peft_model = load_adapted(base, prepared, config, codes, device)
+    peft_model = load_trainable_model(base, prepared, config, codes, device)
     identify(codes_sha256=codes_sha256(peft_model) if config.base_format != "fp32" else None)
     calibration = codes.to_dict() if isinstance(codes, Calibration) else None
     if codes == run.codes:  # chosen before this process began
@@ -132,7 +132,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         task=task,
         threads=torch.get_num_threads(),
         max_length=prepared.rendering.max_length,
-        compute=backend.settle(first),
+        compute=backend.resolve(first),
     )
 
     scorer = TorchScorer(peft_model, task, stop_ids(prepared.rendering, tokenizer))
@@ -158,7 +158,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         result = _train(run, config, backend, prepared, tokenizer, identity, checkpoint, ranks, progress)
         backend.save(run.adapter)
         backend.compute.keep(None)
-        give_back()  # the answers of the report would come on top of what steps took
+        release_memory()  # the answers of the report would come on top of what steps took
         found = results(
             scorer, peft_model.disable_adapter, result, prepared, tokenizer, base.max_length, config, progress
         )

@@ -23,7 +23,7 @@ from edge_ft.artifacts import file_sha256, write_json
 from edge_ft.config import TuneConfig, as_plain
 from edge_ft.data import Example
 from edge_ft.errors import UsageError
-from edge_ft.evaluate.score import RowScores
+from edge_ft.evaluate.scoring import RowScores
 from edge_ft.tune.loop import Fit
 
 __all__ = [

@@ -19,7 +19,7 @@ from edge_ft.artifacts import disk_full
 from edge_ft.config import TuneConfig
 from edge_ft.data import Batch, Example, collate, target_mask, train_batches
 from edge_ft.errors import UsageError
-from edge_ft.evaluate.score import Embedder, RowScores, Scorer, score
+from edge_ft.evaluate.scoring import Embedder, RowScores, Scorer, score
 from edge_ft.progress import Progress
 from edge_ft.tune.stopwatch import Stopwatch
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from edge_ft.config import TEXT_TASKS, Task, TuneConfig
 from edge_ft.data import Batch, Example, collate, train_batches
-from edge_ft.evaluate.score import Answerer
+from edge_ft.evaluate.scoring import Answerer
+from edge_ft.system import Peak, Room, release_memory, resident_bytes
 from edge_ft.tune.loop import Backend, planned_steps
 from edge_ft.tune.prepare import Prepared
-from edge_ft.tune.room import Peak, Room, give_back, resident_bytes
 
 __all__ = ["Curve", "Measured", "batches_of", "measure", "padded"]
 
@@ -118,7 +118,7 @@ def measure(
         return seconds, before + more
 
     trained(collated(few))  # the first pass also pays for what is set up once, and dequantizes what is kept
-    give_back()
+    release_memory()
     idle = resident_bytes()
     taken: list[Batch] = []
     sizes, steps, looks, memory = [0], [0.0], [0.0], [float(idle)]

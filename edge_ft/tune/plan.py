@@ -15,20 +15,20 @@ from edge_ft.artifacts import RunFolder
 from edge_ft.config import TEXT_TASKS, Memory, TuneConfig, last_layers
 from edge_ft.data import Example, TextTokenizer, collate, eval_batches
 from edge_ft.errors import UsageError, WillNotFit, require
-from edge_ft.evaluate.score import Answerer
+from edge_ft.evaluate.scoring import Answerer
 from edge_ft.progress import Progress, Silent
+from edge_ft.system import Peak, Room, peak_rss_bytes, release_memory, resident_bytes
 from edge_ft.tune.loop import LOOKS, Backend, planned_steps
 from edge_ft.tune.measure import Measured, batches_of, measure, padded
 from edge_ft.tune.prepare import SPLITS, Prepared, prepare
 from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS
-from edge_ft.tune.room import Peak, Room, give_back, peak_rss_bytes, resident_bytes
 
 if TYPE_CHECKING:
     import torch
 
-    from edge_ft.base.find import Base
+    from edge_ft.models.base_model import Base
 
-__all__ = ["make_plan", "plan", "refuse_at_sight", "settle_memory"]
+__all__ = ["make_plan", "plan", "refuse_at_sight", "resolve_memory"]
 
 SHORT_STEP = 512
 """Padded tokens of a step up to which keeping the frozen weights in bfloat16 saves a sixth of its time and more."""
@@ -64,11 +64,11 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
         WillNotFit: no choice fits into memory and disk.
     """
     torch = require("torch", "train")
-    from edge_ft.base.quiet import quiet_libraries
+    from edge_ft.models.logging import silence_libraries
 
-    with quiet_libraries():
+    with silence_libraries():
         require("peft", "train")
-    from edge_ft.base.find import find_base
+    from edge_ft.models.base_model import find_base
 
     progress = progress or Silent()
     room = room or Room.here(config.out)
@@ -76,11 +76,11 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     base = find_base(config.model, config.task)
-    config = base.family.settle(config)
+    config = base.family.resolve(config)
     tokenizer = TextTokenizer.load(base.path)
     prepared = prepare(config, base, tokenizer, progress)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = settle_memory(base, config, prepared, room, device)
+    config = resolve_memory(base, config, prepared, room, device)
     ready = time.monotonic() - started
     weights = _weights(base)
     choices: list[dict[str, Any]] = []
@@ -102,14 +102,14 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
         most[option.memory] = max(most.get(option.memory, 0), loading.bytes)
         loaded.append(time.monotonic() - began)
         first = collate(prepared.examples["validation"][: config.rows_at_once], tokenizer.pad_id, prepared.task)
-        option = replace(option, compute=backend.settle(first))
+        option = replace(option, compute=backend.resolve(first))
         measured = measure(backend, scorer, prepared, option, tokenizer.pad_id, room, most[option.memory])
         # The first time is also that of what a tune imports.
         before = ready + loaded[0] + time.monotonic() - began - loaded[-1]
         kept = int(weights * BYTES_PER_WEIGHT["int4"]) if option.base_calibration_rows else 0
         choices.append(_choice(option, prepared, measured, tokenizer, before, kept, room))
         del backend, scorer
-        give_back()
+        release_memory()
     recommended = next((choice for choice in choices if choice["fits"]), None)
     if recommended is None:
         raise WillNotFit(_too_much(min(choices, key=lambda choice: choice["peak_rss_bytes"]), room))
@@ -157,11 +157,11 @@ def make_plan(
     return result
 
 
-def settle_memory(
+def resolve_memory(
     base: "Base", config: TuneConfig, prepared: Prepared, room: Room, device: "torch.device", processes: int = 1
 ) -> TuneConfig:
     """`config` with what memory is used for, where it leaves that open; each of the processes has its own weights."""
-    from edge_ft.base.compute import has_bf16
+    from edge_ft.quant.bf16 import has_bf16
 
     if config.memory is not None:
         return config
@@ -216,9 +216,9 @@ def megabytes(size: float) -> str:
 
 def _options(config: TuneConfig, base: "Base") -> list[TuneConfig]:
     """The settings worth choosing between, the best first: fewer layers learn less, less memory only costs time."""
-    layers = base.sizes.layers
+    layers = base.dims.layers
     own = min(last_layers(config.layers) or layers, layers)
-    counts = [own] if base.sizes.repeats_layers else sorted({layers, max(layers // 2, 1), own}, reverse=True)
+    counts = [own] if base.dims.repeats_layers else sorted({layers, max(layers // 2, 1), own}, reverse=True)
     named = [config.layers if count == own else "all" if count == layers else f"last:{count}" for count in counts]
     uses: tuple[Memory, ...] = ("high" if config.memory == "high" else "normal", "low")
     return [replace(config, layers=name, memory=memory) for name in named for memory in uses]
@@ -232,14 +232,14 @@ def _load(
     device: "torch.device",
     progress: Progress,
 ) -> tuple[Any, Answerer]:
-    from edge_ft.base.calibrate import choose_rows
-    from edge_ft.base.scorer import TorchScorer
-    from edge_ft.tune.adapted import load_adapted
+    from edge_ft.models.scorer import TorchScorer
+    from edge_ft.quant.calibration import choose_rows
     from edge_ft.tune.torch_backend import TorchBackend
+    from edge_ft.tune.trainable_model import load_trainable_model
 
     task, rows = prepared.task, config.base_calibration_rows
     codes = choose_rows(prepared.examples["train"], rows, tokenizer.pad_id, task, progress)
-    peft_model = load_adapted(base, prepared, config, codes, device)
+    peft_model = load_trainable_model(base, prepared, config, codes, device)
     return TorchBackend(peft_model, base.family, task, config), TorchScorer(peft_model, task)
 
 

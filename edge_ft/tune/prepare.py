@@ -30,6 +30,7 @@ from edge_ft.data import (
     guess_task,
     has_answer,
     is_empty,
+    longest_sequence,
     make_rendering,
     overlap,
     read_rows,
@@ -37,17 +38,17 @@ from edge_ft.data import (
     split_names,
     split_rows,
     template_marks,
+    with_pooling,
 )
 from edge_ft.data.audit import CODES, excerpt, numbered, shortened
 from edge_ft.data.example import IGNORED
 from edge_ft.errors import AuditRefused, DataError, UsageError, did_you_mean
-from edge_ft.evaluate.open import longest_sequence, pooled
-from edge_ft.evaluate.score import scorable
+from edge_ft.evaluate.scoring import scorable
 from edge_ft.families import CLASSIFIERS
 from edge_ft.progress import Progress
 
 if TYPE_CHECKING:
-    from edge_ft.base.find import Base
+    from edge_ft.models.base_model import Base
 
 __all__ = ["Prepared", "prepare", "write_splits"]
 
@@ -120,7 +121,7 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
         if unseen := sorted(set(found) - set(find_labels(rows["train"], columns))):
             progress.say(f"no train row is of class {', '.join(unseen)}: it cannot be learned")
     longest = base.max_length if config.max_length == "auto" else longest_sequence(config.max_length, base.max_length)
-    rendering = pooled(make_rendering(config, columns, task, tokenizer, longest, labels), base, config.pooling)
+    rendering = with_pooling(make_rendering(config, columns, task, tokenizer, longest, labels), base, config.pooling)
     records = {name: [record(row, columns) for row in rows[name]] for name in SPLITS}
     examples = _encode(rendering, tokenizer, records)
     if config.max_length == "auto":

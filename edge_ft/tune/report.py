@@ -8,13 +8,13 @@ import numpy as np
 
 from edge_ft.config import TEXT_TASKS, TuneConfig
 from edge_ft.data import Example, Rendering, TextTokenizer, answer_ids
-from edge_ft.evaluate.answers import Answer, Chooser, answer_metrics, choice_metrics, generate_answers
+from edge_ft.evaluate.generation import Answer, Chooser, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.metrics import Metric
-from edge_ft.evaluate.score import Answerer, RowScores, said, score, summary
+from edge_ft.evaluate.scoring import Answerer, RowScores, prediction_text, score, summary
 from edge_ft.progress import Progress, Silent
+from edge_ft.system import release_memory
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.prepare import Prepared
-from edge_ft.tune.room import give_back
 
 __all__ = ["results"]
 
@@ -98,8 +98,8 @@ def results(
         samples = [
             {
                 **_shown(example, tokenizer),
-                "base": said(before.predicted[index], prepared.rendering, tokenizer),
-                "tuned": said(after.predicted[index], prepared.rendering, tokenizer),
+                "base": prediction_text(before.predicted[index], prepared.rendering, tokenizer),
+                "tuned": prediction_text(after.predicted[index], prepared.rendering, tokenizer),
             }
             for index, example in enumerate(examples)
         ]
@@ -163,7 +163,7 @@ def _answers(
             )
             if choices and isinstance(scorer, Chooser):
                 chosen[name] = choice_metrics(scorer, examples, choices, model_limit, progress, f"choices, {name}")
-    give_back()  # ROUGE brings libraries of 160 MB, which would come on top of what answers took
+    release_memory()  # ROUGE brings libraries of 160 MB, which would come on top of what answers took
     metrics: dict[str, dict[str, Any]] = {}
     for name, texts in answers.items():
         found = answer_metrics(texts, progress if name == "base" else Silent()) | chosen.get(name, {})

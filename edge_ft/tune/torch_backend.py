@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_ft.base.compute import Compute, has_bf16
-from edge_ft.base.head import softcap_of, target_loss
-from edge_ft.base.scorer import HIDDEN, LOSSES, TorchScorer, task_model_of
 from edge_ft.config import Task, TuneConfig
 from edge_ft.data import Batch
 from edge_ft.families import Family
+from edge_ft.models.chunked_loss import softcap_of, target_loss
+from edge_ft.models.compute import Compute
+from edge_ft.models.scorer import HIDDEN, LOSSES, TorchScorer, task_model_of
+from edge_ft.quant.bf16 import has_bf16
 
 __all__ = ["TorchBackend"]
 
@@ -58,7 +59,7 @@ class TorchBackend(TorchScorer):
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    def settle(self, batch: Batch) -> Literal["fp32", "bf16"]:
+    def resolve(self, batch: Batch) -> Literal["fp32", "bf16"]:
         """What `compute: auto` comes to: bf16 where the device has it and the loss of `batch` is float32's."""
         if self._asked == "auto" and self.dtype == torch.bfloat16:
             narrow = float(self.token_nll(batch)[0].sum())

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from edge_ft.base.find import find_base
-from edge_ft.base.linear import FrozenLinear, move
-from edge_ft.base.load import load_model
-from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import EvalConfig, ExportConfig, TuneConfig
 from edge_ft.evaluate import evaluate
 from edge_ft.export import export
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
+from edge_ft.models.scorer import TorchScorer
+from edge_ft.quant.layers import FrozenLinear, move
 from edge_ft.tune import tune
 from edge_ft.tune.torch_backend import TorchBackend
 

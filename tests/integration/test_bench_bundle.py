@@ -16,10 +16,10 @@ from transformers import LlamaForCausalLM
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.bench import bench
-from edge_ft.bench.child import run_worker
-from edge_ft.bench.peers import TorchDecoder
 from edge_ft.bench.record import DECODER_UNITS, units_of
 from edge_ft.bench.report import table
+from edge_ft.bench.subprocess_job import run_worker
+from edge_ft.bench.torch_peer import TorchDecoder
 from edge_ft.config import BenchConfig, EvalConfig
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import BundleError, EdgeFTError, ModelError, UsageError

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from edge_ft.artifacts import RunFolder
-from edge_ft.bench.cases import decoder_weights
+from edge_ft.bench.studies.datasets import decoder_weights
 from edge_ft.config import ExportConfig, RunConfig
 from edge_ft.export import export
 from edge_ft.runtime import TextGenerator, load

@@ -8,12 +8,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.base.linear import QuantLinear
-from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import EvalConfig
 from edge_ft.data import collate, encode_rows, read_rows
 from edge_ft.evaluate import evaluate
-from edge_ft.evaluate.open import open_run_model
+from edge_ft.evaluate.loading import open_run_model
+from edge_ft.models.scorer import TorchScorer
+from edge_ft.quant.layers import QuantLinear
 from edge_ft.runtime import load
 
 

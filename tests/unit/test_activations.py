@@ -10,12 +10,12 @@ import pytest
 from numpy.typing import NDArray
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.base.find import find_base
 from edge_ft.config import EvalConfig, ExportConfig, VerifyConfig
 from edge_ft.errors import BundleError, GateRefused, UsageError
 from edge_ft.evaluate import evaluate
+from edge_ft.evaluate.verify import verify
 from edge_ft.export import export
-from edge_ft.export.verify import verify
+from edge_ft.models.base_model import find_base
 from edge_ft.runtime import TextClassifier, load
 
 KINDS = ("int8-dynamic", "int8-static")
@@ -154,8 +154,8 @@ def test_what_cannot_hold_it_is_refused_by_name(
 
 def _write_with_head(run: RunFolder, folder: Path) -> None:
     """The run's merged model as a plain checkpoint."""
-    from edge_ft.base.adapter import merge_adapter
-    from edge_ft.base.load import load_model
+    from edge_ft.models.loading import load_model
+    from edge_ft.models.lora import merge_adapter
 
     base = find_base(run.base()["path"])
     labels = tuple(run.rendering()["labels"])

@@ -13,14 +13,14 @@ from tiny_models import write_llama
 from transformers import AutoModelForCausalLM
 
 from edge_ft.artifacts import RunFolder
-from edge_ft.base.adapter import add_lora, load_adapter, lora_pairs, merge_adapter
-from edge_ft.base.find import find_base
-from edge_ft.base.grid import dequantize
-from edge_ft.base.linear import QuantEmbedding, QuantLinear, codes_sha256, frozen_layers
-from edge_ft.base.load import load_model
 from edge_ft.config import TuneConfig
 from edge_ft.errors import ModelError, UsageError
-from edge_ft.evaluate.open import open_run_model
+from edge_ft.evaluate.loading import open_run_model
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
+from edge_ft.models.lora import add_lora, load_adapter, lora_pairs, merge_adapter
+from edge_ft.quant.blockwise import dequantize
+from edge_ft.quant.layers import QuantEmbedding, QuantLinear, codes_sha256, frozen_layers
 
 IDS = torch.tensor([[1, 20, 30, 40, 50, 60]])
 

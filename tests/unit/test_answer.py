@@ -14,7 +14,7 @@ from edge_ft.config import RunConfig
 from edge_ft.data import Columns, Rendering
 from edge_ft.errors import DataError, UsageError
 from edge_ft.progress import Silent
-from edge_ft.runtime.answer import answer_file, answer_one, converse
+from edge_ft.runtime.run import answer_file, answer_one, converse
 
 CONFIG = RunConfig(threads=1, max_new_tokens=2)
 TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "seven"}]

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 
 import pytest
+from recorded_progress import RecordedProgress
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
-from told import Told
 
 from edge_ft.artifacts import RunFolder
-from edge_ft.base.scorer import TorchScorer
 from edge_ft.data import Example, TextTokenizer
 from edge_ft.errors import MissingExtra
-from edge_ft.evaluate import answers as module
-from edge_ft.evaluate.answers import Answer, answer_metrics, generate_answers
-from edge_ft.evaluate.open import open_run_model
+from edge_ft.evaluate import generation as module
+from edge_ft.evaluate.generation import Answer, answer_metrics, generate_answers
+from edge_ft.evaluate.loading import open_run_model
+from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 
 REFERENCE = "The pump runs at night."
@@ -77,7 +77,7 @@ def test_on_a_device_what_needs_the_extra_is_left_out_and_said(monkeypatch: pyte
         raise MissingExtra(f"this needs the package {name!r}: pip install 'edge-ft[{extra}]'")
 
     monkeypatch.setattr(module, "require", missing)
-    told = Told()
+    told = RecordedProgress()
     found = answer_metrics([Answer("yes", "yes", True)], told)
     assert {"exact_match", "token_f1", "eos_rate"} <= set(found)
     assert not {"rouge1", "chrf"} & set(found)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from small_tokenizers import write_bpe
 
-from edge_ft.base.find import Base
 from edge_ft.config import TuneConfig
 from edge_ft.data import Example, Finding, Record, TextTokenizer, audit, template_marks
 from edge_ft.data.audit import CODES
 from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import AuditRefused, UsageError
 from edge_ft.families import family_of
+from edge_ft.models.base_model import Base
 from edge_ft.progress import Silent
 from edge_ft.tune.prepare import Prepared, prepare
 

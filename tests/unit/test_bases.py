@@ -11,14 +11,14 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import write_llama
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.base.linear import QuantEmbedding, QuantLinear
 from edge_ft.config import EvalConfig, ExportConfig, TuneConfig, VerifyConfig
 from edge_ft.data import Example, collate
 from edge_ft.errors import ModelError, UsageError
 from edge_ft.evaluate import evaluate
-from edge_ft.evaluate.open import open_run_model
+from edge_ft.evaluate.loading import open_run_model
+from edge_ft.evaluate.verify import verify
 from edge_ft.export import export
-from edge_ft.export.verify import verify
+from edge_ft.quant.layers import QuantEmbedding, QuantLinear
 from edge_ft.runtime import load
 from edge_ft.tune import tune
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import write_llama
 
-from edge_ft.base.bf16 import BF16Linear
-from edge_ft.base.find import find_base
-from edge_ft.base.linear import move
-from edge_ft.base.load import load_model
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
+from edge_ft.quant.bf16 import BF16Linear
+from edge_ft.quant.layers import move
 
 IDS = torch.arange(3, 27)[None]
 

@@ -13,17 +13,17 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_encoder_config, write_decoder, write_encoder, write_t5
 
 from edge_ft.artifacts import RunFolder
-from edge_ft.base.calibrate import MOST_TOKENS, Calibration, choose_rows, spread
-from edge_ft.base.find import find_base
-from edge_ft.base.linear import codes_sha256, frozen_layers
-from edge_ft.base.load import load_model
-from edge_ft.base.losses import embed
-from edge_ft.base.scorer import HIDDEN, LOSSES
 from edge_ft.config import ExportConfig, Task, TuneConfig
 from edge_ft.data.example import Example
 from edge_ft.errors import ModelError
-from edge_ft.evaluate.open import open_run_model
+from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
+from edge_ft.models.losses import embed
+from edge_ft.models.scorer import HIDDEN, LOSSES
+from edge_ft.quant.calibration import MOST_TOKENS, Calibration, choose_rows, spread
+from edge_ft.quant.layers import codes_sha256, frozen_layers
 from edge_ft.tune import tune
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def outcome(model: Any, task: Task, calibration: Calibration) -> np.ndarray:
 )
 def test_the_model_is_closer_to_the_float_one_over_the_rows(name: str, task: Task, models: dict[str, Path]) -> None:
     base, labels = find_base(str(models[name])), ("a", "b") if task == "text-classification" else ()
-    rows = choose_rows(examples(task), 24, base.sizes.config.pad_token_id or 0, task)
+    rows = choose_rows(examples(task), 24, base.dims.config.pad_token_id or 0, task)
     assert rows is not None
     exact, nearest, chosen = (
         load_model(base, task, form, labels=labels, codes=codes)

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from recorded_progress import RecordedProgress
 from safetensors.numpy import load_file
 from tiny_models import write_bert, write_llama, write_sums
-from told import Told
 
 from edge_ft.artifacts import RunFolder, disk_full, kind_of
 from edge_ft.config import TuneConfig
@@ -452,7 +452,7 @@ def test_a_full_disk_during_a_checkpoint_is_said_once_and_the_run_goes_on(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    told = Told()
+    told = RecordedProgress()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save_file", full)
         updates = [0]
@@ -484,7 +484,7 @@ def test_when_nothing_can_be_written_the_run_ends_and_goes_on_later(
             self.file.write(json.dumps(line).encode()[:9])  # what still went in
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        patch.setattr("edge_ft.tune.log.Metrics.log", full)
+        patch.setattr("edge_ft.tune.metrics_log.Metrics.log", full)
         with pytest.raises(WillNotFit, match=r"disk is full.*edge-ft tune --config .* --resume"):
             tune(stopped)
     run = tune(stopped)

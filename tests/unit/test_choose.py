@@ -12,16 +12,16 @@ import pytest
 from tiny_bundle import write_classifier, write_decoder
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import EvalConfig, RunConfig
 from edge_ft.data import Columns, Example, Rendering, Row, TextTokenizer, answer_ids, collate, find_answers
 from edge_ft.errors import UsageError
 from edge_ft.evaluate import evaluate
-from edge_ft.evaluate.open import open_run_model
+from edge_ft.evaluate.loading import open_run_model
+from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 from edge_ft.runtime import KVCache, TextGenerator, load
-from edge_ft.runtime.answer import answer_file, answer_one
 from edge_ft.runtime.decode import TooLong
+from edge_ft.runtime.run import answer_file, answer_one
 
 LABELS = ("no", "not sure", "yes", "no way")
 """Of different lengths, one the beginning of others."""

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edge_ft.base import attention, compute, head
-from edge_ft.base.adapter import add_lora
-from edge_ft.base.compute import Compute, has_bf16
-from edge_ft.base.find import find_base
-from edge_ft.base.grid import quantize
-from edge_ft.base.linear import QuantLinear, quantize_model
-from edge_ft.base.load import load_model
-from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import TuneConfig
 from edge_ft.data import Batch
 from edge_ft.families import family_of
+from edge_ft.models import chunked_loss as head
+from edge_ft.models import compute
+from edge_ft.models import short_attention as attention
+from edge_ft.models.base_model import find_base
+from edge_ft.models.compute import Compute
+from edge_ft.models.loading import load_model
+from edge_ft.models.lora import add_lora
+from edge_ft.models.scorer import TorchScorer
+from edge_ft.quant.bf16 import has_bf16
+from edge_ft.quant.blockwise import quantize
+from edge_ft.quant.layers import QuantLinear, quantize_model
 from edge_ft.tune import torch_backend
 from edge_ft.tune.torch_backend import TorchBackend
 
@@ -366,5 +369,5 @@ def test_auto_is_bfloat16_where_the_processor_has_it_and_the_loss_agrees(
         monkeypatch.setattr(torch_backend, "has_bf16", lambda _, narrow=narrow: narrow)
         monkeypatch.setattr(torch_backend, "_AGREEMENT", agreement)
         backend = TorchBackend(adapted(llama, settings), family_of("llama"), "text-generation", settings)
-        assert backend.settle(batch) == expected
+        assert backend.resolve(batch) == expected
         assert (backend.dtype == backend.compute.dtype == torch.bfloat16) == (expected == "bf16")

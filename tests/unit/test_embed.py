@@ -12,18 +12,18 @@ import torch
 from transformers import BertModel
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.base.find import find_base
 from edge_ft.config import EvalConfig, ExportConfig, RunConfig, TuneConfig
-from edge_ft.data.related import in_batch, same_texts
+from edge_ft.data.contrastive import duplicate_texts, in_batch_loss
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.evaluate import evaluate
 from edge_ft.evaluate.metrics import recall
 from edge_ft.export import export
+from edge_ft.models.base_model import find_base
 from edge_ft.progress import Silent
 from edge_ft.runtime import TextEmbedder, load
-from edge_ft.runtime.answer import answer_file
+from edge_ft.runtime.run import answer_file
 from edge_ft.tune import tune
-from edge_ft.tune.ranks import Ranks
+from edge_ft.tune.distributed import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +172,9 @@ def test_a_row_out_for_each_row_in(bundle: Bundle, rows: Path, tmp_path: Path) -
 def test_a_second_text_that_is_right_for_two_rows_is_no_mistake_for_either() -> None:
     ids = np.array([[1, 2], [1, 3], [1, 4]])
     batch: Any = {"input_ids": ids, "pair_input_ids": np.array([[7], [7], [8]]), "rows": [1, 2, 3]}
-    assert same_texts(batch).tolist() == [[False, True, False], [True, False, False], [False] * 3]
+    assert duplicate_texts(batch).tolist() == [[False, True, False], [True, False, False], [False] * 3]
     vectors = np.eye(3, dtype=np.float32)
-    nll, rank = in_batch(vectors, vectors[[0, 0, 2]], batch)
+    nll, rank = in_batch_loss(vectors, vectors[[0, 0, 2]], batch)
     assert rank.tolist() == [[0], [0], [0]]
     assert nll[0, 0] == pytest.approx(np.log1p(np.exp(-20)), abs=1e-6)
 

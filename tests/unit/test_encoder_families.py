@@ -15,16 +15,16 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from edge_ft.artifacts import RunFolder
-from edge_ft.base.adapter import add_lora
-from edge_ft.base.find import find_base
-from edge_ft.base.load import load_model
 from edge_ft.config import ExportConfig, Task, TuneConfig
 from edge_ft.data import Batch, collate, encode_rows, read_rows
 from edge_ft.errors import DataError, ModelError, UsageError
-from edge_ft.evaluate.open import open_run_model
+from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
 from edge_ft.export.lowering import lower
 from edge_ft.export.trace import trace
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
+from edge_ft.models.lora import add_lora
 from edge_ft.runtime import TextClassifier, load
 from edge_ft.tune import tune
 from edge_ft.tune.torch_backend import TorchBackend

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.base.find import find_base
-from edge_ft.base.load import load_model
-from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import EvalConfig, VerifyConfig
-from edge_ft.data import TextTokenizer, fingerprint, read_rows
+from edge_ft.data import TextTokenizer, fingerprint, longest_sequence, read_rows, rendering_for
 from edge_ft.errors import AuditRefused, BundleError, DataError, GateRefused, UsageError
 from edge_ft.evaluate import evaluate
-from edge_ft.evaluate.open import longest_sequence, open_run_model, open_source, rendering_for
-from edge_ft.evaluate.shots import with_shots
-from edge_ft.export.verify import verify
+from edge_ft.evaluate.few_shot import with_shots
+from edge_ft.evaluate.loading import open_run_model, open_source
+from edge_ft.evaluate.verify import verify
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
+from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 
 CUTS = 41
@@ -300,7 +300,7 @@ def test_rows_beyond_those_that_export_read_do_not_hide_them(
     llama_bundle: Bundle, llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     few = len(read_rows(rows(llama_run, "validation")))
-    monkeypatch.setattr("edge_ft.export.verify.VERIFY_ROWS", few)
+    monkeypatch.setattr("edge_ft.evaluate.verify.VERIFY_ROWS", few)
     longer = tmp_path / "longer.jsonl"
     longer.write_text(Path(rows(llama_run, "validation")).read_text() + Path(rows(llama_run)).read_text())
     found = verify(llama_bundle.path, VerifyConfig(data=str(longer)))
@@ -310,7 +310,7 @@ def test_rows_beyond_those_that_export_read_do_not_hide_them(
 def test_what_was_refused_at_export_is_not_scored_again(
     llama_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("edge_ft.export.verify.load", lambda *_, **__: pytest.fail("was opened"))
+    monkeypatch.setattr("edge_ft.evaluate.verify.load", lambda *_, **__: pytest.fail("was opened"))
     refused = forge(llama_bundle, tmp_path, lambda found: found.update(refused=["no gain", "too much tax"]))
     with pytest.raises(GateRefused, match="no gain; too much tax"):
         verify(refused, VerifyConfig())
@@ -450,8 +450,8 @@ def test_torch_scores_on_the_gpu_where_there_is_one(
     llama: Path, llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, plain = open_run_model(llama_run), load_model(find_base(str(llama)), "text-generation")
-    monkeypatch.setattr("edge_ft.evaluate.open.open_run_model", lambda *_, **__: run)
-    monkeypatch.setattr("edge_ft.base.load.load_model", lambda *_, **__: plain)
+    monkeypatch.setattr("edge_ft.evaluate.loading.open_run_model", lambda *_, **__: run)
+    monkeypatch.setattr("edge_ft.models.loading.load_model", lambda *_, **__: plain)
     moved: list[Any] = []
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append((self, device)) or self)
     data = rows(llama_run)

@@ -16,17 +16,17 @@ from tiny_models import write_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.base import calibrate
-from edge_ft.base.find import find_base
-from edge_ft.base.grid import Codes
-from edge_ft.base.linear import QuantEmbedding, QuantLinear
-from edge_ft.base.load import load_model
-from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.data import Rendering, TextTokenizer, collate, encode_rows, read_rows
 from edge_ft.errors import GateRefused, ModelError, UsageError
-from edge_ft.evaluate.open import open_run_model
+from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
+from edge_ft.models.scorer import TorchScorer
+from edge_ft.quant import calibration as calibrating
+from edge_ft.quant.blockwise import Codes
+from edge_ft.quant.layers import QuantEmbedding, QuantLinear
 from edge_ft.runtime import load
 from edge_ft.tune import tune
 
@@ -211,7 +211,7 @@ def test_a_fallen_metric_refuses(llama_run: RunFolder, tmp_path: Path, monkeypat
     def broken(weight: Any, factor: Any, nearest: Codes) -> Codes:
         return replace(nearest, qweight=nearest.qweight[:, ::-1])
 
-    monkeypatch.setattr(calibrate, "round_over", broken)
+    monkeypatch.setattr(calibrating, "round_over", broken)
     with pytest.raises(GateRefused, match=r"--max-metric-drop 0\.02"):
         export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle", max_tax=100.0, min_retained=-100.0))
 

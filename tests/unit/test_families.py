@@ -16,15 +16,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.base.adapter import add_lora
-from edge_ft.base.find import find_base
-from edge_ft.base.load import load_model
-from edge_ft.base.scorer import TorchScorer
 from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.data import Batch
 from edge_ft.errors import ModelError
 from edge_ft.export import export
 from edge_ft.export.source import open_export_source
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
+from edge_ft.models.lora import add_lora
+from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 from edge_ft.runtime import cache, load
 from edge_ft.tune import tune

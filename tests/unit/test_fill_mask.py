@@ -19,7 +19,7 @@ from edge_ft.data.masking import mask_tokens
 from edge_ft.errors import ModelError, UsageError
 from edge_ft.export import export
 from edge_ft.runtime import MaskFiller, load
-from edge_ft.runtime.answer import answer_one
+from edge_ft.runtime.run import answer_one
 from edge_ft.tune import tune
 
 

@@ -10,9 +10,9 @@ from seqeval.metrics import f1_score as seqeval_f1
 from sklearn.metrics import f1_score
 
 from edge_ft.data import Example
-from edge_ft.evaluate.gate import Limits, judge
-from edge_ft.evaluate.judged import judged_by
-from edge_ft.evaluate.score import RowScores
+from edge_ft.evaluate.gate import Limits, evaluate_gate
+from edge_ft.evaluate.scoring import RowScores
+from edge_ft.evaluate.task_metric import task_metric_for
 
 LIMITS = Limits(max_tax=0.02, min_retained=0.95, max_metric_drop=0.02)
 ROWS = 50
@@ -27,7 +27,7 @@ def scores(nll_per_token: float, right: float = 0.8, spread: float = 0.1, seed: 
 
 
 def test_a_good_export_passes_and_its_figures_add_up() -> None:
-    verdict = judge(scores(3.0), scores(1.0), scores(1.01), LIMITS, adapter_changes_logits=True)
+    verdict = evaluate_gate(scores(3.0), scores(1.0), scores(1.01), LIMITS, adapter_changes_logits=True)
     assert verdict.reasons == ()
     assert verdict.figures["quantization_tax"] == pytest.approx(0.01)
     assert verdict.figures["retained_gain"] == pytest.approx(1.99 / 2)
@@ -50,7 +50,7 @@ def test_a_good_export_passes_and_its_figures_add_up() -> None:
 def test_each_reason_to_refuse_refuses(
     base: RowScores, trained: RowScores, shipped: RowScores, changes: bool, says: str
 ) -> None:
-    reasons = judge(base, trained, shipped, LIMITS, changes).reasons
+    reasons = evaluate_gate(base, trained, shipped, LIMITS, changes).reasons
     assert any(says in reason for reason in reasons), reasons
 
 
@@ -62,14 +62,14 @@ def test_a_fall_that_few_rows_explain_does_not_refuse() -> None:
     ]
     few[1].correct[3] = 0
     base = RowScores(few[0].nll + 20, few[0].tokens, few[0].correct * 0, few[0].predicted)
-    verdict = judge(base, *few, LIMITS, adapter_changes_logits=True)
+    verdict = evaluate_gate(base, *few, LIMITS, adapter_changes_logits=True)
     assert verdict.figures["metric_drop"]["value"] == pytest.approx(0.05)
     assert verdict.reasons == ()
 
 
 def test_limits_are_what_was_asked_for() -> None:
     loose = Limits(max_tax=0.5, min_retained=0.5, max_metric_drop=0.5)
-    assert judge(scores(3.0), scores(1.0), scores(1.4, right=0.5), loose, True).reasons == ()
+    assert evaluate_gate(scores(3.0), scores(1.0), scores(1.4, right=0.5), loose, True).reasons == ()
 
 
 # What a task is judged by
@@ -81,7 +81,7 @@ def example(labels: list[Any]) -> Example:
 
 def judged(gold: list[list[Any]], found: list[list[Any]], task: str, labels: tuple[str, ...]) -> tuple[str, float]:
     """Name and value of the metric of these rows."""
-    metric = judged_by([example(row) for row in gold], task, labels)
+    metric = task_metric_for([example(row) for row in gold], task, labels)
     counts = np.array([len(row) for row in gold])
     right = np.array([sum(a == b for a, b in zip(*rows, strict=True)) for rows in zip(gold, found, strict=True)])
     return metric.name, metric.value(RowScores(np.ones(len(gold)), counts, right, [np.array(row) for row in found]))
@@ -109,12 +109,12 @@ def test_tags_are_judged_by_their_spans() -> None:
 def test_a_fall_of_the_tasks_own_metric_refuses() -> None:
     """Every number in its place before; after shipping none is, while losses stay as they were."""
     gold = np.arange(50.0)
-    ranks = judged_by([example([number]) for number in gold], "text-classification", ("price",))
+    ranks = task_metric_for([example([number]) for number in gold], "text-classification", ("price",))
     trained, shipped = (
         replace(scores(1.0), predicted=[np.array([number]) for number in column]) for column in (gold, gold[::-1])
     )
-    verdict = judge(scores(3.0), trained, shipped, LIMITS, True, ranks)
+    verdict = evaluate_gate(scores(3.0), trained, shipped, LIMITS, True, ranks)
     assert verdict.figures["metric_drop"]["metric"] == "spearman"
     assert verdict.figures["metric_drop"]["value"] == pytest.approx(2)
     assert any("spearman fell from 1.0000 to -1.0000" in reason for reason in verdict.reasons)
-    assert judge(scores(3.0), trained, trained, LIMITS, True, ranks).reasons == ()
+    assert evaluate_gate(scores(3.0), trained, trained, LIMITS, True, ranks).reasons == ()

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_ft.base.gptq import error_factor, round_over
-from edge_ft.base.grid import Codes, dequantize, quantize
+from edge_ft.quant.blockwise import Codes, dequantize, quantize
+from edge_ft.quant.gptq import error_factor, round_over
 
 
 def a_layer(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

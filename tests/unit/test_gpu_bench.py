@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from tiny_models import write_llama
 
-from edge_ft.bench import gpu, gpu_trainer
-from edge_ft.bench.gpu import TRAININGS, main, run
+from edge_ft.bench.studies import gpu
+from edge_ft.bench.studies import gpu_worker as gpu_trainer
+from edge_ft.bench.studies.gpu import TRAININGS, main, run
 from edge_ft.errors import EdgeFTError, UsageError
 
 

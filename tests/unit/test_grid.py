@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edge_ft.base import grid
-from edge_ft.base.grid import Bits, dequantize, pack_nibbles, quantize, unpack_nibbles
+from edge_ft.quant import blockwise as grid
+from edge_ft.quant.blockwise import Bits, dequantize, pack_nibbles, quantize, unpack_nibbles
 
 WEIGHTS = hnp.arrays(
     np.float32,

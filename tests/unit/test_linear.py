@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from edge_ft.base.grid import Bits, dequantize, quantize
-from edge_ft.base.linear import QuantEmbedding, QuantLinear, codes_sha256, quantize_model
+from edge_ft.quant.blockwise import Bits, dequantize, quantize
+from edge_ft.quant.layers import QuantEmbedding, QuantLinear, codes_sha256, quantize_model
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_bert, write_llama
 from transformers import AutoConfig, BertForSequenceClassification
 
-from edge_ft.base import load
-from edge_ft.base.find import find_base
-from edge_ft.base.load import load_model
 from edge_ft.config import TuneConfig
 from edge_ft.errors import DataError, ModelError
+from edge_ft.models import loading as load
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
 from edge_ft.tune import tune
 
 

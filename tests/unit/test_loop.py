@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from edge_ft.base.adapter import add_lora
-from edge_ft.base.find import find_base
-from edge_ft.base.load import load_model
 from edge_ft.config import RowsConfig, TuneConfig
 from edge_ft.data import Batch, Example, TextTokenizer, collate, encode_rows, find_columns, make_rendering, read_rows
 from edge_ft.errors import UsageError
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
+from edge_ft.models.lora import add_lora
 from edge_ft.progress import Silent
 from edge_ft.tune.loop import Fit, fit, learning_rate_at, planned_steps
 from edge_ft.tune.torch_backend import TorchBackend

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from models_table import record, record_client
 
-from edge_ft.bench.models import BEGIN, END, main, render, render_clients, replace_between
+from edge_ft.bench.studies.models import BEGIN, END, main, render, render_clients, replace_between
 from edge_ft.errors import UsageError
 from edge_ft.families import FAMILIES
 

@@ -11,14 +11,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from edge_ft.artifacts import RunFolder
-from edge_ft.base.find import find_base
-from edge_ft.base.linear import codes_sha256
-from edge_ft.base.load import load_model
-from edge_ft.base.nf4 import NF4Linear
-from edge_ft.base.quiet import quiet_libraries
 from edge_ft.config import TuneConfig
 from edge_ft.errors import ModelError
-from edge_ft.evaluate.open import open_run_model
+from edge_ft.evaluate.loading import open_run_model
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
+from edge_ft.models.logging import silence_libraries
+from edge_ft.quant.layers import codes_sha256
+from edge_ft.quant.nf4 import NF4Linear
 from edge_ft.tune import tune
 
 SHAPES = [(24, 64), (24, 80), (5, 7)]
@@ -84,7 +84,7 @@ def nf4_run(whole_blocks: Path, sums: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def test_the_tuned_model_is_plain_pefts_over_bitsandbytes_own(whole_blocks: Path, nf4_run: RunFolder) -> None:
-    with quiet_libraries():
+    with silence_libraries():
         settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
         theirs = AutoModelForCausalLM.from_pretrained(whole_blocks, quantization_config=settings, dtype=torch.float32)
         theirs = PeftModel.from_pretrained(theirs, nf4_run.adapter)
@@ -111,6 +111,6 @@ def test_the_adapter_loads_on_the_plain_base(whole_blocks: Path, nf4_run: RunFol
 def test_a_run_knows_the_bytes_that_it_was_trained_over(nf4_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = open_run_model(nf4_run)
     assert nf4_run.base()["codes_sha256"] == codes_sha256(model)
-    monkeypatch.setattr("edge_ft.base.nf4.quantize_4bit", lambda weight, **how: quantize_4bit(weight * 1.01, **how))
+    monkeypatch.setattr("edge_ft.quant.nf4.quantize_4bit", lambda weight, **how: quantize_4bit(weight * 1.01, **how))
     with pytest.raises(ModelError, match=r"the nf4 codes .* tune again"):
         open_run_model(nf4_run)

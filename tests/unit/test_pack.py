@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edge_ft.export.pack import write
+from edge_ft.export.packing import write
 
 
 def model_of(*weights: np.ndarray) -> ir.Model:

@@ -19,7 +19,7 @@ from edge_ft.evaluate import evaluate
 from edge_ft.export import export
 from edge_ft.progress import Silent
 from edge_ft.runtime import TextClassifier, load
-from edge_ft.runtime.answer import answer_file, answer_one
+from edge_ft.runtime.run import answer_file, answer_one
 from edge_ft.tune import tune
 
 WORDS = st.lists(st.sampled_from(["good", "bad", "film", "the"]), max_size=12).map(" ".join)

@@ -11,18 +11,19 @@ from safetensors.numpy import load_file
 from tiny_models import tiny_encoder_config, write_encoder, write_t5
 
 from edge_ft.artifacts import RunFolder
-from edge_ft.base.find import find_base
 from edge_ft.config import PlanConfig, TuneConfig
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import AuditRefused, WillNotFit
+from edge_ft.models.base_model import find_base
 from edge_ft.progress import Silent
-from edge_ft.tune import adapted, tune
+from edge_ft.system import Room
 from edge_ft.tune import measure as measuring
 from edge_ft.tune import plan as planning
+from edge_ft.tune import trainable_model as adapted
+from edge_ft.tune import tune
 from edge_ft.tune.measure import Curve
-from edge_ft.tune.plan import duration, plan, settle_memory
+from edge_ft.tune.plan import duration, plan, resolve_memory
 from edge_ft.tune.prepare import prepare
-from edge_ft.tune.room import Room
 
 PLENTY = Room(memory=2**50, disk=2**50)
 FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
@@ -175,11 +176,11 @@ def test_float_weights_are_kept_where_steps_are_short_and_memory_is_plenty(
     sums: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("edge_ft.base.compute.has_bf16", lambda device: bf16)
+    monkeypatch.setattr("edge_ft.quant.bf16.has_bf16", lambda device: bf16)
     base = find_base(str(llama))
-    config = base.family.settle(PlanConfig(model=str(llama), data=str(sums), **settings))
+    config = base.family.resolve(PlanConfig(model=str(llama), data=str(sums), **settings))
     prepared = prepare(config, base, TextTokenizer.load(base.path), Silent())
-    assert settle_memory(base, config, prepared, room, torch.device("cpu")).memory == expected
+    assert resolve_memory(base, config, prepared, room, torch.device("cpu")).memory == expected
 
 
 def test_fewer_layers_are_no_choice_where_none_of_them_is_trained(llama: Path, sums: Path) -> None:

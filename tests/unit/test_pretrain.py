@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from edge_ft.base.find import find_base
-from edge_ft.base.load import load_model
-from edge_ft.bench import pretrain
-from edge_ft.bench.pretrain import Recipe, pretrained, split_passages, write_gpt2_tokenizer
+from edge_ft.bench.studies import pretrain
+from edge_ft.bench.studies.pretrain import Recipe, pretrained, split_passages, write_gpt2_tokenizer
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import UsageError
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
 from edge_ft.progress import Silent
 
 SMALL = Recipe(width=64, layers=2, heads=4, vocabulary=512, length=32, batch=2, steps=3)
@@ -47,7 +47,7 @@ def test_a_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert figures["tokens"] == 3 * 2 * 32
     assert figures["held_out_perplexity"] > 1
     base = find_base(str(folder))
-    assert (base.max_length, base.sizes.layers, base.sizes.vocabulary) == (32, 2, 512)
+    assert (base.max_length, base.dims.layers, base.dims.vocabulary) == (32, 2, 512)
     load_model(base, "text-generation", "int4")
     monkeypatch.setattr(pretrain, "PRETRAINED", {"gpt2": (SMALL, None)})  # not called again
     assert pretrained("gpt2", Silent()) == folder

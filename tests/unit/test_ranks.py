@@ -19,7 +19,7 @@ from edge_ft.config import TuneConfig
 from edge_ft.progress import Silent
 from edge_ft.tune import tune
 from edge_ft.tune.checkpoint import read_checkpoint
-from edge_ft.tune.ranks import Ranks
+from edge_ft.tune.distributed import Ranks
 
 # Three rows a batch and three passes a step: shares of two rows and one; the last batch has one row for two processes.
 SETTINGS: dict[str, Any] = {
@@ -103,18 +103,18 @@ def test_a_signal_stops_both_at_the_same_step(llama: Path, sums: Path, tmp_path:
 
 
 def test_what_accelerates_cpu_launcher_leaves_undone_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Told(Silent):
+    class RecordedProgress(Silent):
         text = ""
 
         def say(self, text: str) -> None:
-            Told.text += text
+            RecordedProgress.text += text
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    assert Ranks.here(Told()).world == 1
-    assert "torchrun" in Told.text
+    assert Ranks.here(RecordedProgress()).world == 1
+    assert "torchrun" in RecordedProgress.text
     monkeypatch.delenv("MASTER_PORT")
-    Told.text = ""
-    Ranks.here(Told())
-    assert Told.text == ""
+    RecordedProgress.text = ""
+    Ranks.here(RecordedProgress())
+    assert RecordedProgress.text == ""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from told import Told
+from recorded_progress import RecordedProgress
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
@@ -36,7 +36,7 @@ def test_over_fitting_is_said(llama: Path, tmp_path: Path) -> None:
         **{"epochs": 40, "learning_rate": 1e-2, "schedule": "constant", "eval_steps": 2},
         **{"split": (1, 0, 0), "compute": "fp32"},
     }
-    told = Told()
+    told = RecordedProgress()
     run = tune(TuneConfig(model=str(llama), data=train, validation=validation, out=tmp_path / "run", **settings), told)
     assert any(line.startswith("over-fitted") for line in told.lines)
     assert any("the validation loss was best at epoch" in line for line in told.lines)

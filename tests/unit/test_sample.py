@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge_ft.config import RunConfig
-from edge_ft.runtime.sample import Sampler, candidates, penalize
+from edge_ft.runtime.sampling import Sampler, candidates, penalize
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.125, 0.0625, 0.0625], np.float32))
 VOCAB = len(LOGITS)

@@ -18,19 +18,19 @@ from tiny_models import write_sums, write_t5
 from transformers import AutoModelForSeq2SeqLM
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.base.adapter import add_lora
-from edge_ft.base.compute import Compute
-from edge_ft.base.find import find_base
-from edge_ft.base.load import load_model
-from edge_ft.base.scorer import TorchScorer
 from edge_ft.bench import bench, pretrain_t5
 from edge_ft.config import BenchConfig, EvalConfig, ExportConfig, Memory, RowsConfig, RunConfig, TuneConfig
 from edge_ft.data import Row, TextTokenizer, collate, encode_rows, find_columns, make_rendering, read_rows
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.evaluate import evaluate
-from edge_ft.evaluate.open import open_run_model
+from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
 from edge_ft.export.trace_seq2seq import trace_seq2seq
+from edge_ft.models.base_model import find_base
+from edge_ft.models.compute import Compute
+from edge_ft.models.loading import load_model
+from edge_ft.models.lora import add_lora
+from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 from edge_ft.runtime import Seq2SeqGenerator, load
 from edge_ft.tune import tune
@@ -216,7 +216,7 @@ def test_a_fused_step_gives_the_loss_and_the_gradient_of_a_plain_one(t5: Callabl
         compute = Compute(model, base.family, torch.float32, memory)
         model.train()
         compute.active = fused
-        from edge_ft.base.scorer import HIDDEN
+        from edge_ft.models.scorer import HIDDEN
 
         hidden, _ = HIDDEN[TASK](model, batch, torch.device("cpu"))
         hidden.square().sum().backward()

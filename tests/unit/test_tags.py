@@ -28,11 +28,11 @@ from edge_ft.data.words import encode_words, split_words
 from edge_ft.errors import AuditRefused, DataError, UsageError
 from edge_ft.evaluate import evaluate
 from edge_ft.evaluate.metrics import span_metrics
+from edge_ft.evaluate.verify import verify
 from edge_ft.export import export
-from edge_ft.export.verify import verify
 from edge_ft.progress import Silent
 from edge_ft.runtime import TextTagger, load
-from edge_ft.runtime.answer import answer_file, answer_one
+from edge_ft.runtime.run import answer_file, answer_one
 from edge_ft.tune import tune
 
 TAGS = ("B-work", "O")

@@ -13,12 +13,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from edge_ft.base.linear import QuantLinear, quantize_model
 from edge_ft.errors import ModelError
 from edge_ft.export.lowering import add_lora_inputs, lower
-from edge_ft.export.pack import write
+from edge_ft.export.packing import write
 from edge_ft.export.trace import trace
 from edge_ft.families import family_of
+from edge_ft.quant.layers import QuantLinear, quantize_model
 
 Array = NDArray[Any]
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from tiny_models import write_decoder
 
-from edge_ft.bench import trainer, training
-from edge_ft.bench.child import run_worker
-from edge_ft.bench.curves import best_nll, interval, largest_difference, race, table, time_to
-from edge_ft.bench.training import LIBRARY_RATE, Race, main, run
+from edge_ft.bench.studies import training
+from edge_ft.bench.studies import training_worker as trainer
+from edge_ft.bench.studies.curves import best_nll, interval, largest_difference, race, table, time_to
+from edge_ft.bench.studies.training import LIBRARY_RATE, Race, main, run
+from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.errors import BudgetFailed, UsageError
 
 WORK = {"flops_per_token": 1e6, "sgemm_gflops": 10.0}
@@ -44,7 +45,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     done: list[dict[str, Any]] = []
 
     def here(job: dict[str, Any], doing: str, threads: int, module: str) -> dict[str, Any]:
-        assert module == "edge_ft.bench.trainer"
+        assert module == "edge_ft.bench.studies.training_worker"
         done.append(job)
         return dict(json.loads(json.dumps(trainer.work(job | {"started": 0.0}))))
 
@@ -234,4 +235,4 @@ def test_rates_are_numbers(tmp_path: Path) -> None:
 
 def test_the_machine_is_measured_in_a_process_of_its_own() -> None:
     job = {"do": "sgemm", "threads": 1, "shape": [64, 64, 64]}
-    assert run_worker(job, "sgemm", 1, module="edge_ft.bench.trainer")["sgemm_gflops"] > 0
+    assert run_worker(job, "sgemm", 1, module="edge_ft.bench.studies.training_worker")["sgemm_gflops"] > 0

@@ -12,12 +12,12 @@ from safetensors.numpy import load_file
 from tiny_models import write_bert
 
 from edge_ft.artifacts import RunFolder
-from edge_ft.base.find import find_base
 from edge_ft.config import EvalConfig, TuneConfig
 from edge_ft.data import TextTokenizer, encode_rows, read_rows
 from edge_ft.errors import AuditRefused, DataError, Interrupted, ModelError, UsageError, WillNotFit
-from edge_ft.evaluate.open import open_source
+from edge_ft.evaluate.loading import open_source
 from edge_ft.families import FAMILIES, Family
+from edge_ft.models.base_model import find_base
 from edge_ft.tune import tune
 from edge_ft.tune.torch_backend import TorchBackend
 
@@ -83,10 +83,10 @@ def test_the_saved_config_gives_the_same_run(plain_run: RunFolder, tmp_path: Pat
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_what_is_left_open_is_the_familys_recipe(family: Family) -> None:
     asked: dict[str, Any] = {"model": "m", "data": "d", "out": Path("o")}
-    found = family.settle(TuneConfig(**asked))
+    found = family.resolve(TuneConfig(**asked))
     assert (found.epochs, found.batch_size) == ((2.0, 4) if family.decoder else (3.0, 8))
     given = TuneConfig(**asked, epochs=0.5, batch_size=2, learning_rate=1e-4)
-    assert family.settle(given) == given
+    assert family.resolve(given) == given
 
 
 @pytest.mark.parametrize(

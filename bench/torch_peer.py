@@ -1,0 +1,171 @@
+"""Torch eager in float32: what a bundle is measured against, and what runs and models are measured as."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+from edge_ft.artifacts import Bundle, RunFolder, kind_of
+from edge_ft.bench.meters import DecodeTimings
+from edge_ft.config import Task
+from edge_ft.data import TextTokenizer
+from edge_ft.errors import ModelError, UsageError
+from edge_ft.evaluate.loading import find_run_base
+from edge_ft.families import FAMILIES
+from edge_ft.models.base_model import Base, find_base
+from edge_ft.models.loading import load_model
+from edge_ft.models.scorer import task_model_of
+
+__all__ = ["TorchClassifier", "TorchDecoder", "TorchSeq2Seq", "find", "find_bundle_base", "load_peer", "prepare"]
+
+
+@dataclass(frozen=True)
+class TorchDecoder:
+    """A causal model with its own cache, decoding greedily."""
+
+    model: Any
+    tokenizer: TextTokenizer
+
+    @torch.inference_mode()
+    def time_decode(self, prompt_ids: list[int], new_tokens: int) -> DecodeTimings:
+        """Decode exactly `new_tokens` greedily, past any stop token, and say how long each took."""
+        started = perf_counter()
+        output = self.model(input_ids=torch.tensor([prompt_ids]), use_cache=True, logits_to_keep=1)
+        prefill_s = perf_counter() - started
+        token = int(output.logits[0, -1].argmax())
+        ttft_s = perf_counter() - started
+        decode_s = []
+        for _ in range(new_tokens - 1):
+            began = perf_counter()
+            output = self.model(
+                input_ids=torch.tensor([[token]]),
+                past_key_values=output.past_key_values,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            token = int(output.logits[0, -1].argmax())
+            decode_s.append(perf_counter() - began)
+        return DecodeTimings(prefill_s, ttft_s, tuple(decode_s))
+
+
+@dataclass(frozen=True)
+class TorchSeq2Seq:
+    """An encoder-decoder with its own caches, decoding greedily."""
+
+    model: Any
+    tokenizer: TextTokenizer
+
+    @torch.inference_mode()
+    def time_decode(self, prompt_ids: list[int], new_tokens: int) -> DecodeTimings:
+        """As `TorchDecoder.time_decode`; `prefill_s` is the encoder and the first token."""
+        marks = [perf_counter()]
+        model = task_model_of(self.model)
+        encoded = model.get_encoder()(input_ids=torch.tensor([prompt_ids]))
+        token, past = int(model.config.decoder_start_token_id), None
+        for _ in range(new_tokens):
+            output = model(
+                encoder_outputs=encoded,
+                decoder_input_ids=torch.tensor([[token]]),
+                past_key_values=past,
+                use_cache=True,
+            )
+            token, past = int(output.logits[0, -1].argmax()), output.past_key_values
+            marks.append(perf_counter())
+        return DecodeTimings.between(marks)
+
+
+@dataclass(frozen=True)
+class TorchClassifier:
+    """A sequence classifier."""
+
+    model: Any
+    tokenizer: TextTokenizer
+
+    @torch.inference_mode()
+    def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[batch, seq] twice to [batch, num_labels]."""
+        ids, mask = torch.from_numpy(input_ids), torch.from_numpy(attention_mask)
+        logits: NDArray[np.float32] = self.model(input_ids=ids, attention_mask=mask).logits.numpy()
+        return logits
+
+
+def find(source: str) -> dict[str, Any]:
+    """What `prepare` and `load_peer` read, for a run folder or a model.
+
+    Raises:
+        UsageError, ModelError: it cannot be opened, or a run's base is gone.
+    """
+    if kind_of(source) == "run":
+        run = RunFolder.open(Path(source))
+        return _found(find_run_base(run), run.report()["task"], run.rendering(), run.tokenizer, run.adapter)
+    base = find_base(source)
+    return _found(base, base.task, None, base.path, None)
+
+
+def find_bundle_base(source: str) -> dict[str, Any]:
+    """The same for the float model that a bundle was made from, without its adapter: same shape, same work.
+
+    Raises:
+        UsageError: it is not where it was, or is another model by now.
+    """
+    manifest = Bundle.open(Path(source)).manifest
+    identity = manifest["provenance"]["base"]
+    way_out = f"the peer of {source} would be its base: name the model or the run folder as another argument instead"
+    try:
+        base = find_base(identity["model"])
+    except ModelError as error:
+        raise UsageError(f"{error}; {way_out}") from error
+    if base.content_sha256 != identity["content_sha256"]:
+        raise UsageError(f"{identity['model']} is not the model that the bundle was made from; {way_out}")
+    return _found(base, manifest["task"], manifest["rendering"], Path(source), None)
+
+
+def prepare(job: dict[str, Any]) -> Base:
+    """Import what loading will need and set the threads, so that loading is about weights alone."""
+    torch.set_num_threads(job["threads"])
+    base = job["base"]
+    family = FAMILIES[base["family"]]
+    module = model_type_to_module_name(family.name)
+    import_module(f"transformers.models.{module}.modeling_{module}")
+    if job["adapter"] is not None:
+        import_module("peft")
+    return Base(**base | {"path": Path(base["path"]), "family": family})
+
+
+def load_peer(base: Base, job: dict[str, Any]) -> TorchDecoder | TorchSeq2Seq | TorchClassifier:
+    """The float model with its adapter, if it has one, unmerged, and its tokenizer."""
+    from edge_ft.models.lora import load_adapter
+
+    tokenizer = TextTokenizer.load(Path(job["tokenizer"]))
+    model: Any = load_model(base, job["task"], "fp32", labels=tuple(job["labels"]))
+    if job["adapter"] is not None:
+        model = load_adapter(model, Path(job["adapter"]))
+    kinds: dict[str, Any] = {"text-generation": TorchDecoder, "text2text-generation": TorchSeq2Seq}
+    engine: TorchDecoder | TorchSeq2Seq | TorchClassifier = kinds.get(job["task"], TorchClassifier)(model, tokenizer)
+    return engine
+
+
+def _found(
+    base: Base, task: Task, rendering: dict[str, Any] | None, tokenizer: Path, adapter: Path | None
+) -> dict[str, Any]:
+    def size(files: Iterable[Path]) -> int:
+        return sum(file.stat().st_size for file in files)
+
+    weights = [base.path / "config.json", *base.path.glob("*.safetensors"), *TextTokenizer.load(tokenizer).files()]
+    return {
+        "base": asdict(base) | {"path": str(base.path.resolve()), "family": base.family.name},
+        "task": task,
+        "labels": base.labels(task) if rendering is None else rendering["labels"],
+        "rendering": rendering,
+        "tokenizer": str(tokenizer.resolve()),
+        "adapter": str(adapter.resolve()) if adapter else None,
+        "max_length": base.max_length,
+        "size_bytes": size(weights) + (size(adapter.iterdir()) if adapter else 0),
+    }

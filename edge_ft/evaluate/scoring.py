@@ -1,0 +1,209 @@
+"""Score examples with anything that gives log-probabilities: torch or ONNX, the same arithmetic."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_ft.config import TEXT_TASKS
+from edge_ft.data import Batch, Example, Rendering, TextTokenizer, collate, eval_batches, target_mask
+from edge_ft.data.contrastive import TOGETHER, in_batch_loss
+from edge_ft.data.example import IGNORED
+from edge_ft.errors import AuditRefused
+from edge_ft.evaluate.metrics import (
+    accuracy,
+    bootstrap,
+    macro_f1,
+    mean,
+    multi_label_f1,
+    number_metrics,
+    perplexity,
+    recall,
+    span_metrics,
+)
+from edge_ft.progress import Progress, track
+
+__all__ = ["Answerer", "Embedder", "RowScores", "Scorer", "counted", "prediction_text", "scorable", "score", "summary"]
+
+
+class Scorer(Protocol):
+    """What scoring needs of a model."""
+
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """nll (nats) and the likeliest token or class, shaped as the labels; only `target_mask` of it counts."""
+
+
+@runtime_checkable
+class Answerer(Scorer, Protocol):
+    """What answering needs of a model."""
+
+    def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        """Greedy continuation of one prompt, without its stop token."""
+
+
+@runtime_checkable
+class Embedder(Scorer, Protocol):
+    """What scoring needs of a model whose answers are vectors."""
+
+    def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Vectors of length 1 of a batch's first and second texts [batch, hidden]."""
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """One entry a row, in the order of the examples."""
+
+    nll: NDArray[np.float64]
+    """Summed over the row's targets, nats."""
+    tokens: NDArray[np.int64]
+    """Targets in the row (classifier: 1)."""
+    correct: NDArray[np.int64]
+    """Targets whose likeliest token or class is the right one."""
+    predicted: list[NDArray[Any]]
+    """Likeliest token or class of each target; whether each of several classes holds; a number; a text's rank."""
+
+    vectors: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+    """Of the rows' first and second texts [rows, hidden] (feature-extraction)."""
+
+    @property
+    def mean_nll(self) -> float:
+        """Nats per target token."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of targets that were the likeliest."""
+        return float(self.correct.sum() / self.tokens.sum())
+
+    def agreement(self, other: "RowScores") -> float:
+        """Share of targets where both find the same likeliest token or class."""
+        pairs = zip(self.predicted, other.predicted, strict=True)
+        return float(sum(int((a == b).sum()) for a, b in pairs) / self.tokens.sum())
+
+
+def scorable(examples: Sequence[Example]) -> list[Example]:
+    """The examples that have a target: rows whose answer is empty, or cut off whole, have none."""
+    return [example for example in examples if example.targets]
+
+
+def counted(
+    examples: Sequence[Example], where: str, max_length: int, progress: Progress
+) -> tuple[list[Example], dict[str, int]]:
+    """The `scorable` of them, and how many are `rows`, `dropped` and `cut` by how many `cut_tokens`: also said.
+
+    Raises:
+        AuditRefused: none is left.
+    """
+    kept = scorable(examples)
+    cut = [example.cut for example in examples if example.cut]
+    dropped = len(examples) - len(kept)
+    if cut:
+        progress.say(f"{where}: {len(cut)} row(s) lose {sum(cut)} tokens beyond the longest sequence of {max_length}")
+    if dropped:
+        progress.say(f"{where}: {dropped} row(s) are not scored: no answer, or none left of it")
+    if not kept:
+        raise AuditRefused(
+            f"{where}: no row has an answer to score: all are empty, or cut off by --max-length {max_length}"
+        )
+    return kept, {"rows": len(kept), "dropped": dropped, "cut": len(cut), "cut_tokens": sum(cut)}
+
+
+def score(
+    scorer: Scorer,
+    examples: Sequence[Example],
+    *,
+    task: str,
+    pad_id: int,
+    batch_size: int,
+    progress: Progress,
+    stage: str,
+) -> RowScores:
+    """Score every example, in batches of similar length."""
+    count = len(examples)
+    nll = np.zeros(count)
+    tokens = np.zeros(count, np.int64)
+    correct = np.zeros(count, np.int64)
+    predicted: list[NDArray[Any]] = [np.zeros(0, np.int64)] * count
+    embeds = task == "feature-extraction"
+    vectors: list[list[NDArray[np.float32]]] = [[], []]
+    order: list[int] = []
+    batches = eval_batches([len(example.input_ids) for example in examples], TOGETHER if embeds else batch_size)
+    for indices in track(progress, stage, batches, len(batches)):
+        batch = collate([examples[index] for index in indices], pad_id, task)
+        if embeds:
+            assert isinstance(scorer, Embedder)
+            pair = scorer.vectors(batch)
+            losses, likeliest = in_batch_loss(*pair, batch)
+            order += indices
+            for found, some in zip(vectors, pair, strict=True):
+                found.extend(some)
+        else:
+            losses, likeliest = scorer.token_nll(batch)
+        labels, targets = batch["labels"], target_mask(batch["labels"], task)
+        for position, index in enumerate(indices):
+            at = targets[position]
+            nll[index] = losses[position][at].sum()
+            tokens[index] = at.sum()
+            predicted[index] = likeliest[position][at]
+            correct[index] = (predicted[index] == labels[position][at]).sum()
+    if not embeds:
+        return RowScores(nll, tokens, correct, predicted)
+    places = np.argsort(order)
+    return RowScores(nll, tokens, correct, predicted, (np.stack(vectors[0])[places], np.stack(vectors[1])[places]))
+
+
+def tag_names(
+    scores: RowScores, examples: Sequence[Example], labels: tuple[str, ...]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Tags of each row's words, by name: those found, and the right ones."""
+    right = [[labels[int(label)] for label in example.labels if label != IGNORED] for example in examples]
+    return [[labels[index] for index in row] for row in scores.predicted], right
+
+
+def prediction_text(predicted: NDArray[Any], rendering: Rendering, tokenizer: TextTokenizer) -> str:
+    """What `RowScores.predicted` means for a row of an encoder, as a person would write it."""
+    labels = rendering.labels
+    if rendering.task == "fill-mask":
+        return tokenizer.decode([int(token) for token in predicted])
+    if rendering.task == "feature-extraction":
+        return f"found at place {int(predicted[0]) + 1}"
+    if rendering.problem_type == "regression":
+        return f"{float(predicted[0]):.4g}"
+    if rendering.problem_type == "multi_label_classification":
+        return ", ".join(label for label, holds in zip(labels, predicted, strict=True) if holds)
+    return " ".join(labels[int(index)] for index in predicted)
+
+
+def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: tuple[str, ...]) -> dict[str, Any]:
+    """`nll` (nats per target token), `perplexity` and `metrics`, each with its 95% interval over rows.
+
+    Numbers and vectors have no perplexity: it and its interval are None.
+    """
+    right = scores.correct / scores.tokens
+    numbers = task == "feature-extraction"  # its loss grows with the rows of a batch
+    if task in TEXT_TASKS or task == "fill-mask":
+        metrics = {"token_accuracy": mean(right, scores.tokens)}
+    elif task == "feature-extraction":
+        assert scores.vectors is not None
+        metrics = recall(*scores.vectors, [tuple(example.pair_ids) for example in examples])
+    elif task == "token-classification":
+        metrics = {"accuracy": mean(right, scores.tokens), **span_metrics(*tag_names(scores, examples, labels))}
+    elif isinstance(examples[0].labels[0], float):
+        gold = np.array([example.labels for example in examples])
+        predicted = np.stack(scores.predicted)
+        numbers = len(labels) == 1
+        metrics = number_metrics(predicted[:, 0], gold[:, 0]) if numbers else multi_label_f1(predicted > 0, gold > 0)
+    else:
+        gold = np.array([example.labels[0] for example in examples])
+        predicted = np.array([int(classes[0]) for classes in scores.predicted])
+        metrics = {"accuracy": accuracy(predicted, gold), "macro_f1": macro_f1(predicted, gold, len(labels))}
+    interval = bootstrap(scores.nll / scores.tokens, scores.tokens)
+    return {
+        "nll": scores.mean_nll,
+        "nll_interval": list(interval),
+        "perplexity": None if numbers else perplexity(scores.mean_nll),
+        "perplexity_interval": None if numbers else [perplexity(nll) for nll in interval],
+        "metrics": metrics,
+    }

@@ -1,0 +1,233 @@
+"""Find a base (hub id, folder or GGUF file) and say what it is, before any of its weights is loaded."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from edge_ft.artifacts import atomic_folder, cache_folder, file_sha256, write_text
+from edge_ft.config import Pooling, ProblemType, Task
+from edge_ft.data import class_numbers
+from edge_ft.errors import ModelError, did_you_mean
+from edge_ft.families import Family, family_of
+from edge_ft.models.dims import ModelDims, read_config
+from edge_ft.models.logging import silence_libraries
+from edge_ft.models.supported import refuse_unsupported
+
+__all__ = ["Base", "find_base"]
+
+MADE_FOR: dict[str, Task] = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "ForConditionalGeneration": "text2text-generation",
+    "Model": "feature-extraction",
+}
+"""How transformers ends the names of its classes."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on disk: a folder with config.json, safetensors weights and a tokenizer."""
+
+    name: str
+    """As the user gave it."""
+    path: Path
+    family: Family
+    content_sha256: str
+    """Over config.json and every weight file."""
+    config: dict[str, Any]
+    """config.json"""
+
+    @cached_property
+    def dims(self) -> ModelDims:
+        """Layers, heads, vocabulary and the like."""
+        return ModelDims(read_config(self.family.name, self.config, self.path / "config.json"))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model's positions are enough for."""
+        unused = int(self.config.get("pad_token_id", 1)) + 1 if self.family.positions_after_pad else 0
+        return self.dims.positions - unused
+
+    @property
+    def task(self) -> Task:
+        """What the checkpoint was made for, by the name of its class; else what its family does first."""
+        written = next(iter(self.config.get("architectures") or ()), "")
+        found = next((task for ending, task in MADE_FOR.items() if written.endswith(ending)), None)
+        return found if found in self.family.tasks else self.family.tasks[0]
+
+    @property
+    def problem_type(self) -> ProblemType | None:
+        """What the checkpoint's own text-classification head gives, where its config says."""
+        found: ProblemType | None = self.config.get("problem_type")
+        single = len(self.labels("text-classification")) == 1
+        return found or ("regression" if single else None)
+
+    @property
+    def pooling(self) -> tuple[Pooling, bool]:
+        """How the checkpoint's sentence-transformers files make one vector of a text, and whether of length 1; without
+        such files the mean, of length 1.
+
+        Raises:
+            ModelError: they say something else than a mean or the first token.
+        """
+        file = self.path / "modules.json"
+        if not file.is_file():
+            return "mean", True
+        try:
+            modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in _json(file)}
+            settings = _json(self.path / modules["Pooling"] / "config.json")
+            modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{file} cannot be read as sentence-transformers': {error!r}") from error
+        known: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+        other = sorted(modules.keys() - {"Transformer", "Pooling", "Normalize"})
+        if other or len(modes) != 1 or modes[0] not in known:
+            raise ModelError(
+                f"{self.path} makes vectors by {', '.join([*other, *modes])}: only the mean of the tokens or the first "
+                "one can be exported; --pooling chooses"
+            )
+        return known[modes[0]], "Normalize" in modules
+
+    def labels(self, task: Task) -> tuple[str, ...]:
+        """Class names that the checkpoint brings for `task`, in the order of its head; none where it has no head."""
+        if task != self.task or not self.family.trained_head(task):
+            return ()
+        known = self.family.class_weights(task)
+        for file in sorted(self.path.glob("*.safetensors")):
+            try:
+                with safe_open(file, "np") as weights:
+                    found = [key for key in weights.keys() if key in known]  # noqa: SIM118
+                    size = weights.get_slice(found[0]).get_shape()[0] if found else 0
+            except SafetensorError as error:
+                raise ModelError(f"{file} cannot be read as safetensors: {error}") from error
+            if size:
+                # transformers leaves out names that are LABEL_0, LABEL_1 ...
+                names: dict[str, str] = self.config.get("id2label") or {}
+                return tuple(names.get(str(index), f"LABEL_{index}") for index in range(size))
+        return ()
+
+    def brings_head_of(self, task: Task, labels: tuple[str, ...]) -> bool:
+        """Whether the checkpoint's head is one of these classes: by their names, or by their numbers."""
+        own = self.labels(task)
+        return bool(own) and labels in (own, class_numbers(own))
+
+    @property
+    def license(self) -> str | None:
+        """The `license:` of the model card's front matter, if it has one."""
+        card = self.path / "README.md"
+        found = (
+            re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+        )
+        return found[1] if found else None
+
+
+def find_base(model: str, task: Task | None = None) -> Base:
+    """Find the folder of a hub id, local folder, or GGUF file (converted once into the user's cache).
+
+    Raises:
+        ModelError: nothing there, no safetensors weights, or a family or task that is not supported.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        folder = _convert_gguf(path)
+    elif path.is_dir():
+        folder = path
+        if not (path / "config.json").is_file():
+            ggufs = sorted(path.glob("*.gguf"))
+            if len(ggufs) != 1:
+                found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
+                raise ModelError(f"{path} is not a model folder: it holds {found}; name the model file or its folder")
+            folder = _convert_gguf(ggufs[0])
+    else:
+        folder = _download(model)
+    config = _json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'} is not a model's config: it must be one JSON object")
+    family = family_of(str(config.get("model_type")), task)
+    if family.decoder:
+        refuse_unsupported(ModelDims(read_config(family.name, config, folder / "config.json")), folder)
+    if family.kind == "encoder" and config.get("is_decoder"):
+        raise ModelError(f"{folder} is a {family.name} that was made a decoder (is_decoder): that cannot be exported")
+    base = Base(model, folder, family, "", config)
+    if family.kind == "encoder-decoder" and getattr(base.dims.config, "decoder_start_token_id", None) is None:
+        raise ModelError(f"{folder / 'config.json'} names no decoder_start_token_id, from which an answer begins")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(
+            f"{folder} holds no *.safetensors weights (pickled weights are never loaded): convert them first"
+        )
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *weights]:
+        digest.update(file_sha256(file).encode())
+    return replace(base, content_sha256=digest.hexdigest())
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+
+
+def _convert_gguf(file: Path) -> Path:
+    """A float folder made once from a GGUF file, kept in the user's cache under the file's hash."""
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder = cache_folder() / f"gguf-{file_sha256(file)[:16]}"
+    if folder.is_dir():
+        return folder
+    try:
+        with silence_libraries(), atomic_folder(folder) as temporary:
+            # The family is checked on the header, before hundreds of MB are converted.
+            family_of(AutoConfig.from_pretrained(file.parent, gguf_file=file.name).model_type, "text-generation")
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
+            # Dequantized weights are plain floats: left there, the entry would make the next load pack them again.
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
+            licence = GGUFReader(file).get_field("general.license")
+            if licence is not None:
+                write_text(temporary / "README.md", f"---\nlicense: {licence.contents()}\n---\n")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ModelError(f"{file} cannot be read as a GGUF model: {error}") from error
+    return folder
+
+
+def _download(model: str) -> Path:
+    """The local snapshot of a hub id."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    path = Path(model)
+    looks_like_path = (
+        path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.suffix == ".gguf"
+    )
+    neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = did_you_mean(path.name, neighbours)
+    if looks_like_path:
+        raise ModelError(f"there is no model at {model}{near}")
+    try:
+        header = Path(snapshot_download(model, allow_patterns=["config.json"]))
+        # An architecture that cannot be used is said before its weights are downloaded.
+        family_of(str(json.loads((header / "config.json").read_text(encoding="utf-8")).get("model_type")))
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "README.md"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{model} is neither a local folder{near} nor a model that the hub serves: {reason}"
+        ) from error

@@ -1,0 +1,101 @@
+"""ModelDims of a model as its transformers config gives them, whatever the keys of config.json are called."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from edge_ft.errors import ModelError
+
+__all__ = ["ModelDims", "read_config"]
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """What loading, planning and exporting ask of a `transformers.PretrainedConfig`."""
+
+    config: Any
+
+    @property
+    def layers(self) -> int:
+        """Transformer layers; of two stacks, those of the smaller one."""
+        layers = int(self.config.num_hidden_layers)
+        return min(layers, int(getattr(self.config, "num_decoder_layers", layers)))
+
+    @property
+    def repeats_layers(self) -> bool:
+        """Whether a text passes through the same layers several times (ALBERT)."""
+        return int(getattr(self.config, "num_hidden_groups", self.layers)) < self.layers
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @property
+    def intermediate(self) -> int:
+        """Width inside an MLP."""
+        names = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")
+        return next((int(found) for name in names if (found := getattr(self.config, name, None))), 4 * self.hidden)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding."""
+        return int(self.config.vocab_size)
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a layer."""
+        return int(self.config.num_attention_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads that keys and values have."""
+        return int(getattr(self.config, "num_key_value_heads", None) or self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return int(getattr(self.config, "head_dim", None) or self.hidden // self.heads)
+
+    @cached_property
+    def ropes(self) -> list[dict[str, Any]]:
+        """The kinds of rotary embedding, one for each kind of layer that has its own; none for learned positions."""
+        found = getattr(self.config, "rope_parameters", None) or {}
+        kinds = [value for value in found.values() if isinstance(value, dict)]
+        return kinds or ([found] if found else [])
+
+    @property
+    def rotary_dim(self) -> int:
+        """How much of a head is rotated; 0 for learned positions."""
+        shares = [float(rope.get("partial_rotary_factor", 1.0)) for rope in self.ropes]
+        return int(self.head_dim * min(shares)) if shares else 0
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the model can read.
+
+        LongRoPE rotates by another table once a text is longer than the original length, all of it anew: a cache
+        cannot, so the original length is the limit.
+        """
+        whole = int(getattr(self.config, "max_position_embeddings", None) or 1024)
+        short = [
+            int(rope["original_max_position_embeddings"]) for rope in self.ropes if rope["rope_type"] == "longrope"
+        ]
+        return min([whole, *short])
+
+
+def read_config(model_type: str, config: dict[str, Any], where: object) -> Any:
+    """The `PretrainedConfig` of what config.json holds.
+
+    Raises:
+        ModelError: transformers refuses its values.
+    """
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(config)
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{where} is not the config of a {model_type} model: {reason}") from error

@@ -1,0 +1,27 @@
+"""Keep the libraries underneath from talking past our own progress."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+
+from transformers.utils import logging
+
+__all__ = ["silence_libraries"]
+
+
+@contextlib.contextmanager
+def silence_libraries() -> Iterator[None]:
+    """No bars, no advice and no deprecations from transformers and PEFT inside; errors still reach the caller."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # The GGUF reader's bar is tqdm's own: it only knows stderr.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

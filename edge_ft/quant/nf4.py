@@ -1,0 +1,66 @@
+"""bitsandbytes' nf4 (Dettmers et al., arXiv:2305.14314): the base that CUDA users know, here on a CPU too."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edge_ft.quant.layers import FrozenLinear, is_within
+
+__all__ = ["NF4Linear", "round_to_nf4"]
+
+BLOCK = 64
+"""Weights per scale, bitsandbytes' own default."""
+
+
+class NF4Linear(FrozenLinear):
+    """A `FrozenLinear` over the bytes that `bitsandbytes.nn.Linear4bit` holds of the same weight, scales in float32."""
+
+    qweight: Tensor
+    """uint8 [blocks * BLOCK / 2, 1], the weight [N, K] row after row; the high nibble is the earlier one."""
+    absmax: Tensor
+    """float32 [blocks]"""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias)
+        if not torch.isfinite(weight).all():
+            raise ValueError("the weight holds NaN or infinity")
+        # Blocks run over the ends of rows, but the CPU kernel of bitsandbytes 0.50 gives each row blocks of its
+        # own: where K is no multiple of BLOCK it reads wrong scales. As [blocks, BLOCK] both mean the same.
+        flat = nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
+        qweight, state = quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4")
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("absmax", state.absmax)
+
+    def stored(self) -> tuple[NDArray[np.generic], ...]:
+        return self.qweight.cpu().numpy(), self.absmax.cpu().numpy()
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice | Tensor = slice(None)) -> Tensor:
+        shape = torch.Size((len(self.absmax), BLOCK))
+        state = QuantState(self.absmax, shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
+        flat = dequantize_4bit(self.qweight, state).flatten()
+        weight = flat[: self.out_features * self.in_features].view(self.out_features, self.in_features)
+        return weight[columns].T
+
+
+def round_to_nf4(
+    model: nn.Module, keep: tuple[str, ...] = (), read: Callable[[str, slice], Tensor] | None = None
+) -> None:
+    """Replace every linear layer of `model` by its nf4 form, in place; as bitsandbytes' users expect, not its last.
+
+    Args:
+        model: Its embedding and its output layer stay float.
+        keep: Names of modules that stay float with all that is in them.
+        read: As for `edge_ft.quant.layers.quantize_model`.
+    """
+    read = read or (lambda name, rows: model.get_parameter(name)[rows])
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or module is head or is_within(name, keep):
+            continue
+        bias = None if module.bias is None else read(f"{name}.bias", slice(None)).detach()
+        layer = NF4Linear(read(f"{name}.weight", slice(None)).detach(), bias)
+        model.set_submodule(name, layer)

@@ -1,0 +1,14 @@
+"""A progress that a test can read."""
+
+
+class RecordedProgress:
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        pass
