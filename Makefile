@@ -45,8 +45,8 @@ test-all: install
 models: install
 	$(BIN)/pip install --quiet --editable ".[peers]"
 	rm -rf out/models
-	MODELS=out/models $(BIN)/python -m pytest $(addprefix tests/,unit/test_families.py unit/test_encoder_families.py \
-		unit/test_encoder_clients.py unit/test_seq2seq.py integration/test_strangers.py packaging/test_strangers.py)
+	MODELS=out/models $(BIN)/python -m pytest $(addprefix tests/,integration/test_families.py integration/test_encoder_families.py \
+		integration/test_encoder_clients.py integration/test_seq2seq.py integration/test_strangers.py packaging/test_strangers.py)
 	$(BIN)/python -m edge_ft.bench.studies models out/models docs/models.md docs/bundle.md
 
 check: install
