@@ -18,7 +18,8 @@ from tiny_models import write_sums, write_t5
 from transformers import AutoModelForSeq2SeqLM
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.bench import bench, pretrain_t5
+from edge_ft.bench import bench
+from edge_ft.bench.studies import pretrain_t5
 from edge_ft.config import BenchConfig, EvalConfig, ExportConfig, Memory, RowsConfig, RunConfig, TuneConfig
 from edge_ft.data import Row, TextTokenizer, collate, encode_rows, find_columns, make_rendering, read_rows
 from edge_ft.errors import DataError, ModelError, UsageError
