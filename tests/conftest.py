@@ -1,9 +1,13 @@
 """Tiny models, and what the whole pipeline makes of them, built once per session."""
 
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
-from tiny_models import write_bert, write_llama, write_reviews, write_sums
+from resumed_runs import settings
+from tiny_models import T5_SHAPES, write_bert, write_llama, write_reviews, write_sums, write_t5
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.bench.studies.datasets import (
@@ -33,6 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("real weights" if shared[item] else str(item.path)))
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A test that sets torch's number of threads does not set it for the next one."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if before is not None:
+        sys.modules["torch"].set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("work")
@@ -49,6 +62,12 @@ def bert(work: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def t5(work: Path) -> Callable[[str], Path]:
+    """The tiny model of a shape in `T5_SHAPES`, written once."""
+    return cache(lambda shape: write_t5(work / "t5" / shape.replace(", ", "-"), **T5_SHAPES[shape]))
+
+
+@pytest.fixture(scope="session")
 def sums(work: Path) -> Path:
     return write_sums(work / "sums.jsonl")
 
@@ -56,6 +75,12 @@ def sums(work: Path) -> Path:
 @pytest.fixture(scope="session")
 def reviews(work: Path) -> Path:
     return write_reviews(work / "reviews.jsonl")
+
+
+@pytest.fixture(scope="session")
+def whole(work: Path, llama: Path, sums: Path) -> RunFolder:
+    """The run of `resumed_runs.settings` that was never stopped."""
+    return tune(settings(llama, sums, work / "whole"))
 
 
 @pytest.fixture(scope="session")

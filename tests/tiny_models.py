@@ -198,6 +198,13 @@ def write_encoder(folder: Path, config: Any, *, seed: int = 0) -> Path:
     return folder
 
 
+T5_SHAPES: dict[str, dict[str, Any]] = {
+    "t5, relu, tied": {},
+    "mt5, gated, untied": {"model_type": "mt5", "untied": True, "num_decoder_layers": 1},
+}
+"""The two forms of T5: settings of `write_t5`."""
+
+
 def write_t5(folder: Path, *, model_type: str = "t5", untied: bool = False, seed: int = 0, **config: Any) -> Path:
     """Two layers a stack: T5's first shape (relu, tied and scaled head), or with `untied` and mt5 FLAN's and mT5's."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from edge_ft.artifacts import RunFolder
@@ -50,13 +49,6 @@ def launched(flags: dict[str, Any], *processes: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
     )
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_two_processes_end_as_one(llama: Path, sums: Path, tmp_path: Path) -> None:

@@ -2,14 +2,9 @@
 
 import errno
 import json
-import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,73 +15,16 @@ import pytest
 import torch
 import yaml
 from recorded_progress import RecordedProgress
-from safetensors.numpy import load_file
+from resumed_runs import adapter, lines, settings, stopped_at
 from tiny_models import write_bert, write_llama, write_sums
 
-from edge_ft.artifacts import RunFolder, disk_full, kind_of
+from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.config import TuneConfig
 from edge_ft.errors import Interrupted, UsageError, WillNotFit
 from edge_ft.tune import checkpoint as checkpoints
 from edge_ft.tune import tune
 from edge_ft.tune.checkpoint import has_checkpoint, read_checkpoint
-from edge_ft.tune.interrupt import Interruption
-from edge_ft.tune.loop import StopAtOnce
 from edge_ft.tune.torch_backend import TorchBackend
-
-LONG: dict[str, Any] = {
-    "max_steps": 250,
-    "eval_steps": 10,
-    "learning_rate": 5e-3,
-    "split": (0.6, 0.2, 0.2),
-    "threads": 1,
-    "checkpoint_steps": 1,
-    "batch_size": 2,
-    "gradient_accumulation": 2,
-    "dropout": 0.1,
-}
-SHORT = {**LONG, "max_steps": 12, "eval_steps": 4}
-
-
-def settings(llama: Path, sums: Path, out: Path, **others: Any) -> TuneConfig:
-    return TuneConfig(**{"model": str(llama), "data": str(sums), "out": out, **SHORT, **others})
-
-
-def adapter(run: RunFolder) -> dict[str, bytes]:
-    return {name: tensor.tobytes() for name, tensor in load_file(run.adapter / "adapter_model.safetensors").items()}
-
-
-def lines(run: RunFolder) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock says."""
-    found = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.endswith("seconds")} for line in found]
-
-
-def stopped_at(config: TuneConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run until `step` updates were made, then fail as a killed process does: nothing is saved on the way out."""
-    update, updates = TorchBackend.update, [0]
-
-    def failing(self: TorchBackend, *arguments: Any) -> float:
-        if updates[0] == step:
-            raise ZeroDivisionError
-        updates[0] += 1
-        return update(self, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(TorchBackend, "update", failing)
-        tune(config)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def whole(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """The run that nobody stopped."""
-    return tune(settings(llama, sums, tmp_path_factory.mktemp("whole") / "run"))
 
 
 @pytest.fixture
@@ -111,17 +49,6 @@ def test_a_run_that_is_gone_on_with_ends_as_one_that_was_not_stopped(stopped: Tu
     assert not has_checkpoint(run.path)
     for name in ("nll", "metrics", "best_step", "steps", "overfitting", "samples"):
         assert run.report()[name] == whole.report()[name]
-
-
-def test_the_command_that_is_said_goes_on(stopped: TuneConfig, whole: RunFolder) -> None:
-    command = [sys.executable, "-m", "edge_ft", "tune", "--config", str(stopped.out / "config.yaml"), "--resume"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "going on from step 7" in done.stderr
-    assert adapter(RunFolder.open(stopped.out)) == adapter(whole)
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "nothing was changed" in again.stderr
 
 
 def test_a_classifier_goes_on_too(bert: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,80 +233,6 @@ def test_a_stop_between_any_two_file_operations_leaves_a_whole_checkpoint(
     assert all(np.array_equal(found.backend[name], array) for name, array in older.backend.items())
 
 
-def process(config: TuneConfig, **environment: str) -> subprocess.Popen[str]:
-    """`edge-ft tune` in a process of its own."""
-    file = config.out.with_name(f"{config.out.name}.yaml")
-    plain = {name: value for name, value in vars(config).items() if value is not None}
-    plain |= {"out": str(config.out), "split": list(config.split), "target_modules": list(config.target_modules)}
-    file.write_text(yaml.safe_dump({**plain, "allow": [], "resume": config.resume}))
-    script = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom edge_ft.cli import main; main()"
-    )
-    command = [sys.executable, "-c", script, "tune", "--config", str(file)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
-
-
-def wait_for_step(run: Path, step: int, running: subprocess.Popen[str]) -> None:
-    """Until a checkpoint of `step` or later is there."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until and running.poll() is None:
-        try:
-            if json.loads((run / "checkpoint" / "state.json").read_text())["step"] >= step:
-                return
-        except (OSError, ValueError):
-            pass
-        time.sleep(0.01)
-    raise AssertionError(running.communicate())
-
-
-def killed_and_resumed(llama: Path, sums: Path, tmp_path: Path, moments: int, steps: int) -> None:
-    once = tune(settings(llama, sums, tmp_path / "once", **{**LONG, "max_steps": steps}))
-    config = settings(llama, sums, tmp_path / "run", **{**LONG, "max_steps": steps}, resume=True)
-    at, moment = 1, random.Random(moments)
-    for _ in range(moments):
-        running = process(config)
-        wait_for_step(config.out, at, running)
-        time.sleep(moment.uniform(0, 0.3))
-        running.kill()
-        running.communicate()
-        assert running.returncode == -signal.SIGKILL
-        found = read_checkpoint(config.out)
-        assert found is not None
-        assert found.step >= at
-        at = found.step + 2
-    run = tune(config)
-    assert run.report()["resumed_from_step"] == at - 2
-    assert adapter(run) == adapter(once)
-    assert lines(run) == lines(once)
-
-
-def test_kill_9_at_two_moments(llama: Path, sums: Path, tmp_path: Path) -> None:
-    killed_and_resumed(llama, sums, tmp_path, moments=2, steps=150)
-
-
-@pytest.mark.long
-def test_kill_9_at_ten_moments(llama: Path, sums: Path, tmp_path: Path) -> None:
-    killed_and_resumed(llama, sums, tmp_path, moments=10, steps=600)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_saves_and_says_how_to_go_on(llama: Path, sums: Path, tmp_path: Path, number: signal.Signals) -> None:
-    rare = settings(llama, sums, tmp_path / "run", **{**LONG, "max_steps": 5000, "checkpoint_steps": 2})
-    running = process(rare)
-    wait_for_step(rare.out, 2, running)
-    running.send_signal(number)
-    _, errors = running.communicate()
-    assert running.returncode == 130, errors
-    assert f"edge-ft tune --config {rare.out}/config.yaml --resume" in errors.splitlines()[-1]
-    found = read_checkpoint(rare.out)
-    assert found is not None
-    steps = [json.loads(line)["step"] for line in (rare.out / "metrics.jsonl").read_text().splitlines()]
-    assert f"from step {found.step}" in errors
-    assert max(steps) == found.step
-
-
 def test_ctrl_c_while_the_validation_rows_are_read_saves_the_step_before(
     llama: Path, sums: Path, tmp_path: Path, whole: RunFolder
 ) -> None:
@@ -419,23 +272,6 @@ def test_ctrl_c_between_two_gradients_of_a_step_saves_the_step_before(
         patch.setattr(TorchBackend, "gradient", signalled)
         tune(config)
     assert adapter(tune(replace(config, resume=True))) == adapter(whole)
-
-
-def test_the_second_ctrl_c_stops_at_once() -> None:
-    interruption, before = Interruption(), signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    try:
-        with interruption.watched():
-            interruption.poll()
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGTERM)  # launchers send it after the first one
-            with pytest.raises(KeyboardInterrupt):
-                interruption.poll()
-            with pytest.raises(StopAtOnce):
-                signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_a_thread_trains_without_signals(llama: Path, sums: Path, tmp_path: Path, whole: RunFolder) -> None:
@@ -490,39 +326,6 @@ def test_when_nothing_can_be_written_the_run_ends_and_goes_on_later(
     run = tune(stopped)
     assert run.report()["resumed_from_step"] == 7
     assert (adapter(run), lines(run)) == (adapter(whole), lines(whole))
-
-
-def test_a_file_size_limit_does_not_cost_the_older_checkpoint(
-    llama: Path, sums: Path, tmp_path: Path, whole: RunFolder
-) -> None:
-    """The real thing: the system refuses to write a large file, from step 3 on."""
-    config = settings(llama, sums, tmp_path / "run")
-    script = (
-        "import resource, sys; from pathlib import Path; from edge_ft.config import TuneConfig\n"
-        "from edge_ft.tune import tune; import yaml; from edge_ft.tune.torch_backend import TorchBackend\n"
-        "update, done = TorchBackend.update, []\n"
-        "def limited(self, *arguments):\n"
-        "    done.append(1)\n"
-        "    if len(done) == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        "    return update(self, *arguments)\n"
-        "TorchBackend.update = limited\n"
-        "tune(TuneConfig(**yaml.safe_load(Path(sys.argv[1]).read_text())))\n"
-    )
-    plain = {**vars(config), "out": str(config.out), "split": list(config.split), "target_modules": ["all-linear"]}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**plain, "allow": []}))
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "config.yaml")], capture_output=True, text=True)
-    assert "WillNotFit: the disk is full" in done.stderr  # the adapter of the look at step 4 is too large as well
-    found = read_checkpoint(config.out)
-    assert found is not None
-    assert found.step == 3
-    run = tune(replace(config, resume=True))
-    assert (adapter(run), lines(run)) == (adapter(whole), lines(whole))
-
-
-def test_which_errors_are_a_full_disk() -> None:
-    assert disk_full(OSError(errno.ENOSPC, "")) and disk_full(OSError(errno.EFBIG, ""))
-    assert disk_full(Exception("Error while serializing: I/O error: No space left on device (os error 28)"))
-    assert not disk_full(OSError(errno.EACCES, "")) and not disk_full(ValueError("28"))
 
 
 def test_max_minutes_are_summed_over_resumes_and_the_steps_stay(

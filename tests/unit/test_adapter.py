@@ -12,15 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_llama
 from transformers import AutoModelForCausalLM
 
-from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
 from edge_ft.errors import ModelError, UsageError
-from edge_ft.evaluate.loading import open_run_model
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import load_model
 from edge_ft.models.lora import add_lora, load_adapter, lora_pairs, merge_adapter
-from edge_ft.quant.blockwise import dequantize
-from edge_ft.quant.layers import QuantEmbedding, QuantLinear, codes_sha256, frozen_layers
 
 IDS = torch.tensor([[1, 20, 30, 40, 50, 60]])
 
@@ -39,17 +35,6 @@ def save_adapter(llama: Path, folder: Path, **settings: Any) -> Path:
 
 def base_model(llama: Path, base_format: Any = "fp32") -> Any:
     return load_model(find_base(str(llama)), "text-generation", base_format)
-
-
-def test_a_tuned_adapter_loads_with_plain_peft_on_the_plain_base(llama: Path, llama_run: RunFolder) -> None:
-    ours, _ = open_run_model(llama_run)
-    assert codes_sha256(ours) == llama_run.base()["codes_sha256"]
-    plain = AutoModelForCausalLM.from_pretrained(llama)
-    for name, layer in frozen_layers(ours).items():  # the same codes as floats: then both must agree
-        plain.get_submodule(name).weight.data = torch.from_numpy(dequantize(layer.codes()))
-    theirs = PeftModel.from_pretrained(plain, llama_run.adapter).eval()
-    with torch.inference_mode():
-        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -169,13 +154,6 @@ def test_a_target_that_is_not_there_is_answered_with_a_near_one(llama: Path, tmp
 def test_more_layers_than_there_are_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 layers"):
         targets(llama, tmp_path, layers="last:3")
-
-
-def test_quantized_layers_keep_their_kind_under_peft(llama: Path, llama_run: RunFolder) -> None:
-    ours = load_adapter(base_model(llama, "int4"), llama_run.adapter)
-    kinds = {type(getattr(module, "base_layer", None)) for module in ours.modules()} - {type(None)}
-    assert kinds == {QuantLinear}
-    assert isinstance(ours.get_input_embeddings(), QuantEmbedding)
 
 
 @pytest.mark.parametrize("change", ["lost", "renamed"])

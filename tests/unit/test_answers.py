@@ -7,13 +7,10 @@ from recorded_progress import RecordedProgress
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
-from edge_ft.artifacts import RunFolder
-from edge_ft.data import Example, TextTokenizer
+from edge_ft.data import Example
 from edge_ft.errors import MissingExtra
 from edge_ft.evaluate import generation as module
 from edge_ft.evaluate.generation import Answer, answer_metrics, generate_answers
-from edge_ft.evaluate.loading import open_run_model
-from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 
 REFERENCE = "The pump runs at night."
@@ -115,13 +112,3 @@ def test_an_answer_that_was_cut_did_not_end_and_none_goes_beyond_the_model() -> 
         ("[1, 2]", False),  # 6 of 8 positions were taken; the row without a prompt and the full one are not asked
     ]
     assert counter.asked == [4, 4, 2]
-
-
-def test_together_or_alone_torch_answers_the_same(llama_run: RunFolder) -> None:
-    model, _ = open_run_model(llama_run)
-    scorer = TorchScorer(model, "text-generation", frozenset({2}))
-    tokenizer = TextTokenizer.load(llama_run.tokenizer)
-    prompts = [tokenizer.encode(text) for text in ("hello 3 the answer", "hello", "the answer hello 12 hello 4 the")]
-    alone = [scorer.answer(prompt, 12) for prompt in prompts]
-    assert scorer.answer_batch(prompts, 12) == alone
-    assert len({len(answer) for answer in alone}) > 1, "they end at different tokens"

@@ -12,19 +12,15 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_encoder_config, write_decoder, write_encoder, write_t5
 
-from edge_ft.artifacts import RunFolder
-from edge_ft.config import ExportConfig, Task, TuneConfig
+from edge_ft.config import Task
 from edge_ft.data.example import Example
 from edge_ft.errors import ModelError
-from edge_ft.evaluate.loading import open_run_model
-from edge_ft.export import export
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import load_model
 from edge_ft.models.losses import embed
 from edge_ft.models.scorer import HIDDEN, LOSSES
 from edge_ft.quant.calibration import MOST_TOKENS, Calibration, choose_rows, spread
 from edge_ft.quant.layers import codes_sha256, frozen_layers
-from edge_ft.tune import tune
 
 CPU = torch.device("cpu")
 
@@ -154,51 +150,3 @@ def test_half_of_an_embedders_rows_are_answers(tmp_path: Path) -> None:
     assert rows.batch["input_ids"][1, :9].tolist() == given_ids[1].pair_ids
     assert rows.batch["pair_input_ids"][1, : len(given_ids[1].input_ids)].tolist() == given_ids[1].input_ids
     assert rows.batch["input_ids"][2, : len(given_ids[2].input_ids)].tolist() == given_ids[2].input_ids
-
-
-def short_tune(model: Path, sums: Path, out: Path, **settings: Any) -> RunFolder:
-    return tune(TuneConfig(model=str(model), data=str(sums), out=out, max_steps=2, eval_steps=2, **settings))
-
-
-def test_the_option_changes_what_is_trained_over_and_the_run_keeps_it(llama: Path, sums: Path, tmp_path: Path) -> None:
-    plain = short_tune(llama, sums, tmp_path / "plain", calibration_rows=0)
-    chosen = short_tune(llama, sums, tmp_path / "chosen", calibration_rows=8)
-    assert not plain.codes.exists()
-    nearest = codes_sha256(load_model(find_base(str(llama)), "text-generation", "int4"))
-    assert plain.base()["codes_sha256"] == nearest != chosen.base()["codes_sha256"]
-    model, _ = open_run_model(chosen)
-    assert codes_sha256(model) == chosen.base()["codes_sha256"]
-    few = short_tune(llama, sums, tmp_path / "few", calibration_rows=2)
-    assert few.base()["codes_sha256"] != chosen.base()["codes_sha256"]
-
-
-@pytest.mark.parametrize(
-    ("how", "says"),
-    [
-        ("missing", r"codes\.safetensors is missing"),
-        ("torn", r"codes\.safetensors cannot be read"),
-        ("other", "are not those that"),
-    ],
-)
-def test_a_run_whose_codes_are_lost_is_refused(how: str, says: str, llama: Path, sums: Path, tmp_path: Path) -> None:
-    run = short_tune(llama, sums, tmp_path / "run", calibration_rows=8)
-    if how == "missing":
-        run.codes.unlink()
-    elif how == "torn":
-        run.codes.write_bytes(run.codes.read_bytes()[:-100])
-    else:
-        other = short_tune(llama, sums, tmp_path / "other", calibration_rows=3)
-        run.codes.write_bytes(other.codes.read_bytes())
-    with pytest.raises(ModelError, match=says):
-        open_run_model(run)
-
-
-@pytest.mark.parametrize("lane", ["merged", "adapter"])
-def test_a_bundle_says_how_its_codes_were_chosen(lane: Any, llama: Path, sums: Path, tmp_path: Path) -> None:
-    loose: dict[str, Any] = {"max_tax": 9.0, "min_retained": -9.0, "max_metric_drop": 1.0}
-    methods = {}
-    for rows in (0, 8):
-        run = short_tune(llama, sums, tmp_path / f"run{rows}", calibration_rows=rows, learning_rate=1e-2)
-        bundle = export(str(run.path), ExportConfig(out=tmp_path / f"{lane}{rows}", lane=lane, **loose))
-        methods[rows] = bundle.manifest["quantization"]["method"]
-    assert methods == {0: "rtn", 8: "gptq"}

@@ -11,13 +11,10 @@ import numpy as np
 import pytest
 from tiny_bundle import write_classifier, write_decoder
 
-from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.config import EvalConfig, RunConfig
-from edge_ft.data import Columns, Example, Rendering, Row, TextTokenizer, answer_ids, collate, find_answers
+from edge_ft.artifacts import Bundle
+from edge_ft.config import RunConfig
+from edge_ft.data import Columns, Example, Rendering, Row, answer_ids, collate, find_answers
 from edge_ft.errors import UsageError
-from edge_ft.evaluate import evaluate
-from edge_ft.evaluate.loading import open_run_model
-from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 from edge_ft.runtime import KVCache, TextGenerator, load
 from edge_ft.runtime.decode import TooLong
@@ -132,9 +129,6 @@ def test_a_prompt_without_room_for_the_longest_label_is_too_long(tmp_path: Path)
         opened.classify("a" * 9, ("no", "sure"))
 
 
-# What rows teach, and what a bundle remembers
-
-
 def answers_of(values: Sequence[str | None], tmp_path: Path, columns: Columns | None = None) -> tuple[str, ...]:
     opened = generator(write_decoder(tmp_path / "b"))
     columns = columns or Columns("prompt_completion", "{prompt}", "{completion}")
@@ -165,34 +159,6 @@ def test_few_short_answers_that_return_are_remembered(
 def test_what_a_template_puts_around_an_answer_is_no_part_of_it(tmp_path: Path) -> None:
     columns = Columns("template", "{prompt}:", " It is {completion}.")
     assert answers_of(["no", "yes"] * 4, tmp_path, columns) == ("no", "yes")
-
-
-def test_a_run_remembers_its_answers_and_is_scored_on_choosing(llama_run: RunFolder, llama_bundle: Bundle) -> None:
-    opened = generator(llama_bundle.path)
-    assert opened.rendering.answers == (" hello", " seven")
-    assert opened.classify("hello 3 the answer").label in (" hello", " seven")
-    data = str(llama_run.split("test"))
-    found = [evaluate(str(path), EvalConfig(data=data))["metrics"] for path in (llama_run.path, llama_bundle.path)]
-    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
-    chosen = opened.classify([row["prompt"] for row in rows])
-    share = sum(one.label == row["completion"] for one, row in zip(chosen, rows, strict=True)) / len(rows)
-    assert found[1]["choice_accuracy"]["value"] == share
-    assert found[0]["choice_accuracy"]["value"] == pytest.approx(share, abs=0.15)  # on the grid before rounding
-    assert 0 <= found[1]["choice_macro_f1"]["value"] <= 1
-    assert "choice_accuracy" in llama_run.report()["answers"]["metrics"]
-
-
-def test_torch_gives_the_same_scores(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
-    model, _ = open_run_model(llama_run)
-    tokenizer = TextTokenizer.load(llama_run.tokenizer)
-    rendering = Rendering.from_dict(llama_run.rendering())
-    answers = [answer_ids(rendering, tokenizer, label) for label in (" hello", " seven", " seven hello", "")]
-    prompt = tokenizer.encode("hello 3 the answer")
-    expected = generator(llama_adapter_bundle.path).answer_nll(prompt, answers)
-    assert TorchScorer(model, "text-generation").answer_nll(prompt, answers) == pytest.approx(expected, abs=1e-3)
-
-
-# edge-ft run
 
 
 def test_run_prints_labels_and_scores(tmp_path: Path) -> None:

@@ -11,12 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_bert, write_llama
 from transformers import AutoConfig, BertForSequenceClassification
 
-from edge_ft.config import TuneConfig
-from edge_ft.errors import DataError, ModelError
+from edge_ft.errors import ModelError
 from edge_ft.models import loading as load
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import load_model
-from edge_ft.tune import tune
 
 
 def edit_config(folder: Path, **changes: object) -> Path:
@@ -71,22 +69,6 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
         find_base(str(tmp_path))
 
 
-def test_a_head_is_kept_in_its_own_order(tmp_path: Path, reviews: Path) -> None:
-    folder = write_headed(tmp_path / "model", ("praise", "blame"))
-    run = tune(TuneConfig(model=str(folder), data=str(reviews), out=tmp_path / "run", max_steps=1))
-    assert run.rendering()["labels"] == ["praise", "blame"]
-    kept = load_model(find_base(str(folder)), "text-classification", labels=("praise", "blame"))
-    torch.testing.assert_close(kept.classifier.weight, load_file(folder / "model.safetensors")["classifier.weight"])
-
-
-def test_a_head_for_other_classes_is_drawn_anew(tmp_path: Path, reviews: Path) -> None:
-    folder = write_headed(tmp_path / "model", ("cat", "dog"))
-    run = tune(TuneConfig(model=str(folder), data=str(reviews), out=tmp_path / "run", max_steps=1))
-    assert run.rendering()["labels"] == ["blame", "praise"]
-    fresh = load_model(find_base(str(folder)), "text-classification", labels=("blame", "praise"))
-    assert not torch.equal(fresh.classifier.weight, load_file(folder / "model.safetensors")["classifier.weight"])
-
-
 def test_a_head_with_default_names_has_them(tmp_path: Path) -> None:
     folder = write_headed(tmp_path / "model", ("LABEL_0", "LABEL_1"))
     assert find_base(str(folder)).labels("text-classification") == ("LABEL_0", "LABEL_1")
@@ -96,37 +78,6 @@ def test_numbers_mean_the_heads_own_order(tmp_path: Path) -> None:
     folder = write_headed(tmp_path / "model", ("no", "yes"))
     assert find_base(str(folder)).brings_head_of("text-classification", ("0", "1"))
     assert not find_base(str(folder)).brings_head_of("text-classification", ("yes", "no"))
-
-
-def test_a_rare_class_does_not_stop_a_run(bert: Path, reviews: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(reviews.read_text() + '{"text": "the film was a [ film", "label": "rare"}\n')
-    for seed in range(3):
-        run = tune(TuneConfig(model=str(bert), data=str(rows), out=tmp_path / str(seed), max_steps=1, seed=seed))
-        assert run.rendering()["labels"] == ["blame", "praise", "rare"]
-
-
-def test_a_decoder_asked_to_classify_is_refused(llama: Path, reviews: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="text-generation here, not text-classification"):
-        tune(TuneConfig(model=str(llama), data=str(reviews), out=tmp_path / "run", label="label"))
-    with pytest.raises(DataError):
-        tune(TuneConfig(model=str(llama), data=str(reviews), out=tmp_path / "run", label="lable"))
-
-
-def test_python_values_are_taken_as_they_come(llama: Path, sums: Path, tmp_path: Path) -> None:
-    settings = {"model": llama, "data": sums, "out": str(tmp_path / "run"), "target_modules": ["q_proj,v_proj"]}
-    run = tune(TuneConfig(**settings, max_steps=1))  # type: ignore[arg-type]
-    assert run.path == tmp_path / "run"
-
-
-def test_a_run_that_failed_before_it_learned_leaves_its_place(llama: Path, sums: Path, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="not a number"):
-        tune(
-            TuneConfig(
-                model=str(llama), data=str(sums), out=tmp_path / "run", learning_rate=1e30, warmup=0.0, max_steps=9
-            )
-        )
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("bits", ["int4", "int8", "nf4", "bf16"])

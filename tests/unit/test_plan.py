@@ -1,7 +1,6 @@
 """What a tune will take is said before it starts, refused where it is too much, and changes nothing of the run."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch
 from safetensors.numpy import load_file
 from tiny_models import tiny_encoder_config, write_encoder, write_t5
 
-from edge_ft.artifacts import RunFolder
-from edge_ft.config import PlanConfig, TuneConfig
+from edge_ft.config import PlanConfig
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import AuditRefused, WillNotFit
 from edge_ft.models.base_model import find_base
@@ -20,41 +18,16 @@ from edge_ft.system import Room
 from edge_ft.tune import measure as measuring
 from edge_ft.tune import plan as planning
 from edge_ft.tune import trainable_model as adapted
-from edge_ft.tune import tune
 from edge_ft.tune.measure import Curve
 from edge_ft.tune.plan import duration, plan, resolve_memory
 from edge_ft.tune.prepare import prepare
 
 PLENTY = Room(memory=2**50, disk=2**50)
-FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
-
-
-class Heard:
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        self.lines.append(f"{stage} {done}")
 
 
 @pytest.fixture(scope="module")
 def planned(llama: Path, sums: Path) -> dict[str, Any]:
     return plan(PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2), memory="normal"), room=PLENTY)
-
-
-def test_a_plan_counts_rows_tokens_steps_and_parameters(planned: dict[str, Any], llama_run: RunFolder) -> None:
-    assert planned["rows"] == {"train": 24, "validation": 8, "test": 8} == llama_run.report()["rows"]
-    assert planned["steps"] == 24 * 2 // 4
-    tokens = planned["tokens"]
-    assert 0 < tokens["p50"] <= tokens["p95"] <= tokens["max"] < tokens["total"] <= 24 * tokens["max"]
-    assert planned["trainable_parameters"] == llama_run.report()["trainable_parameters"]
-    assert planned["findings"] == []
-    json.dumps(planned, allow_nan=False)
 
 
 def test_the_best_choice_that_fits_is_recommended_with_a_reason(planned: dict[str, Any]) -> None:
@@ -111,16 +84,6 @@ def test_steps_that_do_not_fit_are_refused_without_taking_them(
     with pytest.raises(WillNotFit, match=r"of memory and .* are free: give .*--batch-size"):
         plan(PlanConfig(model=str(llama), data=str(sums), batch_size=16), room=Room(rows, PLENTY.disk))
     assert max(taken) < 16
-
-
-def test_a_base_too_large_is_refused_before_it_is_loaded(
-    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Room, "here", classmethod(lambda cls, out: Room(1000, PLENTY.disk)))
-    monkeypatch.setattr(adapted, "load_model", None)
-    with pytest.raises(WillNotFit, match="take a smaller model"):
-        tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
-    assert not (tmp_path / "run").exists()
 
 
 def test_floats_beside_the_codes_are_reckoned_with(llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,44 +190,6 @@ def test_a_classifier_is_planned_too(bert: Path, reviews: Path) -> None:
     found = plan(PlanConfig(model=str(bert), data=str(reviews)), room=PLENTY)
     assert found["recommended"]["layers"] == "all"
     assert [finding["code"] for finding in found["findings"]] in ([], ["duplicated"])
-
-
-@pytest.fixture(scope="module")
-def with_plan(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunFolder, Heard]]:
-    heard = Heard()
-    settings = TuneConfig(
-        model=str(llama), data=str(sums), out=tmp_path_factory.mktemp("planned") / "run", dropout=0.3, show=1, **FAST
-    )
-    yield tune(settings, heard), heard
-
-
-def test_a_tune_says_its_plan_before_its_first_step_and_keeps_it(with_plan: tuple[RunFolder, Heard]) -> None:
-    run, heard = with_plan
-    kept = json.loads((run.path / "plan.json").read_text())
-    assert kept["choices"] == [kept["recommended"]]
-    assert kept["steps"] == 3 == run.report()["steps"]
-    said = next(at for at, line in enumerate(heard.lines) if line.startswith("plan: "))
-    assert "3 steps" in heard.lines[said]
-    assert said < next(at for at, line in enumerate(heard.lines) if line.startswith("train "))
-    assert any("⟦" in line for line in heard.lines)
-
-
-def test_a_plan_leaves_the_run_as_it_would_have_been(
-    with_plan: tuple[RunFolder, Heard], llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("edge_ft.tune.make_plan", lambda *_, **__: {})
-    without = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", dropout=0.3, **FAST))
-    adapters = [load_file(run.adapter / "adapter_model.safetensors") for run in (with_plan[0], without)]
-    assert all((adapters[0][name] == adapters[1][name]).all() for name in adapters[1])
-
-
-def test_a_tune_that_does_not_fit_is_refused_and_leaves_nothing(
-    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Room, "here", classmethod(lambda cls, out: Room(PLENTY.memory, 1000)))
-    with pytest.raises(WillNotFit, match="free some"):
-        tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_free_here_is_found(tmp_path: Path) -> None:

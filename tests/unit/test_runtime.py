@@ -1,7 +1,5 @@
 """Opening a bundle."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +74,3 @@ def test_a_merged_bundle_cannot_answer_as_its_base(tmp_path: Path) -> None:
 def test_an_unknown_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean 'none'"):
         load(write_decoder(tmp_path / "tuned", lane="adapter"), adapter="non")
-
-
-def test_the_runtime_needs_no_training_stack() -> None:
-    program = (
-        "import sys, edge_ft.runtime\n"
-        "heavy = {'torch', 'transformers', 'peft', 'onnx', 'datasets', 'safetensors'} & set(sys.modules)\n"
-        "sys.exit(', '.join(heavy) or 0)"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,64 @@
+"""Calibrated codes through tune and export."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_ft.artifacts import RunFolder
+from edge_ft.config import ExportConfig, TuneConfig
+from edge_ft.errors import ModelError
+from edge_ft.evaluate.loading import open_run_model
+from edge_ft.export import export
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import load_model
+from edge_ft.quant.layers import codes_sha256
+from edge_ft.tune import tune
+
+
+def short_tune(model: Path, sums: Path, out: Path, **settings: Any) -> RunFolder:
+    return tune(TuneConfig(model=str(model), data=str(sums), out=out, max_steps=2, eval_steps=2, **settings))
+
+
+def test_the_option_changes_what_is_trained_over_and_the_run_keeps_it(llama: Path, sums: Path, tmp_path: Path) -> None:
+    plain = short_tune(llama, sums, tmp_path / "plain", calibration_rows=0)
+    chosen = short_tune(llama, sums, tmp_path / "chosen", calibration_rows=8)
+    assert not plain.codes.exists()
+    nearest = codes_sha256(load_model(find_base(str(llama)), "text-generation", "int4"))
+    assert plain.base()["codes_sha256"] == nearest != chosen.base()["codes_sha256"]
+    model, _ = open_run_model(chosen)
+    assert codes_sha256(model) == chosen.base()["codes_sha256"]
+    few = short_tune(llama, sums, tmp_path / "few", calibration_rows=2)
+    assert few.base()["codes_sha256"] != chosen.base()["codes_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("missing", r"codes\.safetensors is missing"),
+        ("torn", r"codes\.safetensors cannot be read"),
+        ("other", "are not those that"),
+    ],
+)
+def test_a_run_whose_codes_are_lost_is_refused(how: str, says: str, llama: Path, sums: Path, tmp_path: Path) -> None:
+    run = short_tune(llama, sums, tmp_path / "run", calibration_rows=8)
+    if how == "missing":
+        run.codes.unlink()
+    elif how == "torn":
+        run.codes.write_bytes(run.codes.read_bytes()[:-100])
+    else:
+        other = short_tune(llama, sums, tmp_path / "other", calibration_rows=3)
+        run.codes.write_bytes(other.codes.read_bytes())
+    with pytest.raises(ModelError, match=says):
+        open_run_model(run)
+
+
+@pytest.mark.parametrize("lane", ["merged", "adapter"])
+def test_a_bundle_says_how_its_codes_were_chosen(lane: Any, llama: Path, sums: Path, tmp_path: Path) -> None:
+    loose: dict[str, Any] = {"max_tax": 9.0, "min_retained": -9.0, "max_metric_drop": 1.0}
+    methods = {}
+    for rows in (0, 8):
+        run = short_tune(llama, sums, tmp_path / f"run{rows}", calibration_rows=rows, learning_rate=1e-2)
+        bundle = export(str(run.path), ExportConfig(out=tmp_path / f"{lane}{rows}", lane=lane, **loose))
+        methods[rows] = bundle.manifest["quantization"]["method"]
+    assert methods == {0: "rtn", 8: "gptq"}

@@ -1,0 +1,86 @@
+"""Regression and multi-label classification: trained, exported and scored."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_ft.config import ExportConfig, TuneConfig
+from edge_ft.data import collate, encode_rows, read_rows
+from edge_ft.export import export
+from edge_ft.runtime import TextClassifier, load
+from edge_ft.tune import tune
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def shipped(model: Path, data: Path, out: Path, **settings: Any) -> tuple[TextClassifier, dict[str, Any], Path]:
+    """What is learned of rows, opened, with the run's report."""
+    config = TuneConfig(
+        model=str(model),
+        data=str(data),
+        out=out / "run",
+        epochs=10,
+        learning_rate=1e-2,
+        split=(0.6, 0.2, 0.2),
+        **settings,
+    )
+    run = tune(config)
+    bundle = export(str(run.path), ExportConfig(out=out / "b", max_tax=1, min_retained=0.3, max_metric_drop=1))
+    assert bundle.manifest["verification"]["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-4
+    opened = load(bundle)
+    assert isinstance(opened, TextClassifier)
+    said = json.loads((bundle.path / "config.json").read_text())
+    assert said["problem_type"] == opened.problem, "a stranger is told too"
+    return opened, run.report(), run.split("test")
+
+
+def test_a_number_is_learned_and_shipped(bert: Path, tmp_path: Path) -> None:
+    lines = [
+        {
+            "text": " ".join(["the film was", *["very"] * (n % 4), ["good", "bad"][n // 4 % 2], *["a"] * (n // 8)]),
+            "stars": (0.5 + n % 4 / 2) * [1, -1][n // 4 % 2],
+        }
+        for n in range(64)
+    ]
+    opened, report, test = shipped(bert, write(tmp_path / "rows.jsonl", lines), tmp_path, label="stars")
+    assert report["nll"]["test"] < 0.3 * report["nll"]["test_base"]
+    assert report["metrics"]["spearman"]["test"]["value"] > 0.8
+    rows = read_rows(str(test))
+    found = opened.classify([row.fields["text"] for row in rows])
+    assert list(found[0].scores) == ["stars"]
+    assert [one.label for one in found] == [one.scores["stars"] for one in found]
+    examples = encode_rows(opened.rendering, opened.tokenizer, rows)
+    nll, numbers = opened.token_nll(collate(examples, opened.tokenizer.pad_id, "text-classification"))
+    gold = np.array([row.fields["stars"] for row in rows])
+    assert nll[:, 0] == pytest.approx((numbers[:, 0] - gold) ** 2 / 2, rel=1e-4), "half the squared error"
+
+
+def test_several_classes_are_learned_and_shipped(bert: Path, tmp_path: Path) -> None:
+    lines = [
+        {
+            "text": " ".join(["the", *["good"] * (n % 2), *["bad"] * (n // 2 % 2), *["was"] * (n // 4)]),
+            "label": [*["praise"] * (n % 2), *["blame"] * (n // 2 % 2)],
+        }
+        for n in range(64)
+    ]
+    opened, report, _ = shipped(bert, write(tmp_path / "rows.jsonl", lines), tmp_path)
+    assert report["metrics"]["micro_f1"]["test"]["value"] > 0.8
+    neither, both = opened.classify(["the was", "the good bad was"])
+    assert neither.label == []
+    assert both.label == ["blame", "praise"]
+    assert all(0 <= score <= 1 for score in both.scores.values())
+
+
+def test_the_option_wins_over_the_values(bert: Path, tmp_path: Path) -> None:
+    lines = [{"text": f"the film {'very ' * (n // 2)}{['good', 'bad'][n % 2]}", "label": n % 2} for n in range(40)]
+    data = write(tmp_path / "rows.jsonl", lines)
+    run = tune(
+        TuneConfig(model=str(bert), data=str(data), out=tmp_path / "run", max_steps=2, problem_type="regression")
+    )
+    assert set(run.report()["metrics"]) == {"mse", "pearson", "spearman"}
