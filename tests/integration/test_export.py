@@ -186,34 +186,44 @@ def test_nothing_learned_is_refused(llama: Path, sums: Path, tmp_path: Path) -> 
         export(str(run.path), ExportConfig(out=tmp_path / "bundle"))
 
 
-@pytest.mark.parametrize(
-    ("limits", "says"),
-    [
-        ({"max_tax": 0.0}, "--max-tax 0.* --lane adapter ships the codes that were trained over"),
-        ({"min_retained": 1.5}, "--min-retained"),
-    ],
-    ids=["tax", "retained"],
-)
-def test_a_limit_that_does_not_hold_refuses_and_keeps_the_bundle_aside(
-    llama_run: RunFolder, tmp_path: Path, limits: dict[str, float], says: str
-) -> None:
-    out = tmp_path / "bundle"
-    with pytest.raises(GateRefused, match=says) as refusal:
-        export(str(llama_run.path), ExportConfig(out=out, **{**LOOSE, **limits}))
+@pytest.fixture
+def bad_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merged weights get codes that are far from them: a tax well above 0 and a fallen metric on any processor."""
+
+    def reversed_codes(weight: Any, factor: Any, nearest: Codes) -> Codes:
+        return replace(nearest, qweight=nearest.qweight[:, ::-1])
+
+    monkeypatch.setattr(calibrating, "round_over", reversed_codes)
+
+
+def assert_refused(run: RunFolder, config: ExportConfig, message: str) -> None:
+    """The gate refuses with `message`, and only the rejected bundle is kept."""
+    with pytest.raises(GateRefused, match=message) as refusal:
+        export(str(run.path), config)
     assert refusal.value.exit_code == 3
-    assert not out.exists()
+    assert not config.out.exists()
+    assert Bundle.open(config.out.with_name("bundle.rejected")).manifest["verification"]["refused"]
+
+
+@pytest.mark.usefixtures("bad_rounding")
+def test_a_tax_above_the_limit_refuses_and_keeps_the_bundle_aside(llama_run: RunFolder, tmp_path: Path) -> None:
+    config = ExportConfig(out=tmp_path / "bundle", max_tax=0.0, min_retained=-100.0, max_metric_drop=1.0)
+    message = "--max-tax 0.* --lane adapter ships the codes that were trained over"
+    assert_refused(llama_run, config, message)
     assert Bundle.open(tmp_path / "bundle.rejected").manifest["verification"]["quantization_tax"] > 0
 
 
-def test_a_fallen_metric_refuses(llama_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a broken rounding would look like."""
+def test_a_retained_gain_below_the_limit_refuses_and_keeps_the_bundle_aside(
+    llama_run: RunFolder, tmp_path: Path
+) -> None:
+    config = ExportConfig(out=tmp_path / "bundle", **{**LOOSE, "min_retained": 1.5})
+    assert_refused(llama_run, config, "--min-retained")
 
-    def broken(weight: Any, factor: Any, nearest: Codes) -> Codes:
-        return replace(nearest, qweight=nearest.qweight[:, ::-1])
 
-    monkeypatch.setattr(calibrating, "round_over", broken)
-    with pytest.raises(GateRefused, match=r"--max-metric-drop 0\.02"):
-        export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle", max_tax=100.0, min_retained=-100.0))
+@pytest.mark.usefixtures("bad_rounding")
+def test_a_fallen_metric_refuses(llama_run: RunFolder, tmp_path: Path) -> None:
+    config = ExportConfig(out=tmp_path / "bundle", max_tax=100.0, min_retained=-100.0)
+    assert_refused(llama_run, config, r"--max-metric-drop 0\.02")
 
 
 def test_an_interrupted_export_leaves_nothing(llama_run: RunFolder, tmp_path: Path) -> None:
