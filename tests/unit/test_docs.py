@@ -1,0 +1,76 @@
+"""What README, CONTRIBUTING and the pages of docs/ name is there: files, modules, functions, studies and links."""
+
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def names_something(dotted: str) -> bool:
+    """Whether a dotted name is a module, or is found in one."""
+    parts = dotted.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            if find_spec(".".join(parts[:count])) is None:
+                continue
+        except ModuleNotFoundError:
+            continue
+        found = import_module(".".join(parts[:count]))
+        for part in parts[count:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pages
+def test_every_path_exists(page: Path) -> None:
+    named = re.findall(r"(?<![\w/.])((?:edge_ft|export|bench|tests|docs)/[\w/.-]*\w)", page.read_text(encoding="utf-8"))
+    # A decision may be named by its number alone.
+    assert [path for path in named if not (ROOT / path).exists() and not list(ROOT.glob(f"{path}-*.md"))] == []
+
+
+@pages
+def test_every_function_of_a_file_is_in_it(page: Path) -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", page.read_text(encoding="utf-8"))
+    assert [f"{file}::{name}" for file, name in named if not re.search(rf"\b{name}\b", (ROOT / file).read_text())] == []
+
+
+@pages
+def test_every_dotted_name_can_be_imported(page: Path) -> None:
+    named = set(re.findall(r"\bedge_ft(?:\.[A-Za-z_]\w*)+", page.read_text(encoding="utf-8")))
+    assert sorted(name for name in named if not names_something(name)) == []
+
+
+@pages
+def test_every_study_exists(page: Path) -> None:
+    named = set(re.findall(r"edge_ft\.bench\.studies ([a-z]+)", page.read_text(encoding="utf-8")))
+    assert sorted(name for name in named if not names_something(f"edge_ft.bench.studies.{name}")) == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, *DECISIONS], ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
