@@ -17,19 +17,15 @@ from edge_ft.bench.meters import peak_rss_bytes
 from edge_ft.bench.studies.baseline import CountingTrainer, batch_tensors, our_batches, our_optimizer
 from edge_ft.bench.worker import answer
 from edge_ft.config import TuneConfig
-from edge_ft.data import TextTokenizer, collate
 from edge_ft.evaluate.scoring import score
-from edge_ft.models.base_model import Base, find_base
-from edge_ft.models.loading import load_model
 from edge_ft.models.logging import silence_libraries
-from edge_ft.models.lora import add_lora
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
-from edge_ft.quant.calibration import choose_rows
-from edge_ft.quant.layers import move
+from edge_ft.tune.distributed import Ranks
+from edge_ft.tune.job import Job, prepare_job
 from edge_ft.tune.loop import fit
-from edge_ft.tune.prepare import Prepared, prepare
-from edge_ft.tune.torch_backend import TorchBackend
+from edge_ft.tune.prepare import Prepared
+from edge_ft.tune.trainable_model import load_trainable_model
 
 __all__ = ["main", "work"]
 
@@ -49,14 +45,11 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """
     config = TuneConfig(out=Path("unused"), **job["tune"])
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    base = find_base(config.model, "text-generation")
-    config = base.family.resolve(config)
-    tokenizer = TextTokenizer.load(base.path)
-    prepared = prepare(config, base, tokenizer, Silent())
-    meter = _Meter(prepared, config, job["warm_up"], device)
+    prepared_job = prepare_job(config, Silent())
+    meter = _Meter(prepared_job.prepared, prepared_job.config, job["warm_up"], device)
     with silence_libraries():
         train = {"ours": _ours, "rival": _rival}[job["trainer"]]
-        compute, before, after = train(base, prepared, tokenizer.pad_id, config, meter)
+        compute, before, after = train(prepared_job, meter)
     return {
         "nll_before": before,
         "nll_after": after,
@@ -117,36 +110,32 @@ def _nll(model: nn.Module, prepared: Prepared, pad_id: int) -> float:
     return scores.mean_nll
 
 
-def _ours(base: Base, prepared: Prepared, pad_id: int, config: TuneConfig, meter: _Meter) -> tuple[str, float, float]:
-    task = prepared.task
-    codes = choose_rows(prepared.examples["train"], config.base_calibration_rows, pad_id, task)
-    model = load_model(base, task, config.base_format, config.block_size, codes=codes)
-    peft_model = move(add_lora(model, base.family, task, config), meter.device)
-    backend = TorchBackend(peft_model, base.family, task, config)
-    first = prepared.examples["validation"][: config.rows_at_once]
-    compute = backend.resolve(collate(first, pad_id, task))
-    before = _nll(peft_model, prepared, pad_id)
+def _ours(job: Job, meter: _Meter) -> tuple[str, float, float]:
+    config, prepared, pad_id = job.config, job.prepared, job.tokenizer.pad_id
+    model = load_trainable_model(job, Ranks(meter.device), Silent())
+    before = _nll(model.peft_model, prepared, pad_id)
     fit(
-        backend,
+        model.backend,
         prepared.examples["train"],
-        first,  # the loop must look at something
+        prepared.examples["validation"][: config.rows_at_once],  # the loop must look at something
         config,
-        task=task,
+        task=prepared.task,
         pad_id=pad_id,
         progress=Silent(),
         log=lambda line: meter.step(line["step"]) if "loss" in line else None,
         on_best=lambda: None,
         on_plan=lambda _: meter.begin(),
     )
-    return compute, before, _nll(peft_model, prepared, pad_id)
+    return model.compute, before, _nll(model.peft_model, prepared, pad_id)
 
 
-def _rival(base: Base, prepared: Prepared, pad_id: int, config: TuneConfig, meter: _Meter) -> tuple[str, float, float]:
+def _rival(job: Job, meter: _Meter) -> tuple[str, float, float]:
     """As the libraries' own guides write it: the base in bfloat16 or nf4, the adapter in float32, autocast."""
+    config, prepared, pad_id = job.config, job.prepared, job.tokenizer.pad_id
     narrow = torch.bfloat16
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=narrow)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        base.path,
+        job.base.path,
         dtype=narrow,
         device_map={"": str(meter.device)},
         quantization_config=nf4 if config.base_format == "nf4" else None,

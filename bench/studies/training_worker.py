@@ -20,8 +20,8 @@ from edge_ft.errors import UsageError, require
 from edge_ft.progress import Silent
 
 if TYPE_CHECKING:
-    from edge_ft.data import TextTokenizer
     from edge_ft.models.base_model import Base
+    from edge_ft.tune.job import Job
     from edge_ft.tune.prepare import Prepared
 
 __all__ = ["main", "work"]
@@ -45,15 +45,11 @@ def _config(job: dict[str, Any], **more: Any) -> TuneConfig:
     return TuneConfig(**{"out": Path("unused"), **job["tune"], **more})
 
 
-def _read(config: TuneConfig) -> "tuple[TuneConfig, Base, TextTokenizer, Prepared]":
-    """What `tune` reads before it loads weights, and its settings with the family's recipe."""
-    from edge_ft.data import TextTokenizer
-    from edge_ft.models.base_model import find_base
-    from edge_ft.tune.prepare import prepare
+def _job(config: TuneConfig) -> "Job":
+    """What `tune` prepares before it loads weights."""
+    from edge_ft.tune.job import prepare_job
 
-    base = find_base(config.model, config.task)
-    config, tokenizer = base.family.resolve(config), TextTokenizer.load(base.path)
-    return config, base, tokenizer, prepare(config, base, tokenizer, Silent())
+    return prepare_job(config, Silent())
 
 
 def _prepare(job: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +70,7 @@ def _prepare(job: dict[str, Any]) -> dict[str, Any]:
     from edge_ft.bench.studies.baseline import MODEL_CLASSES
 
     split = (1.0, 0.0, 0.0) if job["validation"] else (0.8, 0.2, 0.0)
-    *_, whole = _read(_config(job, data=job["data"], validation=job["validation"], split=split, seed=0))
+    whole = _job(_config(job, data=job["data"], validation=job["validation"], split=split, seed=0)).prepared
     problem = whole.rendering.problem_type
     if whole.task not in MODEL_CLASSES or problem not in (None, "single_label_classification"):
         raise UsageError(f"the rival learns {' and '.join(MODEL_CLASSES)} of one label, not {problem or whole.task}")
@@ -83,7 +79,8 @@ def _prepare(job: dict[str, Any]) -> dict[str, Any]:
         order = np.random.default_rng(0).permutation(len(whole.rows[name]))[:wanted]
         chosen[name] = [whole.rows[name][index] for index in sorted(order)]
     write_splits(replace(whole, rows=chosen | {"test": []}), Path(job["rows"]))
-    config, base, _, prepared = _read(_config(job, task=whole.task))
+    ours = _job(_config(job, task=whole.task))
+    config, base, prepared = ours.config, ours.base, ours.prepared
     examples = prepared.examples["train"]
     tokens = sum(len(example.input_ids) for example in examples)
     targets = sum(sum(label != -100 for label in example.labels) for example in examples)
@@ -188,11 +185,14 @@ def _rival(job: dict[str, Any]) -> dict[str, Any]:
     from edge_ft.bench.studies.baseline import train_rival
 
     torch.set_num_threads(job["threads"])
-    config, base, tokenizer, prepared = _read(_config(job, seed=job["seed"], epochs=job["epochs"]))
+    ours = _job(_config(job, seed=job["seed"], epochs=job["epochs"]))
+    config = ours.config
     if config.eval_steps and not job["same_recipe"]:  # it is looked at after as many rows as ours
         eval_steps = max(1, round(config.eval_steps * config.rows_at_once / job["batch_size"]))
         config = replace(config, eval_steps=eval_steps)
-    found = train_rival(base, prepared, tokenizer.pad_id, config, learning_rate=job["learning_rate"], job=job)
+    found = train_rival(
+        ours.base, ours.prepared, ours.tokenizer.pad_id, config, learning_rate=job["learning_rate"], job=job
+    )
     return _result(job, job["learning_rate"], found)
 
 

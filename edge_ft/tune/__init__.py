@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from edge_ft.artifacts import RunFolder, disk_full, refuse_existing, write_json, write_text
 from edge_ft.config import TuneConfig, as_plain
-from edge_ft.data import TextTokenizer, collate, stop_ids
-from edge_ft.errors import Interrupted, ModelError, UsageError, WillNotFit, require
-from edge_ft.families import family_of
+from edge_ft.data import TextTokenizer
+from edge_ft.errors import Interrupted, UsageError, WillNotFit, require
 from edge_ft.progress import Progress, Silent
 from edge_ft.system import Room, peak_rss_bytes, release_memory
 from edge_ft.tune.checkpoint import (
@@ -28,11 +27,12 @@ from edge_ft.tune.checkpoint import (
     write_checkpoint,
 )
 from edge_ft.tune.interrupt import Interruption
+from edge_ft.tune.job import prepare_job
 from edge_ft.tune.loop import Backend, Fit, fit
 from edge_ft.tune.metrics_log import Metrics
 from edge_ft.tune.plan import make_plan, refuse_at_sight, resolve_memory
 from edge_ft.tune.plot import plot_losses
-from edge_ft.tune.prepare import Prepared, prepare, write_splits
+from edge_ft.tune.prepare import Prepared, write_splits
 from edge_ft.tune.report import results
 
 if TYPE_CHECKING:
@@ -62,12 +62,9 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     with silence_libraries():
         require("peft", "train")
     from edge_ft.models.base_model import find_base
-    from edge_ft.models.scorer import TorchScorer
-    from edge_ft.quant.calibration import Calibration, choose_rows
     from edge_ft.quant.layers import codes_sha256
     from edge_ft.quant.serialization import write_codes
     from edge_ft.tune.distributed import RankedBackend, Ranks
-    from edge_ft.tune.torch_backend import TorchBackend
     from edge_ft.tune.trainable_model import load_trainable_model
 
     started = time.monotonic()
@@ -85,7 +82,6 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         torch.set_num_threads(config.threads)
     with ranks.one_after_the_other():  # a GGUF file is converted once
         base = find_base(config.model, asked_task)  # another model is named as such, not by what it cannot do
-    config = base.family.resolve(config)
     identity: dict[str, Any] = {}
 
     def identify(**found: Any) -> None:
@@ -94,48 +90,30 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
             refuse_other(checkpoint.identity, found, run.path)
 
     identify(model=base.name, data=config.data, content_sha256=base.content_sha256)
-    tokenizer = TextTokenizer.load(base.path)
-    prepared = prepare(config, base, tokenizer, progress)
-    task = prepared.task
-    family_of(base.family.name, task)  # a guessed task too
-    if task == "feature-extraction" and ranks.world > 1:
+    job = prepare_job(config, progress, base)
+    prepared, tokenizer = job.prepared, job.tokenizer
+    if prepared.task == "feature-extraction" and ranks.world > 1:
         raise UsageError("feature-extraction tells apart the texts of a whole batch: train it in one process")
-    longest = max(max(example.input_ids) for rows in prepared.examples.values() for example in rows)
-    if longest >= base.dims.vocabulary:
-        raise ModelError(f"{base.path}: its tokenizer gives id {longest}, its model knows {base.dims.vocabulary}")
     counts = {name: len(examples) for name, examples in prepared.examples.items()}
     identify(data_fingerprint=prepared.fingerprint, rows=counts, examples_sha256=examples_sha256(prepared.examples))
     device, room = ranks.device, Room.here(run.path)
-    config = resolve_memory(base, config, prepared, room, device, ranks.world)
+    config = resolve_memory(base, job.config, prepared, room, device, ranks.world)
     refuse_at_sight(base, config, room)
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
-    rows = config.base_calibration_rows
-    codes = (
-        run.codes
-        if run.codes.is_file()
-        else choose_rows(prepared.examples["train"], rows, tokenizer.pad_id, task, progress)
-    )
-    peft_model = load_trainable_model(base, prepared, config, codes, device)
-    identify(codes_sha256=codes_sha256(peft_model) if config.base_format != "fp32" else None)
-    calibration = codes.to_dict() if isinstance(codes, Calibration) else None
-    if codes == run.codes:  # chosen before this process began
+    codes = run.codes if run.codes.is_file() else None  # chosen before this process began
+    model = load_trainable_model(replace(job, config=config), ranks, progress, codes)
+    backend = model.backend
+    identify(codes_sha256=codes_sha256(model.peft_model) if config.base_format != "fp32" else None)
+    calibration = model.calibration.to_dict() if model.calibration else None
+    if codes is not None:
         calibration = run.base().get("calibration")
-    peft_model.peft_config["default"].base_model_name_or_path = base.name
-    backend = (
-        TorchBackend(peft_model, base.family, task, config)
-        if ranks.world == 1
-        else RankedBackend(peft_model, base.family, task, config, ranks)
-    )
-    first = collate(prepared.examples["validation"][: config.rows_at_once], tokenizer.pad_id, task)
     config = replace(
         config,
-        task=task,
+        task=prepared.task,
         threads=torch.get_num_threads(),
         max_length=prepared.rendering.max_length,
-        compute=backend.resolve(first),
+        compute=model.compute,
     )
-
-    scorer = TorchScorer(peft_model, task, stop_ids(prepared.rendering, tokenizer))
 
     new = not run.path.exists()
     before, resumed_from = 0.0, None if new else 0
@@ -145,14 +123,14 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     with _kept(run, new, ranks.first):
         if ranks.first:
             _begin(run, config, base, prepared, tokenizer, identity, calibration)
-            if isinstance(codes, Calibration):
-                write_codes(run.codes, peft_model.get_base_model())
+            if model.calibration is not None:
+                write_codes(run.codes, model.peft_model.get_base_model())
         if checkpoint is not None:
             backend.restore(checkpoint.backend)
         elif ranks.first:
             with backend.alone() if isinstance(backend, RankedBackend) else nullcontext():
                 found_plan = make_plan(
-                    config, prepared, backend, scorer, tokenizer, progress, time.monotonic() - started
+                    config, prepared, backend, model.scorer, tokenizer, progress, time.monotonic() - started
                 )
             write_json(run.path / "plan.json", found_plan)
         result = _train(run, config, backend, prepared, tokenizer, identity, checkpoint, ranks, progress)
@@ -160,12 +138,13 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         backend.compute.keep(None)
         release_memory()  # the answers of the report would come on top of what steps took
         found = results(
-            scorer, peft_model.disable_adapter, result, prepared, tokenizer, base.max_length, config, progress
+            *(model.scorer, model.peft_model.disable_adapter, result, prepared, tokenizer, base.max_length),
+            *(config, progress),
         )
         report = {
             "model": base.name,
             "family": base.family.name,
-            "task": task,
+            "task": prepared.task,
             "rows": counts,
             "calibration": calibration,
             "findings": prepared.findings,

@@ -13,14 +13,15 @@ from safetensors import safe_open
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import TEXT_TASKS, Memory, TuneConfig, last_layers
-from edge_ft.data import Example, TextTokenizer, collate, eval_batches
+from edge_ft.data import Example, TextTokenizer, eval_batches
 from edge_ft.errors import UsageError, WillNotFit, require
 from edge_ft.evaluate.scoring import Answerer
 from edge_ft.progress import Progress, Silent
 from edge_ft.system import Peak, Room, peak_rss_bytes, release_memory, resident_bytes
+from edge_ft.tune.job import prepare_job
 from edge_ft.tune.loop import LOOKS, Backend, planned_steps
 from edge_ft.tune.measure import Measured, batches_of, measure, padded
-from edge_ft.tune.prepare import SPLITS, Prepared, prepare
+from edge_ft.tune.prepare import SPLITS, Prepared
 from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS
 
 if TYPE_CHECKING:
@@ -68,19 +69,18 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
 
     with silence_libraries():
         require("peft", "train")
-    from edge_ft.models.base_model import find_base
+    from edge_ft.tune.distributed import Ranks
+    from edge_ft.tune.trainable_model import load_trainable_model
 
     progress = progress or Silent()
     room = room or Room.here(config.out)
     started = time.monotonic()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    base = find_base(config.model, config.task)
-    config = base.family.resolve(config)
-    tokenizer = TextTokenizer.load(base.path)
-    prepared = prepare(config, base, tokenizer, progress)
+    job = prepare_job(config, progress)
+    base, tokenizer, prepared = job.base, job.tokenizer, job.prepared
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = resolve_memory(base, config, prepared, room, device)
+    config = resolve_memory(base, job.config, prepared, room, device)
     ready = time.monotonic() - started
     weights = _weights(base)
     choices: list[dict[str, Any]] = []
@@ -94,21 +94,21 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
             # The codes do not change what a step takes: they are chosen for the time and the memory that takes.
             chosen = option if option.memory not in most else replace(option, calibration_rows=0)
             try:
-                backend, scorer = _load(base, prepared, chosen, tokenizer, device, progress)
+                model = load_trainable_model(replace(job, config=chosen), Ranks(device), progress)
             except UsageError:
                 if option.layers == config.layers:
                     raise
                 continue  # --target-modules names no layer of so few
         most[option.memory] = max(most.get(option.memory, 0), loading.bytes)
         loaded.append(time.monotonic() - began)
-        first = collate(prepared.examples["validation"][: config.rows_at_once], tokenizer.pad_id, prepared.task)
-        option = replace(option, compute=backend.resolve(first))
-        measured = measure(backend, scorer, prepared, option, tokenizer.pad_id, room, most[option.memory])
+        option = replace(option, compute=model.compute)
+        held = most[option.memory]
+        measured = measure(model.backend, model.scorer, prepared, option, tokenizer.pad_id, room, held)
         # The first time is also that of what a tune imports.
         before = ready + loaded[0] + time.monotonic() - began - loaded[-1]
         kept = int(weights * BYTES_PER_WEIGHT["int4"]) if option.base_calibration_rows else 0
         choices.append(_choice(option, prepared, measured, tokenizer, before, kept, room))
-        del backend, scorer
+        del model
         release_memory()
     recommended = next((choice for choice in choices if choice["fits"]), None)
     if recommended is None:
@@ -222,25 +222,6 @@ def _options(config: TuneConfig, base: "Base") -> list[TuneConfig]:
     named = [config.layers if count == own else "all" if count == layers else f"last:{count}" for count in counts]
     uses: tuple[Memory, ...] = ("high" if config.memory == "high" else "normal", "low")
     return [replace(config, layers=name, memory=memory) for name in named for memory in uses]
-
-
-def _load(
-    base: "Base",
-    prepared: Prepared,
-    config: TuneConfig,
-    tokenizer: TextTokenizer,
-    device: "torch.device",
-    progress: Progress,
-) -> tuple[Any, Answerer]:
-    from edge_ft.models.scorer import TorchScorer
-    from edge_ft.quant.calibration import choose_rows
-    from edge_ft.tune.torch_backend import TorchBackend
-    from edge_ft.tune.trainable_model import load_trainable_model
-
-    task, rows = prepared.task, config.base_calibration_rows
-    codes = choose_rows(prepared.examples["train"], rows, tokenizer.pad_id, task, progress)
-    peft_model = load_trainable_model(base, prepared, config, codes, device)
-    return TorchBackend(peft_model, base.family, task, config), TorchScorer(peft_model, task)
 
 
 def _choice(

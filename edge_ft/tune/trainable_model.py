@@ -1,42 +1,80 @@
-"""The model that a tune trains: the frozen base as its settings say, with an adapter on top."""
+"""The model that a tune trains: the frozen base, an adapter on top, and what trains and scores the two."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
-from edge_ft.config import TuneConfig
-from edge_ft.models.base_model import Base
+from edge_ft.data import collate, stop_ids
 from edge_ft.models.compute import give_freed_memory_back
 from edge_ft.models.loading import load_model
 from edge_ft.models.lora import add_lora
-from edge_ft.quant.calibration import Calibration
+from edge_ft.models.scorer import TorchScorer
+from edge_ft.progress import Progress
+from edge_ft.quant.calibration import Calibration, choose_rows
 from edge_ft.quant.layers import move
-from edge_ft.tune.prepare import Prepared
+from edge_ft.tune.distributed import RankedBackend, Ranks
+from edge_ft.tune.job import Job
+from edge_ft.tune.torch_backend import TorchBackend
 
-__all__ = ["load_trainable_model"]
+__all__ = ["TrainableModel", "load_trainable_model"]
 
 
-def load_trainable_model(
-    base: Base, prepared: Prepared, config: TuneConfig, codes: Path | Calibration | None, device: torch.device
-) -> Any:
-    """The PEFT model, on `device`; int4 codes are read from a file, or chosen over rows.
+@dataclass(frozen=True)
+class TrainableModel:
+    """A loaded base with a fresh adapter."""
+
+    peft_model: Any
+    """The `peft.PeftModel`, on its device."""
+    backend: TorchBackend
+    """Trains it, and scores it as the steps compute."""
+    scorer: TorchScorer
+    """Scores it in float32, and answers."""
+    compute: Literal["fp32", "bf16"]
+    """What the steps compute in."""
+    calibration: Calibration | None
+    """Rows over which the int4 codes were chosen; None where they were not chosen now."""
+
+
+def load_trainable_model(job: Job, ranks: Ranks, progress: Progress, codes: Path | None = None) -> TrainableModel:
+    """Load the base of a job with an adapter on top, on the device of this process.
+
+    Args:
+        job: The settings, the base and its rows.
+        ranks: The processes that train together.
+        progress: Gets the choosing of the codes.
+        codes: File with int4 codes that were chosen before; else they are chosen over train rows.
+
+    Returns:
+        The model.
 
     Raises:
         ModelError: the weights cannot be loaded.
         UsageError: --target-modules names no layer of it.
     """
+    config, base, prepared = job.config, job.base, job.prepared
+    task, rendering, pad_id = prepared.task, prepared.rendering, job.tokenizer.pad_id
     give_freed_memory_back(config.memory == "low")  # before codes are chosen, which takes as much as a step
-    asked, task = prepared.rendering, prepared.task
+    calibration = None
+    if codes is None:
+        calibration = choose_rows(prepared.examples["train"], config.base_calibration_rows, pad_id, task, progress)
     model = load_model(
         base,
         task,
         config.base_format,
         config.block_size,
-        asked.labels,
+        rendering.labels,
         config.seed,
-        asked.problem_type,
-        asked.pooling,
-        codes,
+        rendering.problem_type,
+        rendering.pooling,
+        codes or calibration,
     )
-    return move(add_lora(model, base.family, task, config), device)
+    peft_model = move(add_lora(model, base.family, task, config), ranks.device)
+    peft_model.peft_config["default"].base_model_name_or_path = base.name
+    backend = (
+        TorchBackend(peft_model, base.family, task, config)
+        if ranks.world == 1
+        else RankedBackend(peft_model, base.family, task, config, ranks)
+    )
+    compute = backend.resolve(collate(prepared.examples["validation"][: config.rows_at_once], pad_id, task))
+    scorer = TorchScorer(peft_model, task, stop_ids(rendering, job.tokenizer))
+    return TrainableModel(peft_model, backend, scorer, compute, calibration)
