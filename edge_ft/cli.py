@@ -235,20 +235,20 @@ def run(
     out
         File for the answers to --jsonl, a row for each row in its order.
     """
-    from edge_ft.runtime.run import answer_file, answer_one, converse
+    from edge_ft.runtime.run import run_chat, run_file, run_text
 
     if (jsonl is None) != (out is None):
         raise UsageError("--jsonl IN and --out OUT go together")
     if jsonl is not None and out is not None:
         with _progress(output) as progress:
-            summary = answer_file(bundle, jsonl, out, settings, progress)
+            summary = run_file(bundle, jsonl, out, settings, progress)
         _show(output, summary, [], _answered(summary))
     elif interactive:
-        converse(bundle, settings, sys.stdin, sys.stdout)
+        run_chat(bundle, settings, sys.stdin, sys.stdout)
     else:
         # echo and editors end a text with a newline that is not part of it.
         text = prompt if prompt is not None else sys.stdin.read().removesuffix("\n")
-        result = answer_one(bundle, text, settings, None if output.json == "-" else sys.stdout)
+        result = run_text(bundle, text, settings, None if output.json == "-" else sys.stdout)
         if output.json is not None:
             _write_json(output.json, result)
 

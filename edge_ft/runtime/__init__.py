@@ -1,4 +1,4 @@
-"""Bundles answer here, with onnxruntime, numpy and tokenizers alone."""
+"""Run bundles, with onnxruntime, numpy and tokenizers alone."""
 
 from pathlib import Path
 
@@ -6,12 +6,15 @@ from edge_ft.artifacts import Bundle
 from edge_ft.runtime.adapters import adapter_inputs
 from edge_ft.runtime.cache import KVCache
 from edge_ft.runtime.classify import Classification, TextClassifier
-from edge_ft.runtime.decode import Conversation, Generation, TextGenerator, Timings
+from edge_ft.runtime.conversation import Conversation
+from edge_ft.runtime.decode import Generation, Timings
 from edge_ft.runtime.embed import TextEmbedder
 from edge_ft.runtime.fill_mask import Fill, FilledText, MaskFiller
+from edge_ft.runtime.results import EncoderBundle
 from edge_ft.runtime.seq2seq import Seq2SeqGenerator
 from edge_ft.runtime.session import open_session
 from edge_ft.runtime.tag import TaggedText, TaggedWord, TextTagger
+from edge_ft.runtime.text_generator import TextGenerator
 
 __all__ = [
     "Classification",
@@ -32,14 +35,13 @@ __all__ = [
     "load",
 ]
 
-Reader = TextClassifier | TextTagger | MaskFiller | TextEmbedder
-ENCODERS: dict[str, type[Reader]] = {
+ENCODERS: dict[str, type[EncoderBundle]] = {
     "text-classification": TextClassifier,
     "token-classification": TextTagger,
     "fill-mask": MaskFiller,
     "feature-extraction": TextEmbedder,
 }
-"""Of each task whose model reads a text at once, what opens its bundles."""
+"""The class of an open bundle, for each task of encoders."""
 
 
 def load(
@@ -48,24 +50,27 @@ def load(
     threads: int | None = None,
     accuracy_level: int | None = None,
     adapter: str | None = None,
-) -> TextGenerator | Seq2SeqGenerator | Reader:
-    """Get a bundle ready to answer.
+) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
+    """Open a bundle for inference.
 
     Args:
-        bundle: A bundle, or its folder, of which every file is then hashed first.
+        bundle: A bundle, or its folder; every file of a folder is hashed first.
         threads: CPU threads; default all cores.
-        accuracy_level: 1 (exact) or 4 (activations in int8), where verification passed it; default the
-            manifest's choice.
-        adapter: "none" answers with the base of an adapter-lane bundle.
+        accuracy_level: 1 (exact) or 4 (activations in int8), if verification passed it; default the manifest's choice.
+        adapter: "none" runs the base of an adapter-lane bundle, without its adapter.
+
+    Returns:
+        An object with the methods of the bundle's task: `generate`, `stream` and `chat`, `classify`, `tag`, `fill` or
+        `embed`.
 
     Raises:
         BundleError: not a bundle, changed since it was written, or not runnable by this onnxruntime.
-        UsageError: an adapter that the bundle cannot bind.
+        UsageError: an adapter that the bundle does not have.
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(Path(bundle))
     if bundle.task == "text2text-generation":
-        sessions = [open_session(find(accuracy_level), threads) for find in (bundle.encoder_graph, bundle.graph)]
+        sessions = [open_session(graph(accuracy_level), threads) for graph in (bundle.encoder_graph, bundle.graph)]
         return Seq2SeqGenerator(bundle, *((each, adapter_inputs(bundle, each, adapter)) for each in sessions))
     session = open_session(bundle.graph(accuracy_level), threads)
     extra = adapter_inputs(bundle, session, adapter)

@@ -1,8 +1,7 @@
-"""The keys and values of one text, in buffers that the graph appends to in place.
+"""The KV cache of one text, in buffers that the graph appends to in place.
 
-Past and present are bound to the same memory, so GroupQueryAttention writes the new positions where they
-belong and copies nothing. The buffers start empty and grow in steps: memory follows the text, not the
-longest text that the model could read.
+Past and present are bound to the same memory, so GroupQueryAttention writes the new positions into it and copies
+nothing. The buffers start empty and grow in steps: memory use follows the length of the text, not the model's limit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,25 +11,37 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edge_ft.runtime.session import output_size
+
 __all__ = ["CacheShape", "KVCache"]
 
 _STEP = 256
 """Positions that the buffers grow by."""
 _PREFILL = 512
-"""Most tokens in one run: attention scores take memory of prompt x run, not prompt x prompt."""
+"""Most tokens in one run, so that attention scores take memory of prompt x run, not of prompt x prompt."""
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a decoder stores for a token: `layers` times a key and a value of [kv_heads, head_dim]."""
+    """What a decoder caches for a token: a key and a value [kv_heads, head_dim] in each of `layers`."""
 
     layers: int
     kv_heads: int
     head_dim: int
 
+    def names(self) -> list[str]:
+        """Return `LAYER.key` and `LAYER.value` of every layer."""
+        return [f"{layer}.{kind}" for layer in range(self.layers) for kind in ("key", "value")]
+
 
 class KVCache:
-    """The tokens that the model has read, and the run that makes it read more."""
+    """The keys and values of the tokens read so far; runs the graph on further tokens.
+
+    Attributes:
+        ids: The tokens read so far.
+        capacity: Positions for which the buffers have memory.
+        vocabulary: Size of the logits.
+    """
 
     def __init__(
         self,
@@ -43,13 +54,9 @@ class KVCache:
         self._session = session
         self._shape = shape
         self._binding = session.io_binding()
-        self._buffers = {
-            f"{layer}.{kind}": np.zeros((1, shape.kv_heads, 0, shape.head_dim), np.float32)
-            for layer in range(shape.layers)
-            for kind in ("key", "value")
-        }
-        vocab = next(output.shape[-1] for output in session.get_outputs() if output.name == "logits")
-        self._logits = np.zeros((1, 1, vocab), np.float32)
+        self._buffers = {name: np.zeros((1, shape.kv_heads, 0, shape.head_dim), np.float32) for name in shape.names()}
+        self.vocabulary = output_size(session, "logits")
+        self._logits = np.zeros((1, 1, self.vocabulary), np.float32)
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
         for name, array in (extra_inputs or {}).items():
             # `bind_cpu_input` knows no overridable initializers.
@@ -57,17 +64,17 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the key and value buffers."""
+        """Memory of the key and value buffers in bytes."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def extend(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Read more tokens.
+        """Read further tokens.
 
         Args:
             ids: At least one token.
 
         Returns:
-            Logits [vocab] after the last of them; the next call overwrites this memory.
+            Logits [vocab] after the last token, in memory that the next call overwrites.
         """
         self._reserve(len(self.ids) + len(ids))
         for start in range(0, len(ids), _PREFILL):
@@ -76,9 +83,16 @@ class KVCache:
         return logits
 
     def extend_each(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """As `extend`, of a few tokens: logits [ids, vocab] after each of them, in memory of their own."""
+        """Read a few further tokens and keep the logits of each.
+
+        Args:
+            ids: At least one token.
+
+        Returns:
+            Logits [ids, vocab] after each token, in memory of their own.
+        """
         self._reserve(len(self.ids) + len(ids))
-        every = np.zeros((1, len(ids), self._logits.shape[-1]), np.float32)
+        every = np.zeros((1, len(ids), self.vocabulary), np.float32)
         self._bind_logits(every, 0)
         try:
             self._run(ids)
@@ -88,7 +102,12 @@ class KVCache:
         return logits
 
     def rewind(self, ids: Sequence[int]) -> int:
-        """Forget what `ids` does not begin with, and at least its last token, whose logits are wanted.
+        """Keep the cached tokens that `ids` begins with, and drop the rest.
+
+        The last token of `ids` is never kept: it must be read again for its logits.
+
+        Args:
+            ids: The tokens to be read next, from the start of the text.
 
         Returns:
             How many tokens of `ids` are in the cache.
@@ -108,7 +127,7 @@ class KVCache:
         self.ids.extend(ids)
 
     def _bind_logits(self, logits: NDArray[np.float32], keep: int) -> None:
-        """Have the graph write the logits of the last `keep` tokens of a run there; 0 is all."""
+        """Make the graph write the logits of the last `keep` tokens of a run into `logits`; 0 is all tokens."""
         number = ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
         self._binding.bind_ortvalue_input("num_logits_to_keep", number)
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))

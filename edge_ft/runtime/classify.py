@@ -1,4 +1,4 @@
-"""Labels and numbers from a text-classification bundle."""
+"""Labels and numbers of texts from a text-classification bundle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,41 +10,49 @@ from numpy.typing import NDArray
 from edge_ft.config import ProblemType
 from edge_ft.data import Batch
 from edge_ft.errors import UsageError
-from edge_ft.runtime.encoder import Encoder, log_softmax
+from edge_ft.runtime.encoder import Encoder
+from edge_ft.runtime.token_scores import log_softmax
 
 __all__ = ["Classification", "TextClassifier"]
 
 
 @dataclass(frozen=True)
 class Classification:
-    """What one text, or one pair, is."""
+    """The result for one text or one pair of texts."""
 
     label: str | list[str] | float
-    """As the training rows' label column has it: the likeliest class; all that are likelier than not; the number."""
+    """As the training rows' labels: the likeliest class, the list of classes above 0.5, or the number."""
     scores: dict[str, float]
-    """Probability of every class, which sum to 1 where a text has one class; of a regression its number."""
+    """Probability of every class, summing to 1 if a text has exactly one class; for a regression, its number."""
     prompt_tokens: int
     """Tokens read, [CLS] and [SEP] included."""
     cut: int
-    """Tokens of the text that were beyond what the model reads."""
+    """Tokens of the text that exceeded `max_length` and were not read."""
 
 
 class TextClassifier(Encoder):
     """An open text-classification bundle.
 
     Raises:
-        BundleError: its manifest names no classes.
+        BundleError: its manifest has no class names.
     """
 
     needs_labels = True
 
     @property
     def problem(self) -> ProblemType:
-        """What its outputs are."""
+        """Kind of its outputs: one class, several classes or a number."""
         return self.rendering.problem_type or "single_label_classification"
 
     def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[Classification]:
-        """Label every text, or pair of texts, in order; longer ones than the bundle's rows were are cut as those were.
+        """Classify texts or pairs of texts.
+
+        Args:
+            texts: Texts, or pairs for a model that was trained on pairs; those that exceed the bundle's `max_length`
+                are cut as the training rows were.
+
+        Returns:
+            A result for each, in order.
 
         Raises:
             UsageError: pairs for a model that was trained on single texts, or the reverse.
@@ -53,11 +61,13 @@ class TextClassifier(Encoder):
         wanted = self.rendering.columns.pair is not None
         if any((second is not None) != wanted for _, second in pairs):
             reads = "pairs of texts" if wanted else "single texts"
-            raise UsageError(f"{self.bundle.path} was trained on {reads}: give it such")
-        read = [self.tokenizer.encode_classifier(first, self.rendering.max_length, second) for first, second in pairs]
-        logits = np.zeros((len(read), len(self.labels)), np.float32)
-        for row, found in self.of_texts(read):
-            logits[row] = found
+            raise UsageError(f"{self.bundle.path} was trained on {reads}: give {reads}")
+        encoded = [
+            self.tokenizer.encode_classifier(first, self.rendering.max_length, second) for first, second in pairs
+        ]
+        logits = np.zeros((len(encoded), len(self.labels)), np.float32)
+        for row, output in self.outputs_of(encoded):
+            logits[row] = output
         probabilities = self._probabilities(logits)
         return [
             Classification(
@@ -66,12 +76,13 @@ class TextClassifier(Encoder):
                 prompt_tokens=len(text.ids),
                 cut=text.cut,
             )
-            for scores, text in zip(probabilities, read, strict=True)
+            for scores, text in zip(probabilities, encoded, strict=True)
         ]
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Loss (nats) and prediction as torch's `class_losses` has them, both shaped as the labels."""
-        logits, labels = self.of_batch(batch), batch["labels"]
+        """Return the loss (nats) and the prediction, shaped as the labels; as `edge_ft.models.losses.class_losses`."""
+        labels = batch["labels"]
+        logits = self.logits(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
         if self.problem == "regression":
             return (logits - labels) ** 2 / 2, logits
         if self.problem == "multi_label_classification":

@@ -1,62 +1,67 @@
-"""Tokens to text while it streams: never half a character, never part of a stop string."""
+"""Tokens to text while they are generated: never half a character, never part of a stop string."""
 
 from collections.abc import Callable
 
 from edge_ft.errors import UsageError
 
-__all__ = ["TextPieces"]
+__all__ = ["StreamingDetokenizer"]
 
-_HALF = "\ufffd"
-"""What a decoder shows for bytes that are not, or not yet, a character."""
+_INCOMPLETE = "\ufffd"
+"""What a tokenizer decodes bytes to that are not, or not yet, a character."""
 
 
-class TextPieces:
-    """Takes token ids and hands out the text that is certain by now."""
+class StreamingDetokenizer:
+    """Decodes token ids one by one, and returns only text that later tokens cannot change.
+
+    Attributes:
+        stopped: Whether a stop string is complete; the text ends before it.
+    """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()) -> None:
         """Start an empty text.
 
         Args:
-            decode: Ids to text.
-            stop: The text ends before the first of these that is complete.
+            decode: Token ids -> text.
+            stop: Stop strings; the text ends before the first one that is complete.
 
         Raises:
             UsageError: a stop string is empty.
         """
         if "" in stop:
-            raise UsageError("--stop: an empty string would end every answer at once, leave it out")
+            raise UsageError("--stop: an empty string would end every answer at its start; leave it out")
         self.stopped = False
         self._decode = decode
         self._stop = stop
-        self._shown: list[int] = []  # the last ids that became text: some decoders look at what is before
-        self._shown_text = ""
-        self._open: list[int] = []  # ids that end inside a character
+        self._decoded: list[int] = []  # the last ids that became text: some tokenizers decode by what precedes
+        self._decoded_text = ""
+        self._pending: list[int] = []  # ids that end inside a character
         self._held = ""  # text that may be the beginning of a stop string
 
     def push(self, token: int) -> str:
-        """The text that this token makes certain; often empty."""
-        self._open.append(token)
-        text = self._decode(self._shown + self._open)
-        if text.endswith(_HALF):
+        """Return the text that is final after this token; often empty."""
+        self._pending.append(token)
+        text = self._decode(self._decoded + self._pending)
+        if text.endswith(_INCOMPLETE):
             return ""
-        fresh = text[len(self._shown_text) :]
-        self._shown, self._open = (self._open if fresh else self._shown + self._open), []
-        self._shown_text = self._decode(self._shown)
+        fresh = text[len(self._decoded_text) :]
+        self._decoded, self._pending = (self._pending if fresh else self._decoded + self._pending), []
+        self._decoded_text = self._decode(self._decoded)
         return self._release(fresh)
 
     def finish(self) -> str:
-        """What was held back, at the end of the answer; bytes that never became a character are dropped."""
+        """Return the text held back until the end of the answer, without bytes that never became a character."""
         if self.stopped:
             return ""
-        fresh = self._decode(self._shown + self._open)[len(self._shown_text) :].rstrip(_HALF)
-        self._open = []
+        fresh = self._decode(self._decoded + self._pending)[len(self._decoded_text) :].rstrip(_INCOMPLETE)
+        self._pending = []
         text = self._release(fresh)
         held, self._held = self._held, ""
         return text if self.stopped else text + held
 
     def _release(self, fresh: str) -> str:
+        """Return the held and the new text as far as no stop string can begin in it."""
         text = self._held + fresh
-        # Completed first wins, so that the result does not depend on how tokens cut the text.
+        # The stop string that is complete first wins, so that the result does not depend on where tokens end.
         ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
             self.stopped, self._held = True, ""

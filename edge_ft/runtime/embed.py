@@ -1,4 +1,4 @@
-"""Vectors of texts from a feature-extraction bundle."""
+"""Embeddings of texts from a feature-extraction bundle."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,32 +20,42 @@ class TextEmbedder(Encoder):
     output = "last_hidden_state"
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """A vector for every text, in order; longer texts than the model was trained on are cut.
+        """Compute an embedding of every text.
+
+        Args:
+            texts: Texts; the end of one that exceeds the bundle's `max_length` is cut off.
 
         Returns:
-            [texts, hidden] float32, of length 1 unless the model's own files say that it does not normalise.
+            [texts, hidden] float32, in order; of length 1 unless the model's own files switch normalization off.
         """
-        return self.embed_framed(self.read(texts))
+        return self.embed_tokenized(self.tokenize(texts))
 
-    def read(self, texts: Sequence[str]) -> list[Framed]:
-        """The tokens of each text, and how many were cut off."""
+    def tokenize(self, texts: Sequence[str]) -> list[Framed]:
+        """Return the tokens of each text, and how many were cut off."""
         return [self.tokenizer.encode_classifier(text, self.rendering.max_length) for text in texts]
 
-    def embed_framed(self, texts: Sequence[Framed]) -> NDArray[np.float32]:
-        """`embed` of what `read` gave."""
+    def embed_tokenized(self, texts: Sequence[Framed]) -> NDArray[np.float32]:
+        """Compute embeddings as `embed` does, of texts from `tokenize`.
+
+        Args:
+            texts: Tokens of each text.
+
+        Returns:
+            [texts, hidden] float32, in order.
+        """
         found: dict[int, NDArray[np.float32]] = {}
-        for row, hidden in self.of_texts(texts):
+        for row, hidden in self.outputs_of(texts):
             _, mask = pad([texts[row].ids], 0)
             found[row] = pool(hidden[None, : mask.shape[1]], mask, self.rendering.pooling)[0]
         if not found:
             return np.zeros((0, 0), np.float32)
         vectors = np.stack([found[row] for row in range(len(texts))])
-        return unit(vectors) if self.rendering.normalize else vectors
+        return normalize(vectors) if self.rendering.normalize else vectors
 
     def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Vectors of length 1 of a batch's first and second texts [batch, hidden]."""
+        """Return the embeddings of a batch's first and second texts, both [batch, hidden] and of length 1."""
         found = [
-            unit(pool(self.logits(ids, mask), mask, self.rendering.pooling))
+            normalize(pool(self.logits(ids, mask), mask, self.rendering.pooling))
             for ids, mask in (
                 (batch["input_ids"], batch["attention_mask"]),
                 (batch["pair_input_ids"], batch["pair_attention_mask"]),
@@ -54,10 +64,10 @@ class TextEmbedder(Encoder):
         return found[0], found[1]
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Loss (nats) and rank of each row's own second text within the batch, both [batch, 1]."""
+        """Return the loss (nats) and the rank of each row's own second text within the batch, both [batch, 1]."""
         return in_batch_loss(*self.vectors(batch), batch)
 
 
-def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The vectors [rows, hidden], each of length 1."""
+def normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the vectors [rows, hidden] scaled to length 1."""
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12), np.float32)

@@ -8,37 +8,41 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_ft.artifacts import Bundle
-from edge_ft.data import Batch, Rendering, TextTokenizer, eval_batches, pad
+from edge_ft.data import Batch, eval_batches, pad, target_mask
 from edge_ft.data.tokenizer import Framed
 from edge_ft.errors import BundleError
-from edge_ft.runtime.task import OneTask
+from edge_ft.runtime.open_bundle import OpenBundle
+from edge_ft.runtime.session import output_size
+from edge_ft.runtime.token_scores import score_targets
 
-__all__ = ["Encoder", "log_softmax"]
+__all__ = ["Encoder"]
 
 _BATCH = 16
-"""Texts in one run; they are sorted by length first, so little of it is padding."""
+"""Texts in one run; they are sorted by length first, so little of a batch is padding."""
 
 
-class Encoder(OneTask):
-    """A graph over right-padded rows, its tokenizer, and how it was trained."""
+class Encoder(OpenBundle):
+    """An open bundle whose graph reads right-padded rows.
+
+    Attributes:
+        labels: Names of the classes, of the tags or of the number; empty for other tasks.
+    """
 
     output = "logits"
-    """What the graph gives."""
+    """Name of the graph's output."""
     needs_labels = False
-    """Whether its outputs are classes that the manifest must name."""
+    """Whether the outputs are classes, whose names the manifest must hold."""
 
     def __init__(
         self, bundle: Bundle, session: ort.InferenceSession, adapter_inputs: dict[str, NDArray[np.float32]]
     ) -> None:
-        self.bundle = bundle
-        self.tokenizer = TextTokenizer.load(bundle.path)
-        self.rendering = Rendering.from_dict(bundle.manifest["rendering"])
+        super().__init__(bundle)
         self.labels = self.rendering.labels
         self._session = session
         self._names = {node.name for node in session.get_inputs()}
         self._adapter_inputs = adapter_inputs
         if self.needs_labels and not self.labels:
-            raise BundleError(f"{bundle.path} names no classes: export the model again, with its labels")
+            raise BundleError(f"{bundle.path} has no class names: export the model again, with its labels")
 
     def logits(
         self,
@@ -46,16 +50,16 @@ class Encoder(OneTask):
         attention_mask: NDArray[np.int64],
         token_type_ids: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float32]:
-        """The graph's output.
+        """Run the graph.
 
         Args:
             input_ids: [batch, seq], padded on the right.
             attention_mask: [batch, seq], 1 for tokens and 0 for padding.
-            token_type_ids: [batch, seq], which of two texts a token is of; None is all 0.
+            token_type_ids: [batch, seq], which of two texts a token belongs to; None is all 0.
 
         Returns:
-            float32, of the task: [batch, num_labels], [batch, seq, num_labels], [batch, seq, vocab], or the last
-            hidden states [batch, seq, hidden].
+            float32, by task: [batch, num_labels], [batch, seq, num_labels], [batch, seq, vocab], or the last hidden
+            states [batch, seq, hidden].
         """
         feed = {"input_ids": input_ids, "attention_mask": attention_mask, **self._adapter_inputs}
         if "token_type_ids" in self._names:
@@ -63,20 +67,34 @@ class Encoder(OneTask):
         output: NDArray[np.float32] = self._session.run([self.output], feed)[0]
         return output
 
-    def of_batch(self, batch: Batch) -> NDArray[np.float32]:
-        """`logits` of a batch's first texts."""
-        return self.logits(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
+    def outputs_of(self, texts: Sequence[Framed]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Run the graph on tokenized texts, in batches of similar length.
 
-    def of_texts(self, texts: Sequence[Framed]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Each text's number and its output, without a batch's axis but with its padding; not in order."""
+        Args:
+            texts: Tokens of each text.
+
+        Yields:
+            Index of a text and its output without the batch dimension, padding included; not in order.
+        """
         for rows in eval_batches([len(text.ids) for text in texts], _BATCH):
             input_ids, attention_mask = pad([texts[row].ids for row in rows], self.tokenizer.pad_id)
-            kinds, _ = pad([texts[row].type_ids for row in rows], 0)
-            yield from zip(rows, self.logits(input_ids, attention_mask, kinds), strict=True)
+            type_ids, _ = pad([texts[row].type_ids for row in rows], 0)
+            yield from zip(rows, self.logits(input_ids, attention_mask, type_ids), strict=True)
 
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Score the labelled positions of a batch.
 
-def log_softmax(logits: NDArray[Any]) -> NDArray[np.float32]:
-    """Log-probabilities over the last axis."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
+        Args:
+            batch: Rows as `edge_ft.data.collate` makes them.
+
+        Returns:
+            Negative log-likelihood (nats) and likeliest token or tag, both [batch, seq]; 0 and -100 where there is no
+            label.
+        """
+        labels: NDArray[np.int64] = batch["labels"]
+
+        def compute_logits(rows: slice) -> NDArray[np.float32]:
+            return self.logits(batch["input_ids"][rows], batch["attention_mask"][rows])
+
+        logits_per_row = labels.shape[1] * output_size(self._session, self.output)
+        return score_targets(compute_logits, labels, target_mask(labels, self.bundle.task), logits_per_row)

@@ -1,27 +1,21 @@
-"""Hidden tokens from a fill-mask bundle."""
+"""Predicted tokens for masks, from a fill-mask bundle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edge_ft.data import Batch
-from edge_ft.data.tokenizer import Filled
+from edge_ft.data.tokenizer import Filled, Framed
 from edge_ft.errors import BundleError, UsageError
-from edge_ft.runtime.encoder import Encoder, log_softmax
-from edge_ft.runtime.tag import nll_at_targets
+from edge_ft.runtime.encoder import Encoder
+from edge_ft.runtime.token_scores import log_softmax
 
 __all__ = ["Fill", "FilledText", "MaskFiller"]
-
-_LOGITS_AT_ONCE = 1 << 24
-"""Logits held while scoring: 64 MB; larger batches are scored in parts."""
 
 
 @dataclass(frozen=True)
 class Fill:
-    """A token that may stand at a masked place."""
+    """A candidate token for a mask."""
 
     token: str
     score: float
@@ -30,45 +24,41 @@ class Fill:
 
 @dataclass(frozen=True)
 class FilledText:
-    """The likeliest tokens of every masked place of a text."""
+    """The likeliest tokens for every mask of a text."""
 
     fills: list[list[Fill]]
-    """For each mask in its order, the likeliest first."""
+    """The candidates of each mask, in the order of the text; the likeliest comes first."""
     text: str
-    """The text with the likeliest token in each place, as the tokenizer writes it."""
+    """The text with the likeliest token at each mask, as the tokenizer decodes it."""
     prompt_tokens: int
     cut: int
-    """Tokens of the text that were beyond what the model reads."""
+    """Tokens of the text that exceeded `max_length` and were not read."""
 
 
 class MaskFiller(Encoder):
     """An open fill-mask bundle."""
 
     def fill(self, texts: Sequence[str], top_k: int = 5) -> list[FilledText]:
-        """The `top_k` likeliest tokens at each mask of every text, in order; the mask is written as the model's own.
+        """Predict the tokens at the masks of texts.
+
+        Args:
+            texts: Texts with the model's own mask token, such as [MASK], at least one in each.
+            top_k: Candidates for each mask.
+
+        Returns:
+            The candidates of each text, in order.
 
         Raises:
-            UsageError: a text without a mask, or one that lies beyond what the model reads.
-            BundleError: its tokenizer has no mask.
+            UsageError: a text without a mask, or with a mask that exceeds `max_length`.
+            BundleError: the tokenizer has no mask token.
         """
-        mask, mask_id = self.tokenizer.special_tokens.get("mask_token"), self.tokenizer.mask_id
-        if mask is None or mask_id is None:
-            raise BundleError(f"{self.bundle.path} has a tokenizer without a mask_token: export the model again")
-        read = []
-        for text in texts:
-            parts = text.split(mask)
-            # Between two values stands what the template itself writes: the mask, which is then read as such.
-            own = ["", *[part for value in parts for part in (value, mask)][:-1], ""]
-            read.append(self.tokenizer.encode_classifier(Filled(own), self.rendering.max_length))
-            if read[-1].ids.count(mask_id) != len(parts) - 1 or len(parts) == 1:
-                where = "is beyond what the model reads" if len(parts) > 1 else "is missing"
-                raise UsageError(f"a mask {where} in {text[:60]!r}: write {mask} where a token is to be found")
+        encoded = [self._encode(text) for text in texts]
         found: dict[int, FilledText] = {}
-        for row, logits in self.of_texts(read):
-            ids = list(read[row].ids)
-            places = [place for place, token in enumerate(ids) if token == mask_id]
+        for row, logits in self.outputs_of(encoded):
+            ids = list(encoded[row].ids)
+            masks = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_id]
             fills = []
-            for place in places:
+            for place in masks:
                 probabilities = np.exp(log_softmax(logits[place]))
                 best = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
                 fills.append(
@@ -78,16 +68,28 @@ class MaskFiller(Encoder):
                     ]
                 )
                 ids[place] = best[0]
-            found[row] = FilledText(fills, self.tokenizer.decode(ids), len(ids), read[row].cut)
+            found[row] = FilledText(fills, self.tokenizer.decode(ids), len(ids), encoded[row].cut)
         return [found[row] for row in range(len(texts))]
 
-    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Negative log-likelihood (nats) and likeliest token at each hidden place, both [batch, seq]."""
-        size = batch["labels"].shape[1] * self.tokenizer.vocab_size
-        step = max(1, _LOGITS_AT_ONCE // size)
-        parts = []
-        for start in range(0, len(batch["rows"]), step):
-            rows = slice(start, start + step)
-            logits = self.logits(batch["input_ids"][rows], batch["attention_mask"][rows])
-            parts.append(nll_at_targets(logits, batch["labels"][rows], "fill-mask"))
-        return np.concatenate([nll for nll, _ in parts]), np.concatenate([token for _, token in parts])
+    def _encode(self, text: str) -> Framed:
+        """Return the tokens of a text with masks.
+
+        Raises:
+            UsageError: a mask is missing or cut off.
+            BundleError: the tokenizer has no mask token.
+        """
+        mask, mask_id = self.tokenizer.special_tokens.get("mask_token"), self.tokenizer.mask_id
+        if mask is None or mask_id is None:
+            raise BundleError(f"{self.bundle.path}: its tokenizer has no mask_token; export the model again")
+        parts = text.split(mask)
+        # Between two values stands what the template itself writes: the mask, which is then read as a special token.
+        template = ["", *[part for value in parts for part in (value, mask)][:-1], ""]
+        encoded = self.tokenizer.encode_classifier(Filled(template), self.rendering.max_length)
+        if encoded.ids.count(mask_id) != len(parts) - 1 or len(parts) == 1:
+            problem = (
+                f"is beyond the {self.rendering.max_length} tokens that the model reads"
+                if len(parts) > 1
+                else "is missing"
+            )
+            raise UsageError(f"a mask {problem} in {text[:60]!r}: write {mask} where a token is to be predicted")
+        return encoded

@@ -1,4 +1,4 @@
-"""What a bundle that reads whole texts says of them, as plain values and as lines for people."""
+"""Results of encoder bundles, as plain values and as lines for people."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,34 +12,58 @@ from edge_ft.runtime.embed import TextEmbedder
 from edge_ft.runtime.fill_mask import MaskFiller
 from edge_ft.runtime.tag import TextTagger
 
-__all__ = ["Asked", "Reader", "ask", "asked_of", "asked_of_row", "lines_of", "ranked"]
+__all__ = [
+    "EncoderBundle",
+    "EncoderInput",
+    "format_result",
+    "format_scores",
+    "input_of_row",
+    "input_of_text",
+    "predict",
+]
 
-Reader = TextClassifier | TextTagger | MaskFiller | TextEmbedder
+EncoderBundle = TextClassifier | TextTagger | MaskFiller | TextEmbedder
 """An open bundle whose model reads a text at once."""
-Asked = str | tuple[str, str] | Sequence[str]
-"""A text; two of them for a model that was trained on pairs; the words of one to tag."""
-SHOWN = 5
-"""Classes that people are shown."""
+EncoderInput = str | tuple[str, str] | Sequence[str]
+"""A text; two texts for a model that was trained on pairs; the words of a text to tag."""
+DEFAULT_TOP_K = 5
+"""Classes that are shown, and candidates for a mask."""
 
 
-def asked_of(opened: Reader, text: str, pair: str | None) -> Asked:
-    """What is asked with a text that a person gave, in the model's own template where it has one column.
+def input_of_text(opened: EncoderBundle, text: str, pair: str | None) -> EncoderInput:
+    """Turn a text, and a second one, into the model's input; a template of one column is applied.
+
+    Args:
+        opened: The bundle.
+        text: The first text.
+        pair: The second text, for a model that was trained on pairs.
+
+    Returns:
+        What `predict` takes.
 
     Raises:
-        UsageError: a second text that the model does not read, or none where it reads two.
+        UsageError: a second text for a model that reads one, or none for a model that reads two.
     """
     columns = opened.rendering.columns
     if (pair is not None) != (columns.pair is not None):
-        wants = "needs --text-pair" if pair is None else "reads one text: leave --text-pair out"
-        raise UsageError(f"{opened.bundle.path} {wants}")
+        fix = "reads two texts: give --text-pair" if pair is None else "reads one text: leave --text-pair out"
+        raise UsageError(f"{opened.bundle.path} {fix}")
     if isinstance(opened, TextTagger | MaskFiller):
         return text
     first = fill_text(columns, text)
     return first if pair is None else (first, fill_text(Columns("template", columns.pair), pair))
 
 
-def asked_of_row(row: Row, rendering: Rendering) -> Asked | None:
-    """What is asked with a row that has the columns of the training rows; None where it has others."""
+def input_of_row(row: Row, rendering: Rendering) -> EncoderInput | None:
+    """Turn a row with the columns of the training rows into the model's input.
+
+    Args:
+        row: A row, with or without its label.
+        rendering: The bundle's.
+
+    Returns:
+        What `predict` takes; None for a row with other columns.
+    """
     if not rendering.columns.fits(list(row.fields), answer=False):
         return None
     found = record(row, rendering.columns, answer=False)
@@ -48,48 +72,52 @@ def asked_of_row(row: Row, rendering: Rendering) -> Asked | None:
     return found.prompt if found.pair is None else (found.prompt, found.pair)
 
 
-def ask(opened: Reader, asked: Sequence[Any], top_k: int = 0) -> list[dict[str, Any]]:
-    """A JSON object for each of `asked`: `label` and `scores`, `tags` and `words`, `fills` and `text`, or `embedding`;
-    and `prompt_tokens` and `cut`.
+def predict(opened: EncoderBundle, inputs: Sequence[Any], top_k: int = 0) -> list[dict[str, Any]]:
+    """Run a bundle on inputs of `input_of_text` or `input_of_row`.
 
     Args:
-        top_k: Tokens for each mask; 0 is 5.
+        opened: The bundle.
+        inputs: Its inputs.
+        top_k: Candidates for each mask; 0 is 5.
+
+    Returns:
+        A JSON object for each input: `label` and `scores`, `tags` and `words`, `fills` and `text`, or `embedding`; and
+        `prompt_tokens` and `cut`.
     """
     if isinstance(opened, MaskFiller):
-        return [asdict(found) for found in opened.fill(asked, top_k or SHOWN)]
+        return [asdict(found) for found in opened.fill(inputs, top_k or DEFAULT_TOP_K)]
     if isinstance(opened, TextEmbedder):
-        read = opened.read(asked)
+        texts = opened.tokenize(inputs)
         return [
             {"embedding": vector.tolist(), "prompt_tokens": len(text.ids), "cut": text.cut}
-            for vector, text in zip(opened.embed_framed(read), read, strict=True)
+            for vector, text in zip(opened.embed_tokenized(texts), texts, strict=True)
         ]
     if isinstance(opened, TextTagger):
-        return [{"tags": found.tags, **asdict(found)} for found in opened.tag(asked)]
-    return [asdict(found) for found in opened.classify(asked)]
+        return [{"tags": found.tags, **asdict(found)} for found in opened.tag(inputs)]
+    return [asdict(found) for found in opened.classify(inputs)]
 
 
-def lines_of(opened: Reader, answer: dict[str, Any]) -> list[str]:
-    """An answer of `ask` as a person reads it."""
+def format_result(opened: EncoderBundle, result: dict[str, Any]) -> list[str]:
+    """Return a result of `predict` as lines for people."""
     if isinstance(opened, TextTagger):
         return [
             f"{word['text']}\t{word['label'] or '-'}\t" + ("-" if word["score"] is None else f"{word['score']:.2%}")
-            for word in answer["words"]
+            for word in result["words"]
         ]
     if isinstance(opened, TextEmbedder):
-        return [" ".join(f"{value:.6f}" for value in answer["embedding"])]
+        return [" ".join(f"{value:.6f}" for value in result["embedding"])]
     if isinstance(opened, MaskFiller):
-        ranks = [f"{fill['score']:7.2%}  {fill['token']}" for fills in answer["fills"] for fill in fills]
-        return [*ranks, answer["text"]]
-    scores: dict[str, float] = answer["scores"]
+        candidates = [f"{fill['score']:7.2%}  {fill['token']}" for fills in result["fills"] for fill in fills]
+        return [*candidates, result["text"]]
+    scores: dict[str, float] = result["scores"]
     if opened.problem == "regression":
         return [f"{score:.4g}  {label}" for label, score in scores.items()]
-    marks = {label: "* " if label in answer["label"] else "  " for label in scores}
     if opened.problem == "single_label_classification":
-        return ranked(scores)
-    return ranked(scores, marks)
+        return format_scores(scores)
+    return format_scores(scores, {label: "* " if label in result["label"] else "  " for label in scores})
 
 
-def ranked(scores: dict[str, float], marks: dict[str, str] | None = None) -> list[str]:
-    """The likeliest few labels, each behind its probability and its mark."""
-    best = sorted(scores.items(), key=lambda pair: -pair[1])[:SHOWN]
+def format_scores(scores: dict[str, float], marks: dict[str, str] | None = None) -> list[str]:
+    """Return a line for each of the likeliest labels: its probability, its mark and its name."""
+    best = sorted(scores.items(), key=lambda pair: -pair[1])[:DEFAULT_TOP_K]
     return [f"{score:7.2%}  {(marks or {}).get(label, '')}{label}" for label, score in best]

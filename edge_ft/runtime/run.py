@@ -1,14 +1,13 @@
-"""What `edge-ft run` does with a bundle: answer one text, a file of rows, or a person who keeps asking."""
+"""The three ways of `edge-ft run`: one text, a file of rows, and a chat."""
 
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from edge_ft.artifacts import refuse_existing
+from edge_ft.artifacts import atomic_file, refuse_existing
 from edge_ft.config import RunConfig
 from edge_ft.data import Columns, Message, Rendering, Row, read_rows, record
 from edge_ft.data.columns import fill_text
@@ -16,46 +15,142 @@ from edge_ft.errors import DataError, UsageError
 from edge_ft.progress import Progress, track
 from edge_ft.runtime import Classification, Conversation, Seq2SeqGenerator, TextGenerator, load
 from edge_ft.runtime.decode import TooLong
-from edge_ft.runtime.results import Asked, Reader, ask, asked_of, asked_of_row, lines_of, ranked
+from edge_ft.runtime.results import (
+    EncoderBundle,
+    EncoderInput,
+    format_result,
+    format_scores,
+    input_of_row,
+    input_of_text,
+    predict,
+)
 
-__all__ = ["answer_file", "answer_one", "converse"]
+__all__ = ["run_chat", "run_file", "run_text"]
+
+AnyGenerator = TextGenerator | Seq2SeqGenerator
 
 
-def answer_one(bundle: Path, text: str, config: RunConfig, stream: TextIO | None) -> dict[str, Any]:
-    """Answer one prompt, or say what a bundle of another task makes of one text.
+def run_text(bundle: Path, text: str, config: RunConfig, stream: TextIO | None) -> dict[str, Any]:
+    """Run a bundle on one text: generate an answer, or classify, tag, fill or embed it.
 
-    A text for a model that was trained with a --prompt template of one column is put into that template,
-    unless it has the template's form already.
+    If the model was trained with a --prompt template of one column, the text is put into that template, unless it
+    already has the template's form.
 
     Args:
-        stream: Where the answer is written as it comes; None writes nothing.
+        bundle: Its folder.
+        text: The prompt or text.
+        config: Options of the run.
+        stream: Where the result is written, piece by piece if it is generated; None writes nothing.
 
     Returns:
-        `text`, `prompt_tokens`, `new_tokens`, `finish_reason` and `timings` (seconds), or what `ask` gives.
+        `text`, `prompt_tokens`, `new_tokens`, `finish_reason` and `timings` (seconds), or an object of `predict`.
+
+    Raises:
+        UsageError: options that do not fit the bundle.
     """
     opened = _open(bundle, config)
-    if not isinstance(opened, TextGenerator | Seq2SeqGenerator):
+    if not isinstance(opened, AnyGenerator):
         _refuse_labels(opened, config)
-        (answer,) = ask(opened, [asked_of(opened, text, config.text_pair)], config.top_k)
-        lines = lines_of(opened, answer)
+        (result,) = predict(opened, [input_of_text(opened, text, config.text_pair)], config.top_k)
+        lines = format_result(opened, result)
     elif config.labels:
-        answer = asdict(_labelled(opened, [fill_text(opened.rendering.columns, text)], config)[0])
-        lines = ranked(answer["scores"])
+        result = asdict(_classify(opened, [fill_text(opened.rendering.columns, text)], config)[0])
+        lines = format_scores(result["scores"])
     else:
-        return _generated(opened, text, config, stream)
+        return _generate(opened, text, config, stream)
     if stream is not None:
         print("\n".join(lines), file=stream)
-    return answer
+    return result
 
 
-def _generated(
-    opened: TextGenerator | Seq2SeqGenerator, text: str, config: RunConfig, stream: TextIO | None
-) -> dict[str, Any]:
-    """An answer that is written to `stream` as it comes."""
+def run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress: Progress) -> dict[str, Any]:
+    """Run a bundle on every row of a file.
+
+    Args:
+        bundle: Its folder.
+        source: Rows file.
+        out: JSON Lines file to write, a line for each row in order; must not exist.
+        config: Options of the run.
+        progress: Receives the number of rows that are done.
+
+    Returns:
+        `out`, `rows`, `failed` (rows whose line is an `error`: longer than the model can read) and `seconds`.
+
+    Raises:
+        DataError: a row without a text.
+        UsageError: `out` exists, or every row failed; then nothing is written.
+    """
+    refuse_existing(out)
+    started = time.monotonic()
+    rows = read_rows(str(source))
+    opened = _open(bundle, config)
+    if not isinstance(opened, AnyGenerator):
+        _refuse_labels(opened, config)
+        inputs = [_encoder_input(row, opened.rendering) for row in rows]
+        results: Iterator[dict[str, Any]] = iter(predict(opened, inputs, config.top_k))
+    else:
+        prompts = [_prompt(row, opened.rendering) for row in rows]
+        results = (_result_or_error(opened, prompt, config) for prompt in prompts)
+    failed = 0
+    with atomic_file(out) as path, path.open("w", encoding="utf-8") as file:
+        for result in track(progress, "answer", results, len(rows)):
+            failed += "error" in result
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+        if failed == len(rows):
+            raise UsageError(f"no row of {source} can be answered; the last: {result['error']}")
+    return {"out": str(out), "rows": len(rows), "failed": failed, "seconds": round(time.monotonic() - started, 3)}
+
+
+def run_chat(bundle: Path, config: RunConfig, source: TextIO, target: TextIO) -> None:
+    """Answer one line of input after another in a conversation, until the input ends.
+
+    Args:
+        bundle: Its folder.
+        config: Options of every answer.
+        source: A message in every line.
+        target: Where the input prompt and the answers are written.
+
+    Raises:
+        UsageError: the bundle is not for text-generation, or has no chat template.
+        TooLong: a message is longer than the model can read even at the start of a conversation.
+    """
+    opened = _open(bundle, config)
+    conversation = opened.chat(config)
+    while True:
+        target.write("> ")
+        target.flush()
+        line = source.readline()
+        if not line:
+            target.write("\n")
+            return
+        if not line.strip():
+            continue
+        try:
+            _reply(conversation, line, target)
+        except TooLong:
+            if not conversation.messages:
+                raise  # this message alone is too long
+            target.write("(the conversation has reached the model's limit: starting a new one)\n")
+            conversation = opened.chat(config)
+            _reply(conversation, line, target)
+
+
+def _reply(conversation: Conversation, line: str, target: TextIO) -> None:
+    for piece in conversation.stream(line.rstrip("\n")):
+        target.write(piece)
+        target.flush()
+    target.write("\n")
+
+
+def _generate(opened: AnyGenerator, text: str, config: RunConfig, stream: TextIO | None) -> dict[str, Any]:
+    """Return a generated answer, written to `stream` piece by piece.
+
+    Raises:
+        UsageError: a second text.
+    """
     if config.text_pair is not None:
-        raise UsageError(f"--text-pair is for models that read two texts: {opened.bundle.path} answers one prompt")
-    prompt = fill_text(opened.rendering.columns, text)
-    pieces = opened.stream(prompt, config)
+        raise UsageError(f"--text-pair is for models that read two texts: {opened.bundle.path} reads one prompt")
+    pieces = opened.stream(fill_text(opened.rendering.columns, text), config)
     while True:
         try:
             piece = next(pieces)
@@ -68,129 +163,63 @@ def _generated(
             stream.flush()
 
 
-def answer_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress: Progress) -> dict[str, Any]:
-    """Answer every row of a file into `out`: a JSON line for each row, in its order.
-
-    Returns:
-        `rows`, `failed` (those whose line is an `error`: longer than the model can read) and `seconds`.
-
-    Raises:
-        DataError: a row that has nothing to answer.
-        UsageError: `out` exists, or no row can be answered: then it is what was asked for that cannot be.
-    """
-    refuse_existing(out)
-    started = time.monotonic()
-    rows = read_rows(str(source))
-    opened = _open(bundle, config)
-    if not isinstance(opened, TextGenerator | Seq2SeqGenerator):
-        _refuse_labels(opened, config)
-        answers: Iterator[dict[str, Any]] = iter(
-            ask(opened, [_asked(row, opened.rendering) for row in rows], config.top_k)
-        )
-    else:
-        prompts = [_prompt(row, opened.rendering) for row in rows]
-        answers = (_answer_or_error(opened, prompt, config) for prompt in prompts)
-    failed = 0
-    with _whole_file(out) as file:
-        for answer in track(progress, "answer", answers, len(rows)):
-            failed += "error" in answer
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-        if failed == len(rows):
-            raise UsageError(f"no row of {source} can be answered; the last: {answer['error']}")
-    return {"out": str(out), "rows": len(rows), "failed": failed, "seconds": round(time.monotonic() - started, 3)}
-
-
-def converse(bundle: Path, config: RunConfig, source: TextIO, target: TextIO) -> None:
-    """Answer line after line, each turn going on from the cached tokens, until the input ends.
-
-    Raises:
-        UsageError: the bundle is of another task than text-generation, or has no chat template.
-    """
-    opened = _open(bundle, config)
-    if isinstance(opened, Seq2SeqGenerator):
-        raise UsageError(f"{bundle} turns one text into another: it cannot hold a conversation")
-    conversation = opened.chat(config)
-    while True:
-        target.write("> ")
-        target.flush()
-        line = source.readline()
-        if not line:
-            target.write("\n")
-            return
-        if not line.strip():
-            continue
-        try:
-            _say(conversation, line, target)
-        except TooLong:
-            if not conversation.messages:
-                raise  # this message alone is too long
-            target.write("(the conversation is as long as the model can read: starting anew)\n")
-            conversation = opened.chat(config)
-            _say(conversation, line, target)
-
-
-def _say(conversation: Conversation, line: str, target: TextIO) -> None:
-    for piece in conversation.stream(line.rstrip("\n")):
-        target.write(piece)
-        target.flush()
-    target.write("\n")
-
-
-def _answer_or_error(
-    opened: TextGenerator | Seq2SeqGenerator, prompt: str | list[Message], config: RunConfig
-) -> dict[str, Any]:
-    """One row that cannot be answered does not cost the others theirs."""
+def _result_or_error(opened: AnyGenerator, prompt: str | list[Message], config: RunConfig) -> dict[str, Any]:
+    """Return the answer to a row, or its error, so that one bad row does not stop the others."""
     try:
-        return asdict(_labelled(opened, [prompt], config)[0] if config.labels else opened.generate(prompt, config))
+        return asdict(_classify(opened, [prompt], config)[0] if config.labels else opened.generate(prompt, config))
     except UsageError as error:
         return {"error": str(error)}
 
 
-def _labelled(
-    opened: TextGenerator | Seq2SeqGenerator, prompts: Sequence[Any], config: RunConfig
-) -> list[Classification]:
-    """What a generator chooses under --labels."""
+def _classify(opened: AnyGenerator, prompts: Sequence[Any], config: RunConfig) -> list[Classification]:
+    """Return the likeliest of --labels for each prompt.
+
+    Raises:
+        UsageError: the bundle is an encoder-decoder.
+    """
     if isinstance(opened, Seq2SeqGenerator):
-        raise UsageError("--labels is for decoders: an encoder-decoder writes its answer")
+        raise UsageError("--labels is for decoders: an encoder-decoder generates its answer")
     return opened.classify(prompts, None if config.labels == ("auto",) else config.labels)
 
 
-def _refuse_labels(opened: Reader, config: RunConfig) -> None:
-    """Raise UsageError under --labels: the labels of these models are their own."""
+def _refuse_labels(opened: EncoderBundle, config: RunConfig) -> None:
+    """Refuse --labels for a model with labels of its own.
+
+    Raises:
+        UsageError: it is given.
+    """
     if config.labels:
         own = ", ".join(opened.labels) or "none"
-        raise UsageError(f"--labels is for models that write text; this one's labels are its own: {own}")
+        raise UsageError(f"--labels is for models that generate text; the labels of this one are fixed: {own}")
 
 
-def _open(bundle: Path, config: RunConfig) -> TextGenerator | Seq2SeqGenerator | Reader:
+def _open(bundle: Path, config: RunConfig) -> AnyGenerator | EncoderBundle:
     return load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter)
 
 
 def _prompt(row: Row, rendering: Rendering) -> str | list[Message]:
-    """The question of a row: as in training where it has those columns, else that of any columns we know."""
-    if rendering.columns.fits(list(row.fields), answer=False):
-        asked = record(row, rendering.columns, answer=False)
-        if asked.messages is None:
-            return asked.prompt
-        return _question(asked.messages)
-    if "messages" in row.fields:
-        messages = record(row, Columns("messages"), answer=False).messages
-        return _question(messages or [])
-    return _text(row, rendering)
-
-
-def _question(messages: list[Message]) -> list[Message]:
-    """A chat without the answer that a row of training data ends with."""
+    """Return a row's prompt: as in training if it has the same columns, else from any columns that are known."""
+    known = (rendering.columns, Columns("messages"))
+    columns = next((columns for columns in known if columns.fits(list(row.fields), answer=False)), None)
+    messages = None if columns is None else record(row, columns, answer=False).messages
+    if messages is None:
+        return _text(row, rendering)
+    # A training row ends with the answer.
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
 
-def _asked(row: Row, rendering: Rendering) -> Asked:
-    """What a model of whole texts is asked: as in training where the row has those columns, else its one text."""
-    asked = asked_of_row(row, rendering)
-    return _text(row, rendering) if asked is None else asked
+def _encoder_input(row: Row, rendering: Rendering) -> EncoderInput:
+    """Return a row's input: as in training if it has the same columns, else its one text."""
+    found = input_of_row(row, rendering)
+    return _text(row, rendering) if found is None else found
 
 
 def _text(row: Row, rendering: Rendering) -> str:
+    """Return a row's one text, in the bundle's template.
+
+    Raises:
+        DataError: no column is known to hold a text.
+    """
     if rendering.columns.fits(list(row.fields), answer=False):
         return record(row, rendering.columns, answer=False).prompt
     for columns in (
@@ -204,16 +233,3 @@ def _text(row: Row, rendering: Rendering) -> str:
         f"row {row.number} has the columns {', '.join(row.fields)}: "
         "it needs those of the training rows, or one called instruction, prompt or text"
     )
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[TextIO]:
-    """A file that takes its name when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    neighbour = path.with_name(f".{path.name}.tmp")
-    try:
-        with neighbour.open("w", encoding="utf-8") as file:
-            yield file
-        neighbour.replace(path)
-    finally:
-        neighbour.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Text from an encoder-decoder bundle: a source is read once, its answer is written token by token."""
+"""An open text2text-generation bundle: the source is read once, its answer is generated token by token."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -10,39 +10,47 @@ from numpy.typing import NDArray
 
 from edge_ft.artifacts import Bundle
 from edge_ft.config import RunConfig
-from edge_ft.data import Batch, Message, Rendering, TextTokenizer, encode_prompt, stop_ids, target_mask
+from edge_ft.data import Batch, Message, encode_prompt, stop_ids, target_mask
 from edge_ft.errors import BundleError, UsageError
 from edge_ft.runtime.beam_search import beam_search
 from edge_ft.runtime.cache import CacheShape
-from edge_ft.runtime.decode import DEFAULT_NEW_TOKENS, GREEDY, Clock, Generation, Timings, TooLong, last, nll_of, speak
-from edge_ft.runtime.detokenizer import TextPieces
+from edge_ft.runtime.decode import (
+    DEFAULT_NEW_TOKENS,
+    GREEDY,
+    Generation,
+    Timings,
+    TimingsRecorder,
+    TooLong,
+    decode_tokens,
+    read_to_end,
+    stream_text,
+)
+from edge_ft.runtime.detokenizer import StreamingDetokenizer
+from edge_ft.runtime.open_bundle import OpenBundle
 from edge_ft.runtime.sampling import Sampler
+from edge_ft.runtime.session import output_size
+from edge_ft.runtime.token_scores import score_targets
 
 __all__ = ["Seq2SeqGenerator"]
 
-_LOGITS_AT_ONCE = 1 << 24
-"""Logits held while scoring: 64 MB; larger batches are scored in parts."""
-
 Graph = tuple[ort.InferenceSession, dict[str, NDArray[np.float32]]]
-"""A session, and what is bound to its LoRA inputs."""
+"""A session, and the values of its LoRA inputs."""
 
 
-class Seq2SeqGenerator:
+class Seq2SeqGenerator(OpenBundle):
     """An open text2text-generation bundle; answers one text at a time, scores batches.
 
     Raises:
-        BundleError: its manifest does not say what an answer begins with.
+        BundleError: its manifest has no start token for answers.
     """
 
     def __init__(self, bundle: Bundle, encoder: Graph, decoder: Graph) -> None:
-        self.bundle = bundle
-        self.tokenizer = TextTokenizer.load(bundle.path)
-        self.rendering = Rendering.from_dict(bundle.manifest["rendering"])
+        super().__init__(bundle)
         self.max_length = int(bundle.manifest["max_length"])
         self.stop_ids = stop_ids(self.rendering, self.tokenizer)
         start = bundle.manifest["tokenization"].get("decoder_start")
         if start is None:
-            raise BundleError(f"{bundle.path} does not say what an answer begins with: export it again")
+            raise BundleError(f"{bundle.path}: its manifest has no decoder_start token; export it again")
         self._start = int(start)
         self._encoder, self._decoder = encoder, decoder
         self._shape = CacheShape(**bundle.manifest["cache"])
@@ -52,159 +60,192 @@ class Seq2SeqGenerator:
 
         Args:
             prompt: The text; messages are refused.
-            config: How to answer; `threads`, `accuracy_level` and `adapter` are `load`'s.
+            config: Options of the answer; `threads`, `accuracy_level` and `adapter` belong to `load`.
+
+        Returns:
+            The text and how it was generated.
 
         Raises:
-            TooLong: text or answer are longer than the model can read.
-            UsageError: a stop string is empty, or a chat was asked for.
+            TooLong: the text or the answer exceeds the model's limit.
+            UsageError: a stop string is empty, or the prompt or the options are those of a chat.
         """
-        return last(self.stream(prompt, config))
+        return read_to_end(self.stream(prompt, config))
 
     def stream(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generator[str, None, Generation]:
-        """As `generate`, in pieces of text as they become certain (with beams, at the end)."""
-        clock = Clock()
+        """Answer a text piece by piece, as `generate` does; with beams, all at the end.
+
+        Args:
+            prompt: As for `generate`.
+            config: As for `generate`.
+
+        Yields:
+            Pieces of text that later tokens cannot change.
+
+        Returns:
+            The `Generation`.
+
+        Raises:
+            UsageError: an empty prompt, or options of a chat.
+        """
+        recorder = TimingsRecorder()
         if config.system is not None or config.chat_template not in (None, "none"):
             raise UsageError("--system and --chat-template are for chats, which an encoder-decoder cannot hold")
         source = encode_prompt(self.rendering, self.tokenizer, prompt)
         if not self.tokenizer.decode(source):
             raise UsageError("the prompt is empty: give it at least one character")
-        longest = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, self.max_length)
-        self._check(len(source), longest)
-        tokens = self._tokens(source, longest, config, self.stop_ids, clock)
-        spoken = yield from speak(tokens, self.stop_ids, TextPieces(self.tokenizer.decode, config.stop))
-        return Generation(
-            text=spoken.text,
-            prompt_tokens=len(source),
-            cached_tokens=0,
-            new_tokens=spoken.tokens,
-            finish_reason=spoken.finish_reason,
-            timings=clock.timings(),
-        )
+        max_new_tokens = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, self.max_length)
+        self._check_length(len(source), max_new_tokens)
+        tokens = self._tokens(source, max_new_tokens, self.stop_ids, config, recorder)
+        detokenizer = StreamingDetokenizer(self.tokenizer.decode, config.stop)
+        return (yield from stream_text(tokens, self.stop_ids, detokenizer, recorder, len(source)))
 
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        """Greedy answer to a tokenized source, without its stop token; none to an empty or too long one."""
+        """Answer a tokenized source greedily.
+
+        Args:
+            prompt_ids: Token ids.
+            max_new_tokens: Fewer are generated where the model's limit is nearer.
+
+        Returns:
+            Token ids before the first stop token; none for a source that is empty or exceeds the model's limit.
+        """
         if not 0 < len(prompt_ids) <= self.max_length:
             return []
-        longest = min(max_new_tokens, self.max_length)
-        tokens = list(self._tokens(prompt_ids, longest, GREEDY, self.stop_ids, Clock()))
+        tokens = list(self._tokens(prompt_ids, min(max_new_tokens, self.max_length), self.stop_ids))
         return tokens[:-1] if tokens[-1] in self.stop_ids else tokens
 
     def time_decode(self, prompt_ids: list[int], new_tokens: int) -> Timings:
-        """Write exactly `new_tokens` greedily, past any stop token, and say how long each took.
+        """Generate exactly `new_tokens` greedily, past any stop token, and time each.
 
-        `prefill_s` is the encoder over the source and the decoder's first token.
-
-        Raises:
-            TooLong: source or answer are longer than the model can read.
-        """
-        self._check(len(prompt_ids), new_tokens)
-        clock = Clock()
-        for _ in self._tokens(prompt_ids, new_tokens, GREEDY, frozenset(), clock):
-            pass
-        return clock.timings()
-
-    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Negative log-likelihood (nats) and likeliest token of each target.
+        Args:
+            prompt_ids: Token ids of the source, at least one.
+            new_tokens: At least 1.
 
         Returns:
-            nll float32 and predicted int64, both [batch, target], 0 and -100 where there is no label.
+            Seconds of the encoder and the first token together (`prefill_s`) and of each later token (`decode_s`).
+
+        Raises:
+            TooLong: the source or the answer exceeds the model's limit.
+        """
+        self._check_length(len(prompt_ids), new_tokens)
+        recorder = TimingsRecorder()
+        for _ in self._tokens(prompt_ids, new_tokens, frozenset(), recorder=recorder):
+            pass
+        return recorder.timings()
+
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Score the target tokens of a batch.
+
+        Args:
+            batch: Rows as `edge_ft.data.collate` makes them.
+
+        Returns:
+            Negative log-likelihood (nats) float32 and likeliest token int64, both [batch, target]; 0 and -100 where
+            there is no label.
         """
         labels: NDArray[np.int64] = batch["labels"]
+
+        def compute_logits(rows: slice) -> NDArray[np.float32]:
+            return self.logits(batch["input_ids"][rows], batch["attention_mask"][rows], labels[rows])
+
         targets = target_mask(labels, "text2text-generation")
-        nll = np.zeros(labels.shape, np.float32)
-        predicted = np.full(labels.shape, -100, np.int64)
-        rows_at_once = max(1, _LOGITS_AT_ONCE // (labels.shape[1] * self.tokenizer.vocab_size))
-        for start in range(0, len(labels), rows_at_once):
-            rows = slice(start, start + rows_at_once)
-            logits = self.logits(batch["input_ids"][rows], batch["attention_mask"][rows], labels[rows])
-            for row, row_logits in enumerate(logits, start):
-                at = targets[row]
-                nll[row, at], predicted[row, at] = nll_of(row_logits[at], labels[row, at])
-        return nll, predicted
+        return score_targets(compute_logits, labels, targets, labels.shape[1] * self.tokenizer.vocab_size)
 
     def logits(
         self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], labels: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """Logits of every target, given those before it.
+        """Compute the logits of every target, given the targets before it.
 
         Args:
             input_ids: [batch, source], padded on the right.
             attention_mask: [batch, source], 1 for tokens and 0 for padding.
-            labels: [batch, target], -100 behind the end of each.
+            labels: [batch, target], -100 after the end of each row.
 
         Returns:
-            [batch, target, vocab]; what stands at padding means nothing.
+            [batch, target, vocab]; the values at padding are meaningless.
 
         Raises:
-            TooLong: source or target are more than the model can read.
+            TooLong: source or target exceeds the model's limit.
         """
-        self._check(input_ids.shape[1], labels.shape[1])
+        self._check_length(input_ids.shape[1], labels.shape[1])
         before = np.concatenate([np.full((len(labels), 1), self._start), labels[:, :-1]], axis=1)
-        return self._open(input_ids, attention_mask).read(np.maximum(before, 0))
+        return self._encode(input_ids, attention_mask).extend(np.maximum(before, 0))
 
     def _tokens(
-        self, source: list[int], longest: int, config: RunConfig, ends: frozenset[int], clock: Clock
+        self,
+        source: list[int],
+        max_new_tokens: int,
+        stops: frozenset[int],
+        config: RunConfig = GREEDY,
+        recorder: TimingsRecorder | None = None,
     ) -> Iterator[int]:
-        """Tokens until one of `ends`, which is the last one, or `longest` of them."""
-        started = perf_counter()
+        """Yield the generated tokens, a stop token included."""
+        recorder = recorder or TimingsRecorder()
         ids = np.array([source] * config.num_beams)
-        state = self._open(ids, np.ones_like(ids))
+        started = perf_counter()
+        state = self._encode(ids, np.ones_like(ids))
+        recorder.prefill_s = perf_counter() - started
         if config.num_beams > 1:
-            yield from self._beams(state, longest, config, ends, clock)
+            yield from self._beams(state, max_new_tokens, stops, config, recorder)
             return
-        logits = state.read(np.array([[self._start]]))[0, -1]
-        clock.prefill_s = perf_counter() - started
-        sampler = Sampler(config, [self._start], logits.size)
-        token = sampler.choose(logits)
-        clock.ttft_s = perf_counter() - clock.started
-        yield token
-        for _ in range(longest - 1):
-            if token in ends:
-                return
-            started = perf_counter()
-            token = sampler.choose(state.read(np.array([[token]]))[0, -1])
-            clock.decode_s.append(perf_counter() - started)
-            yield token
 
-    def _beams(self, state: "_State", longest: int, config: RunConfig, ends: frozenset[int], clock: Clock) -> list[int]:
-        """The best answer of a beam search; all of it takes until its first token is known."""
+        def extend(tokens: Sequence[int]) -> NDArray[np.float32]:
+            return state.extend(np.array([tokens]))[0, -1]
+
+        sampler = Sampler(config, [self._start], output_size(self._decoder[0], "logits"))
+        yield from decode_tokens(extend, [self._start], sampler, max_new_tokens, stops, recorder)
+
+    def _beams(
+        self,
+        state: "_DecoderState",
+        max_new_tokens: int,
+        stops: frozenset[int],
+        config: RunConfig,
+        recorder: TimingsRecorder,
+    ) -> list[int]:
+        """Return the best answer of a beam search; its first token is known only at the end."""
 
         def step(order: NDArray[np.int64], tokens: NDArray[np.int64] | None) -> NDArray[np.float32]:
             if tokens is None:
                 tokens = np.full(len(order), self._start)
             else:
                 state.reorder(order)
-            return state.read(tokens[:, None])[:, -1]
+            return state.extend(tokens[:, None])[:, -1]
 
-        answer = beam_search(step, config.num_beams, longest, ends, config.length_penalty)
-        clock.ttft_s = clock.prefill_s = perf_counter() - clock.started
+        answer = beam_search(step, config.num_beams, max_new_tokens, stops, config.length_penalty)
+        recorder.ttft_s = recorder.prefill_s = perf_counter() - recorder.started
         return answer
 
-    def _open(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> "_State":
-        """Read sources: the encoder runs, and nothing else."""
+    def _encode(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> "_DecoderState":
+        """Return a decoder that has read nothing yet, after running the encoder on sources [batch, source]."""
         session, extra = self._encoder
         names = [node.name for node in session.get_outputs() if node.name.startswith("present.")]
         feed: dict[str, NDArray[Any]] = {"input_ids": input_ids, "attention_mask": attention_mask, **extra}
         values = session.run_with_ort_values(names, {name: _value(array) for name, array in feed.items()})
-        given = {name.replace("present", "past_key_values"): value for name, value in zip(names, values, strict=True)}
-        given |= {"encoder_attention_mask": _value(attention_mask)}
+        fixed = {name.replace("present", "past_key_values"): value for name, value in zip(names, values, strict=True)}
+        fixed |= {"encoder_attention_mask": _value(attention_mask)}
         session, extra = self._decoder
-        return _State(session, given | {name: _value(array) for name, array in extra.items()}, self._shape)
+        return _DecoderState(session, fixed | {name: _value(array) for name, array in extra.items()}, self._shape)
 
-    def _check(self, source: int, target: int) -> None:
-        """Raise TooLong where either is beyond the model's limit."""
+    def _check_length(self, source: int, target: int) -> None:
+        """Refuse what exceeds the model's limit.
+
+        Raises:
+            TooLong: source or target does.
+        """
         for what, length in (("the text has", source), ("the answer may have", target)):
             if length > self.max_length:
-                raise TooLong(f"{what} {length} tokens, and this model can read {self.max_length}: shorten it")
+                raise TooLong(f"{what} {length} tokens, but this model reads at most {self.max_length}: shorten it")
 
 
-class _State:
-    """Answers that are being written side by side: the decoder's keys and values of their tokens so far."""
+class _DecoderState:
+    """The decoder on a batch of answers, with the keys and values of their tokens so far."""
 
-    def __init__(self, session: ort.InferenceSession, given: dict[str, ort.OrtValue], shape: CacheShape) -> None:
+    def __init__(self, session: ort.InferenceSession, fixed: dict[str, ort.OrtValue], shape: CacheShape) -> None:
+        """Start empty answers; `fixed` are the inputs that stay the same from token to token."""
         self._session = session
-        self._given = given
-        rows = given["encoder_attention_mask"].shape()[0]
+        self._fixed = fixed
+        rows = fixed["encoder_attention_mask"].shape()[0]
         empty = np.zeros((rows, shape.kv_heads, 0, shape.head_dim), np.float32)
         self._past = {
             f"past_key_values.{layer}.decoder.{kind}": _value(empty)
@@ -212,17 +253,17 @@ class _State:
             for kind in ("key", "value")
         }
 
-    def read(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read tokens [rows, n] on top of what was read: logits [rows, n, vocab]."""
+    def extend(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the logits [rows, n, vocab] of further tokens [rows, n]."""
         names = [name.replace("past_key_values", "present") for name in self._past]
-        feed = {"input_ids": _value(ids), **self._given, **self._past}
+        feed = {"input_ids": _value(ids), **self._fixed, **self._past}
         logits, *present = self._session.run_with_ort_values(["logits", *names], feed)
         self._past = dict(zip(self._past, present, strict=True))
         found: NDArray[np.float32] = logits.numpy()
         return found
 
     def reorder(self, order: NDArray[np.int64]) -> None:
-        """Let row i go on from what row order[i] has read, of the same source."""
+        """Continue row i from the tokens of row order[i], which has the same source."""
         self._past = {name: _value(value.numpy()[order]) for name, value in self._past.items()}
 
 

@@ -1,4 +1,4 @@
-"""An ONNX Runtime session on the CPU, opened for one model on a small device."""
+"""ONNX Runtime sessions on the CPU, with options for small devices."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, Inva
 
 from edge_ft.errors import BundleError
 
-__all__ = ["open_session"]
+__all__ = ["open_session", "output_size"]
 
 _ERRORS_ONLY = 3
 
@@ -20,17 +20,19 @@ def open_session(graph: Path, threads: int | None = None) -> ort.InferenceSessio
         graph: The `.onnx` file.
         threads: CPU threads of one run; default all cores.
 
+    Returns:
+        A session of the CPU execution provider.
+
     Raises:
         BundleError: this onnxruntime cannot run the graph.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or os.cpu_count() or 1
     options.log_severity_level = _ERRORS_ONLY
-    # Every token has shapes of its own: a memory plan per shape would be made once and never used again.
+    # Shapes differ from token to token: a memory plan per shape would be used only once.
     options.enable_mem_pattern = False
-    # Long enough for a thread to be there for the next operator; the default spins far longer, which
-    # costs where a neighbour wants the core (SmolLM2, two threads, one of two cores taken: 76 tokens a second
-    # against 122).
+    # Long enough for a thread to be awake for the next operator. The default spins far longer, which slows decoding
+    # when another process uses the core (SmolLM2, two threads, one of two cores busy: 76 instead of 122 tokens/s).
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
     try:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
@@ -38,3 +40,8 @@ def open_session(graph: Path, threads: int | None = None) -> ort.InferenceSessio
         raise BundleError(
             f"onnxruntime {ort.__version__} cannot open {graph} ({error}): install a newer onnxruntime"
         ) from error
+
+
+def output_size(session: ort.InferenceSession, name: str) -> int:
+    """Return the size of the last dimension of a graph's output, such as the vocabulary of `logits`."""
+    return next(int(output.shape[-1]) for output in session.get_outputs() if output.name == name)

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edge_ft.data import Batch, target_mask
 from edge_ft.data.tokenizer import Framed
 from edge_ft.data.words import encode_words, split_words
-from edge_ft.runtime.encoder import Encoder, log_softmax
+from edge_ft.runtime.encoder import Encoder
+from edge_ft.runtime.token_scores import log_softmax
 
 __all__ = ["TaggedText", "TaggedWord", "TextTagger"]
 
@@ -21,10 +19,10 @@ class TaggedWord:
 
     text: str
     start: int
-    """Where it begins in the text (of words alone: in their text with blanks between), in characters."""
+    """First character in the text; for a list of words, in the text of the words joined by spaces."""
     end: int
     label: str | None
-    """None for a word beyond what the model reads, and for one of which its tokenizer makes nothing."""
+    """None for a word that exceeds `max_length`, and for one that has no tokens."""
     score: float | None
     """Probability of the label."""
 
@@ -37,11 +35,11 @@ class TaggedText:
     prompt_tokens: int
     """Tokens read, [CLS] and [SEP] included."""
     cut: int
-    """Tokens that were beyond what the model reads."""
+    """Tokens that exceeded `max_length` and were not read."""
 
     @property
     def tags(self) -> list[str | None]:
-        """A tag for each word."""
+        """The tag of each word."""
         return [word.label for word in self.words]
 
 
@@ -49,19 +47,26 @@ class TextTagger(Encoder):
     """An open token-classification bundle.
 
     Raises:
-        BundleError: its manifest names no tags.
+        BundleError: its manifest has no names of tags.
     """
 
     needs_labels = True
 
     def tag(self, texts: Sequence[str | Sequence[str]]) -> list[TaggedText]:
-        """Tag every text, in order: a text is split into words first, a list is words as they are."""
+        """Tag the words of texts.
+
+        Args:
+            texts: Texts, which are split into words, or lists of words.
+
+        Returns:
+            The tagged words of each, in order.
+        """
         split = [_words(text) for text in texts]
         read = [
             encode_words(self.tokenizer, [word for word, *_ in words], self.rendering.max_length) for words in split
         ]
         found: list[list[TaggedWord]] = [[]] * len(split)
-        for row, logits in self.of_texts([Framed(one.input_ids, [0] * len(one.input_ids), 0, 0) for one in read]):
+        for row, logits in self.outputs_of([Framed(one.input_ids, [0] * len(one.input_ids), 0, 0) for one in read]):
             probabilities = np.exp(log_softmax(logits))  # [seq, labels]
             found[row] = []
             for (word, begin, end), start in zip(split[row], read[row].starts, strict=True):
@@ -77,25 +82,9 @@ class TextTagger(Encoder):
                 )
         return [TaggedText(words, len(one.input_ids), one.cut) for words, one in zip(found, read, strict=True)]
 
-    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Negative log-likelihood (nats) of each word's tag, and the likeliest one, at the words' first tokens."""
-        return nll_at_targets(self.of_batch(batch), batch["labels"], "token-classification")
-
-
-def nll_at_targets(
-    logits: NDArray[np.float32], labels: NDArray[np.int64], task: str
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Nll and likeliest class where there is a label [batch, seq], else 0 and -100; logits [batch, seq, classes]."""
-    at = target_mask(labels, task)
-    nll, likeliest = np.zeros(labels.shape, np.float32), np.full(labels.shape, -100, np.int64)
-    chosen = log_softmax(logits[at])
-    nll[at] = -chosen[np.arange(len(chosen)), labels[at]]
-    likeliest[at] = chosen.argmax(axis=-1)
-    return nll, likeliest
-
 
 def _words(text: str | Sequence[str]) -> list[tuple[str, int, int]]:
-    """Words with the characters they take."""
+    """Return each word with its first character and the one after its last."""
     if isinstance(text, str):
         return [(text[start:end], start, end) for start, end in split_words(text)]
     words, start = [], 0

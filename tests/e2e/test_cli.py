@@ -247,7 +247,7 @@ def test_a_newline_at_the_end_of_stdin_is_not_part_of_the_prompt(llama_bundle: B
 def test_a_full_conversation_starts_anew(llama_bundle: Bundle) -> None:
     done = edge_ft("run", llama_bundle.path, "-i", "--max-new-tokens", "40", stdin="hello the answer is seven\n" * 12)
     assert done.returncode == 0, done.stderr
-    assert "starting anew" in done.stdout
+    assert "starting a new one" in done.stdout
 
 
 def test_a_classifier_prints_labels_and_scores(bert_bundle: Bundle) -> None:
@@ -258,7 +258,7 @@ def test_a_classifier_prints_labels_and_scores(bert_bundle: Bundle) -> None:
     assert sum(found["scores"].values()) == pytest.approx(1)
 
 
-def test_a_classifier_does_not_converse(bert_bundle: Bundle) -> None:
+def test_a_classifier_cannot_chat(bert_bundle: Bundle) -> None:
     assert "text-classification bundle" in refused(edge_ft("run", bert_bundle.path, "-i"), 2)
 
 

@@ -21,7 +21,7 @@ from edge_ft.export import export
 from edge_ft.models.base_model import find_base
 from edge_ft.progress import Silent
 from edge_ft.runtime import TextEmbedder, load
-from edge_ft.runtime.run import answer_file
+from edge_ft.runtime.run import run_file
 from edge_ft.tune import tune
 from edge_ft.tune.distributed import Ranks
 
@@ -163,7 +163,7 @@ def test_texts_together_are_as_each_alone(bundle: Bundle) -> None:
 
 
 def test_a_row_out_for_each_row_in(bundle: Bundle, rows: Path, tmp_path: Path) -> None:
-    answer_file(bundle.path, rows, tmp_path / "out.jsonl", RunConfig(), Silent())
+    run_file(bundle.path, rows, tmp_path / "out.jsonl", RunConfig(), Silent())
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(answers) == 60
     assert {len(answer["embedding"]) for answer in answers} == {64}

@@ -19,7 +19,7 @@ from edge_ft.data.masking import mask_tokens
 from edge_ft.errors import ModelError, UsageError
 from edge_ft.export import export
 from edge_ft.runtime import MaskFiller, load
-from edge_ft.runtime.run import answer_one
+from edge_ft.runtime.run import run_text
 from edge_ft.tune import tune
 
 
@@ -100,14 +100,14 @@ def test_padded_rows_are_filled_as_alone(filler: MaskFiller, run: RunFolder) -> 
         np.testing.assert_allclose(together[row, : alone.shape[1]], alone[0], atol=1e-4)
 
 
-@pytest.mark.parametrize(("text", "why"), [("the film", "is missing"), ("a " * 80 + "[MASK]", "beyond what")])
+@pytest.mark.parametrize(("text", "why"), [("the film", "is missing"), ("a " * 80 + "[MASK]", "beyond the")])
 def test_a_text_needs_a_mask_that_is_read(filler: MaskFiller, text: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         filler.fill([text])
 
 
 def test_run_prints_tokens(bundle: Bundle, capsys: Any) -> None:
-    answer_one(bundle.path, "the [MASK] was good", RunConfig(top_k=2), sys.stdout)
+    run_text(bundle.path, "the [MASK] was good", RunConfig(top_k=2), sys.stdout)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[0].endswith("film")

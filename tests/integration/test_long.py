@@ -34,7 +34,7 @@ def test_a_real_chat_goes_on_from_its_cache_as_if_it_started_over(tmp_path: Path
     assert isinstance(generator, TextGenerator)
     config = RunConfig(max_new_tokens=24)
     chat = generator.chat(config)
-    chat.say("Name three fruits.")
-    again = chat.say("Which of them is yellow?")
+    chat.send("Name three fruits.")
+    again = chat.send("Which of them is yellow?")
     assert again.cached_tokens > 20
     assert again.text == generator.generate([*chat.messages[:-1]], config).text

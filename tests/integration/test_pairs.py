@@ -15,7 +15,7 @@ from edge_ft.evaluate import evaluate
 from edge_ft.export import export
 from edge_ft.progress import Silent
 from edge_ft.runtime import TextClassifier, load
-from edge_ft.runtime.run import answer_file, answer_one
+from edge_ft.runtime.run import run_file, run_text
 from edge_ft.tune import tune
 
 
@@ -71,9 +71,9 @@ def test_a_model_of_pairs_wants_pairs(bundle: Bundle, run: RunFolder, tmp_path: 
     with pytest.raises(UsageError, match="was trained on pairs of texts"):
         opened.classify(["the film was good"])
     with pytest.raises(UsageError, match="needs --text-pair"):
-        answer_one(bundle.path, "the film", RunConfig(), None)
-    assert answer_one(bundle.path, "the film was", RunConfig(text_pair="bad"), None)["label"] == "blame"
-    answer_file(bundle.path, run.split("test"), tmp_path / "out.jsonl", RunConfig(), Silent())
+        run_text(bundle.path, "the film", RunConfig(), None)
+    assert run_text(bundle.path, "the film was", RunConfig(text_pair="bad"), None)["label"] == "blame"
+    run_file(bundle.path, run.split("test"), tmp_path / "out.jsonl", RunConfig(), Silent())
     answers = [json.loads(line)["label"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert answers == [row.fields["label"] for row in read_rows(str(run.split("test")))]
     single = tmp_path / "single.jsonl"

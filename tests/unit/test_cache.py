@@ -1,4 +1,4 @@
-"""Reading token by token is reading at once, in memory that follows the text."""
+"""The KV cache gives the logits of a run without it, in memory that follows the text's length."""
 
 import numpy as np
 import pytest
@@ -31,13 +31,13 @@ def at_once(generator: TextGenerator, ids: list[int]) -> NDArray[np.float32]:
     return generator.logits(whole, np.ones_like(whole))[0]
 
 
-def test_the_model_looks_at_all_it_has_read(generator: TextGenerator, ids: list[int]) -> None:
-    """Else the other tests here would prove nothing."""
+def test_the_logits_depend_on_the_first_token(generator: TextGenerator, ids: list[int]) -> None:
+    """Otherwise the other tests here would prove nothing."""
     other = [ids[0] ^ 1, *ids[1:40]]
     assert np.abs(generator.open_cache().extend(ids[:40]) - generator.open_cache().extend(other)).max() > 0.01
 
 
-def test_token_by_token_is_as_at_once_also_where_the_buffers_grow(
+def test_token_by_token_equals_one_run_even_where_the_buffers_grow(
     generator: TextGenerator, ids: list[int], at_once: NDArray[np.float32]
 ) -> None:
     cache = generator.open_cache()
@@ -49,9 +49,7 @@ def test_token_by_token_is_as_at_once_also_where_the_buffers_grow(
     assert capacities == {256, 512, 768}
 
 
-def test_pieces_of_any_size_are_as_at_once(
-    generator: TextGenerator, ids: list[int], at_once: NDArray[np.float32]
-) -> None:
+def test_runs_of_any_size_equal_one_run(generator: TextGenerator, ids: list[int], at_once: NDArray[np.float32]) -> None:
     cache = generator.open_cache()
     start = 0
     for size in (1, 3, 252, 1, 300, 43):  # fills 256 exactly, crosses it, then 512
@@ -65,7 +63,7 @@ def test_a_long_prompt_is_read_in_several_runs(
     assert_close(generator.open_cache().extend(ids), at_once[-1])
 
 
-def test_memory_follows_the_text_and_not_the_limit(generator: TextGenerator, ids: list[int]) -> None:
+def test_memory_follows_the_text_and_not_the_models_limit(generator: TextGenerator, ids: list[int]) -> None:
     position = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4  # bytes
     cache = generator.open_cache()
     assert cache.nbytes == 0
@@ -76,7 +74,7 @@ def test_memory_follows_the_text_and_not_the_limit(generator: TextGenerator, ids
     assert generator.max_length == 2048
 
 
-def test_rewinding_keeps_what_is_the_same(
+def test_rewinding_keeps_the_common_prefix(
     generator: TextGenerator, ids: list[int], at_once: NDArray[np.float32]
 ) -> None:
     cache = generator.open_cache()
@@ -85,7 +83,7 @@ def test_rewinding_keeps_what_is_the_same(
     assert_close(cache.extend(ids[20:30]), at_once[29])
 
 
-def test_rewinding_to_all_that_was_read_reads_the_last_token_again(
+def test_rewinding_never_keeps_the_last_token(
     generator: TextGenerator, ids: list[int], at_once: NDArray[np.float32]
 ) -> None:
     cache = generator.open_cache()
@@ -94,7 +92,9 @@ def test_rewinding_to_all_that_was_read_reads_the_last_token_again(
     assert_close(cache.extend(ids[29:30]), at_once[29])
 
 
-def test_caches_of_one_model_are_apart(generator: TextGenerator, ids: list[int], at_once: NDArray[np.float32]) -> None:
+def test_caches_of_one_model_are_independent(
+    generator: TextGenerator, ids: list[int], at_once: NDArray[np.float32]
+) -> None:
     one, other = generator.open_cache(), generator.open_cache()
     one.extend(ids[:20])
     other.extend(ids[100:150])

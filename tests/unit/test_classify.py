@@ -69,5 +69,5 @@ def test_the_loss_is_that_of_the_right_class(classifier: TextClassifier) -> None
 
 
 def test_a_bundle_without_classes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="names no classes"):
+    with pytest.raises(BundleError, match="has no class names"):
         load(write_classifier(tmp_path / "classifier", labels=()))

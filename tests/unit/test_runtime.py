@@ -27,7 +27,7 @@ def test_the_task_decides_what_opens(tmp_path: Path) -> None:
     assert isinstance(load(str(write_classifier(tmp_path / "classifier"))), TextClassifier)
 
 
-def test_an_open_bundle_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_an_open_bundle_is_not_opened_again(tmp_path: Path) -> None:
     assert isinstance(load(Bundle.open(write_decoder(tmp_path / "decoder"))), TextGenerator)
 
 
@@ -39,7 +39,7 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_level_that_was_not_verified_is_refused(tmp_path: Path) -> None:
+def test_an_accuracy_level_without_a_verified_graph_is_refused(tmp_path: Path) -> None:
     path = write_decoder(tmp_path / "decoder")
     assert isinstance(load(path, accuracy_level=1), TextGenerator)
     with pytest.raises(BundleError, match="accuracy level 4"):
@@ -53,7 +53,7 @@ def test_a_graph_that_this_onnxruntime_cannot_run_is_a_bundle_error(tmp_path: Pa
         load(Bundle(path, {"task": "text-generation", "model": "onnx/model.onnx"}))
 
 
-def test_no_adapter_is_the_base_that_the_adapter_was_put_on(tmp_path: Path) -> None:
+def test_adapter_none_is_the_base_without_its_adapter(tmp_path: Path) -> None:
     tuned = write_decoder(tmp_path / "tuned", lane="adapter")
     zero = write_decoder(tmp_path / "zero", lane="adapter", zero_adapter=True)
     base = logits(tuned, adapter="none")
@@ -61,12 +61,12 @@ def test_no_adapter_is_the_base_that_the_adapter_was_put_on(tmp_path: Path) -> N
     np.testing.assert_array_equal(base, logits(zero))
 
 
-def test_a_base_as_it_is_has_no_adapter_to_leave_out(tmp_path: Path) -> None:
+def test_adapter_none_changes_nothing_on_a_base_bundle(tmp_path: Path) -> None:
     path = write_decoder(tmp_path / "base")
     np.testing.assert_array_equal(logits(path, adapter="none"), logits(path))
 
 
-def test_a_merged_bundle_cannot_answer_as_its_base(tmp_path: Path) -> None:
+def test_adapter_none_is_refused_for_a_merged_bundle(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--lane adapter"):
         load(write_decoder(tmp_path / "merged", lane="merged"), adapter="none")
 

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Choosing the next token."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def allowed(**options: float) -> dict[int, float]:
     return dict(zip(ids.tolist(), probabilities.tolist(), strict=True))
 
 
-def test_temperature_zero_takes_the_likeliest() -> None:
+def test_temperature_zero_is_greedy() -> None:
     assert draw(5, temperature=0) == [0] * 5
 
 
@@ -52,7 +52,7 @@ def test_top_k_keeps_the_k_likeliest_and_ties() -> None:
     assert set(allowed(top_k=99)) == set(range(VOCAB))
 
 
-def test_top_p_keeps_the_fewest_that_hold_it() -> None:
+def test_top_p_keeps_the_smallest_set_with_that_probability() -> None:
     assert set(allowed(top_p=0.1)) == {0}
     assert set(allowed(top_p=0.7)) == {0, 1}
     assert allowed(top_p=0.8) == pytest.approx({0: 4 / 7, 1: 2 / 7, 2: 1 / 7})
@@ -86,21 +86,21 @@ logit_rows = st.lists(finite, min_size=1, max_size=40).map(lambda row: np.array(
     top_p=st.floats(0.01, 1),
     min_p=st.floats(0, 1),
 )
-def test_what_may_be_drawn_is_a_distribution_with_the_likeliest_in_it(
+def test_candidates_are_a_distribution_that_contains_the_likeliest_token(
     logits: NDArray[np.float32], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     ids, probabilities = candidates(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     assert probabilities.sum() == pytest.approx(1)
     assert len(set(ids.tolist())) == len(ids)
     assert logits[ids].max() == logits.max()
-    # Never is a likelier one dropped in favour of a rarer.
+    # No dropped token is likelier than a kept one.
     assert np.delete(logits, ids).max(initial=-np.inf) <= logits[ids].min()
 
 
 @pytest.mark.parametrize(
     "options", [{"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.8, "min_p": 0.05}]
 )
-def test_the_options_do_what_they_do_in_transformers(options: dict[str, float]) -> None:
+def test_the_options_do_the_same_as_in_transformers(options: dict[str, float]) -> None:
     torch = pytest.importorskip("torch")
     warpers = pytest.importorskip("transformers.generation.logits_process")
     logits = np.random.default_rng(0).normal(size=100).astype(np.float32) * 2

@@ -1,4 +1,4 @@
-"""What `edge-ft run` makes of rows, texts and conversations."""
+"""`edge-ft run` on rows, texts and conversations."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from edge_ft.config import RunConfig
 from edge_ft.data import Columns, Rendering
 from edge_ft.errors import DataError, UsageError
 from edge_ft.progress import Silent
-from edge_ft.runtime.run import answer_file, answer_one, converse
+from edge_ft.runtime.run import run_chat, run_file, run_text
 
 CONFIG = RunConfig(threads=1, max_new_tokens=2)
 TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "seven"}]
@@ -32,7 +32,7 @@ def answer(bundle: Path, rows: list[dict[str, Any]], config: RunConfig = CONFIG)
     """The summary, and the lines written."""
     source, out = bundle.parent / "rows.jsonl", bundle.parent / "answers.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = answer_file(bundle, source, out, config, Silent())
+    summary = run_file(bundle, source, out, config, Silent())
     return summary, [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -46,7 +46,7 @@ def answer(bundle: Path, rows: list[dict[str, Any]], config: RunConfig = CONFIG)
         Columns("instruction", "{instruction}", "{output}"),
     ],
 )
-def test_rows_of_every_known_kind_are_answered_whatever_was_trained(tmp_path: Path, columns: Columns) -> None:
+def test_rows_with_any_known_columns_are_answered(tmp_path: Path, columns: Columns) -> None:
     bundle = with_columns(write_decoder(tmp_path / "b", chat=True), columns)
     rows = [{"messages": TURNS}, {"instruction": "he", "input": "lo"}, {"prompt": "hello"}, {"text": "hello"}]
     _, answers = answer(bundle, rows)
@@ -54,23 +54,23 @@ def test_rows_of_every_known_kind_are_answered_whatever_was_trained(tmp_path: Pa
     assert answers[0]["text"] == answers[2]["text"] == answers[3]["text"]
 
 
-def test_a_text_of_another_column_goes_into_the_template(tmp_path: Path) -> None:
+def test_a_text_from_another_column_goes_into_the_template(tmp_path: Path) -> None:
     bundle = with_columns(write_decoder(tmp_path / "b"), Columns("template", "Q: {question}\nA:", "{answer}"))
     _, answers = answer(bundle, [{"question": "why"}, {"prompt": "why"}, {"instruction": "why"}, {"text": "why"}])
     assert [found["prompt_tokens"] for found in answers] == [len("Q: why\nA:")] * 4
-    assert answer_one(bundle, "why", CONFIG, None)["prompt_tokens"] == len("Q: why\nA:")
+    assert run_text(bundle, "why", CONFIG, None)["prompt_tokens"] == len("Q: why\nA:")
 
 
-def test_control_tokens_of_the_template_reach_the_model_those_of_a_text_do_not(tmp_path: Path) -> None:
+def test_only_the_templates_control_tokens_are_read_as_such(tmp_path: Path) -> None:
     columns = Columns("template", "<|user|>{q}<|end|><|assistant|>", "{a}")
     bundle = with_columns(write_decoder(tmp_path / "b"), columns)
     for text in ("<|end|>", "<|user|><|end|><|end|><|assistant|>"):
-        assert answer_one(bundle, text, CONFIG, None)["prompt_tokens"] == 3 + len("<|end|>")
+        assert run_text(bundle, text, CONFIG, None)["prompt_tokens"] == 3 + len("<|end|>")
     plain = with_columns(bundle, Columns("prompt_completion", "{prompt}", "{completion}"))
-    assert answer_one(plain, "<|end|>", CONFIG, None)["prompt_tokens"] == len("<|end|>")
+    assert run_text(plain, "<|end|>", CONFIG, None)["prompt_tokens"] == len("<|end|>")
 
 
-def test_a_row_that_is_too_long_costs_only_its_own_answer(tmp_path: Path) -> None:
+def test_a_row_that_is_too_long_fails_alone(tmp_path: Path) -> None:
     bundle = write_decoder(tmp_path / "b", max_length=64)
     summary, answers = answer(bundle, [{"prompt": "a"}, {"prompt": "a" * 99}, {"prompt": "bc"}])
     assert (summary["rows"], summary["failed"]) == (3, 1)
@@ -78,7 +78,7 @@ def test_a_row_that_is_too_long_costs_only_its_own_answer(tmp_path: Path) -> Non
     assert "99 tokens" in answers[1]["error"]
 
 
-def test_what_no_row_can_be_answered_with_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
+def test_options_with_which_every_row_fails_are_an_error_and_leave_no_file(tmp_path: Path) -> None:
     bundle = write_decoder(tmp_path / "b")
     with pytest.raises(UsageError, match=r"no row of .* can be answered.*neither auto, none nor a file"):
         answer(bundle, [{"prompt": "a"}, {"prompt": "b"}], replace(CONFIG, chat_template="chatml"))
@@ -87,24 +87,24 @@ def test_what_no_row_can_be_answered_with_is_an_error_and_leaves_no_file(tmp_pat
     assert not (tmp_path / "answers.jsonl").exists()
 
 
-def test_a_classifier_reads_texts_as_it_was_trained_to(tmp_path: Path) -> None:
+def test_a_classifier_reads_texts_through_its_template(tmp_path: Path) -> None:
     bundle = with_columns(write_classifier(tmp_path / "b"), Columns("text_label", "T: {review}", None, "stars"))
     summary, answers = answer(bundle, [{"review": "x"}, {"text": "x"}, {"prompt": "x", "stars": 1}])
     assert summary["failed"] == 0
-    alone = answer_one(bundle, "x", CONFIG, None)
+    alone = run_text(bundle, "x", CONFIG, None)
     assert [found["prompt_tokens"] for found in [*answers, alone]] == [2 + len("T: x")] * 4
     with pytest.raises(DataError, match="row 1 has the columns messages"):
-        answer_file(bundle, _write(tmp_path, {"messages": TURNS}), tmp_path / "other", CONFIG, Silent())
+        run_file(bundle, _write(tmp_path, {"messages": TURNS}), tmp_path / "other", CONFIG, Silent())
 
 
-def test_a_full_conversation_starts_anew_with_the_message_that_filled_it(tmp_path: Path) -> None:
+def test_a_conversation_that_is_too_long_starts_again_with_the_last_message(tmp_path: Path) -> None:
     bundle = write_decoder(tmp_path / "b", chat=True, max_length=64)
     out = io.StringIO()
-    converse(bundle, CONFIG, io.StringIO(("a" * 20 + "\n") * 5), out)
-    assert out.getvalue().count("starting anew\n") + out.getvalue().count("starting anew)\n") == 2
+    run_chat(bundle, CONFIG, io.StringIO(("a" * 20 + "\n") * 5), out)
+    assert out.getvalue().count("starting a new one)\n") == 2
     assert out.getvalue().count("> ") == 6
     with pytest.raises(UsageError, match="shorten the prompt"):
-        converse(bundle, CONFIG, io.StringIO("a" * 99 + "\n"), io.StringIO())
+        run_chat(bundle, CONFIG, io.StringIO("a" * 99 + "\n"), io.StringIO())
 
 
 def _write(folder: Path, row: dict[str, Any]) -> Path:

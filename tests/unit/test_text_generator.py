@@ -1,4 +1,4 @@
-"""What a text-generation bundle answers."""
+"""Answers, streams, conversations and scores of a text-generation bundle."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,11 +11,11 @@ from tiny_bundle import write_decoder
 
 from edge_ft.config import RunConfig
 from edge_ft.errors import UsageError
-from edge_ft.runtime import Generation, TextGenerator, decode, load
+from edge_ft.runtime import Generation, TextGenerator, decode, load, token_scores
 from edge_ft.runtime.decode import TooLong
 
 SCRIPT = "Cafés €日😀!"
-"""What the scripted model says; no byte of it occurs twice, so each token decides the next."""
+"""The scripted model's answer; no byte of it occurs twice, so each token decides the next."""
 SAMPLED = RunConfig(temperature=1.0, max_new_tokens=24)
 
 Open = Callable[..., TextGenerator]
@@ -38,7 +38,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
 def pieces(
     generator: TextGenerator, prompt: str, config: RunConfig, between: Callable[[], None] = lambda: None
 ) -> tuple[list[str], Generation]:
-    """All that a stream gives, and what it returns; `between` is called after each piece."""
+    """All pieces of a stream, and its return value; `between` is called after each piece."""
     stream = generator.stream(prompt, config)
     shown = []
     while True:
@@ -52,7 +52,7 @@ def pieces(
 # Where an answer ends
 
 
-def test_a_stop_token_ends_the_answer_and_is_no_part_of_it(opened: Open) -> None:
+def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(opened: Open) -> None:
     answer = opened(script=SCRIPT).generate("Say:")
     assert answer.text == SCRIPT
     assert answer.finish_reason == "stop"
@@ -78,7 +78,7 @@ def test_a_stop_string_over_several_tokens_ends_the_answer_before_it(opened: Ope
     assert answer.new_tokens == len("Cafés €日".encode())  # nothing is decoded past it
 
 
-def test_a_stop_string_that_does_not_come_changes_nothing(opened: Open) -> None:
+def test_a_stop_string_that_does_not_occur_changes_nothing(opened: Open) -> None:
     answer = opened(script=SCRIPT).generate("Say:", RunConfig(stop=("€X", "!!")))
     assert answer.text == SCRIPT
 
@@ -103,7 +103,7 @@ def test_an_empty_prompt_is_refused(opened: Open) -> None:
 # Streaming
 
 
-def test_a_stream_gives_whole_characters_that_add_up_to_the_text(opened: Open) -> None:
+def test_a_stream_yields_whole_characters_that_add_up_to_the_text(opened: Open) -> None:
     shown, answer = pieces(opened(script=SCRIPT), "Say:", RunConfig())
     assert shown == list(SCRIPT)
     assert answer.text == SCRIPT
@@ -115,7 +115,7 @@ def test_streaming_and_generating_give_the_same(opened: Open) -> None:
     assert "".join(shown) == streamed.text == generator.generate("Say:", SAMPLED).text
 
 
-def test_streams_that_run_side_by_side_do_not_mix(opened: Open) -> None:
+def test_concurrent_streams_do_not_affect_each_other(opened: Open) -> None:
     generator = opened()
     prompts = ["one", "another prompt"]
     streams = [generator.stream(prompt, SAMPLED) for prompt in prompts]
@@ -126,7 +126,7 @@ def test_streams_that_run_side_by_side_do_not_mix(opened: Open) -> None:
     assert texts == [generator.generate(prompt, SAMPLED).text for prompt in prompts]
 
 
-def test_the_reader_of_a_stream_may_take_its_time(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timings_leave_out_the_time_of_a_streams_consumer(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(decode, "perf_counter", lambda: now[-1])
     _, answer = pieces(opened(script=SCRIPT), "Say:", RunConfig(), lambda: now.append(now[-1] + 100))
@@ -166,7 +166,7 @@ def test_each_option_changes_the_answer(opened: Open, options: dict[str, float])
 # Chats
 
 
-def test_a_text_is_the_users_message_of_a_chat(opened: Open) -> None:
+def test_a_text_prompt_is_the_users_message_of_a_chat(opened: Open) -> None:
     generator = opened(chat=True)
     chat = [{"role": "user", "content": "Hello"}]
     assert generator.generate("Hello", SAMPLED).text == generator.generate(chat, SAMPLED).text
@@ -182,7 +182,7 @@ def test_a_system_message_comes_first(opened: Open) -> None:
     assert answer.text != generator.generate("Hello", SAMPLED).text
 
 
-def test_the_template_can_be_left_out_or_replaced(opened: Open, tmp_path: Path) -> None:
+def test_the_chat_template_can_be_switched_off_or_replaced(opened: Open, tmp_path: Path) -> None:
     generator = opened(chat=True)
     assert generator.generate("Hello", RunConfig(chat_template="none")).prompt_tokens == 5
     assert generator.generate("Hello", RunConfig(chat_template="auto")).prompt_tokens == 8
@@ -191,23 +191,23 @@ def test_the_template_can_be_left_out_or_replaced(opened: Open, tmp_path: Path) 
     assert generator.generate("Hello", RunConfig(chat_template=str(other))).prompt_tokens == 6
 
 
-def test_a_conversation_goes_on_from_the_cache_and_answers_as_if_started_over(opened: Open) -> None:
+def test_a_conversation_uses_the_cache_and_answers_as_without_it(opened: Open) -> None:
     generator = opened(chat=True)
     conversation = generator.chat(SAMPLED)
     for turn, question in enumerate(["Hello", "And then? " * 30, "Why?"]):
         over = [*conversation.messages, {"role": "user", "content": question}]
         afresh = generator.generate(over, SAMPLED)
-        answer = conversation.say(question)
+        answer = conversation.send(question)
         assert answer.text == afresh.text
         assert (answer.prompt_tokens, afresh.cached_tokens) == (afresh.prompt_tokens, 0)
         assert (answer.cached_tokens > 0) == (turn > 0)
     assert answer.cached_tokens > 300  # all but the last answer and question
 
 
-def test_a_conversation_reads_only_what_is_new(opened: Open) -> None:
+def test_a_conversation_reads_only_new_tokens(opened: Open) -> None:
     conversation = opened(script=SCRIPT, chat=True).chat()
-    first = conversation.say("Hello")
-    second = conversation.say("Again")
+    first = conversation.send("Hello")
+    second = conversation.send("Again")
     answered = len(SCRIPT.encode())
     assert second.text == SCRIPT
     assert second.cached_tokens == first.prompt_tokens + answered
@@ -215,25 +215,25 @@ def test_a_conversation_reads_only_what_is_new(opened: Open) -> None:
     assert second.prompt_tokens - second.cached_tokens == len("Again") + tags
 
 
-def test_a_conversation_goes_on_after_a_stop_string(opened: Open) -> None:
+def test_a_conversation_continues_after_a_stop_string(opened: Open) -> None:
     generator = opened(script=SCRIPT, chat=True)
     conversation = generator.chat(RunConfig(stop=("日",)))
-    assert conversation.say("Hello").text == "Cafés €"
+    assert conversation.send("Hello").text == "Cafés €"
     assert [message["content"] for message in conversation.messages] == ["Hello", "Cafés €"]
-    assert conversation.say("Again").text == "Cafés €"
+    assert conversation.send("Again").text == "Cafés €"
 
 
-def test_a_turn_that_is_broken_off_is_forgotten(opened: Open) -> None:
+def test_an_interrupted_turn_is_not_part_of_the_conversation(opened: Open) -> None:
     generator = opened(chat=True)
     conversation = generator.chat(SAMPLED)
     broken = conversation.stream("Forget this")
     next(broken)
     broken.close()
     assert conversation.messages == []
-    assert conversation.say("Hello").text == generator.generate("Hello", SAMPLED).text
+    assert conversation.send("Hello").text == generator.generate("Hello", SAMPLED).text
 
 
-def test_without_a_template_there_is_no_chat(opened: Open) -> None:
+def test_a_chat_needs_a_chat_template(opened: Open) -> None:
     with pytest.raises(UsageError, match="no chat template"):
         opened(script=SCRIPT).chat()
     with pytest.raises(UsageError, match="chat template"):
@@ -243,14 +243,14 @@ def test_without_a_template_there_is_no_chat(opened: Open) -> None:
 # Tokens in, tokens out
 
 
-def test_an_answer_in_tokens_has_no_stop_token(opened: Open) -> None:
+def test_answer_returns_tokens_without_the_stop_token(opened: Open) -> None:
     generator = opened(script=SCRIPT)
     prompt = generator.tokenizer.encode("Say:")
     assert generator.answer(prompt, 64) == generator.tokenizer.encode(SCRIPT)
     assert generator.answer(prompt, 2) == generator.tokenizer.encode("Ca")
 
 
-def test_an_answer_in_tokens_ends_at_the_models_limit(opened: Open) -> None:
+def test_answer_ends_at_the_models_limit(opened: Open) -> None:
     generator = opened(script=SCRIPT, max_length=64)
     prompt = generator.tokenizer.encode("a" * 59 + ":")
     assert generator.tokenizer.decode(generator.answer(prompt, 64)) == "Caf" + "\ufffd"
@@ -264,7 +264,7 @@ def test_timings_have_an_entry_for_every_token(opened: Open) -> None:
     assert min(answer.timings.decode_s) > 0
 
 
-def test_timed_decoding_does_not_stop(opened: Open) -> None:
+def test_time_decode_ignores_stop_tokens(opened: Open) -> None:
     generator = opened(script=SCRIPT)
     prompt = generator.tokenizer.encode("Say:")
     assert len(generator.time_decode(prompt, 40).decode_s) == 39
@@ -275,7 +275,7 @@ def test_timed_decoding_does_not_stop(opened: Open) -> None:
 # Scores
 
 
-def test_the_loss_is_that_of_the_labelled_tokens(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_nll_is_the_loss_of_the_labelled_tokens(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = opened()
     random = np.random.default_rng(0)
     input_ids = random.integers(0, 256, (3, 12))
@@ -298,7 +298,7 @@ def test_the_loss_is_that_of_the_labelled_tokens(opened: Open, monkeypatch: pyte
                 assert nll[row, at] == pytest.approx(expected, abs=1e-4)
                 assert predicted[row, at] == logits[row, at - 1].argmax()
 
-    monkeypatch.setattr(decode, "_LOGITS_AT_ONCE", 1)  # row by row
+    monkeypatch.setattr(token_scores, "MAX_LOGITS", 1)  # row by row
     np.testing.assert_allclose(generator.token_nll(batch)[0], nll, atol=1e-5)  # type: ignore[arg-type]
 
 

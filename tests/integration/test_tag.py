@@ -22,7 +22,7 @@ from edge_ft.evaluate.verify import verify
 from edge_ft.export import export
 from edge_ft.progress import Silent
 from edge_ft.runtime import TextTagger, load
-from edge_ft.runtime.run import answer_file, answer_one
+from edge_ft.runtime.run import run_file, run_text
 from edge_ft.tune import tune
 
 
@@ -120,15 +120,15 @@ def test_another_question_is_refused_by_the_task(tagger: TextTagger) -> None:
 
 
 def test_run_prints_words_and_writes_tags(bundle: Bundle, run: RunFolder, tmp_path: Path, capsys: Any) -> None:
-    answer_one(bundle.path, "the film was good", RunConfig(), sys.stdout)
+    run_text(bundle.path, "the film was good", RunConfig(), sys.stdout)
     assert [line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()] == [
         ["the", "O"],
         ["film", "B-work"],
         ["was", "O"],
         ["good", "B-praise"],
     ]
-    answer_file(bundle.path, run.split("test"), tmp_path / "out.jsonl", RunConfig(), Silent())
+    run_file(bundle.path, run.split("test"), tmp_path / "out.jsonl", RunConfig(), Silent())
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [answer["tags"] for answer in answers] == [row.fields["tags"] for row in read_rows(str(run.split("test")))]
     with pytest.raises(UsageError, match="leave --text-pair out"):
-        answer_one(bundle.path, "film", RunConfig(text_pair="x"), None)
+        run_text(bundle.path, "film", RunConfig(text_pair="x"), None)

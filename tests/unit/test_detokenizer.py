@@ -1,11 +1,11 @@
-"""Text that streams: whole characters, and nothing of a stop string."""
+"""Streamed text has whole characters, and nothing of a stop string."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_ft.errors import UsageError
-from edge_ft.runtime.detokenizer import TextPieces
+from edge_ft.runtime.detokenizer import StreamingDetokenizer
 
 
 def decode_bytes(ids: list[int]) -> str:
@@ -13,25 +13,25 @@ def decode_bytes(ids: list[int]) -> str:
     return bytes(ids).decode("utf-8", errors="replace")
 
 
-def spell(words: list[str]) -> tuple[TextPieces, list[str]]:
-    """Pieces over a tokenizer with a token for every word, and what each push gave."""
-    pieces = TextPieces(lambda ids: "".join(words[token] for token in ids), ("STOP", "end."))
+def spell(words: list[str]) -> tuple[StreamingDetokenizer, list[str]]:
+    """A detokenizer with a token for every word, and the result of each push."""
+    pieces = StreamingDetokenizer(lambda ids: "".join(words[token] for token in ids), ("STOP", "end."))
     return pieces, [pieces.push(token) for token in range(len(words)) if not pieces.stopped]
 
 
-def test_a_character_of_several_tokens_comes_out_whole() -> None:
-    pieces = TextPieces(decode_bytes)
+def test_a_character_of_several_tokens_is_returned_whole() -> None:
+    pieces = StreamingDetokenizer(decode_bytes)
     assert [pieces.push(byte) for byte in "a€b".encode()] == ["a", "", "", "€", "b"]
     assert pieces.finish() == ""
 
 
 def test_half_a_character_at_the_end_is_dropped() -> None:
-    pieces = TextPieces(decode_bytes)
+    pieces = StreamingDetokenizer(decode_bytes)
     assert "".join(pieces.push(byte) for byte in "ab€".encode()[:-1]) + pieces.finish() == "ab"
 
 
-def test_bytes_that_are_no_character_show_as_such_once_text_follows() -> None:
-    pieces = TextPieces(decode_bytes)
+def test_invalid_bytes_become_a_replacement_character_once_text_follows() -> None:
+    pieces = StreamingDetokenizer(decode_bytes)
     assert [pieces.push(byte) for byte in b"\xffok"] == ["", "\ufffdo", "k"]
 
 
@@ -48,7 +48,7 @@ def test_a_stop_string_across_tokens_is_held_back_until_it_is_certain() -> None:
     assert pieces.stopped
 
 
-def test_what_only_looked_like_a_stop_string_is_given_out() -> None:
+def test_text_that_only_began_like_a_stop_string_is_returned() -> None:
     pieces, shown = spell(["a ST", "O", "NE", " en", "d"])
     assert shown == ["a ", "", "STONE", " ", ""]
     assert pieces.finish() == "end"
@@ -57,13 +57,13 @@ def test_what_only_looked_like_a_stop_string_is_given_out() -> None:
 
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(UsageError, match="empty"):
-        TextPieces(decode_bytes, ("ok", ""))
+        StreamingDetokenizer(decode_bytes, ("ok", ""))
 
 
 @given(text=st.text("ab€😀", max_size=12), stop=st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3))
-def test_tokens_may_cut_the_text_anywhere(text: str, stop: list[str]) -> None:
+def test_the_text_does_not_depend_on_where_tokens_end(text: str, stop: list[str]) -> None:
     def read(words: list[bytes]) -> tuple[str, bool]:
-        pieces = TextPieces(lambda ids: decode_bytes(list(b"".join(words[at] for at in ids))), tuple(stop))
+        pieces = StreamingDetokenizer(lambda ids: decode_bytes(list(b"".join(words[at] for at in ids))), tuple(stop))
         shown = []
         for token in range(len(words)):
             shown.append(pieces.push(token))

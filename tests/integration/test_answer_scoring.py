@@ -20,7 +20,7 @@ def generator(bundle: Path) -> TextGenerator:
     return opened
 
 
-def test_a_run_remembers_its_answers_and_is_scored_on_choosing(llama_run: RunFolder, llama_bundle: Bundle) -> None:
+def test_a_run_keeps_its_answers_and_is_scored_on_choosing(llama_run: RunFolder, llama_bundle: Bundle) -> None:
     opened = generator(llama_bundle.path)
     assert opened.rendering.answers == (" hello", " seven")
     assert opened.classify("hello 3 the answer").label in (" hello", " seven")

@@ -1,4 +1,4 @@
-"""Classification with a decoder: the scores of the allowed answers, each as a whole, from one reading of the prompt."""
+"""Classification with a decoder: scores of the allowed answers, each as a whole, with the prompt read once."""
 
 import io
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tiny_bundle import write_classifier, write_decoder
 
 from edge_ft.artifacts import Bundle
@@ -17,11 +18,14 @@ from edge_ft.data import Columns, Example, Rendering, Row, answer_ids, collate, 
 from edge_ft.errors import UsageError
 from edge_ft.progress import Silent
 from edge_ft.runtime import KVCache, TextGenerator, load
+from edge_ft.runtime.answer_scoring import answer_nll
+from edge_ft.runtime.cache import CacheShape
 from edge_ft.runtime.decode import TooLong
-from edge_ft.runtime.run import answer_file, answer_one
+from edge_ft.runtime.run import run_file, run_text
+from edge_ft.runtime.session import open_session
 
 LABELS = ("no", "not sure", "yes", "no way")
-"""Of different lengths, one the beginning of others."""
+"""Labels of different lengths; one of them begins others."""
 
 
 def generator(bundle: Path) -> TextGenerator:
@@ -31,7 +35,7 @@ def generator(bundle: Path) -> TextGenerator:
 
 
 def whole_nll(opened: TextGenerator, prompt: str, label: str) -> float:
-    """What the scorer says of the prompt and one answer, read together."""
+    """The loss of one answer after the prompt, both read in one run."""
     prompt_ids, answer = opened.tokenizer.encode(prompt), answer_ids(opened.rendering, opened.tokenizer, label)
     ids = [*prompt_ids, *answer]
     example = Example(1, ids, [-100] * len(prompt_ids) + answer, len(prompt_ids), label, 0)
@@ -39,7 +43,7 @@ def whole_nll(opened: TextGenerator, prompt: str, label: str) -> float:
     return float(losses.sum())
 
 
-def test_scores_are_the_softmax_of_whole_answers_their_ends_included(tmp_path: Path) -> None:
+def test_scores_are_the_softmax_of_whole_answers_stop_token_included(tmp_path: Path) -> None:
     opened = generator(write_decoder(tmp_path / "b"))
     found = opened.classify(["Is it?", "Was it so?"], LABELS)
     for prompt, result in zip(("Is it?", "Was it so?"), found, strict=True):
@@ -57,25 +61,37 @@ def test_one_text_gives_one_result(tmp_path: Path) -> None:
     assert opened.classify("Is it?", LABELS) == opened.classify(["Is it?"], LABELS)[0]
 
 
-def test_a_label_can_win_that_the_model_would_not_write(tmp_path: Path) -> None:
+def test_the_best_label_is_not_always_what_the_model_would_generate(tmp_path: Path) -> None:
     opened = generator(write_decoder(tmp_path / "b", script="yes"))
     assert opened.generate("Is it:").text == "yes"
     assert opened.classify("Is it:", ("yes", "ye")).label == "yes"
     assert opened.classify("Is it:", ("no", "maybe")).label in ("no", "maybe")
 
 
-def test_the_prompt_and_what_labels_share_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_prompt_and_common_beginnings_of_labels_are_read_once(tmp_path: Path) -> None:
     opened = generator(write_decoder(tmp_path / "b"))
-    read: list[str] = []
-    run = KVCache._run
 
-    def counted(self: KVCache, ids: Sequence[int]) -> None:
-        read.append(opened.tokenizer.decode(list(ids)))
-        run(self, ids)
+    class CountingCache(KVCache):
+        """Counts the tokens that the model reads."""
 
-    monkeypatch.setattr(KVCache, "_run", counted)
-    opened.classify("Is it?", LABELS)
-    assert sorted(read) == [" way", "Is it?", "not sure", "yes"]  # "no" lies on the way to the others
+        read = 0
+
+        def extend(self, ids: Sequence[int]) -> NDArray[np.float32]:
+            self.read += len(ids)
+            return super().extend(ids)
+
+        def extend_each(self, ids: Sequence[int]) -> NDArray[np.float32]:
+            self.read += len(ids)
+            return super().extend_each(ids)
+
+    session = open_session(opened.bundle.graph(), threads=1)
+    cache = CountingCache(session, CacheShape(**opened.bundle.manifest["cache"]))
+    prompt = opened.tokenizer.encode("Is it?")
+    answers = [answer_ids(opened.rendering, opened.tokenizer, label) for label in LABELS]
+    nll = answer_nll(cache, prompt, answers)
+    assert nll == pytest.approx([whole_nll(opened, "Is it?", label) for label in LABELS], rel=1e-3)
+    # A token a byte; an answer's stop token is predicted and never read, and "no" is a beginning of two other labels.
+    assert cache.read == len("Is it?") + len("no") + len("t sure") + len(" way") + len("yes")
 
 
 def test_the_order_of_labels_does_not_change_their_scores(tmp_path: Path) -> None:
@@ -91,7 +107,7 @@ def with_rendering(bundle: Path, **changes: Any) -> Path:
     return bundle
 
 
-def test_labels_go_into_the_completion_of_training(tmp_path: Path) -> None:
+def test_labels_go_into_the_completion_template_of_training(tmp_path: Path) -> None:
     columns = Columns("template", "{question}?", " {answer}.")
     opened = generator(with_rendering(write_decoder(tmp_path / "b"), columns=columns))
     ids = answer_ids(opened.rendering, opened.tokenizer, "no")
@@ -115,14 +131,14 @@ def test_in_a_chat_an_answer_ends_as_a_turn_does(tmp_path: Path) -> None:
         ("", ("yes", "no"), "empty"),
     ],
 )
-def test_what_cannot_be_chosen_from_is_refused(
+def test_unusable_labels_and_prompts_are_refused(
     tmp_path: Path, prompt: str, labels: tuple[str, ...] | None, says: str
 ) -> None:
     with pytest.raises(UsageError, match=says):
         generator(write_decoder(tmp_path / "b")).classify([prompt], labels)
 
 
-def test_a_prompt_without_room_for_the_longest_label_is_too_long(tmp_path: Path) -> None:
+def test_prompt_and_longest_label_must_fit_the_model(tmp_path: Path) -> None:
     opened = generator(write_decoder(tmp_path / "b", max_length=12))
     assert opened.classify("a" * 9, ("no", "ok"))
     with pytest.raises(TooLong, match="9 tokens and 5 new ones"):
@@ -150,30 +166,30 @@ def answers_of(values: Sequence[str | None], tmp_path: Path, columns: Columns | 
     ],
     ids=["few", "too-few-rows", "one", "64", "65", "16-tokens", "17-tokens", "gaps"],
 )
-def test_few_short_answers_that_return_are_remembered(
+def test_few_short_answers_that_repeat_are_kept(
     values: list[str | None], found: tuple[str, ...], tmp_path: Path
 ) -> None:
     assert answers_of(values, tmp_path) == found
 
 
-def test_what_a_template_puts_around_an_answer_is_no_part_of_it(tmp_path: Path) -> None:
+def test_the_completion_templates_text_is_not_part_of_an_answer(tmp_path: Path) -> None:
     columns = Columns("template", "{prompt}:", " It is {completion}.")
     assert answers_of(["no", "yes"] * 4, tmp_path, columns) == ("no", "yes")
 
 
 def test_run_prints_labels_and_scores(tmp_path: Path) -> None:
     bundle, shown = write_decoder(tmp_path / "b", script="yes"), io.StringIO()
-    found = answer_one(bundle, "Is it:", RunConfig(threads=1, labels=("no,maybe", "yes")), shown)
+    found = run_text(bundle, "Is it:", RunConfig(threads=1, labels=("no,maybe", "yes")), shown)
     assert list(found["scores"]) == ["no", "maybe", "yes"]
     assert found["label"] == "yes"
     assert shown.getvalue().splitlines()[0].split() == [f"{found['scores']['yes']:.2%}", "yes"]
 
 
-def test_run_labels_every_row_of_a_file_and_one_that_is_too_long_costs_no_other(tmp_path: Path) -> None:
+def test_run_labels_every_row_of_a_file_except_one_that_is_too_long(tmp_path: Path) -> None:
     bundle = with_rendering(write_decoder(tmp_path / "b", max_length=16), answers=("no", "yes"))
     source, out = tmp_path / "rows.jsonl", tmp_path / "labels.jsonl"
     source.write_text('{"prompt": "Is it:"}\n{"prompt": "' + "a" * 20 + '"}\n')
-    summary = answer_file(bundle, source, out, RunConfig(threads=1, labels=("auto",)), Silent())
+    summary = run_file(bundle, source, out, RunConfig(threads=1, labels=("auto",)), Silent())
     first, second = map(json.loads, out.read_text().splitlines())
     assert set(first["scores"]) == {"no", "yes"}
     assert "error" in second
@@ -183,4 +199,4 @@ def test_run_labels_every_row_of_a_file_and_one_that_is_too_long_costs_no_other(
 def test_a_classifiers_labels_are_its_own(tmp_path: Path) -> None:
     bundle = write_classifier(tmp_path / "b")
     with pytest.raises(UsageError, match="no, maybe, yes"):
-        answer_one(bundle, "text", RunConfig(threads=1, labels=("a", "b")), None)
+        run_text(bundle, "text", RunConfig(threads=1, labels=("a", "b")), None)

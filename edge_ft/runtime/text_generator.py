@@ -1,0 +1,345 @@
+"""An open text-generation bundle: answers, conversations, and scores of given tokens."""
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edge_ft.artifacts import Bundle
+from edge_ft.config import RowsConfig, RunConfig
+from edge_ft.data import (
+    Batch,
+    Columns,
+    Message,
+    Rendering,
+    answer_ids,
+    encode_prompt,
+    make_rendering,
+    stop_ids,
+    target_mask,
+)
+from edge_ft.errors import UsageError
+from edge_ft.runtime.answer_scoring import answer_nll
+from edge_ft.runtime.cache import CacheShape, KVCache
+from edge_ft.runtime.classify import Classification
+from edge_ft.runtime.conversation import Conversation
+from edge_ft.runtime.decode import (
+    DEFAULT_NEW_TOKENS,
+    GREEDY,
+    Generation,
+    Timings,
+    TimingsRecorder,
+    TooLong,
+    decode_tokens,
+    read_to_end,
+    stream_text,
+)
+from edge_ft.runtime.detokenizer import StreamingDetokenizer
+from edge_ft.runtime.open_bundle import OpenBundle
+from edge_ft.runtime.sampling import Sampler
+from edge_ft.runtime.token_scores import score_targets
+
+__all__ = ["TextGenerator"]
+
+
+class TextGenerator(OpenBundle):
+    """An open text-generation bundle; answers one prompt at a time, scores batches."""
+
+    def __init__(
+        self, bundle: Bundle, session: ort.InferenceSession, adapter_inputs: dict[str, NDArray[np.float32]]
+    ) -> None:
+        super().__init__(bundle)
+        self.max_length = int(bundle.manifest["max_length"])
+        self.stop_ids = stop_ids(self.rendering, self.tokenizer)
+        self._session = session
+        self._shape = CacheShape(**bundle.manifest["cache"])
+        self._adapter_inputs = adapter_inputs
+
+    def generate(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generation:
+        """Answer a prompt.
+
+        Args:
+            prompt: Text, or the messages of a chat.
+            config: Options of the answer; `threads`, `accuracy_level` and `adapter` belong to `load`.
+
+        Returns:
+            The text and how it was generated.
+
+        Raises:
+            TooLong: prompt and answer together exceed the model's limit.
+            UsageError: a stop string is empty, or the chat template cannot render the messages.
+        """
+        return read_to_end(self.stream(prompt, config))
+
+    def stream(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generator[str, None, Generation]:
+        """Answer a prompt piece by piece, as `generate` does.
+
+        Args:
+            prompt: As for `generate`.
+            config: As for `generate`.
+
+        Returns:
+            A generator of pieces of text that later tokens cannot change; its return value is the `Generation`.
+        """
+        return self._stream(self.open_cache(), prompt, config)
+
+    def chat(self, config: RunConfig = GREEDY) -> Conversation:
+        """Start a conversation, whose tokens stay in the cache from turn to turn.
+
+        Args:
+            config: Options of every answer.
+
+        Returns:
+            An empty conversation.
+
+        Raises:
+            UsageError: there is no chat template.
+        """
+        if self._rendering(config).chat_template is None:
+            raise UsageError("this bundle has no chat template, so it cannot chat: give --chat-template FILE")
+        cache = self.open_cache()
+        return Conversation(lambda messages: self._stream(cache, messages, config))
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too; the first match is meant
+        self, prompts: str, labels: Sequence[str] | None = None
+    ) -> Classification: ...
+
+    @overload
+    def classify(
+        self, prompts: Sequence[str | list[Message]], labels: Sequence[str] | None = None
+    ) -> list[Classification]: ...
+
+    def classify(
+        self, prompts: str | Sequence[str | list[Message]], labels: Sequence[str] | None = None
+    ) -> Classification | list[Classification]:
+        """Choose the likeliest of given answers instead of generating one.
+
+        Args:
+            prompts: Texts or chats, as for `generate`; or one text, for one result.
+            labels: The allowed answers, without the text that --completion puts around them in training; default
+                the answers of the training rows, if they were few.
+
+        Returns:
+            The likeliest label of each prompt. Its scores are the softmax of the labels' log-probabilities as whole
+            answers, stop token included, so they sum to 1.
+
+        Raises:
+            TooLong: a prompt and the longest label together exceed the model's limit.
+            UsageError: fewer than two different labels, none given and none in the bundle, or an empty prompt.
+        """
+        if isinstance(prompts, str):
+            return self.classify([prompts], labels)[0]
+        names = tuple(labels or self.rendering.answers)
+        if not names:
+            raise UsageError("this bundle was not trained on a few answers: name the allowed ones, with --labels a,b,c")
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise UsageError(f"labels {', '.join(names)}: give at least two different ones")
+        answers = [answer_ids(self.rendering, self.tokenizer, name) for name in names]
+        results = []
+        for prompt in prompts:
+            prompt_ids = self._encode(self.rendering, prompt)
+            nll = self.answer_nll(prompt_ids, answers)
+            scores = np.exp(nll.min() - nll)
+            scores /= scores.sum()
+            best = names[int(scores.argmax())]
+            results.append(Classification(best, dict(zip(names, scores.tolist(), strict=True)), len(prompt_ids), 0))
+        return results
+
+    def answer_nll(self, prompt_ids: list[int], answers: Sequence[list[int]]) -> NDArray[np.float64]:
+        """Score whole answers; see `edge_ft.runtime.answer_scoring.answer_nll`.
+
+        Args:
+            prompt_ids: Token ids, at least one.
+            answers: Token ids of each answer, stop token included.
+
+        Returns:
+            Negative log-likelihood (nats) of each answer, [answers].
+
+        Raises:
+            TooLong: the prompt and the longest answer together exceed the model's limit.
+        """
+        self._check_length(len(prompt_ids), max(map(len, answers)))
+        return answer_nll(self.open_cache(), prompt_ids, answers)
+
+    def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        """Continue a tokenized prompt greedily.
+
+        Args:
+            prompt_ids: Token ids.
+            max_new_tokens: Fewer are generated where the model's limit is nearer.
+
+        Returns:
+            Token ids before the first stop token; none for an empty prompt or one that fills the model's limit.
+        """
+        max_new_tokens = min(max_new_tokens, self.max_length - len(prompt_ids))
+        if max_new_tokens < 1 or not prompt_ids:
+            return []
+        tokens = list(self._tokens(self.open_cache(), prompt_ids, max_new_tokens, self.stop_ids))
+        return tokens[:-1] if tokens[-1] in self.stop_ids else tokens
+
+    def time_decode(self, prompt_ids: list[int], new_tokens: int) -> Timings:
+        """Generate exactly `new_tokens` greedily, past any stop token, and time each.
+
+        Args:
+            prompt_ids: Token ids, at least one.
+            new_tokens: At least 1.
+
+        Returns:
+            Seconds of the prompt (`prefill_s`) and of each token after the first (`decode_s`).
+
+        Raises:
+            TooLong: prompt and answer together exceed the model's limit.
+        """
+        self._check_length(len(prompt_ids), new_tokens)
+        recorder = TimingsRecorder()
+        for _ in self._tokens(self.open_cache(), prompt_ids, new_tokens, frozenset(), recorder=recorder):
+            pass
+        return recorder.timings()
+
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Score the labelled tokens of a batch.
+
+        Args:
+            batch: Rows as `edge_ft.data.collate` makes them.
+
+        Returns:
+            Negative log-likelihood (nats) float32 and likeliest token int64, both [batch, seq] and aligned with the
+            labels: entry t is about the token at t given those before it; 0 and -100 where there is no label.
+        """
+        labels: NDArray[np.int64] = batch["labels"]
+        targets = target_mask(labels, "text-generation")
+        nll = np.zeros(labels.shape, np.float32)
+        predicted = np.full(labels.shape, -100, np.int64)
+        if not targets.any():
+            return nll, predicted
+        first = int(targets.any(axis=0).argmax())
+        keep = labels.shape[1] - first + 1  # the position before the first target, and all after it
+
+        def compute_logits(rows: slice) -> NDArray[np.float32]:
+            return self._logits(batch["input_ids"][rows], batch["attention_mask"][rows], keep)[:, :-1]
+
+        nll[:, first:], predicted[:, first:] = score_targets(
+            compute_logits, labels[:, first:], targets[:, first:], keep * self.tokenizer.vocab_size
+        )
+        return nll, predicted
+
+    def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Compute the logits of every position.
+
+        Args:
+            input_ids: [batch, seq], padded on the right.
+            attention_mask: [batch, seq], 1 for tokens and 0 for padding.
+
+        Returns:
+            [batch, seq, vocab]; the values at padding are meaningless.
+
+        Raises:
+            TooLong: seq exceeds the model's limit.
+        """
+        return self._logits(input_ids, attention_mask, 0)
+
+    def open_cache(self) -> KVCache:
+        """Return an empty cache of this model."""
+        return KVCache(self._session, self._shape, self._adapter_inputs)
+
+    def _logits(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], keep: int
+    ) -> NDArray[np.float32]:
+        """Return the logits of the last `keep` positions; 0 is all."""
+        batch, length = input_ids.shape
+        self._check_length(length, 0)
+        empty = np.zeros((batch, self._shape.kv_heads, 0, self._shape.head_dim), np.float32)
+        feed = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "num_logits_to_keep": np.array(keep, np.int64),
+            **{f"past_key_values.{name}": empty for name in self._shape.names()},
+            **self._adapter_inputs,
+        }
+        logits: NDArray[np.float32] = self._session.run(["logits"], feed)[0]
+        return logits
+
+    def _rendering(self, config: RunConfig) -> Rendering:
+        """Return the bundle's rendering, with the chat template of `config` if it names one."""
+        if config.chat_template is None:
+            return self.rendering
+        rows = RowsConfig(chat_template=config.chat_template)
+        columns = Columns("prompt_completion")  # works with and without a chat template
+        return make_rendering(rows, columns, "text-generation", self.tokenizer, self.max_length)
+
+    def _encode(self, rendering: Rendering, prompt: str | list[Message]) -> list[int]:
+        """Return the prompt's token ids.
+
+        Raises:
+            UsageError: there are none.
+        """
+        prompt_ids = encode_prompt(rendering, self.tokenizer, prompt)
+        if not prompt_ids:
+            raise UsageError("the prompt is empty: give it at least one character")
+        return prompt_ids
+
+    def _check_length(self, tokens: int, new_tokens: int) -> None:
+        """Refuse what exceeds the model's limit.
+
+        Raises:
+            TooLong: it does.
+        """
+        limit = self.max_length
+        if tokens + new_tokens <= limit:
+            return
+        what = f"{tokens} tokens and {new_tokens} new ones are" if new_tokens else f"{tokens} tokens are"
+        fix = f"request at most {limit - tokens} new tokens" if tokens < limit else "shorten the prompt"
+        raise TooLong(f"{what} more than the {limit} tokens that this model can read: {fix}")
+
+    def _stream(
+        self, cache: KVCache, prompt: str | list[Message], config: RunConfig
+    ) -> Generator[str, None, Generation]:
+        """Answer a prompt from a cache that may hold a beginning of it.
+
+        Yields:
+            Pieces of text.
+
+        Returns:
+            The `Generation`.
+
+        Raises:
+            UsageError: options that do not fit the bundle.
+        """
+        recorder = TimingsRecorder()
+        if config.num_beams > 1:
+            raise UsageError("--num-beams is for text2text-generation: this bundle answers greedily or by sampling")
+        if config.system is not None:
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            prompt = [{"role": "system", "content": config.system}, *turns]
+        rendering = self._rendering(config)
+        prompt_ids = self._encode(rendering, prompt)
+        default = max(min(DEFAULT_NEW_TOKENS, self.max_length - len(prompt_ids)), 1)
+        max_new_tokens = config.max_new_tokens or default
+        self._check_length(len(prompt_ids), max_new_tokens)
+        stops = stop_ids(rendering, self.tokenizer)
+        cached = cache.rewind(prompt_ids)
+        tokens = self._tokens(cache, prompt_ids, max_new_tokens, stops, config, recorder)
+        detokenizer = StreamingDetokenizer(self.tokenizer.decode, config.stop)
+        return (yield from stream_text(tokens, stops, detokenizer, recorder, len(prompt_ids), cached))
+
+    def _tokens(
+        self,
+        cache: KVCache,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        stops: frozenset[int],
+        config: RunConfig = GREEDY,
+        recorder: TimingsRecorder | None = None,
+    ) -> Iterator[int]:
+        """Return the generated tokens, a stop token included; see `decode_tokens`."""
+        return decode_tokens(
+            cache.extend,
+            prompt_ids[len(cache.ids) :],
+            Sampler(config, prompt_ids, cache.vocabulary),
+            max_new_tokens,
+            stops,
+            recorder or TimingsRecorder(),
+        )

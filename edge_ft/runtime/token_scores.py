@@ -1,0 +1,53 @@
+"""Log-probabilities, and the loss of given tokens or tags, from logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["log_softmax", "score_targets"]
+
+MAX_LOGITS = 1 << 24
+"""Logits held at a time while scoring (64 MB); a larger batch is scored in parts."""
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the log-probabilities over the last axis, as a new array of the same shape."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def score_targets(
+    compute_logits: Callable[[slice], NDArray[np.float32]],
+    labels: NDArray[np.int64],
+    targets: NDArray[np.bool_],
+    logits_per_row: int,
+) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    """Score labelled positions, a few rows at a time.
+
+    Args:
+        compute_logits: Rows of the batch -> their logits [rows, seq, classes], aligned with the labels.
+        labels: [batch, seq].
+        targets: [batch, seq], True where a label is scored.
+        logits_per_row: Number of logits that one row takes; it decides how many rows are computed together.
+
+    Returns:
+        Negative log-likelihood (nats, float32) and likeliest class (int64), both [batch, seq]; 0 and -100 where there
+        is no target.
+    """
+    nll = np.zeros(labels.shape, np.float32)
+    predicted = np.full(labels.shape, -100, np.int64)
+    step = max(1, MAX_LOGITS // logits_per_row)
+    for start in range(0, len(labels), step):
+        for row, row_logits in enumerate(compute_logits(slice(start, start + step)), start):
+            at = targets[row]
+            scores = row_logits[at]  # [targets, classes], a copy: overwritten below, since a vocabulary is large
+            if not len(scores):
+                continue
+            predicted[row, at] = scores.argmax(axis=-1)
+            scores -= scores.max(axis=-1, keepdims=True)
+            chosen = scores[np.arange(len(scores)), labels[row, at]]
+            nll[row, at] = np.log(np.exp(scores, out=scores).sum(axis=-1)) - chosen
+    return nll, predicted
