@@ -1,16 +1,19 @@
 """Tiny models, and what the whole pipeline makes of them, built once per session."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from once import once
 from resumed_runs import settings
 from tiny_models import T5_SHAPES, write_bert, write_llama, write_reviews, write_sums, write_t5
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.bench.studies.datasets import (
+    Rows,
     decoder_weights,
     department_rows,
     encoder_weights,
@@ -21,20 +24,27 @@ from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.export import export
 from edge_ft.tune import tune
 
+TIERS = ("integration", "e2e", "packaging", "gpu", "unit")
+"""In the order in which they run: the small tests come last, so that no worker waits for another one's long test."""
+
+
+def _tier(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).parts[0]
+
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several workers, one takes all that needs real weights, and first: what they share is made once."""
+    """The tests of a file run in one worker; those of a real model in one per model, and first."""
 
-    def needs_weights(item: pytest.Item) -> bool:
-        asked = getattr(item, "callspec", None)  # a parameter may name a fixture
-        names = [*item.fixturenames, *(map(str, asked.params.values()) if asked else ())]  # type: ignore[attr-defined]
-        return any("smollm2" in name or "minilm" in name for name in names)
+    def real_model(item: pytest.Item) -> str | None:
+        callspec = getattr(item, "callspec", None)  # a parameter may name a fixture
+        names = [*item.fixturenames, *(map(str, callspec.params.values()) if callspec else ())]  # type: ignore[attr-defined]
+        return next((model for model in ("smollm2", "minilm") for name in names if name.startswith(model)), None)
 
-    shared = {item: needs_weights(item) for item in items}
-    items.sort(key=lambda item: not shared[item])
+    models = {item: real_model(item) for item in items}
+    items.sort(key=lambda item: (models[item] is None, models[item] == "minilm", TIERS.index(_tier(item))))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("real weights" if shared[item] else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group(models[item] or str(item.path)))
 
 
 @pytest.fixture(autouse=True)
@@ -48,140 +58,170 @@ def _threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("work")
+    """A folder that all workers of this test session share; what lies in it is written by `once` and never changed."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def llama(work: Path) -> Path:
-    return write_llama(work / "llama")
+    return once(work / "llama", write_llama)
 
 
 @pytest.fixture(scope="session")
 def bert(work: Path) -> Path:
-    return write_bert(work / "bert")
+    return once(work / "bert", write_bert)
 
 
 @pytest.fixture(scope="session")
 def t5(work: Path) -> Callable[[str], Path]:
-    """The tiny model of a shape in `T5_SHAPES`, written once."""
-    return cache(lambda shape: write_t5(work / "t5" / shape.replace(", ", "-"), **T5_SHAPES[shape]))
+    """The tiny model of a shape in `T5_SHAPES`."""
+    return lambda shape: once(work / shape.replace(", ", "-"), lambda folder: write_t5(folder, **T5_SHAPES[shape]))
 
 
 @pytest.fixture(scope="session")
 def sums(work: Path) -> Path:
-    return write_sums(work / "sums.jsonl")
+    return once(work / "sums.jsonl", write_sums)
 
 
 @pytest.fixture(scope="session")
 def reviews(work: Path) -> Path:
-    return write_reviews(work / "reviews.jsonl")
+    return once(work / "reviews.jsonl", write_reviews)
 
 
 @pytest.fixture(scope="session")
 def whole(work: Path, llama: Path, sums: Path) -> RunFolder:
     """The run of `resumed_runs.settings` that was never stopped."""
-    return tune(settings(llama, sums, work / "whole"))
+    return RunFolder.open(once(work / "whole", lambda out: tune(settings(llama, sums, out))))
 
 
 @pytest.fixture(scope="session")
 def llama_run(work: Path, llama: Path, sums: Path) -> RunFolder:
     """A decoder that has learned something."""
-    settings = TuneConfig(
-        model=str(llama), data=str(sums), out=work / "llama-run", epochs=30, learning_rate=1e-2, split=(0.6, 0.2, 0.2)
-    )
-    return tune(settings)
+
+    def run(out: Path) -> None:
+        learning = {"epochs": 30, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
+        tune(TuneConfig(model=str(llama), data=str(sums), out=out, **learning))  # type: ignore[arg-type]
+
+    return RunFolder.open(once(work / "llama-run", run))
 
 
 @pytest.fixture(scope="session")
 def bert_run(work: Path, bert: Path, reviews: Path) -> RunFolder:
     """An encoder that has learned something."""
-    settings = TuneConfig(
-        model=str(bert), data=str(reviews), out=work / "bert-run", epochs=8, learning_rate=1e-2, split=(0.6, 0.2, 0.2)
-    )
-    return tune(settings)
+
+    def run(out: Path) -> None:
+        learning = {"epochs": 8, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
+        tune(TuneConfig(model=str(bert), data=str(reviews), out=out, **learning))  # type: ignore[arg-type]
+
+    return RunFolder.open(once(work / "bert-run", run))
+
+
+def exported(run: RunFolder, out: Path, **settings: Any) -> Bundle:
+    """The bundle of a run, in a folder that all workers share."""
+    return Bundle.open(once(out, lambda folder: export(str(run.path), ExportConfig(out=folder, **settings))))
+
+
+LOOSE: dict[str, Any] = {"max_tax": 1, "min_retained": 0.5, "max_metric_drop": 1}
+"""A tiny model may lose much when its merged weights are rounded again."""
 
 
 @pytest.fixture(scope="session")
 def llama_bundle(work: Path, llama_run: RunFolder) -> Bundle:
-    return export(
-        str(llama_run.path), ExportConfig(out=work / "llama-bundle", max_tax=1, min_retained=0.5, max_metric_drop=1)
-    )
+    return exported(llama_run, work / "llama-bundle", **LOOSE)
 
 
 @pytest.fixture(scope="session")
 def llama_adapter_bundle(work: Path, llama_run: RunFolder) -> Bundle:
-    return export(str(llama_run.path), ExportConfig(out=work / "llama-adapter", lane="adapter"))
+    return exported(llama_run, work / "llama-adapter", lane="adapter")
 
 
 @pytest.fixture(scope="session")
 def bert_bundle(work: Path, bert_run: RunFolder) -> Bundle:
-    return export(
-        str(bert_run.path), ExportConfig(out=work / "bert-bundle", max_tax=1, min_retained=0.5, max_metric_drop=1)
-    )
+    return exported(bert_run, work / "bert-bundle", **LOOSE)
 
 
 @pytest.fixture(scope="session")
 def bert_adapter_bundle(work: Path, bert_run: RunFolder) -> Bundle:
-    return export(str(bert_run.path), ExportConfig(out=work / "bert-adapter", lane="adapter"))
+    return exported(bert_run, work / "bert-adapter", lane="adapter")
+
+
+def splits_of(rows: Callable[[], Rows], folder: Path, train: int, validation: int, test: int) -> dict[str, Path]:
+    """Files of so many rows."""
+    sizes = {"train": train, "validation": validation, "test": test}
+    once(folder, lambda made: write_splits(rows(), made, **sizes))
+    return {name: folder / f"{name}.jsonl" for name in sizes}
 
 
 @pytest.fixture(scope="session")
 def smollm2_rows(work: Path) -> dict[str, Path]:
-    return write_splits(transcript_rows(), work / "transcripts", train=160, validation=40, test=40)
+    return splits_of(transcript_rows, work / "transcripts", train=160, validation=40, test=40)
 
 
 @pytest.fixture(scope="session")
 def smollm2_run(work: Path, smollm2_rows: dict[str, Path]) -> RunFolder:
     """The real decoder over real rows, for a minute."""
-    return tune(
-        TuneConfig(
-            model=str(decoder_weights()),
-            data=str(smollm2_rows["train"]),
-            validation=str(smollm2_rows["validation"]),
-            test=str(smollm2_rows["test"]),
-            prompt="Transcript: {transcript}\\nWritten:",
-            completion=" {written}",
-            out=work / "smollm2-run",
-            max_steps=20,
-            eval_steps=10,
-            learning_rate=2e-3,
+    data, validation, test = (str(smollm2_rows[name]) for name in ("train", "validation", "test"))
+
+    def run(out: Path) -> None:
+        tune(
+            TuneConfig(
+                model=str(decoder_weights()),
+                data=data,
+                validation=validation,
+                test=test,
+                prompt="Transcript: {transcript}\\nWritten:",
+                completion=" {written}",
+                out=out,
+                max_steps=20,
+                eval_steps=10,
+                learning_rate=2e-3,
+            )
         )
-    )
+
+    return RunFolder.open(once(work / "smollm2-run", run))
 
 
 @pytest.fixture(scope="session")
 def smollm2_bundle(work: Path, smollm2_run: RunFolder) -> Bundle:
-    return export(str(smollm2_run.path), ExportConfig(out=work / "smollm2-bundle"))
+    return exported(smollm2_run, work / "smollm2-bundle")
 
 
 @pytest.fixture(scope="session")
 def smollm2_adapter_bundle(work: Path, smollm2_run: RunFolder) -> Bundle:
-    return export(str(smollm2_run.path), ExportConfig(out=work / "smollm2-adapter", lane="adapter"))
+    return exported(smollm2_run, work / "smollm2-adapter", lane="adapter")
 
 
 @pytest.fixture(scope="session")
 def minilm_rows(work: Path) -> dict[str, Path]:
-    return write_splits(department_rows(), work / "departments", train=800, validation=150, test=150)
+    return splits_of(department_rows, work / "departments", train=800, validation=150, test=150)
 
 
 @pytest.fixture(scope="session")
 def minilm_run(work: Path, minilm_rows: dict[str, Path]) -> RunFolder:
     """The real encoder over real rows, for half a minute."""
-    return tune(
-        TuneConfig(
-            model=str(encoder_weights()),
-            data=str(minilm_rows["train"]),
-            validation=str(minilm_rows["validation"]),
-            test=str(minilm_rows["test"]),
-            out=work / "minilm-run",
-            max_length=96,
-            batch_size=16,
-            epochs=2,
-            eval_steps=50,
+    data, validation, test = (str(minilm_rows[name]) for name in ("train", "validation", "test"))
+
+    def run(out: Path) -> None:
+        tune(
+            TuneConfig(
+                model=str(encoder_weights()),
+                data=data,
+                validation=validation,
+                test=test,
+                out=out,
+                max_length=96,
+                batch_size=16,
+                epochs=2,
+                eval_steps=50,
+            )
         )
-    )
+
+    return RunFolder.open(once(work / "minilm-run", run))
 
 
 @pytest.fixture(scope="session")
 def minilm_bundle(work: Path, minilm_run: RunFolder) -> Bundle:
-    return export(str(minilm_run.path), ExportConfig(out=work / "minilm-bundle", max_tax=0.05))
+    return exported(minilm_run, work / "minilm-bundle", max_tax=0.05)

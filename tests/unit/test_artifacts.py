@@ -1,7 +1,6 @@
 """A bundle opens only as it was written, and nothing is ever half written."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -97,12 +96,20 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_sources_are_told_apart(bundle: Path, llama: Path, llama_run: RunFolder) -> None:
-    assert [kind_of(str(path)) for path in (bundle, llama_run.path, llama)] == ["bundle", "run", "model"]
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """What identifies a finished run."""
+    (tmp_path / "run" / "splits").mkdir(parents=True)
+    (tmp_path / "run" / "report.json").write_text("{}")
+    return tmp_path / "run"
 
 
-def test_an_unfinished_run_is_refused(llama_run: RunFolder, tmp_path: Path) -> None:
-    shutil.copytree(llama_run.path, tmp_path / "run")
-    (tmp_path / "run" / "report.json").unlink()
+def test_bundles_runs_and_models_are_told_apart(bundle: Path, llama: Path, run: Path) -> None:
+    assert [kind_of(str(path)) for path in (bundle, run, llama)] == ["bundle", "run", "model"]
+
+
+def test_an_unfinished_run_is_refused(run: Path) -> None:
+    assert RunFolder.open(run).path == run
+    (run / "report.json").unlink()
     with pytest.raises(UsageError, match="no finished run"):
-        RunFolder.open(tmp_path / "run")
+        RunFolder.open(run)
