@@ -1,4 +1,4 @@
-"""CTranslate2 as a peer of encoder-decoder bundles: the float base converted once, and timed token by token."""
+"""CTranslate2 as a peer of encoder-decoder bundles: converts the float base once and times it token by token."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,14 @@ __all__ = ["Translator", "convert"]
 
 
 def convert(found: dict[str, Any], compute_type: str) -> dict[str, Any]:
-    """What `Translator` reads, for a model that `peers.find_bundle_base` found; kept in the user's cache.
+    """Convert a model for `Translator`, once, into the user's cache.
 
     Args:
+        found: What `edge_ft.bench.torch_peer.find_bundle_base` returned.
         compute_type: int8 or float32, of the stored weights and of the products.
+
+    Returns:
+        `found` with `folder`, `compute_type`, and `size_bytes` of the converted model.
 
     Raises:
         ModelError: CTranslate2 cannot convert the model.
@@ -49,7 +53,7 @@ class Translator:
         )
 
     def time_decode(self, prompt_ids: list[int], new_tokens: int) -> DecodeTimings:
-        """Write exactly `new_tokens` greedily and say how long each took; `prefill_s` is until the first one."""
+        """Decode exactly `new_tokens` greedily and time each one; `prefill_s` is the time to the first one."""
         source = [self._pieces[token] for token in prompt_ids]
         marks = [perf_counter()]
         for _ in self._translator.generate_tokens(

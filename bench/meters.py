@@ -1,4 +1,4 @@
-"""What the operating system knows: the machine, resident memory, and a limit on it."""
+"""The machine's description, limits on a process's memory, and timings of decoding."""
 
 import os
 import platform
@@ -24,25 +24,26 @@ __all__ = [
 ]
 
 JOIN_GROUP = ("/bin/sh", "-c", 'echo 0 > "$0/cgroup.procs" && exec "$@"')
-"""Before a cgroup folder and a command: joins first, so that every page of the command is charged to it."""
+"""Before a cgroup's folder and a command: joins the cgroup first, which then counts all memory of the command."""
 
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """How much memory a process may use, and who ends one that uses more."""
+    """How much memory a process may use, and how the limit is enforced."""
 
     size: int
     """Bytes."""
     parent: Path | None
-    """cgroup v2 folder in which this user may make groups with a memory limit."""
+    """cgroup v2 folder in which this user may make groups with a memory limit; None: resident memory is watched."""
 
     @property
     def kind(self) -> str:
+        """How the limit is enforced, as records name it."""
         return "cgroup v2" if self.parent is not None else "polled RSS"
 
     @contextmanager
     def group(self) -> Iterator[Path | None]:
-        """A fresh cgroup with this limit and no swap, for one process; None where they cannot be made."""
+        """Make a cgroup with this limit and no swap, for one process; yields None where `parent` is None."""
         if self.parent is None:
             yield None
             return
@@ -58,12 +59,18 @@ class MemoryLimit:
 
 
 def memory_limit(size: int) -> MemoryLimit:
-    """A limit of `size` bytes: by cgroup v2 where this user may make one, else by watching resident memory.
+    """Limit memory by cgroup v2 where this user may make one, else by watching resident memory.
 
-    Not by RLIMIT_AS: address space holds mapped files and untouched reservations, which are no memory.
+    RLIMIT_AS does not serve: address space includes mapped files and untouched reservations, which take no memory.
+
+    Args:
+        size: Bytes.
+
+    Returns:
+        The limit.
 
     Raises:
-        UsageError: this system tells neither way.
+        UsageError: this system has neither.
     """
     for parent in group_parents(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
         limit = MemoryLimit(size, parent)
@@ -75,16 +82,19 @@ def memory_limit(size: int) -> MemoryLimit:
         if joined.returncode == 0:
             return limit
     if not Path("/proc/self/statm").is_file():
-        raise UsageError("--memory-limit needs Linux, whose /proc tells what a process holds: leave it out here")
+        raise UsageError("--memory-limit needs Linux, whose /proc shows a process's memory: leave it out here")
     return MemoryLimit(size, None)
 
 
 def group_parents(own: Path, root: Path) -> list[Path]:
-    """cgroup v2 folders whose groups the kernel meters for memory: this process's own, and the one above.
+    """Find the folders of cgroup v2 below which the kernel counts memory.
 
     Args:
         own: /proc/self/cgroup.
         root: Where the cgroup v2 hierarchy is mounted.
+
+    Returns:
+        Of this process's own group and the one above, those that do.
     """
     lines = own.read_text().splitlines() if own.is_file() else []
     path = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
@@ -143,7 +153,7 @@ def machine() -> dict[str, str | int | None]:
 
 @dataclass(frozen=True)
 class DecodeTimings:
-    """As `edge_ft.runtime.Timings`, which would bring onnxruntime into a peer's process."""
+    """As `edge_ft.runtime.Timings`, whose import would bring onnxruntime into a peer's process."""
 
     prefill_s: float
     ttft_s: float
@@ -151,6 +161,6 @@ class DecodeTimings:
 
     @classmethod
     def between(cls, marks: Sequence[float]) -> "DecodeTimings":
-        """Of moments: the start, and when each token was there."""
+        """Timings from clock readings: the start, and the end of each token."""
         seconds = [after - before for before, after in pairwise(marks)]
         return cls(seconds[0], seconds[0], tuple(seconds[1:]))

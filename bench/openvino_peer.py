@@ -1,4 +1,4 @@
-"""OpenVINO's ONNX frontend on the graph of a bundle: another engine over the same file."""
+"""OpenVINO as a peer of classifiers: its ONNX frontend opens the bundle's own graph."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ __all__ = ["OpenVINOClassifier"]
 
 
 class OpenVINOClassifier:
-    """A classifier as `edge_ft.runtime.TextClassifier` is one, with OpenVINO's defaults for latency.
+    """A classifier with the calls of `edge_ft.runtime.TextClassifier`, and OpenVINO's defaults for latency.
 
     Raises:
         UsageError: OpenVINO cannot read the graph.
@@ -32,7 +32,7 @@ class OpenVINOClassifier:
         self._names = {name for port in self._compiled.inputs for name in port.names}
 
     def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[batch, seq] twice to [batch, num_labels]."""
+        """Logits [batch, num_labels] of ids and mask, both [batch, seq]."""
         feed = {"input_ids": input_ids, "attention_mask": attention_mask}
         if "token_type_ids" in self._names:
             feed["token_type_ids"] = np.zeros_like(input_ids)

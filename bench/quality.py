@@ -1,28 +1,36 @@
-"""What a subject knows beside how fast it is: loss, metrics and answers on rows, of the weights that were timed."""
+"""`bench --data`: loss and task metrics of each subject on rows, with the weights that were timed."""
 
 from pathlib import Path
 from typing import Any
 
+from edge_ft.bench.subjects import Subject
 from edge_ft.config import BenchConfig, EvalConfig, RowsConfig, as_plain
 from edge_ft.progress import Silent
 
-__all__ = ["SCORED", "quality_records", "score", "settings_of"]
+__all__ = ["SCORED", "quality_records", "score", "score_settings"]
 
 SCORED = ("edge-ft", "torch")
-"""Subjects that can be scored: other engines are only timed."""
+"""Engines that can be scored; the others are only timed."""
 
 
-def settings_of(config: BenchConfig, threads: int) -> dict[str, Any]:
-    """What `score` reads of the user's settings, as plain values."""
+def score_settings(config: BenchConfig, threads: int) -> dict[str, Any]:
+    """Settings of `EvalConfig` for `score`, as plain values."""
     names = RowsConfig.__dataclass_fields__
     rows = {name: value for name, value in as_plain(config).items() if name in names}
-    asked = {"data": config.data, "limit": config.limit, "max_new_tokens": config.new_tokens, "threads": threads}
-    return {**rows, **asked}
+    given = {"data": config.data, "limit": config.limit, "max_new_tokens": config.new_tokens, "threads": threads}
+    return {**rows, **given}
 
 
 def score(job: dict[str, Any]) -> dict[str, Any]:
-    """What `evaluate` says of the subject of a measuring job, opened as it is opened to be timed."""
-    # Here, not above: the process that measures imports no numpy.
+    """Evaluate the subject of a measuring job, opened as it is opened to be timed.
+
+    Args:
+        job: The job that measures the subject, with `score`: what `score_settings` returned.
+
+    Returns:
+        As `edge_ft.evaluate.evaluate`.
+    """
+    # Imported here: the process that starts the measurements imports no numpy.
     from edge_ft.data import Rendering, read_rows, rendering_for, stop_ids
     from edge_ft.evaluate import evaluate_loaded
     from edge_ft.evaluate.loading import LoadedSource, open_source
@@ -56,10 +64,17 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
     return evaluate_loaded(opened, rows, config, Silent())
 
 
-def quality_records(
-    subject: str, variant: str, found: dict[str, Any], environment: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Records of one subject: as those of speed, with `interval` (95%, over rows) instead of a spread of samples."""
+def quality_records(subject: Subject, found: dict[str, Any], environment: dict[str, Any]) -> list[dict[str, Any]]:
+    """Make records of the scores of one subject.
+
+    Args:
+        subject: What was scored.
+        found: What `score` returned, with `data`: the name of the rows file.
+        environment: Machine, versions and settings.
+
+    Returns:
+        Records as those of speed, with `interval` (95%, over rows) instead of several samples.
+    """
     figures = {
         "nll": ("nats/token", found["nll"], found["nll_interval"]),
         "perplexity": ("", found["perplexity"], found["perplexity_interval"]),
@@ -68,8 +83,8 @@ def quality_records(
     where = environment | {"rows": found["rows"], "data": Path(found["data"]).name}
     return [
         {
-            "subject": subject,
-            "variant": variant,
+            "subject": subject.engine,
+            "variant": subject.variant,
             "metric": metric,
             "unit": unit,
             "value": value,

@@ -1,9 +1,10 @@
-"""What a measurement is called, and its unit: a figure never travels without its samples and conditions."""
+"""Records: metrics with their units, samples and conditions."""
 
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from edge_ft.bench.subjects import Subject
 from edge_ft.config import TEXT_TASKS
 
 __all__ = ["DECODER_UNITS", "classifier_lengths", "records_of", "units_of"]
@@ -23,12 +24,12 @@ DECODER_UNITS = {
 
 
 def classifier_lengths(prompt_tokens: int) -> list[int]:
-    """Lengths, in tokens, at which a classifier is measured: usual ones below the longest, and that one."""
+    """Lengths in tokens at which a classifier is measured: 32 and 128 where they are shorter, and `prompt_tokens`."""
     return [length for length in (32, 128) if length < prompt_tokens] + [prompt_tokens]
 
 
 def units_of(task: str, prompt_tokens: int) -> dict[str, str]:
-    """Every metric of a task, in the order of reports, and its unit; a classifier's carry their length."""
+    """Every metric of a task with its unit, in the order of reports; a classifier's metrics carry their length."""
     if task in TEXT_TASKS:
         return DECODER_UNITS
     per_length = {"latency_s": "s", "latency_s_p99": "s", "rows_per_s": "rows/s"}
@@ -38,36 +39,30 @@ def units_of(task: str, prompt_tokens: int) -> dict[str, str]:
 
 
 def records_of(
-    subject: str,
-    variant: str,
-    task: str,
-    results: Sequence[dict[str, float]],
-    size_bytes: int,
-    environment: dict[str, Any],
-    note: str | None,
+    subject: Subject, results: Sequence[dict[str, float]], environment: dict[str, Any], note: str | None
 ) -> list[dict[str, Any]]:
-    """A record for each metric of a subject.
+    """Make a record for each metric of a subject.
 
     Args:
-        subject: edge-ft or torch.
-        variant: Name of the bundle, run or model.
-        task: Its task, which decides the metrics.
+        subject: What was measured; its task decides the metrics.
         results: One mapping of metric to value a repeat, without the size.
-        size_bytes: Size on disk.
         environment: Machine, versions and settings.
         note: Why the subject has no results, or None; its size is known all the same.
+
+    Returns:
+        Records as `edge_ft.bench.bench` documents them, in the order of `units_of`.
     """
     records = []
-    for metric, unit in units_of(task, environment["prompt_tokens"]).items():
+    for metric, unit in units_of(subject.task, environment["prompt_tokens"]).items():
         if metric == "size_bytes":
-            samples: list[float] = [size_bytes] * max(1, len(results))
+            samples: list[float] = [subject.size_bytes] * max(1, len(results))
         elif note is not None:
             samples = []
         else:
             samples = [result[metric] for result in results if result[metric] is not None]
         record: dict[str, Any] = {
-            "subject": subject,
-            "variant": variant,
+            "subject": subject.engine,
+            "variant": subject.variant,
             "metric": metric,
             "unit": unit,
             "value": median(samples) if samples else None,

@@ -1,20 +1,20 @@
-"""Records as a table for people, and against budgets."""
+"""Records as a table, checked against budgets; and tables in Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import floor, log10
 from typing import Any
 
 from edge_ft.config import BenchConfig
 
-__all__ = ["budget_failures", "table"]
+__all__ = ["budget_failures", "markdown_table", "table"]
 
 
 def table(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row a metric and a column a subject: the median, and the smallest and largest sample in brackets; of what rows
-    were scored on, the value and its 95% interval.
+    """Arrange records with a row a metric and a column a subject.
 
     Returns:
-        The header and the rows; bytes are shown as MB.
+        The header and the rows. A cell is the median with the smallest and largest sample in brackets; of a score, the
+        value with its 95% interval. Bytes are shown as MB.
     """
     columns = list(dict.fromkeys((record["subject"], record["variant"]) for record in records))
     cells = {(record["subject"], record["variant"], record["metric"]): _cell(record) for record in records}
@@ -27,13 +27,29 @@ def table(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return rows
 
 
-def budget_failures(records: Sequence[dict[str, Any]], config: BenchConfig) -> list[str]:
-    """What is outside its budget, a sentence each.
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table in Markdown.
 
-    Bundles are judged, and peers only compared with; without a bundle, all subjects are judged. A subject
-    that did not fit, and a budget for which nothing was measured, have not held.
+    Args:
+        header: Titles of the columns.
+        rows: A cell for each column.
+
+    Returns:
+        A line for the header, the rule and each row, each with its newline.
     """
-    judged = [record for record in records if record["subject"] == "edge-ft"] or list(records)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows))
+
+
+def budget_failures(records: Sequence[dict[str, Any]], config: BenchConfig) -> list[str]:
+    """Check the medians against the budgets.
+
+    Budgets are for bundles, and peers are only compared with; without a bundle they are for all subjects. A subject
+    that did not fit fails its budgets, and so does a budget for which nothing was measured.
+
+    Returns:
+        A sentence for each budget that does not hold.
+    """
+    checked = [record for record in records if record["subject"] == "edge-ft"] or list(records)
     budgets = (
         ("--max-ttft-ms", config.max_ttft_ms, ("ttft_s", f"latency_s_{config.prompt_tokens}"), 1e3, "ms"),
         ("--min-decode-tps", config.min_decode_tps, ("decode_tps",), 1.0, "tok/s"),
@@ -44,7 +60,7 @@ def budget_failures(records: Sequence[dict[str, Any]], config: BenchConfig) -> l
     for flag, bound, metrics, scale, unit in budgets:
         if bound is None:
             continue
-        measured = [record for record in judged if record["metric"] in metrics]
+        measured = [record for record in checked if record["metric"] in metrics]
         if not measured:
             failures.append(f"{flag} {bound:g}: none of the subjects has {' or '.join(metrics)}")
         for record in measured:

@@ -1,4 +1,4 @@
-"""One job in a process of its own, whose memory is nobody else's and may be limited."""
+"""Run one job in a process of its own, whose memory may be limited."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from edge_ft.errors import EdgeFTError, WillNotFit
 __all__ = ["run_worker"]
 
 _POLL_S = 0.01
-"""Seconds between two looks at a watched process."""
+"""Seconds between two readings of a watched process's memory."""
 
 
 def run_worker(
@@ -27,20 +27,23 @@ def run_worker(
     limit: MemoryLimit | None = None,
     module: str = "edge_ft.bench.worker",
 ) -> dict[str, Any]:
-    """What a worker answers to a job, from a fresh process.
+    """Do a job in a fresh process.
 
     Args:
-        job: What the worker reads, without `started`, which is added here.
+        job: What the worker reads; `started` (`time.monotonic()`) is added.
         doing: What the job is about, for messages.
-        threads: CPU threads of the libraries underneath.
+        threads: CPU threads of OpenMP libraries (`OMP_NUM_THREADS`).
         limit: Memory that the process may use.
-        module: The worker, whose `main` is `edge_ft.bench.worker.answer` with work of its own.
+        module: The worker, whose `main` calls `edge_ft.bench.worker.answer_job`.
+
+    Returns:
+        The worker's result.
 
     Raises:
         WillNotFit: it used more than the limit.
-        EdgeFTError: it died, or reported an error, which is raised here as what it was there.
+        EdgeFTError: it died, or raised an error: the same class is raised here.
     """
-    # -P: a file named like a library, in the folder that the user stands in, must not be imported.
+    # -P: a file in the current folder that is named like a library must not be imported.
     command = [sys.executable, "-P", "-m", module]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile() as stderr, limit.group() if limit else nullcontext() as group:
@@ -58,19 +61,19 @@ def run_worker(
                         answer, _ = process.communicate(request, timeout=_POLL_S if watched else None)
                         break
                     except subprocess.TimeoutExpired:
-                        request = None  # it is on its way
+                        request = None  # already sent
                         seen = max(seen, resident_bytes(process.pid))
                         if limit is not None and seen > limit.size:
                             process.kill()
             finally:
                 process.kill()
-                process.wait()  # a cgroup is taken away only when nobody is in it
+                process.wait()  # a cgroup with processes cannot be removed
         stderr.seek(0)
-        said = stderr.read().decode(errors="replace").strip().splitlines()
+        lines = stderr.read().decode(errors="replace").strip().splitlines()
         ended_by_kernel = group is not None and _oom_kills(group) > 0
     reply = json.loads(answer) if answer else {}
     if limit is not None:
-        seen = max(seen, reply.get("result", {}).get("peak_rss_bytes") or 0)  # a peak between two looks counts too
+        seen = max(seen, reply.get("result", {}).get("peak_rss_bytes") or 0)  # a peak between two readings counts too
         if ended_by_kernel or seen > limit.size:
             reached = f", it held {seen / 1e6:.0f} MB" if seen else ""
             raise WillNotFit(f"does not fit into {limit.size / 1e6:.0f} MB{reached} ({limit.kind})")
@@ -79,11 +82,11 @@ def run_worker(
         raise getattr(errors, kind)(message)
     if process.returncode != 0 or not reply:
         ended = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-        raise EdgeFTError(f"{doing} ended with {ended}: {said[-1] if said else 'it said nothing'}")
+        raise EdgeFTError(f"{doing} ended with {ended}: {lines[-1] if lines else 'no output on stderr'}")
     return dict(reply["result"])
 
 
 def _oom_kills(group: Path) -> int:
-    """How many processes of a cgroup the kernel ended for want of memory."""
+    """How many processes of a cgroup the kernel ended because memory ran out."""
     events = dict(line.split() for line in (group / "memory.events").read_text().splitlines())
     return int(events["oom_kill"])

@@ -1,4 +1,4 @@
-"""Torch eager in float32: what a bundle is measured against, and what runs and models are measured as."""
+"""Torch eager in float32: how runs and models are measured, and the peer of a bundle."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -28,14 +28,14 @@ __all__ = ["TorchClassifier", "TorchDecoder", "TorchSeq2Seq", "find", "find_bund
 
 @dataclass(frozen=True)
 class TorchDecoder:
-    """A causal model with its own cache, decoding greedily."""
+    """A causal model that decodes greedily with transformers' own cache."""
 
     model: Any
     tokenizer: TextTokenizer
 
     @torch.inference_mode()
     def time_decode(self, prompt_ids: list[int], new_tokens: int) -> DecodeTimings:
-        """Decode exactly `new_tokens` greedily, past any stop token, and say how long each took."""
+        """Decode exactly `new_tokens` greedily, past any stop token, and time each one."""
         started = perf_counter()
         output = self.model(input_ids=torch.tensor([prompt_ids]), use_cache=True, logits_to_keep=1)
         prefill_s = perf_counter() - started
@@ -57,14 +57,14 @@ class TorchDecoder:
 
 @dataclass(frozen=True)
 class TorchSeq2Seq:
-    """An encoder-decoder with its own caches, decoding greedily."""
+    """An encoder-decoder that decodes greedily with transformers' own caches."""
 
     model: Any
     tokenizer: TextTokenizer
 
     @torch.inference_mode()
     def time_decode(self, prompt_ids: list[int], new_tokens: int) -> DecodeTimings:
-        """As `TorchDecoder.time_decode`; `prefill_s` is the encoder and the first token."""
+        """As `TorchDecoder.time_decode`; `prefill_s` is the time of the encoder and the first token."""
         marks = [perf_counter()]
         model = task_model_of(self.model)
         encoded = model.get_encoder()(input_ids=torch.tensor([prompt_ids]))
@@ -90,17 +90,21 @@ class TorchClassifier:
 
     @torch.inference_mode()
     def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[batch, seq] twice to [batch, num_labels]."""
+        """Logits [batch, num_labels] of ids and mask, both [batch, seq]."""
         ids, mask = torch.from_numpy(input_ids), torch.from_numpy(attention_mask)
         logits: NDArray[np.float32] = self.model(input_ids=ids, attention_mask=mask).logits.numpy()
         return logits
 
 
 def find(source: str) -> dict[str, Any]:
-    """What `prepare` and `load_peer` read, for a run folder or a model.
+    """Find a run folder or a model, and download what is missing.
+
+    Returns:
+        What `prepare` and `load_peer` read: base, task, labels, rendering, tokenizer, adapter, and sizes.
 
     Raises:
-        UsageError, ModelError: it cannot be opened, or a run's base is gone.
+        UsageError: it cannot be opened.
+        ModelError: there is no such model, or a run's base is gone.
     """
     if kind_of(source) == "run":
         run = RunFolder.open(Path(source))
@@ -110,14 +114,17 @@ def find(source: str) -> dict[str, Any]:
 
 
 def find_bundle_base(source: str) -> dict[str, Any]:
-    """The same for the float model that a bundle was made from, without its adapter: same shape, same work.
+    """Find the float model that a bundle was made from, without its adapter: the same shape and the same work.
+
+    Returns:
+        As `find`.
 
     Raises:
-        UsageError: it is not where it was, or is another model by now.
+        UsageError: the model is no longer there, or has changed.
     """
     manifest = Bundle.open(Path(source)).manifest
     identity = manifest["provenance"]["base"]
-    way_out = f"the peer of {source} would be its base: name the model or the run folder as another argument instead"
+    way_out = f"the peer of {source} is its base: name the model or the run folder as another argument instead"
     try:
         base = find_base(identity["model"])
     except ModelError as error:
@@ -128,7 +135,7 @@ def find_bundle_base(source: str) -> dict[str, Any]:
 
 
 def prepare(job: dict[str, Any]) -> Base:
-    """Import what loading will need and set the threads, so that loading is about weights alone."""
+    """Set the threads and import what loading needs, so that the time to load is that of the weights."""
     torch.set_num_threads(job["threads"])
     base = job["base"]
     family = FAMILIES[base["family"]]
@@ -140,7 +147,7 @@ def prepare(job: dict[str, Any]) -> Base:
 
 
 def load_peer(base: Base, job: dict[str, Any]) -> TorchDecoder | TorchSeq2Seq | TorchClassifier:
-    """The float model with its adapter, if it has one, unmerged, and its tokenizer."""
+    """The float model, with its adapter unmerged if it has one, and its tokenizer."""
     from edge_ft.models.lora import load_adapter
 
     tokenizer = TextTokenizer.load(Path(job["tokenizer"]))

@@ -1,7 +1,7 @@
-"""The measuring process: one JSON job on stdin, one JSON answer on stdout, and only what it measures in memory.
+"""The measuring process: reads a job as JSON on stdin and writes its result as JSON on stdout.
 
-`python -m edge_ft.bench.worker` is started by `edge_ft.bench.subprocess_job`. No library beyond the standard one is
-imported before the job says which engine is wanted.
+`python -m edge_ft.bench.worker` is started by `edge_ft.bench.subprocess_job`. Only the engine that the job names is
+imported, so that the process's memory is that of what it measures.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edge_ft.data import TextTokenizer
     from edge_ft.runtime import TextClassifier, TextGenerator
 
-__all__ = ["answer", "classifier_ids", "main", "prompt_ids"]
+__all__ = ["answer_job", "classifier_ids", "main", "prompt_ids"]
 
 _TEXT = (
     "The pump in the cellar runs at night, when power is cheap. It lifts water from a well of forty metres into "
@@ -32,7 +32,7 @@ _TEXT = (
     "writes the date on a card beside the door, and checks that the pressure is between two and three bar. "
     "Last March the card was missing; the filter had not been cleaned, and the pump drew more than its share. "
 )
-"""What every subject reads, cut or repeated to the asked length: ours, so that nobody's rows are needed."""
+"""What every subject reads, cut or repeated to the requested length; it needs no rows of the user."""
 _TEXTS = 20
 """Single texts timed at each length of a classifier."""
 _ROWS, _BATCHES = 8, 4
@@ -40,8 +40,8 @@ _ROWS, _BATCHES = 8, 4
 
 
 def main() -> None:
-    """The worker of `edge-ft bench`."""
-    answer(_work)
+    """Answer one job of `edge-ft bench`."""
+    answer_job(_work)
 
 
 def _work(job: dict[str, Any]) -> dict[str, Any]:
@@ -54,9 +54,13 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
     return _measure(job)
 
 
-def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Answer the job on stdin with `{"result": …}`, or `{"error": [class, message]}` for an EdgeFTError."""
-    # What a library prints must not end up in the answer.
+def answer_job(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Read a job from stdin and write `{"result": …}` to stdout.
+
+    Args:
+        work: Does the job; for an `EdgeFTError` that it raises, `{"error": [class, message]}` is written.
+    """
+    # What a library prints goes to stderr, so that stdout holds the answer alone.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)
         job = json.load(sys.stdin)
@@ -68,32 +72,39 @@ def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 
 def prompt_ids(tokenizer: "TextTokenizer", length: int) -> list[int]:
-    """The fixed text as exactly `length` ids, the tokenizer's own BOS included."""
+    """The fixed text as exactly `length` ids, the tokenizer's BOS included."""
     text = tokenizer.encode(_TEXT)
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return (before + text * (length // len(text) + 1))[:length]
 
 
 def classifier_ids(tokenizer: "TextTokenizer", length: int) -> list[int]:
-    """The fixed text as exactly `length` ids, what the tokenizer puts around a text ([CLS] and [SEP]) included.
+    """Encode the fixed text as exactly `length` ids.
+
+    Args:
+        tokenizer: Of the model that is measured.
+        length: Tokens, those that the tokenizer puts around a text ([CLS] and [SEP]) included.
+
+    Returns:
+        The ids.
 
     Raises:
-        UsageError: not even those have room.
+        UsageError: `length` is too small for the tokens around a text.
     """
     copies = length // len(tokenizer.encode(_TEXT)) + 1
     ids = tokenizer.encode_classifier(_TEXT * copies, length).ids
     if len(ids) != length:
-        raise UsageError(f"--prompt-tokens {length} leaves no room: this model frames a text with {len(ids)} tokens")
+        raise UsageError(f"--prompt-tokens {length} is too few: this model puts {len(ids)} tokens around a text")
     return ids
 
 
 def _find(job: dict[str, Any]) -> dict[str, Any]:
-    """What torch jobs have to load; checked and downloaded here, so that measuring begins with files."""
+    """Check and download what jobs of other engines load, so that measuring begins with files on disk."""
     wanted: list[dict[str, str]] = job["wanted"]
     if importlib.util.find_spec("torch") is None:
         for source in (item["source"] for item in wanted if "source" in item):
             if not Path(source).exists():
-                # This is a device, and a bundle was meant: that torch is missing would mislead.
+                # Without torch this is a device, and the user meant a bundle: do not ask for torch.
                 raise UsageError(f"there is no bundle, run folder or model at {source}")
     require("torch", "train")
     from edge_ft.bench.torch_peer import find, find_bundle_base
@@ -108,7 +119,7 @@ def _find(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure(job: dict[str, Any]) -> dict[str, float | None]:
-    """Every metric of the job's subject, but its size."""
+    """Every metric of the job's subject except its size."""
     if job["do"] == "ctranslate2":
         from edge_ft.bench.ctranslate2_peer import Translator
 
@@ -125,7 +136,7 @@ def _measure(job: dict[str, Any]) -> dict[str, float | None]:
         began = time.perf_counter()
         engine = OpenVINOClassifier(Path(job["bundle"]), job["accuracy_level"], job["threads"])
     else:
-        # Whatever the hub was needed for was fetched when the model was found.
+        # The job `find` has downloaded everything.
         os.environ["HF_HUB_OFFLINE"] = "1"
         from edge_ft.bench.torch_peer import load_peer, prepare
 
@@ -140,14 +151,15 @@ def _measure(job: dict[str, Any]) -> dict[str, float | None]:
 def _measure_decoder(engine: "TextGenerator | TorchDecoder", job: dict[str, Any]) -> dict[str, float]:
     import numpy as np
 
-    framed = job["task"] == "text2text-generation"
-    ids = (classifier_ids if framed else prompt_ids)(engine.tokenizer, job["prompt_tokens"])
-    asked = time.monotonic()
-    first = engine.time_decode(ids, job["new_tokens"])  # cold start, and the warm-up of what follows
+    # An encoder-decoder's text ends with EOS.
+    encode = classifier_ids if job["task"] == "text2text-generation" else prompt_ids
+    ids = encode(engine.tokenizer, job["prompt_tokens"])
+    began = time.monotonic()
+    first = engine.time_decode(ids, job["new_tokens"])  # the cold start; it warms up the second one
     timings = engine.time_decode(ids, job["new_tokens"])
     p50, p90, p99 = np.percentile(timings.decode_s, [50, 90, 99]).tolist()
     return {
-        "cold_start_s": asked + first.ttft_s - job["started"],
+        "cold_start_s": began + first.ttft_s - job["started"],
         "ttft_s": timings.ttft_s,
         "prefill_tps": len(ids) / timings.prefill_s,
         "decode_tps": len(timings.decode_s) / sum(timings.decode_s),

@@ -6,23 +6,33 @@ from cyclopts import App, CycloptsError
 
 from edge_ft.errors import EdgeFTError, UsageError
 
+__all__ = ["app", "main"]
+
+STUDIES = {
+    "claims": "Train, export and score every case of docs/claims.md, and write that page.",
+    "demo": "Tune, export, run and score a decoder and an encoder on real rows.",
+    "encoders": "Accuracy, size and speed of one encoder run in every format of its weights.",
+    "gpu": "Training speed and memory on a GPU beside PEFT + Trainer + bitsandbytes.",
+    "models": "Write docs/models.md and the table of docs/bundle.md from what the tests recorded.",
+    "pretrain": "Pretrain a small GPT-2 or T5 from scratch.",
+    "training": "Race edge-ft's trainer on a CPU against PEFT + Trainer.",
+}
+"""Module of each study, which is imported when it is called, and its line in --help."""
+
 app = App(
     name="python -m edge_ft.bench.studies",
     help="The project's own comparisons and generated pages.",
     result_action="return_value",
+    version_flags=(),
 )
-for name in ("claims", "demo", "encoders", "gpu", "models", "pretrain", "training"):
-    app.command(f"edge_ft.bench.studies.{name}:main", name=name)
+for name, line in STUDIES.items():
+    app.command(f"edge_ft.bench.studies.{name}:main", name=name, help=line)
 
 
 def main() -> None:
-    """Run the study that the first argument names; exit with the codes of `edge_ft.errors`.
-
-    Raises:
-        SystemExit: a study failed, or the arguments cannot be used.
-    """
+    """Run the study that the first argument names; exit with the codes of `edge_ft.errors`."""
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except EdgeFTError as error:
         print(f"studies: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from edge_ft.bench.report import markdown_table
 from edge_ft.bench.studies.claim_cases import CASES, CLAIMS, MODELS, ROWS, Case
 
 __all__ = ["document"]
@@ -42,9 +43,7 @@ def document(results: Results, cores: int) -> str:
     for number, name in enumerate(CLAIMS, 1):
         title, about, table = TABLES[name]
         header, *rows = table(results)
-        rule = tuple("---" for _ in header)
-        lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
-        parts.append("\n".join([f"## {number}. {title} (`--only {name}`)", "", about, "", *lines, ""]))
+        parts.append(f"## {number}. {title} (`--only {name}`)\n\n{about}\n\n{markdown_table(header, rows)}")
     return "\n".join(parts)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ft.artifacts import write_text
+from edge_ft.bench.report import markdown_table
 from edge_ft.bench.studies.datasets import (
     decoder_weights,
     department_rows,
@@ -146,10 +147,8 @@ def main(*, out: Path = Path("out/demo"), only: str | None = None) -> None:
 
 
 def _finish(stage: Stage, title: str, table: Table, note: str) -> None:
-    rule = tuple("---" for _ in table[0])
-    lines = ["| " + " | ".join(row) + " |" for row in (table[0], rule, *table[1:])]
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stage.seconds.items())
-    write_text(stage.out / "table.md", "\n".join([f"**{title}** ({note}; {took})", "", *lines, ""]))
+    write_text(stage.out / "table.md", f"**{title}** ({note}; {took})\n\n{markdown_table(table[0], table[1:])}")
 
 
 def _interval(value: dict[str, float]) -> str:

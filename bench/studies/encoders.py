@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_ft.artifacts import Bundle, RunFolder, write_json
 from edge_ft.bench import bench
-from edge_ft.bench.report import table
+from edge_ft.bench.report import markdown_table, table
 from edge_ft.config import BenchConfig, ExportConfig, Weights
 from edge_ft.data import encode_rows, read_rows
 from edge_ft.errors import GateRefused, UsageError
@@ -72,17 +72,18 @@ def compare(run: RunFolder, out: Path, threads: int | None, progress: Progress) 
 
 def accuracy_table(results: Sequence[dict[str, Any]]) -> str:
     """A Markdown row a format."""
-    lines = [
-        "| weights | accuracy | difference to fp32, points [95%] | nll | MB | gate |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {row['weights']} | {row['accuracy']:.2%} | {100 * row['difference']:+.2f} "
-        f"[{100 * row['low']:+.2f}, {100 * row['high']:+.2f}] | {row['nll']:.4f} | {row['size_bytes'] / 1e6:.1f} "
-        f"| {'; '.join(row['refused']) or 'passed'} |"
+    rows = [
+        (
+            row["weights"],
+            f"{row['accuracy']:.2%}",
+            f"{100 * row['difference']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]",
+            f"{row['nll']:.4f}",
+            f"{row['size_bytes'] / 1e6:.1f}",
+            "; ".join(row["refused"]) or "passed",
+        )
         for row in results
     ]
-    return "\n".join(lines)
+    return markdown_table(("weights", "accuracy", "difference to fp32, points [95%]", "nll", "MB", "gate"), rows)
 
 
 def main(
@@ -124,10 +125,8 @@ def main(
     records = bench([row["path"] for row in results], settings, progress)
     if json is not None:
         write_json(json, {"accuracy": results, "records": records})
-    print(f"{results[0]['rows']} test rows\n\n{accuracy_table(results)}\n")
     header, *rows = table(records)
-    for row in (header, ("---",) * len(header), *rows):
-        print(f"| {' | '.join(row)} |")
+    print(f"{results[0]['rows']} test rows\n\n{accuracy_table(results)}\n{markdown_table(header, rows)}", end="")
 
 
 def _bundle(

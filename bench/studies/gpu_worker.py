@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 from edge_ft.bench.meters import peak_rss_bytes
 from edge_ft.bench.studies.baseline import CountingTrainer, batch_tensors, our_batches, our_optimizer
-from edge_ft.bench.worker import answer
+from edge_ft.bench.worker import answer_job
 from edge_ft.config import TuneConfig
 from edge_ft.evaluate.scoring import score
 from edge_ft.models.logging import silence_libraries
@@ -31,8 +31,8 @@ __all__ = ["main", "work"]
 
 
 def main() -> None:
-    """Answer one job; see `edge_ft.bench.worker.answer`."""
-    answer(work)
+    """Answer one job; see `edge_ft.bench.worker.answer_job`."""
+    answer_job(work)
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ft.artifacts import write_text
+from edge_ft.bench.report import markdown_table
 from edge_ft.errors import UsageError
 from edge_ft.families import FAMILIES, Family
 
@@ -75,7 +76,7 @@ def render(rows: list[dict[str, Any]]) -> str:
             continue
         used = [name for name in COLUMNS if any(name in row for row in found)]
         parts.append(f"\n## {title}\n\n")
-        parts.append(_table(["model", *(COLUMNS[name] for name in used)], [_cells(row, used) for row in found]))
+        parts.append(markdown_table(["model", *(COLUMNS[name] for name in used)], [_cells(row, used) for row in found]))
     return "".join([*parts, FOOT])
 
 
@@ -96,7 +97,7 @@ def render_clients(rows: list[dict[str, Any]]) -> str:
         [task, models, " and ".join(weights), client, f"{held}{refused}", f"`{test}`"]
         for (task, client, held, test, models, refused), weights in sorted(lines.items())
     ]
-    return _table(["task", "models", "weights", "client", "what is held", "test"], cells)
+    return markdown_table(["task", "models", "weights", "client", "what is held", "test"], cells)
 
 
 def replace_between(page: str, part: str, name: str) -> str:
@@ -141,11 +142,6 @@ def _find_family(model: str) -> Family | None:
 
 def _cells(row: dict[str, Any], used: list[str]) -> list[str]:
     return [row["model"], *(row.get(name, "–") for name in used)]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main(results: Path, out: Path, clients: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_ft.artifacts import atomic_file, write_text
 from edge_ft.bench.meters import peak_rss_bytes
-from edge_ft.bench.worker import answer
+from edge_ft.bench.worker import answer_job
 from edge_ft.config import TuneConfig
 from edge_ft.errors import UsageError, require
 from edge_ft.progress import Silent
@@ -32,8 +32,8 @@ SGEMM_SECONDS = 1.5
 
 
 def main() -> None:
-    """Answer one job; see `edge_ft.bench.worker.answer`."""
-    answer(work)
+    """Answer one job; see `edge_ft.bench.worker.answer_job`."""
+    answer_job(work)
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def test_openvino_says_what_it_is_not_for(
 ) -> None:
     with pytest.raises(UsageError, match=r"--peers openvino measures classifiers, and .* is for text-generation"):
         bench([str(llama_bundle.path)], BenchConfig(repeats=1, prompt_tokens=12, new_tokens=4, peers=("openvino",)))
-    monkeypatch.setattr("edge_ft.bench.find_spec", lambda _: None)
+    monkeypatch.setattr("edge_ft.bench.peers.find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"pip install 'edge-ft\[peers\]'"):
         bench([str(bert_bundle.path)], BenchConfig(repeats=1, prompt_tokens=12, peers=("openvino",)))
     with pytest.raises(

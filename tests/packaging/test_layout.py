@@ -1,5 +1,7 @@
 """The layout that is packaged is the layout on disk, and nothing claims a name that is not ours."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -79,3 +81,20 @@ def test_exported_names_are_sorted_and_there(room: str) -> None:
     module = import_module(room)
     assert list(module.__all__) == sorted(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize("file", ["bench/__init__.py", "bench/report.py", "tune/loop.py"])
+def test_a_product_module_that_imports_a_study_is_caught(tmp_path: Path, file: str) -> None:
+    tree = tmp_path / "edge_ft"
+    shutil.copytree(ROOT / "edge_ft", tree, ignore=shutil.ignore_patterns("__pycache__"))
+    for room in ("export", "bench"):
+        shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tree / file).open("a", encoding="utf-8") as module:
+        module.write("\nfrom edge_ft.bench.studies import datasets\n")
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--config", ROOT / "pyproject.toml"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": "."}, check=False
+    )
+    assert done.returncode == 1
+    importer = f"edge_ft.{file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
+    assert f"{importer} -> edge_ft.bench.studies" in done.stdout

@@ -1,4 +1,4 @@
-"""What a bench says: names, records, table, budgets; and what it asks of the operating system."""
+"""Names, records, table and budgets of a bench; memory limits and the description of the machine."""
 
 import os
 import shutil
@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from small_tokenizers import write_bpe
 from tiny_bundle import write_classifier
 
-from edge_ft.bench import bench, short_names
+from edge_ft.bench import bench
 from edge_ft.bench.meters import MemoryLimit, group_parents, machine, peak_rss_bytes, resident_bytes
 from edge_ft.bench.record import DECODER_UNITS, classifier_lengths, records_of, units_of
-from edge_ft.bench.report import budget_failures, table
+from edge_ft.bench.report import budget_failures, markdown_table, table
+from edge_ft.bench.subjects import Subject, short_names
 from edge_ft.bench.worker import classifier_ids, prompt_ids
 from edge_ft.config import BenchConfig
 from edge_ft.data import TextTokenizer
@@ -27,7 +28,12 @@ def decoder_records(
     subject: str = "edge-ft", variant: str = "b", scale: float = 1.0, note: str | None = None
 ) -> list[dict[str, Any]]:
     results = [dict.fromkeys(DECODER_UNITS, scale * repeat) for repeat in (1.0, 5.0, 2.0)]
-    return records_of(subject, variant, "text-generation", [] if note else results, 10**7, ENVIRONMENT, note)
+    measured = Subject(subject, variant, "text-generation", 512, 10**7, {}, variant)
+    return records_of(measured, [] if note else results, ENVIRONMENT, note)
+
+
+def classifier_records(note: str) -> list[dict[str, Any]]:
+    return records_of(Subject("edge-ft", "c", "text-classification", 512, 1, {}, "c"), [], ENVIRONMENT, note)
 
 
 def value(records: list[dict[str, Any]], metric: str) -> float | None:
@@ -79,12 +85,16 @@ def test_the_table_puts_subjects_side_by_side_with_their_spread() -> None:
 
 
 def test_a_metric_that_a_subject_lacks_is_a_dash() -> None:
-    classifier = records_of("edge-ft", "c", "text-classification", [], 1, ENVIRONMENT, "does not fit")
+    classifier = classifier_records("does not fit")
     rows = {row[0]: row[1:] for row in table([*decoder_records(), *classifier])}
     assert rows["decode_tps (tok/s)"][1] == rows["latency_s_128"][0] == "-"
 
 
-def test_budgets_hold_or_say_what_did_not() -> None:
+def test_a_table_in_markdown() -> None:
+    assert markdown_table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+
+
+def test_budgets_hold_or_name_what_did_not() -> None:
     records = decoder_records()
     kept = BenchConfig(max_ttft_ms=2000, min_decode_tps=2, max_rss_mb=1, max_size_mb=10)
     assert budget_failures(records, kept) == []
@@ -97,7 +107,7 @@ def test_budgets_hold_or_say_what_did_not() -> None:
     ]
 
 
-def test_budgets_judge_bundles_and_not_what_they_are_compared_with() -> None:
+def test_budgets_are_for_bundles_and_not_for_peers() -> None:
     slow_peer = decoder_records("torch", "m", scale=100)
     budget = BenchConfig(max_ttft_ms=2000)
     assert budget_failures([*decoder_records(), *slow_peer], budget) == []
@@ -109,7 +119,7 @@ def test_a_budget_that_nothing_was_measured_for_has_not_held() -> None:
     assert budget_failures(decoder_records(note="does not fit into 100 MB"), budget) == [
         "--max-rss-mb 1000: edge-ft b does not fit into 100 MB"
     ]
-    classifier = records_of("edge-ft", "c", "text-classification", [], 1, ENVIRONMENT, "does not fit")
+    classifier = classifier_records("does not fit")
     (failure,) = budget_failures(classifier, BenchConfig(min_decode_tps=1))
     assert "none of the subjects has decode_tps" in failure
     assert len(budget_failures(classifier, BenchConfig(max_ttft_ms=1))) == 1  # the latency at 128 tokens
@@ -143,7 +153,7 @@ def test_a_classifiers_text_keeps_the_models_frame(tmp_path: Path) -> None:
     ids = classifier_ids(tokenizer, 2000)
     assert len(ids) == 2000
     assert (ids[0], ids[-1]) == tuple(tokenizer.encode_classifier("", 2).ids)
-    with pytest.raises(UsageError, match="--prompt-tokens 1 leaves no room"):
+    with pytest.raises(UsageError, match="--prompt-tokens 1 is too few"):
         classifier_ids(tokenizer, 1)
 
 
