@@ -20,7 +20,7 @@ from edge_ft.errors import ModelError, UsageError
 from edge_ft.evaluate.loading import find_run_base
 from edge_ft.families import FAMILIES
 from edge_ft.models.base_model import Base, find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.scorer import task_model_of
 
 __all__ = ["TorchClassifier", "TorchDecoder", "TorchSeq2Seq", "find", "find_bundle_base", "load_peer", "prepare"]
@@ -151,7 +151,7 @@ def load_peer(base: Base, job: dict[str, Any]) -> TorchDecoder | TorchSeq2Seq | 
     from edge_ft.models.lora import load_adapter
 
     tokenizer = TextTokenizer.load(Path(job["tokenizer"]))
-    model: Any = load_model(base, job["task"], "fp32", labels=tuple(job["labels"]))
+    model: Any = load_model(ModelSpec(base, job["task"], "fp32", labels=tuple(job["labels"])))
     if job["adapter"] is not None:
         model = load_adapter(model, Path(job["adapter"]))
     kinds: dict[str, Any] = {"text-generation": TorchDecoder, "text2text-generation": TorchSeq2Seq}

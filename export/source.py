@@ -32,7 +32,7 @@ from edge_ft.evaluate.loading import find_run_base, open_run_model
 from edge_ft.evaluate.scoring import scorable
 from edge_ft.evaluate.verify import VERIFY_ROWS
 from edge_ft.models.base_model import Base, find_base
-from edge_ft.models.loading import BITS, load_model, quantize_over
+from edge_ft.models.loading import BITS, ModelSpec, load_model, quantize_over
 from edge_ft.models.lora import adapter_task, load_adapter, merge_adapter
 from edge_ft.progress import Progress
 from edge_ft.quant.calibration import choose_rows, spread
@@ -73,13 +73,11 @@ class Source:
         narrow = base_format == "fp16"
         held: dict[str, BaseFormat] = dict.fromkeys(("fp16", *INT8_ACTIVATIONS), "fp32")
         form = held.get(base_format) or cast(BaseFormat, base_format)
-        labels, problem = self.rendering.labels, self.rendering.problem_type
         codes = None
         if self.run is not None and self.run.codes.is_file() and self.block_size == self.run.base()["block_size"]:
             codes = self.run.codes
-        model = load_model(
-            self.base, self.task, form, self.block_size, labels, self.seed, problem, self.rendering.pooling, codes
-        )
+        spec = ModelSpec.from_rendering(self.base, self.rendering, form, self.block_size, self.seed, codes)
+        model = load_model(spec)
         if narrow:
             self._round_to_fp16(model)
         return model

@@ -29,7 +29,7 @@ from edge_ft.config import TuneConfig
 from edge_ft.data import Example, collate, train_batches
 from edge_ft.evaluate.scoring import score
 from edge_ft.models.base_model import Base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.logging import silence_libraries
 from edge_ft.models.lora import PEFT_TASKS, add_lora
 from edge_ft.models.scorer import TorchScorer
@@ -65,7 +65,9 @@ def train_rival(
     task, train = prepared.task, prepared.examples["train"]
     with silence_libraries():
         if job["same_recipe"]:
-            model: Any = load_model(base, task, "fp32", config.block_size, prepared.rendering.labels, config.seed)
+            model: Any = load_model(
+                ModelSpec(base, task, "fp32", config.block_size, prepared.rendering.labels, config.seed)
+            )
             if job["weights"]:
                 _take_weights(model, Path(job["weights"]))
             peft_model = add_lora(model, base.family, task, config)

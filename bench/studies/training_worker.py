@@ -151,11 +151,13 @@ def _write_weights(base: "Base", config: TuneConfig, prepared: "Prepared", file:
     """What the codes of our base stand for, in float: the rival then trains over the very same model."""
     from safetensors.numpy import save_file
 
-    from edge_ft.models.loading import load_model
+    from edge_ft.models.loading import ModelSpec, load_model
     from edge_ft.quant.blockwise import dequantize
     from edge_ft.quant.layers import QuantEmbedding, QuantLinear
 
-    model = load_model(base, prepared.task, config.base_format, config.block_size, prepared.rendering.labels, 0)
+    model = load_model(
+        ModelSpec(base, prepared.task, config.base_format, config.block_size, prepared.rendering.labels, 0)
+    )
     weights = {
         f"{name}.weight": dequantize(module.codes())
         for name, module in model.named_modules()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ft.artifacts import Bundle, RunFolder, kind_of
-from edge_ft.config import EvalConfig, Task
+from edge_ft.config import EvalConfig
 from edge_ft.data import (
     Rendering,
     Row,
@@ -80,7 +80,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
         return LoadedSource(scorer, tokenizer, rendering, limit)
 
     from edge_ft.models.base_model import find_base
-    from edge_ft.models.loading import load_model
+    from edge_ft.models.loading import ModelSpec, load_model
 
     if config.adapter is not None:
         raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter")
@@ -99,7 +99,9 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
         problem_type=base.problem_type,
     )
     rendering = with_pooling(rendering, base, config.pooling)
-    task_model: Any = move(load_model(base, rendering.task, config.base_format, pooling=rendering.pooling), device)
+    task_model: Any = move(
+        load_model(ModelSpec(base, rendering.task, config.base_format, pooling=rendering.pooling)), device
+    )
     if rendering.problem_type is not None:
         task_model.config.problem_type = rendering.problem_type  # some checkpoints leave it to be guessed
     scorer = TorchScorer(task_model, rendering.task, stop_ids(rendering, tokenizer))
@@ -130,20 +132,18 @@ def open_run_model(run: RunFolder, adapter: bool = True) -> "tuple[Any, Base]":
     Raises:
         ModelError: the base is gone or changed, or rounds to other codes than it was trained over.
     """
-    from edge_ft.models.loading import load_model
+    from edge_ft.models.loading import ModelSpec, load_model
     from edge_ft.models.lora import load_adapter
     from edge_ft.quant.layers import codes_sha256
 
-    identity, report = run.base(), run.report()
+    identity = run.base()
     base = find_run_base(run)
-    task: Task = report["task"]
-    rendering = Rendering.from_dict(run.rendering())
-    labels, seed, problem = rendering.labels, int(report["seed"]), rendering.problem_type
+    rendering, seed = Rendering.from_dict(run.rendering()), int(run.report()["seed"])
     codes = run.codes if run.codes.is_file() else None
     if codes is None and identity["format"] == "int4" and identity.get("calibration_rows"):
         raise ModelError(f"{run.codes} is missing, which holds the int4 codes that were trained over: tune again")
     model = load_model(
-        *(base, task, identity["format"], identity["block_size"], labels, seed, problem, rendering.pooling, codes)
+        ModelSpec.from_rendering(base, rendering, identity["format"], identity["block_size"], seed, codes)
     )
     if identity["codes_sha256"] is not None and codes_sha256(model) != identity["codes_sha256"]:
         raise ModelError(

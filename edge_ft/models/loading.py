@@ -1,6 +1,7 @@
 """Load a base's task model, in float or on the grid."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from edge_ft.config import BaseFormat, Pooling, ProblemType, Task
-from edge_ft.data import Batch
+from edge_ft.data import Batch, Rendering
 from edge_ft.errors import ModelError, require
 from edge_ft.families import CLASSIFIERS
 from edge_ft.models.base_model import Base
@@ -24,7 +25,7 @@ from edge_ft.quant.calibration import Calibration, calibrate, float_reader
 from edge_ft.quant.layers import is_within, quantize_model, transpose_conv1d
 from edge_ft.quant.serialization import read_codes
 
-__all__ = ["BITS", "load_model", "quantize_over"]
+__all__ = ["BITS", "ModelSpec", "load_model", "quantize_over"]
 
 BITS: dict[BaseFormat, Bits] = {"int4": 4, "int8": 8}
 Read = Callable[[str, slice], Tensor]
@@ -33,73 +34,123 @@ ADAPTED: dict[str, Callable[[Any], None]] = {"mpnet": use_attention_interface}
 """Families of which transformers' own module lacks something that all others have."""
 
 
-def load_model(
-    base: Base,
-    task: Task,
-    base_format: BaseFormat = "fp32",
-    block_size: int = 32,
-    labels: tuple[str, ...] = (),
-    seed: int = 0,
-    problem_type: ProblemType | None = None,
-    pooling: Pooling | None = None,
-    codes: Path | Calibration | None = None,
-) -> nn.Module:
-    """The task model of a base, frozen: in float32, or rounded: int4, int8 and bf16 with the embedding, nf4
-    without.
+@dataclass(frozen=True)
+class ModelSpec:
+    """The task model to load of a base, and the format that its frozen weights are held in."""
 
-    Codes are made of one weight after the other, so that the float model is never in memory; those of int4 are
-    read from the file `codes`, or chosen over its rows, else each weight by itself. A classification
-    head that the checkpoint lacks, or has for other classes, is drawn from `seed`, and stays float.
+    base: Base
+    task: Task
+    base_format: BaseFormat = "fp32"
+    """int4, int8 and bf16 hold the token embedding too; nf4 leaves it and the output layer in float32."""
+    block_size: int = 32
+    """Weights per scale of int4 and int8."""
+    labels: tuple[str, ...] = ()
+    """Classes of a classifier in the order of its logits; none: as many as the checkpoint's config says."""
+    seed: int = 0
+    """Initialises a classification head that the checkpoint lacks, or has for other classes."""
+    problem_type: ProblemType | None = None
+    """What a text classifier's logits are; None: decided by transformers."""
+    pooling: Pooling | None = None
+    """How token states become a text's vector (feature-extraction); None: their mean."""
+    codes: Path | Calibration | None = None
+    """The file that int4 codes are read from, or the rows that they are calibrated on; None: each weight is rounded
+    by itself."""
+
+    @classmethod
+    def from_rendering(
+        cls,
+        base: Base,
+        rendering: Rendering,
+        base_format: BaseFormat,
+        block_size: int = 32,
+        seed: int = 0,
+        codes: Path | Calibration | None = None,
+    ) -> "ModelSpec":
+        """The model that reads rows as `rendering` makes them: its task, classes and pooling."""
+        return cls(
+            base,
+            rendering.task,
+            base_format,
+            block_size,
+            rendering.labels,
+            seed,
+            rendering.problem_type,
+            rendering.pooling,
+            codes,
+        )
+
+    @property
+    def codes_file(self) -> Path | None:
+        """The file of int4 codes, if they come from one."""
+        return self.codes if isinstance(self.codes, Path) and self.base_format == "int4" else None
+
+    @property
+    def trained_head(self) -> tuple[str, ...]:
+        """Modules of a classification head over `labels`, which is trained and stays float32."""
+        return self.base.family.trained_head(self.task) if self.labels else ()
+
+    @property
+    def unused_modules(self) -> tuple[str, ...]:
+        """Modules that the task does not read: an embedding is made of the last hidden states."""
+        return self.base.family.heads[self.task] if self.task == "feature-extraction" else ()
+
+    @property
+    def config_overrides(self) -> dict[str, Any]:
+        """Settings of the transformers config that differ from the checkpoint's."""
+        if self.task not in CLASSIFIERS or not self.labels:
+            return {}
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: index for index, label in enumerate(self.labels)},
+            "problem_type": self.problem_type,
+        }
+
+
+def load_model(spec: ModelSpec) -> nn.Module:
+    """Load the task model of a base, frozen and in evaluation mode, on the CPU.
+
+    Quantized weights are read and rounded one after the other, so that the float model is never in memory as a whole.
+    A classification head that the checkpoint lacks, or has for other classes, is initialised from the seed and stays
+    float32.
 
     Raises:
         ModelError: the weights cannot be loaded, or some are missing.
     """
     from optimum.exporters.tasks import TasksManager
 
-    settings: dict[str, Any] = {}
-    if task in CLASSIFIERS and labels:
-        settings = {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
-            "problem_type": problem_type,
-        }
-    fresh = base.family.trained_head(task) if labels else ()
-    unread = base.family.heads[task] if task == "feature-extraction" else ()  # vectors are of the last hidden states
-    model_class = TasksManager.get_model_class_for_task(task, framework="pt")
-    absent, file = (*fresh, *unread), codes if isinstance(codes, Path) else None
+    base, model_class = spec.base, TasksManager.get_model_class_for_task(spec.task, framework="pt")
     model, read = None, None
     try:
         with silence_libraries():
-            if base_format != "fp32":
-                model, read = _quantized(
-                    base, model_class, task, settings, base_format, block_size, absent, seed, file
-                ) or (None, None)
+            if spec.base_format != "fp32":
+                model, read = _quantized(spec, model_class) or (None, None)
             if model is None:
-                model = _whole(base, model_class, task, settings, absent, seed)
+                model = _whole(spec, model_class)
                 if base.family.fan_in_fan_out:
                     transpose_conv1d(model)
-                if isinstance(codes, Calibration):
+                if isinstance(spec.codes, Calibration):
                     read = float_reader(model)
-                if base_format != "fp32":
-                    _round(model, base, task, base_format, block_size, read, file)
+                if spec.base_format != "fp32":
+                    _round(model, spec, read)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{base.path} cannot be loaded as {task}: {error}") from error
-    if fresh and base.labels(task) and not base.brings_head_of(task, labels):
+        raise ModelError(f"{base.path} cannot be loaded as {spec.task}: {error}") from error
+    fresh = spec.trained_head
+    if fresh and base.labels(spec.task) and not base.brings_head_of(spec.task, spec.labels):
         head = model.get_submodule(fresh[-1])
         head = getattr(head, "out_proj", head)
-        torch.manual_seed(seed)
+        torch.manual_seed(spec.seed)
         nn.init.normal_(head.weight, std=model.config.initializer_range)
         nn.init.zeros_(head.bias)
-    for name in unread:
+    for name in spec.unused_modules:
         setattr(model, name, None)
-    if task == "feature-extraction":
-        model.config.pooling = pooling or "mean"
+    if spec.task == "feature-extraction":
+        model.config.pooling = spec.pooling or "mean"
     if base.family.name in ADAPTED:
         ADAPTED[base.family.name](model)
-    if isinstance(codes, Calibration) and base_format == "int4":
+    if isinstance(spec.codes, Calibration) and spec.base_format == "int4":
         assert read is not None
-        choose_codes(model.eval(), task, read, codes)
+        choose_codes(model.eval(), spec.task, read, spec.codes)
     return model.eval().requires_grad_(False)
 
 
@@ -124,11 +175,10 @@ def quantize_over(model: Any, task: Task, block_size: int, keep: tuple[str, ...]
     choose_codes(model, task, read, calibration)
 
 
-def _whole(
-    base: Base, model_class: Any, task: Task, settings: dict[str, Any], fresh: tuple[str, ...], seed: int
-) -> Any:
+def _whole(spec: ModelSpec, model_class: Any) -> Any:
     """The float model, as transformers loads it."""
-    torch.manual_seed(seed)
+    base, task, settings = spec.base, spec.task, spec.config_overrides
+    torch.manual_seed(spec.seed)
     model, found = model_class.from_pretrained(
         base.path,
         output_loading_info=True,
@@ -139,7 +189,7 @@ def _whole(
     )
     absent = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
     mend = "tune it first" if base.family.trained_head(task) else "take a checkpoint that was saved with one"
-    if lost := sorted(key for key in absent if not is_within(key, fresh)):
+    if lost := sorted(key for key in absent if not is_within(key, (*spec.trained_head, *spec.unused_modules))):
         raise ModelError(
             f"{base.path} lacks the weights of {lost[0]}"
             + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
@@ -148,22 +198,13 @@ def _whole(
     return model
 
 
-def _quantized(
-    base: Base,
-    model_class: Any,
-    task: Task,
-    settings: dict[str, Any],
-    base_format: BaseFormat,
-    block_size: int,
-    fresh: tuple[str, ...],
-    seed: int,
-    codes: Path | None,
-) -> tuple[Any, Read] | None:
+def _quantized(spec: ModelSpec, model_class: Any) -> tuple[Any, Read] | None:
     """The quantized model, read one tensor at a time, and what reads it; None where the file's names are not the
     model's."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False, **settings)
+    base = spec.base
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False, **spec.config_overrides)
     with init_empty_weights(include_buffers=False):
         model = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
@@ -198,7 +239,7 @@ def _quantized(
     drawn = {name for name in parameters if name not in keys}
     modules = {name.rpartition(".")[0] for name in drawn}
     whole_modules = {name for name in parameters if name.rpartition(".")[0] in modules} == drawn
-    if not whole_modules or not all(is_within(name, fresh) for name in drawn):
+    if not whole_modules or not all(is_within(name, (*spec.trained_head, *spec.unused_modules)) for name in drawn):
         return None
 
     turned = transpose_conv1d(model) if base.family.fan_in_fan_out else set()
@@ -211,7 +252,7 @@ def _quantized(
             part = stored[:, rows].T if name in turned else stored[rows]
             return part.to(torch.float32, copy=True)
 
-    _round(model, base, task, base_format, block_size, read, codes)
+    _round(model, spec, read)
     for name in [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         parent, _, attribute = name.rpartition(".")
         value = torch.empty(parameters[name].shape) if name in drawn else read(name, slice(None))
@@ -220,7 +261,7 @@ def _quantized(
         parent, _, attribute = target.rpartition(".")
         if getattr(getattr(model.get_submodule(parent), attribute), "is_meta", False):
             setattr(model.get_submodule(parent), attribute, model.get_parameter(source))
-    torch.manual_seed(seed)
+    torch.manual_seed(spec.seed)
     for name, module in model.named_modules():
         if name in modules:
             model._init_weights(module)
@@ -237,24 +278,16 @@ def _differ(places: dict[str, Path], first: str, second: str) -> bool:
         )
 
 
-def _round(
-    model: nn.Module,
-    base: Base,
-    task: Task,
-    base_format: BaseFormat,
-    block_size: int,
-    read: Read | None,
-    codes: Path | None,
-) -> None:
-    """Bring a model's layers to `base_format`, in place; `read` as for `quantize_model`, int4's from a file."""
-    keep = base.family.trained_head(task)
-    if base_format == "nf4":
+def _round(model: nn.Module, spec: ModelSpec, read: Read | None) -> None:
+    """Bring a model's layers to `spec.base_format`, in place; `read` as for `quantize_model`."""
+    keep = spec.base.family.trained_head(spec.task)
+    if spec.base_format == "nf4":
         require("bitsandbytes", "train")
         from edge_ft.quant.nf4 import round_to_nf4
 
         round_to_nf4(model, keep, read)
-    elif base_format == "bf16":
+    elif spec.base_format == "bf16":
         round_to_bf16(model, keep, read)
     else:
-        chosen = {"known": read_codes(codes)} if codes is not None and base_format == "int4" else {}
-        quantize_model(model, block_size, keep, BITS[base_format], read, **chosen)
+        known = {} if spec.codes_file is None else {"known": read_codes(spec.codes_file)}
+        quantize_model(model, spec.block_size, keep, BITS[spec.base_format], read, **known)

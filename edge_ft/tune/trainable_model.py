@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from edge_ft.data import collate, stop_ids
 from edge_ft.models.compute import give_freed_memory_back
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Progress
@@ -57,18 +57,10 @@ def load_trainable_model(job: Job, ranks: Ranks, progress: Progress, codes: Path
     calibration = None
     if codes is None:
         calibration = choose_rows(prepared.examples["train"], config.base_calibration_rows, pad_id, task, progress)
-    model = load_model(
-        base,
-        task,
-        config.base_format,
-        config.block_size,
-        rendering.labels,
-        config.seed,
-        rendering.problem_type,
-        rendering.pooling,
-        codes or calibration,
+    spec = ModelSpec.from_rendering(
+        base, rendering, config.base_format, config.block_size, config.seed, codes or calibration
     )
-    peft_model = move(add_lora(model, base.family, task, config), ranks.device)
+    peft_model = move(add_lora(load_model(spec), base.family, task, config), ranks.device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
     backend = (
         TorchBackend(peft_model, base.family, task, config)

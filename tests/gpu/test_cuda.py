@@ -10,7 +10,7 @@ from edge_ft.config import EvalConfig, ExportConfig, TuneConfig
 from edge_ft.evaluate import evaluate
 from edge_ft.export import export
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.quant.layers import FrozenLinear, move
 from edge_ft.tune import tune
@@ -74,7 +74,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("base_format", ["int4", "int8", "nf4", "bf16"])
 def test_codes_mean_the_same_on_both_devices(base_format: Any, dtype: torch.dtype, llama: Path) -> None:
-    model = load_model(find_base(str(llama)), "text-generation", base_format)
+    model = load_model(ModelSpec(find_base(str(llama)), "text-generation", base_format))
     layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     here = [layer.dequantize(dtype) for layer in layers]
     move(model, "cuda")

@@ -154,12 +154,12 @@ def test_what_cannot_hold_it_is_refused_by_name(
 
 def _write_with_head(run: RunFolder, folder: Path) -> None:
     """The run's merged model as a plain checkpoint."""
-    from edge_ft.models.loading import load_model
+    from edge_ft.models.loading import ModelSpec, load_model
     from edge_ft.models.lora import merge_adapter
 
     base = find_base(run.base()["path"])
     labels = tuple(run.rendering()["labels"])
-    merged: Any = merge_adapter(load_model(base, "text-classification", labels=labels), run.adapter)
+    merged: Any = merge_adapter(load_model(ModelSpec(base, "text-classification", labels=labels)), run.adapter)
     merged.save_pretrained(folder)
     for file in run.tokenizer.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())

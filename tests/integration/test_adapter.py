@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from edge_ft.artifacts import RunFolder
 from edge_ft.evaluate.loading import open_run_model
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import load_adapter
 from edge_ft.quant.blockwise import dequantize
 from edge_ft.quant.layers import QuantEmbedding, QuantLinear, codes_sha256, frozen_layers
@@ -19,7 +19,7 @@ IDS = torch.tensor([[1, 20, 30, 40, 50, 60]])
 
 
 def base_model(llama: Path, base_format: Any = "fp32") -> Any:
-    return load_model(find_base(str(llama)), "text-generation", base_format)
+    return load_model(ModelSpec(find_base(str(llama)), "text-generation", base_format))
 
 
 def test_a_tuned_adapter_loads_with_plain_peft_on_the_plain_base(llama: Path, llama_run: RunFolder) -> None:

@@ -11,7 +11,7 @@ from edge_ft.errors import ModelError
 from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.quant.layers import codes_sha256
 from edge_ft.tune import tune
 
@@ -24,7 +24,7 @@ def test_the_option_changes_what_is_trained_over_and_the_run_keeps_it(llama: Pat
     plain = short_tune(llama, sums, tmp_path / "plain", calibration_rows=0)
     chosen = short_tune(llama, sums, tmp_path / "chosen", calibration_rows=8)
     assert not plain.codes.exists()
-    nearest = codes_sha256(load_model(find_base(str(llama)), "text-generation", "int4"))
+    nearest = codes_sha256(load_model(ModelSpec(find_base(str(llama)), "text-generation", "int4")))
     assert plain.base()["codes_sha256"] == nearest != chosen.base()["codes_sha256"]
     model, _ = open_run_model(chosen)
     assert codes_sha256(model) == chosen.base()["codes_sha256"]

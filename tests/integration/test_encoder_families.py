@@ -23,7 +23,7 @@ from edge_ft.export import export
 from edge_ft.export.lowering import lower
 from edge_ft.export.trace import trace
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.runtime import TextClassifier, load
 from edge_ft.tune import tune
@@ -125,7 +125,7 @@ def test_a_step_has_the_gradient_of_plain_peft(name: str, tmp_path: Path) -> Non
             nn.init.normal_(parameter, std=0.1)
         return peft_model
 
-    ours = load_model(base, "text-classification", "fp32", labels=("a", "b"))
+    ours = load_model(ModelSpec(base, "text-classification", "fp32", labels=("a", "b")))
     plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
     plain.load_state_dict(ours.state_dict())
     plain = adapted(plain.requires_grad_(False)).eval()
@@ -180,7 +180,8 @@ def test_a_head_of_two_layers_names_its_classes_and_makes_room_for_others(tmp_pa
     base = find_base(str(folder))
     assert base.labels("text-classification") == tuple(own.values())
     kept, other = (
-        load_model(base, "text-classification", "int4", labels=names) for names in (("0", "1", "2"), ("a", "b"))
+        load_model(ModelSpec(base, "text-classification", "int4", labels=names))
+        for names in (("0", "1", "2"), ("a", "b"))
     )
     torch.testing.assert_close(kept.classifier.dense.weight, other.classifier.dense.weight)
     assert other.classifier.out_proj.weight.shape == (2, 64)
@@ -197,7 +198,7 @@ def test_the_graph_of_every_other_task_is_the_model(name: str, task: Task, tmp_p
         AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
     base = find_base(str(folder), task)
     labels = ("O", "B-X", "I-X") if task == "token-classification" else ()
-    model: Any = load_model(base, task, "int4", labels=labels)
+    model: Any = load_model(ModelSpec(base, task, "int4", labels=labels))
     graph = trace(model, base.family, task)
     lower(graph)
     ir.save(graph, tmp_path / "graph.onnx")

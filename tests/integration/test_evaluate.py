@@ -20,7 +20,7 @@ from edge_ft.evaluate.few_shot import with_shots
 from edge_ft.evaluate.loading import open_run_model, open_source
 from edge_ft.evaluate.verify import verify
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 
@@ -454,7 +454,7 @@ def test_classes_are_named_before_they_are_counted(bert: Path, bert_run: RunFold
 def test_torch_scores_on_the_gpu_where_there_is_one(
     llama: Path, llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, plain = open_run_model(llama_run), load_model(find_base(str(llama)), "text-generation")
+    run, plain = open_run_model(llama_run), load_model(ModelSpec(find_base(str(llama)), "text-generation"))
     monkeypatch.setattr("edge_ft.evaluate.loading.open_run_model", lambda *_, **__: run)
     monkeypatch.setattr("edge_ft.models.loading.load_model", lambda *_, **__: plain)
     moved: list[Any] = []

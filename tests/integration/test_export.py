@@ -22,7 +22,7 @@ from edge_ft.errors import GateRefused, ModelError, UsageError
 from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.quant import calibration as calibrating
 from edge_ft.quant.blockwise import Codes
@@ -267,7 +267,7 @@ def test_a_base_that_changed_since_the_run_is_refused(llama: Path, llama_run: Ru
 
 
 def test_a_float_base_is_read_as_float(llama: Path) -> None:
-    model = load_model(find_base(str(llama)), "text-generation", "fp32")
+    model = load_model(ModelSpec(find_base(str(llama)), "text-generation", "fp32"))
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 

@@ -22,7 +22,7 @@ from edge_ft.errors import ModelError
 from edge_ft.export import export
 from edge_ft.export.source import open_export_source
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
@@ -123,7 +123,7 @@ def test_a_step_is_that_of_plain_peft_on_the_plain_model(family: Family, tmp_pat
     """The adapter is saved here and read there, so that the file fits the plain model too."""
     settings = TuneConfig(model="", data="", out=tmp_path, compute="fp32")
     base = find_base(str(family.model))
-    model = add_lora(load_model(base, "text-generation", "fp32"), base.family, "text-generation", settings)
+    model = add_lora(load_model(ModelSpec(base, "text-generation", "fp32")), base.family, "text-generation", settings)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -259,5 +259,7 @@ def test_longrope_reads_as_far_as_its_short_table_goes(tmp_path: Path) -> None:
     assert base.max_length == 32
     bundle = export(str(family.model), ExportConfig(out=tmp_path / "bundle"))
     batch = padded_batch((32, 9))
-    expected, _ = TorchScorer(load_model(base, "text-generation", "int4"), "text-generation").token_nll(batch)
+    expected, _ = TorchScorer(load_model(ModelSpec(base, "text-generation", "int4")), "text-generation").token_nll(
+        batch
+    )
     np.testing.assert_allclose(load(bundle).token_nll(batch)[0], expected, atol=2e-4)

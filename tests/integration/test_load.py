@@ -11,7 +11,7 @@ from transformers import AutoConfig, BertForSequenceClassification
 from edge_ft.config import TuneConfig
 from edge_ft.errors import DataError, ModelError
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.tune import tune
 
 
@@ -28,7 +28,7 @@ def test_a_head_is_kept_in_its_own_order(tmp_path: Path, reviews: Path) -> None:
     folder = write_headed(tmp_path / "model", ("praise", "blame"))
     run = tune(TuneConfig(model=str(folder), data=str(reviews), out=tmp_path / "run", max_steps=1))
     assert run.rendering()["labels"] == ["praise", "blame"]
-    kept = load_model(find_base(str(folder)), "text-classification", labels=("praise", "blame"))
+    kept = load_model(ModelSpec(find_base(str(folder)), "text-classification", labels=("praise", "blame")))
     torch.testing.assert_close(kept.classifier.weight, load_file(folder / "model.safetensors")["classifier.weight"])
 
 
@@ -36,7 +36,7 @@ def test_a_head_for_other_classes_is_drawn_anew(tmp_path: Path, reviews: Path) -
     folder = write_headed(tmp_path / "model", ("cat", "dog"))
     run = tune(TuneConfig(model=str(folder), data=str(reviews), out=tmp_path / "run", max_steps=1))
     assert run.rendering()["labels"] == ["blame", "praise"]
-    fresh = load_model(find_base(str(folder)), "text-classification", labels=("blame", "praise"))
+    fresh = load_model(ModelSpec(find_base(str(folder)), "text-classification", labels=("blame", "praise")))
     assert not torch.equal(fresh.classifier.weight, load_file(folder / "model.safetensors")["classifier.weight"])
 
 

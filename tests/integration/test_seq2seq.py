@@ -24,7 +24,7 @@ from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
 from edge_ft.export.trace_seq2seq import trace_seq2seq
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.runtime import Seq2SeqGenerator, load
 from edge_ft.tune import tune
@@ -146,7 +146,7 @@ def test_the_graph_of_the_first_tokens_needs_the_encoders_hidden_states_alone(ad
 
 
 def test_the_model_is_as_it_was_after_the_trace(t5: Callable[[str], Path]) -> None:
-    model: Any = load_model(find_base(str(t5("t5, relu, tied"))), TASK)
+    model: Any = load_model(ModelSpec(find_base(str(t5("t5, relu, tied"))), TASK))
     kind = type(model.encoder.block[0].layer[0].SelfAttention)
     bias, attention = kind.compute_bias, model.config._attn_implementation
     trace_seq2seq(model)

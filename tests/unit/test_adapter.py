@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from edge_ft.config import TuneConfig
 from edge_ft.errors import ModelError, UsageError
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora, load_adapter, lora_pairs, merge_adapter
 
 IDS = torch.tensor([[1, 20, 30, 40, 50, 60]])
@@ -34,7 +34,7 @@ def save_adapter(llama: Path, folder: Path, **settings: Any) -> Path:
 
 
 def base_model(llama: Path, base_format: Any = "fp32") -> Any:
-    return load_model(find_base(str(llama)), "text-generation", base_format)
+    return load_model(ModelSpec(find_base(str(llama)), "text-generation", base_format))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from edge_ft.config import Task
 from edge_ft.data.example import Example
 from edge_ft.errors import ModelError
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.losses import embed
 from edge_ft.models.scorer import HIDDEN, LOSSES
 from edge_ft.quant.calibration import MOST_TOKENS, Calibration, choose_rows, spread
@@ -97,7 +97,7 @@ def test_the_model_is_closer_to_the_float_one_over_the_rows(name: str, task: Tas
     rows = choose_rows(examples(task), 24, base.dims.config.pad_token_id or 0, task)
     assert rows is not None
     exact, nearest, chosen = (
-        load_model(base, task, form, labels=labels, codes=codes)
+        load_model(ModelSpec(base, task, form, labels=labels, codes=codes))
         for form, codes in (("fp32", None), ("int4", None), ("int4", rows))  # type: ignore[arg-type]
     )
     changed = [
@@ -112,7 +112,7 @@ def test_the_model_is_closer_to_the_float_one_over_the_rows(name: str, task: Tas
     assert set(changed) == frozen_layers(chosen).keys() - untouched
     off = [np.square(outcome(model, task, rows) - outcome(exact, task, rows)).mean() for model in (chosen, nearest)]
     assert off[0] < off[1]
-    again = load_model(base, task, "int4", labels=labels, codes=rows)
+    again = load_model(ModelSpec(base, task, "int4", labels=labels, codes=rows))
     assert codes_sha256(again) == codes_sha256(chosen)
 
 
@@ -121,14 +121,14 @@ def test_padding_has_no_say(models: dict[str, Path]) -> None:
     found = []
     for pad_id in (0, 7):
         rows = choose_rows(examples("text-generation"), 24, pad_id, "text-generation")
-        found.append(codes_sha256(load_model(base, "text-generation", "int4", codes=rows)))
+        found.append(codes_sha256(load_model(ModelSpec(base, "text-generation", "int4", codes=rows))))
     assert found[0] == found[1]
 
 
 def test_layers_that_are_run_through_several_times_are_rounded_by_themselves(models: dict[str, Path]) -> None:
     base, task = find_base(str(models["albert"])), "text-classification"
     rows = choose_rows(examples(task), 24, 0, task)  # type: ignore[arg-type]
-    models_of = [load_model(base, task, "int4", labels=("a", "b"), codes=codes) for codes in (rows, None)]  # type: ignore[arg-type]
+    models_of = [load_model(ModelSpec(base, task, "int4", labels=("a", "b"), codes=codes)) for codes in (rows, None)]  # type: ignore[arg-type]
     assert codes_sha256(models_of[0]) == codes_sha256(models_of[1])
 
 
@@ -140,7 +140,7 @@ def test_a_damaged_model_is_named_as_such(models: dict[str, Path], tmp_path: Pat
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     rows = choose_rows(examples("text-generation"), 8, 0, "text-generation")
     with pytest.raises(ModelError, match=r"what model\.layers\.1\..* reads is not a number: .* damaged"):
-        load_model(find_base(str(folder)), "text-generation", "int4", codes=rows)
+        load_model(ModelSpec(find_base(str(folder)), "text-generation", "int4", codes=rows))
 
 
 def test_half_of_an_embedders_rows_are_answers(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from edge_ft.models import compute
 from edge_ft.models import short_attention as attention
 from edge_ft.models.base_model import find_base
 from edge_ft.models.compute import Compute
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.quant.bf16 import has_bf16
@@ -52,7 +52,7 @@ def adapted(folder: Path, settings: TuneConfig, base_format: Any = "int4") -> An
     """A PEFT model whose B matrices are no zeros, so that every gradient says something."""
     base = find_base(str(folder))
     task = base.family.tasks[0]
-    model = load_model(base, task, base_format, labels=() if base.family.decoder else ("a", "b"))
+    model = load_model(ModelSpec(base, task, base_format, labels=() if base.family.decoder else ("a", "b")))
     peft_model = add_lora(model, base.family, task, settings)
     torch.manual_seed(1)
     for name, parameter in peft_model.named_parameters():
@@ -251,7 +251,9 @@ def test_an_adapter_that_is_switched_off_is_off(llama: Path) -> None:
     with model.disable_adapter():
         off = backend.token_nll(decoder_batch())[0]
     base = find_base(str(llama))
-    expected = TorchScorer(load_model(base, "text-generation", "int4"), "text-generation").token_nll(decoder_batch())[0]
+    expected = TorchScorer(load_model(ModelSpec(base, "text-generation", "int4")), "text-generation").token_nll(
+        decoder_batch()
+    )[0]
     np.testing.assert_allclose(off, expected, rtol=1e-5, atol=1e-5)
     assert np.abs(on - off).max() > 1e-3
 

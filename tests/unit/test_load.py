@@ -14,7 +14,7 @@ from transformers import AutoConfig, BertForSequenceClassification
 from edge_ft.errors import ModelError
 from edge_ft.models import loading as load
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 
 
 def edit_config(folder: Path, **changes: object) -> Path:
@@ -35,12 +35,12 @@ def write_headed(folder: Path, names: tuple[str, ...]) -> Path:
 def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
     folder = edit_config(write_llama(tmp_path / "model"), num_hidden_layers=3)
     with pytest.raises(ModelError, match=r"lacks the weights of model\.layers\.2.* and 8 more"):
-        load_model(find_base(str(folder)), "text-generation")
+        load_model(ModelSpec(find_base(str(folder)), "text-generation"))
 
 
 def test_an_encoder_without_a_head_cannot_classify_yet(bert: Path) -> None:
     with pytest.raises(ModelError, match="no head for text-classification, tune it first"):
-        load_model(find_base(str(bert)), "text-classification")
+        load_model(ModelSpec(find_base(str(bert)), "text-classification"))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_weight_that_is_no_number_is_refused(tmp_path: Path) -> None:
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="NaN"):
-        load_model(find_base(str(folder)), "text-generation", "int4")
+        load_model(ModelSpec(find_base(str(folder)), "text-generation", "int4"))
 
 
 def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
@@ -89,9 +89,9 @@ def test_codes_of_one_weight_after_the_other_are_those_of_the_whole_model(
     base = find_base(str(folder))
     labels = () if base.family.decoder else ("a", "b", "c")
     task = base.family.tasks[0]
-    read = load_model(base, task, bits, labels=labels)
+    read = load_model(ModelSpec(base, task, bits, labels=labels))
     monkeypatch.setattr(load, "_quantized", lambda *_: None)
-    whole = load_model(base, task, bits, labels=labels)
+    whole = load_model(ModelSpec(base, task, bits, labels=labels))
     found, expected = read.state_dict(), whole.state_dict()
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -104,7 +104,7 @@ def test_codes_of_one_weight_after_the_other_are_those_of_the_whole_model(
 def test_an_embedding_that_stays_float_stays_tied(base_format: Any, tmp_path: Path) -> None:
     """At int4 where its width is not whole blocks."""
     base = find_base(str(write_llama(tmp_path / "model", hidden_size=48, head_dim=16)))
-    model = load_model(base, "text-generation", base_format)
+    model = load_model(ModelSpec(base, "text-generation", base_format))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not any(parameter.is_meta for parameter in model.parameters())
 
@@ -118,4 +118,4 @@ def test_names_that_are_not_the_models_are_left_to_transformers(llama: Path, tmp
     lost = {f"other.{key}" if key.endswith("norm.weight") else key: value for key, value in tensors.items()}
     save_file(lost, weights, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="lacks the weights of"):
-        load_model(find_base(str(folder)), "text-generation", "int4")
+        load_model(ModelSpec(find_base(str(folder)), "text-generation", "int4"))

@@ -13,7 +13,7 @@ from edge_ft.config import RowsConfig, TuneConfig
 from edge_ft.data import Batch, Example, TextTokenizer, collate, encode_rows, find_columns, make_rendering, read_rows
 from edge_ft.errors import UsageError
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.progress import Silent
 from edge_ft.tune.loop import Fit, fit, learning_rate_at, planned_steps
@@ -34,7 +34,7 @@ def config(**settings: Any) -> TuneConfig:
 @pytest.fixture
 def backend(llama: Path) -> TorchBackend:
     base = find_base(str(llama))
-    model = load_model(base, TASK, "int4")
+    model = load_model(ModelSpec(base, TASK, "int4"))
     return TorchBackend(add_lora(model, base.family, TASK, config()), base.family, TASK, config())
 
 

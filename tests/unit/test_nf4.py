@@ -9,7 +9,7 @@ from tiny_models import write_llama
 from torch import nn
 
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.quant.nf4 import NF4Linear
 
 SHAPES = [(24, 64), (24, 80), (5, 7)]
@@ -50,7 +50,7 @@ def test_an_nf4_layer_is_a_linear_layer_over_that_weight(shape: tuple[int, int])
 def test_embedding_and_output_layer_stay_float(tmp_path: Path) -> None:
     for tie in (True, False):
         base = find_base(str(write_llama(tmp_path / str(tie), tie=tie)))
-        model = load_model(base, "text-generation", "nf4")
+        model = load_model(ModelSpec(base, "text-generation", "nf4"))
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
         assert type(model.lm_head) is nn.Linear
         assert sum(isinstance(module, NF4Linear) for module in model.modules()) == 14

@@ -10,7 +10,7 @@ from edge_ft.bench.studies.pretrain import Recipe, pretrained, split_passages, w
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import UsageError
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.progress import Silent
 
 SMALL = Recipe(width=64, layers=2, heads=4, vocabulary=512, length=32, batch=2, steps=3)
@@ -48,7 +48,7 @@ def test_a_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert figures["held_out_perplexity"] > 1
     base = find_base(str(folder))
     assert (base.max_length, base.dims.layers, base.dims.vocabulary) == (32, 2, 512)
-    load_model(base, "text-generation", "int4")
+    load_model(ModelSpec(base, "text-generation", "int4"))
     monkeypatch.setattr(pretrain, "PRETRAINED", {"gpt2": (SMALL, None)})  # not called again
     assert pretrained("gpt2", Silent()) == folder
 

@@ -14,7 +14,7 @@ from edge_ft.data import Row, TextTokenizer, collate, encode_rows, find_columns,
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.models.base_model import find_base
 from edge_ft.models.compute import Compute
-from edge_ft.models.loading import load_model
+from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.progress import Silent
 from edge_ft.tune.prepare import prepare
@@ -85,7 +85,7 @@ def test_a_model_that_does_not_say_where_an_answer_begins_is_refused(tmp_path: P
 def test_both_stacks_are_rounded_and_share_one_embedding(
     shape: str, block_size: int, t5: Callable[[str], Path]
 ) -> None:
-    model: Any = load_model(find_base(str(t5(shape))), TASK, "int4", block_size)
+    model: Any = load_model(ModelSpec(find_base(str(t5(shape))), TASK, "int4", block_size))
     linear = [module for module in model.modules() if type(module).__name__ == "QuantLinear"]
     head_is_tied = shape.startswith("t5")
     rounded = block_size == 32
@@ -103,8 +103,8 @@ def test_both_stacks_are_rounded_and_share_one_embedding(
 
 def test_a_head_that_is_in_the_file_is_not_tied_whatever_the_config_says(t5: Callable[[str], Path]) -> None:
     base = find_base(str(t5("mt5, gated, untied")))
-    whole: Any = load_model(base, TASK, "fp32")
-    rounded: Any = load_model(base, TASK, "int8")
+    whole: Any = load_model(ModelSpec(base, TASK, "fp32"))
+    rounded: Any = load_model(ModelSpec(base, TASK, "int8"))
     assert not torch.equal(whole.lm_head.weight, whole.shared.weight)
     torch.testing.assert_close(rounded.lm_head.dequantize().T, whole.lm_head.weight, atol=0.01, rtol=0)
 
@@ -114,7 +114,7 @@ def test_last_k_layers_are_those_of_each_stack(t5: Callable[[str], Path]) -> Non
     settings: dict[str, Any] = {"model": "-", "data": "-", "out": "-"}
 
     def adapted(layers: str) -> set[str]:
-        model = add_lora(load_model(base, TASK), base.family, TASK, TuneConfig(**settings, layers=layers))
+        model = add_lora(load_model(ModelSpec(base, TASK)), base.family, TASK, TuneConfig(**settings, layers=layers))
         return {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
 
     assert {name.split(".")[2] + name.split(".")[4] for name in adapted("last:1")} == {"encoder1", "decoder1"}
@@ -132,7 +132,7 @@ def test_a_fused_step_gives_the_loss_and_the_gradient_of_a_plain_one(t5: Callabl
     found = []
     memories: tuple[tuple[bool, Memory], ...] = ((False, "normal"), (True, "normal"), (True, "high"), (True, "low"))
     for fused, memory in memories:
-        model = add_lora(load_model(base, TASK, "int4"), base.family, TASK, config)
+        model = add_lora(load_model(ModelSpec(base, TASK, "int4")), base.family, TASK, config)
         with torch.no_grad():
             for name, parameter in sorted(model.named_parameters()):
                 if "lora_B" in name:
