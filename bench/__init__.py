@@ -9,7 +9,7 @@ from typing import Any
 
 from edge_ft import __version__
 from edge_ft.artifacts import kind_of
-from edge_ft.bench.meters import MemoryLimit, cpu_count, machine, memory_limit
+from edge_ft.bench.meters import MemoryLimit, machine, memory_limit
 from edge_ft.bench.peers import openvino_subject, peer_requests, peer_subjects
 from edge_ft.bench.quality import SCORED, quality_records, score_settings
 from edge_ft.bench.record import records_of
@@ -18,6 +18,7 @@ from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.config import TEXT_TASKS, BenchConfig
 from edge_ft.errors import UsageError, WillNotFit
 from edge_ft.progress import Progress, Silent, track
+from edge_ft.system import default_threads
 
 __all__ = ["bench"]
 
@@ -50,7 +51,7 @@ def bench(subjects: Sequence[str], config: BenchConfig, progress: Progress | Non
     progress = progress or Silent()
     if not subjects:
         raise UsageError("name at least one bundle, run folder or model to measure")
-    workload = Workload(config.prompt_tokens, config.new_tokens, config.threads or cpu_count())
+    workload = Workload(config.prompt_tokens, config.new_tokens, config.threads or default_threads())
     limit = memory_limit(config.memory_limit * 10**6) if config.memory_limit is not None else None
     measured = _open_subjects(subjects, config, workload)
     samples, notes = _measure(measured, config.repeats, limit, progress)

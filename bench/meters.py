@@ -10,17 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 
 from edge_ft.errors import UsageError
+from edge_ft.system import total_memory_bytes, usable_cpus
 
 __all__ = [
     "JOIN_GROUP",
     "DecodeTimings",
     "MemoryLimit",
-    "cpu_count",
     "group_parents",
     "machine",
     "memory_limit",
-    "peak_rss_bytes",
-    "resident_bytes",
 ]
 
 JOIN_GROUP = ("/bin/sh", "-c", 'echo 0 > "$0/cgroup.procs" && exec "$@"')
@@ -109,43 +107,16 @@ def group_parents(own: Path, root: Path) -> list[Path]:
     ]
 
 
-def peak_rss_bytes() -> int | None:
-    """The most memory that this process ever held resident, mapped files included; None where nobody tells.
-
-    VmHWM begins anew with each program; getrusage's ru_maxrss keeps what the parent held before the fork.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), None)
-
-
-def resident_bytes(pid: int) -> int:
-    """What a process holds resident now, mapped files included; 0 when it is gone."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def cpu_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine() -> dict[str, str | int | None]:
     """CPU model, cores, memory, operating system and Python."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     # ARM kernels name no model there but, on boards, the board.
     named = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
     return {
         "cpu": named.get("model name") or named.get("Model") or platform.processor() or platform.machine(),
-        "cores": cpu_count(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None,
+        "cores": usable_cpus(),
+        "memory_bytes": total_memory_bytes(),
         "os": platform.platform(),
         "python": platform.python_version(),
     }

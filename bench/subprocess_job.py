@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_ft import errors
-from edge_ft.bench.meters import JOIN_GROUP, MemoryLimit, resident_bytes
+from edge_ft.bench.meters import JOIN_GROUP, MemoryLimit
 from edge_ft.errors import EdgeFTError, WillNotFit
+from edge_ft.system import resident_bytes
 
 __all__ = ["run_worker"]
 

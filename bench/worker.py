@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_ft.bench.meters import peak_rss_bytes
 from edge_ft.bench.record import classifier_lengths
 from edge_ft.config import TEXT_TASKS
 from edge_ft.errors import EdgeFTError, UsageError, require
+from edge_ft.system import peak_rss_bytes
 
 if TYPE_CHECKING:
     from edge_ft.bench.openvino_peer import OpenVINOClassifier

@@ -1,123 +1,211 @@
-"""How much memory and disk there is, and how much this process holds."""
+"""What this process may use of the machine: memory, disk, CPUs and the GPU. Measured here and nowhere else."""
 
 import gc
 import os
-import platform
-import resource
 import shutil
+import sys
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Peak", "Room", "peak_rss_bytes", "release_memory", "resident_bytes"]
+from edge_ft.errors import require
+
+__all__ = [
+    "Available",
+    "DeviceMemory",
+    "PeakMemory",
+    "default_threads",
+    "device_memory",
+    "peak_rss_bytes",
+    "release_memory",
+    "resident_bytes",
+    "total_memory_bytes",
+    "usable_cpus",
+    "use_threads",
+]
+
+PROC = Path("/proc")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Room:
-    """What this process may still take."""
+class Available:
+    """Memory and disk that this process may use."""
 
-    memory: int
-    """Bytes of memory, those that it holds already included."""
-    disk: int
-    """Bytes free where the run folder will lie."""
+    memory_bytes: int
+    """Includes the memory that the process already holds."""
+    disk_bytes: int
 
     @classmethod
-    def here(cls, out: Path) -> "Room":
-        """What this machine, its control group and the limits of this process leave."""
+    def here(cls, out: Path) -> "Available":
+        """Measure memory within the limits of the machine, the cgroup and the process, and disk where `out` will be."""
         parent = next(folder for folder in [*out.absolute().parents] if folder.is_dir())
         return cls(_free_memory() + resident_bytes(), shutil.disk_usage(parent).free)
 
 
-class Peak:
-    """The most that this process holds resident while inside, in bytes.
+class PeakMemory:
+    """Context manager that records in `bytes` the most resident memory of this process while it is open.
 
-    By watching: the kernel's own mark would have to be reset for it, and it is what others measure this process by.
+    A thread samples it. The kernel's own peak would have to be reset for each measurement, and that peak is what
+    `peak_rss_bytes` and other tools report about the whole process.
     """
 
-    def __enter__(self) -> "Peak":
+    def __enter__(self) -> "PeakMemory":
         self.bytes = resident_bytes()
         self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self._watcher.join()
+        self._sampler.join()
         self.bytes = max(self.bytes, resident_bytes())
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         while not self._done.wait(0.002):
             self.bytes = max(self.bytes, resident_bytes())
 
 
-def resident_bytes() -> int:
-    """What this process holds now; where nobody tells, the most it ever held."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return peak_rss_bytes()
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes(pid: int | None = None) -> int:
+    """Resident memory of a process now, mapped files included; 0 when the process has ended.
+
+    Args:
+        pid: The process; None is this one, and where there is no /proc its peak is returned instead.
+    """
+    pages = _numbers(PROC / (str(pid) if pid else "self") / "statm")
+    if len(pages) > 1:
+        return pages[1] * os.sysconf("SC_PAGE_SIZE")
+    return 0 if pid else peak_rss_bytes()
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+    """The largest resident memory of this process since its program started, mapped files included.
+
+    Read from VmHWM, since getrusage's ru_maxrss is not reset when a program starts: a small program that a large one
+    started would report the large one's memory. ru_maxrss is used only where there is no /proc.
+    """
+    if peak := _numbers(PROC / "self/status", "VmHWM:"):
+        return peak[0] * 1024
+    import resource  # not on Windows, where `edge-ft run` needs nothing but the threads
+
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_rss if sys.platform == "darwin" else peak_rss * 1024
 
 
-def _free_memory() -> int:
-    """Bytes that this process could still take without anything being swapped or killed."""
-    found = [_number(Path("/proc/meminfo"), "MemAvailable:", 1024)]
-    if found == [None] and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - resident_bytes()]
-    for folder, limit, used in _groups():
-        most, now = _number(folder / limit), _number(folder / used)
-        if most is not None and now is not None:
-            # Cached files are given back when memory is short.
-            found.append(most - now + (_number(folder / "memory.stat", "inactive_file") or 0))
-    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    mapped = _number(Path("/proc/self/status"), "VmSize:", 1024)
-    if address_space != resource.RLIM_INFINITY and mapped is not None:
-        found.append(address_space - mapped)
-    known = [size for size in found if size is not None]
-    return max(min(known), 0) if known else 2**62
-
-
-def _groups() -> list[tuple[Path, str, str]]:
-    """Control groups that this process is in, from its own upwards, and their files for limit and use."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        top = root if not controllers else root / "memory"
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        names = ("memory.max", "memory.current")
-        if controllers:
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        own = top / path.lstrip("/")
-        found += [(folder, *names) for folder in (own, *own.parents) if folder.is_relative_to(top)]
-    return found
-
-
-def _number(file: Path, name: str = "", scale: int = 1) -> int | None:
-    """The number in a file, or the one behind `name` in it; None where there is none."""
-    with suppress(OSError, ValueError, StopIteration, IndexError):
-        lines = file.read_text().splitlines()
-        return scale * int(next(line for line in lines if line.startswith(name)).removeprefix(name).split()[0])
+def total_memory_bytes() -> int | None:
+    """Memory that the machine has; None where the system does not report it."""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
 
 
 def release_memory() -> None:
-    """Return freed memory to the system, so that the next measurement does not find it lying about."""
+    """Return freed memory to the system, so that it is not part of the next measurement."""
     import ctypes
 
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may keep busy: those of its affinity, within the CPU quota of its cgroups; at least 1.
+
+    A quota of 1.5 CPUs counts as 1: two threads would use it up before the end of each period and then stand still.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _cgroups("cpu"):
+        limit = _numbers(folder / "cpu.max")
+        limit = limit or [*_numbers(folder / "cpu.cfs_quota_us"), *_numbers(folder / "cpu.cfs_period_us")]
+        if len(limit) == 2 and min(limit) > 0:  # no quota is "max" in version 2 and -1 in version 1
+            cpus = min(cpus, limit[0] // limit[1])
+    return max(cpus, 1)
+
+
+def default_threads() -> int:
+    """CPU threads of every command without --threads: OMP_NUM_THREADS where it is set, else `usable_cpus`.
+
+    `accelerate launch` sets OMP_NUM_THREADS where several processes share the machine.
+    """
+    with suppress(ValueError):
+        return max(int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0]), 1)
+    return usable_cpus()
+
+
+def use_threads(threads: int | None) -> int:
+    """Let torch compute with so many CPU threads, by default `default_threads`, and return their number.
+
+    Raises:
+        MissingExtra: torch is not installed.
+    """
+    threads = threads or default_threads()
+    require("torch", "train").set_num_threads(threads)
+    return threads
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Memory of a GPU, in bytes."""
+
+    free_bytes: int
+    """What no process uses."""
+    total_bytes: int
+    peak_bytes: int
+    """The most that this process's tensors took together."""
+
+
+def device_memory(device: Any) -> DeviceMemory | None:
+    """The memory of a `torch.device`; None for the CPU.
+
+    Raises:
+        MissingExtra: torch is not installed.
+    """
+    if device.type != "cuda":
+        return None
+    cuda = require("torch", "train").cuda
+    free_bytes, total_bytes = cuda.mem_get_info(device)
+    return DeviceMemory(free_bytes, total_bytes, cuda.max_memory_allocated(device))
+
+
+def _free_memory() -> int:
+    """Bytes that this process could still take without swapping and without being killed."""
+    import resource
+
+    found = [kib * 1024 for kib in _numbers(PROC / "meminfo", "MemAvailable:")[:1]]
+    if not found and (total := total_memory_bytes()) is not None:
+        found.append(total - resident_bytes())
+    for folder in _cgroups("memory"):
+        limit = _numbers(folder / "memory.max") or _numbers(folder / "memory.limit_in_bytes")
+        used = _numbers(folder / "memory.current") or _numbers(folder / "memory.usage_in_bytes")
+        if limit and used:
+            # The kernel gives cached files back when memory is short.
+            found.append(limit[0] - used[0] + sum(_numbers(folder / "memory.stat", "inactive_file")))
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = _numbers(PROC / "self/status", "VmSize:")
+    if address_space != resource.RLIM_INFINITY and mapped:
+        found.append(address_space - mapped[0] * 1024)
+    return max(min(found), 0) if found else 2**62
+
+
+def _cgroups(controller: str) -> Iterator[Path]:
+    """The cgroups of this process that may limit `controller` (versions 1 and 2): its own, then those above."""
+    with suppress(OSError):
+        for line in (PROC / "self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and controller not in controllers.split(","):
+                continue
+            top = CGROUPS / controller if controllers else CGROUPS
+            own = top / path.lstrip("/")
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(top))
+
+
+def _numbers(file: Path, name: str = "") -> list[int]:
+    """The whole numbers of a file's first line, or of the first line that starts with `name`; empty without them."""
+    with suppress(OSError, StopIteration):
+        line = next(line for line in file.read_text().splitlines() if line.startswith(name))
+        return [int(word) for word in line.removeprefix(name).split() if word.lstrip("-").isdigit()]
+    return []

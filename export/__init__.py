@@ -7,6 +7,7 @@ from edge_ft.artifacts import Bundle, atomic_folder, refuse_existing
 from edge_ft.config import ExportConfig
 from edge_ft.errors import BundleError, GateRefused, require
 from edge_ft.progress import Progress, Silent
+from edge_ft.system import use_threads
 
 __all__ = ["export"]
 
@@ -22,7 +23,7 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
         UsageError: a source or options that cannot be exported.
         GateRefused: too much was lost, or nothing was learned; the bundle is kept as `NAME.rejected`.
     """
-    torch = require("torch", "train")
+    require("torch", "train")
     from edge_ft.models.logging import silence_libraries
 
     with silence_libraries():
@@ -35,8 +36,7 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
 
     progress = progress or Silent()
     refuse_existing(config.out)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     opened = open_export_source(source, config)
     rejected = config.out.with_name(config.out.name + ".rejected")
     if not _is_rejected(rejected):

@@ -5,7 +5,6 @@ that a run that was stopped, or killed, goes on with the stage that it was in; a
 """
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from edge_ft.bench.studies.claim_cases import CASES, CLAIMS, MODELS, ROWS, Case,
 from edge_ft.bench.studies.claim_tables import document
 from edge_ft.bench.studies.datasets import write_splits
 from edge_ft.errors import EdgeFTError, GateRefused, UsageError, did_you_mean
+from edge_ft.system import usable_cpus
 
 __all__ = ["Results", "load_results", "main", "run_case", "run_stage"]
 
@@ -116,7 +116,7 @@ def main(*, out: Path = Path("out/claims"), write: Path | None = None, only: str
         except EdgeFTError as error:
             print(f"{name}: {error}; the other cases go on", file=sys.stderr, flush=True)
             failed.append(name)
-        write_text(write or out / "claims.md", document(load_results(out), os.cpu_count() or 1))
+        write_text(write or out / "claims.md", document(load_results(out), usable_cpus()))
     print("\n" + (write or out / "claims.md").read_text(encoding="utf-8"))
     if failed:
         raise EdgeFTError(f"{len(failed)} case(s) did not finish: {', '.join(failed)}; the same command tries again")

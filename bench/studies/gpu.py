@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from edge_ft.artifacts import write_json
-from edge_ft.bench.meters import cpu_count
 from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.errors import EdgeFTError, UsageError
 from edge_ft.progress import Lines, Progress, Silent
+from edge_ft.system import default_threads
 
 __all__ = ["main", "run", "table"]
 
@@ -40,7 +40,7 @@ def run(
         job = {"trainer": trainer, "warm_up": warm_up, "tune": tune | settings}
         name = f"{NAMES[trainer]} over {base_format}, {batch_size} rows"
         try:
-            found = run_worker(job, name, cpu_count(), module="edge_ft.bench.studies.gpu_worker")
+            found = run_worker(job, name, default_threads(), module="edge_ft.bench.studies.gpu_worker")
             progress.say(f"{name}: {found['tokens_per_second']:.0f} tok/s, loss {found['nll_after']:.4f}")
         except EdgeFTError as error:
             found = {"error": str(error)}

@@ -13,7 +13,6 @@ from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_tr
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, TrainingArguments
 
-from edge_ft.bench.meters import peak_rss_bytes
 from edge_ft.bench.studies.baseline import CountingTrainer, batch_tensors, our_batches, our_optimizer
 from edge_ft.bench.worker import answer_job
 from edge_ft.config import TuneConfig
@@ -21,6 +20,7 @@ from edge_ft.evaluate.scoring import score
 from edge_ft.models.logging import silence_libraries
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
+from edge_ft.system import peak_rss_bytes
 from edge_ft.tune.distributed import Ranks
 from edge_ft.tune.job import Job, prepare_job
 from edge_ft.tune.loop import fit

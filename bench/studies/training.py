@@ -13,12 +13,13 @@ from statistics import median
 from typing import Any, Literal
 
 from edge_ft.artifacts import write_json
-from edge_ft.bench.meters import cpu_count, machine
+from edge_ft.bench.meters import machine
 from edge_ft.bench.studies.curves import best_nll, largest_difference, plot_curves, race, table
 from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.config import Task, TuneConfig
 from edge_ft.errors import BudgetFailed, UsageError
 from edge_ft.progress import Lines, Progress, Silent
+from edge_ft.system import default_threads
 
 __all__ = ["Race", "main", "run"]
 
@@ -309,7 +310,7 @@ def main(
         raise UsageError("--seeds, --threads, --eval-steps and --rival-rates must be above 0")
     settings = Race(
         **{name: value for name, value in locals().items() if name in Race.__dataclass_fields__ and name != "threads"},
-        threads=threads or cpu_count(),
+        threads=threads or default_threads(),
     )
     report = run(
         settings,

@@ -13,11 +13,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from edge_ft.artifacts import atomic_file, write_text
-from edge_ft.bench.meters import peak_rss_bytes
 from edge_ft.bench.worker import answer_job
 from edge_ft.config import TuneConfig
 from edge_ft.errors import UsageError, require
 from edge_ft.progress import Silent
+from edge_ft.system import peak_rss_bytes
 
 if TYPE_CHECKING:
     from edge_ft.models.base_model import Base

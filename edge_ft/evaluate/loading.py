@@ -19,6 +19,7 @@ from edge_ft.data import (
 )
 from edge_ft.errors import ModelError, UsageError, require
 from edge_ft.evaluate.scoring import Scorer
+from edge_ft.system import use_threads
 
 if TYPE_CHECKING:
     from edge_ft.models.base_model import Base
@@ -66,8 +67,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
     from edge_ft.models.scorer import TorchScorer
     from edge_ft.quant.layers import move
 
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "run":
         run = RunFolder.open(Path(source))

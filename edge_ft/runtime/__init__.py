@@ -55,7 +55,7 @@ def load(
 
     Args:
         bundle: A bundle, or its folder; every file of a folder is hashed first.
-        threads: CPU threads; default all cores.
+        threads: CPU threads; by default `edge_ft.system.default_threads`.
         accuracy_level: 1 (exact) or 4 (activations in int8), if verification passed it; default the manifest's choice.
         adapter: "none" runs the base of an adapter-lane bundle, without its adapter.
 

@@ -1,12 +1,12 @@
 """ONNX Runtime sessions on the CPU, with options for small devices."""
 
-import os
 from pathlib import Path
 
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf, NotImplemented
 
 from edge_ft.errors import BundleError
+from edge_ft.system import default_threads
 
 __all__ = ["open_session", "output_size"]
 
@@ -18,7 +18,7 @@ def open_session(graph: Path, threads: int | None = None) -> ort.InferenceSessio
 
     Args:
         graph: The `.onnx` file.
-        threads: CPU threads of one run; default all cores.
+        threads: CPU threads of one run; by default `edge_ft.system.default_threads`.
 
     Returns:
         A session of the CPU execution provider.
@@ -27,7 +27,7 @@ def open_session(graph: Path, threads: int | None = None) -> ort.InferenceSessio
         BundleError: this onnxruntime cannot run the graph.
     """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.intra_op_num_threads = threads or default_threads()
     options.log_severity_level = _ERRORS_ONLY
     # Shapes differ from token to token: a memory plan per shape would be used only once.
     options.enable_mem_pattern = False

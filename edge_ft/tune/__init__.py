@@ -15,7 +15,7 @@ from edge_ft.config import TuneConfig, as_plain
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import Interrupted, UsageError, WillNotFit, require
 from edge_ft.progress import Progress, Silent
-from edge_ft.system import Room, peak_rss_bytes, release_memory
+from edge_ft.system import Available, device_memory, peak_rss_bytes, release_memory, use_threads
 from edge_ft.tune.checkpoint import (
     Checkpoint,
     examples_sha256,
@@ -56,7 +56,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         WillNotFit: it would take more memory or disk than there is, or the disk is full; what was saved is whole.
         Interrupted: stopped by Ctrl-C or SIGTERM; a checkpoint and the best adapter so far are in the folder.
     """
-    torch = require("torch", "train")
+    require("torch", "train")
     from edge_ft.models.logging import silence_libraries
 
     with silence_libraries():
@@ -78,8 +78,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         return run
     asked_task = config.task
     config, checkpoint = _settings(run, config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    threads = use_threads(config.threads)
     with ranks.one_after_the_other():  # a GGUF file is converted once
         base = find_base(config.model, asked_task)  # another model is named as such, not by what it cannot do
     identity: dict[str, Any] = {}
@@ -96,9 +95,9 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         raise UsageError("feature-extraction tells apart the texts of a whole batch: train it in one process")
     counts = {name: len(examples) for name, examples in prepared.examples.items()}
     identify(data_fingerprint=prepared.fingerprint, rows=counts, examples_sha256=examples_sha256(prepared.examples))
-    device, room = ranks.device, Room.here(run.path)
-    config = resolve_memory(base, job.config, prepared, room, device, ranks.world)
-    refuse_at_sight(base, config, room)
+    device, available = ranks.device, Available.here(run.path)
+    config = resolve_memory(base, job.config, prepared, available, device, ranks.world)
+    refuse_at_sight(base, config, available)
     progress.say(f"loading {base.name} as {config.base_format} on {device}")
     codes = run.codes if run.codes.is_file() else None  # chosen before this process began
     model = load_trainable_model(replace(job, config=config), ranks, progress, codes)
@@ -110,7 +109,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     config = replace(
         config,
         task=prepared.task,
-        threads=torch.get_num_threads(),
+        threads=threads,
         max_length=prepared.rendering.max_length,
         compute=model.compute,
     )
@@ -156,11 +155,11 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
             "resumed_from_step": resumed_from,
             "tokens_per_second": round(result.tokens / result.seconds, 1),
             "peak_rss_bytes": peak_rss_bytes(),
-            "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            "peak_device_bytes": on_device.peak_bytes if (on_device := device_memory(device)) else None,
             **found,
             "seed": config.seed,
             "device": str(device),
-            "threads": torch.get_num_threads(),
+            "threads": threads,
             "processes": ranks.world,
             "versions": {name: version(name) for name in ("edge-ft", "torch", "transformers", "peft")},
             "machine": platform.platform(),

@@ -14,7 +14,7 @@ import numpy as np
 from edge_ft.config import TEXT_TASKS, Task, TuneConfig
 from edge_ft.data import Batch, Example, collate, train_batches
 from edge_ft.evaluate.scoring import Answerer
-from edge_ft.system import Peak, Room, release_memory, resident_bytes
+from edge_ft.system import Available, PeakMemory, release_memory, resident_bytes
 from edge_ft.tune.loop import Backend, planned_steps
 from edge_ft.tune.prepare import Prepared
 
@@ -87,7 +87,7 @@ def measure(
     prepared: Prepared,
     config: TuneConfig,
     pad_id: int,
-    room: Room,
+    available: Available,
     held: int,
 ) -> Measured:
     """Train on a few short rows, a typical batch and the longest, or as much of them as surely fits, and forget it."""
@@ -105,7 +105,7 @@ def measure(
     def timed(work: Callable[[], object]) -> tuple[float, int]:
         """Seconds, and the bytes that were held in between on top of what was held before."""
         before = resident_bytes()
-        with Peak() as peak:
+        with PeakMemory() as peak:
             began = time.perf_counter()
             work()
             seconds = time.perf_counter() - began
@@ -125,7 +125,7 @@ def measure(
     for indices in (few, typical, longest):
         if len(sizes) > 1:
             # No more rows than would fit if all that was taken so far were due to the tokens.
-            tokens = sizes[-1] * (room.memory - idle) / max(memory[-1] - idle, 1)
+            tokens = sizes[-1] * (available.memory_bytes - idle) / max(memory[-1] - idle, 1)
             indices = indices[: max(int(tokens * len(indices) / size(indices)), 0)]
             if not indices or size(indices) <= sizes[-1]:
                 continue

@@ -17,7 +17,7 @@ from edge_ft.data import Example, TextTokenizer, eval_batches
 from edge_ft.errors import UsageError, WillNotFit, require
 from edge_ft.evaluate.scoring import Answerer
 from edge_ft.progress import Progress, Silent
-from edge_ft.system import Peak, Room, peak_rss_bytes, release_memory, resident_bytes
+from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory, resident_bytes, use_threads
 from edge_ft.tune.job import prepare_job
 from edge_ft.tune.loop import LOOKS, Backend, planned_steps
 from edge_ft.tune.measure import Measured, batches_of, measure, padded
@@ -47,11 +47,11 @@ LAST_SECONDS = 1.5
 """The plot and the report."""
 
 
-def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None = None) -> dict[str, Any]:
+def plan(config: TuneConfig, progress: Progress | None = None, available: Available | None = None) -> dict[str, Any]:
     """What tuning with these settings would take, and what the few others worth choosing between would.
 
     Args:
-        room: What there is, in place of what this machine has free.
+        available: What there is, in place of what this machine has free.
 
     Returns:
         `rows` of each split; `tokens` of the train rows (`p50`, `p95`, `max`, `total`); `trainable_parameters`;
@@ -73,24 +73,23 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
     from edge_ft.tune.trainable_model import load_trainable_model
 
     progress = progress or Silent()
-    room = room or Room.here(config.out)
+    available = available or Available.here(config.out)
     started = time.monotonic()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     job = prepare_job(config, progress)
     base, tokenizer, prepared = job.base, job.tokenizer, job.prepared
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = resolve_memory(base, job.config, prepared, room, device)
+    config = resolve_memory(base, job.config, prepared, available, device)
     ready = time.monotonic() - started
     weights = _weights(base)
     choices: list[dict[str, Any]] = []
     loaded: list[float] = []
     most: dict[Memory | None, int] = {}
     for option in _options(config, base):
-        refuse_at_sight(base, option, room)
+        refuse_at_sight(base, option, available)
         progress.say(f"measuring layers {option.layers}, memory {option.memory}")
         began = time.monotonic()
-        with Peak() as loading:
+        with PeakMemory() as loading:
             # The codes do not change what a step takes: they are chosen for the time and the memory that takes.
             chosen = option if option.memory not in most else replace(option, calibration_rows=0)
             try:
@@ -103,17 +102,17 @@ def plan(config: TuneConfig, progress: Progress | None = None, room: Room | None
         loaded.append(time.monotonic() - began)
         option = replace(option, compute=model.compute)
         held = most[option.memory]
-        measured = measure(model.backend, model.scorer, prepared, option, tokenizer.pad_id, room, held)
+        measured = measure(model.backend, model.scorer, prepared, option, tokenizer.pad_id, available, held)
         # The first time is also that of what a tune imports.
         before = ready + loaded[0] + time.monotonic() - began - loaded[-1]
         kept = int(weights * BYTES_PER_WEIGHT["int4"]) if option.base_calibration_rows else 0
-        choices.append(_choice(option, prepared, measured, tokenizer, before, kept, room))
+        choices.append(_choice(option, prepared, measured, tokenizer, before, kept, available))
         del model
         release_memory()
     recommended = next((choice for choice in choices if choice["fits"]), None)
     if recommended is None:
-        raise WillNotFit(_too_much(min(choices, key=lambda choice: choice["peak_rss_bytes"]), room))
-    return _result(config, prepared, room, choices, recommended)
+        raise WillNotFit(_too_much(min(choices, key=lambda choice: choice["peak_rss_bytes"]), available))
+    return _result(config, prepared, available, choices, recommended)
 
 
 def make_plan(
@@ -124,7 +123,7 @@ def make_plan(
     tokenizer: TextTokenizer,
     progress: Progress,
     before: float,
-    room: Room | None = None,
+    available: Available | None = None,
 ) -> dict[str, Any]:
     """The plan of the one setting that a tune is about to train with, as `plan` returns it; also said.
 
@@ -136,15 +135,15 @@ def make_plan(
     Raises:
         WillNotFit: it takes more memory or disk than there is.
     """
-    room, began = room or Room.here(config.out), time.monotonic()
-    measured = measure(backend, scorer, prepared, config, tokenizer.pad_id, room, peak_rss_bytes())
+    available, began = available or Available.here(config.out), time.monotonic()
+    measured = measure(backend, scorer, prepared, config, tokenizer.pad_id, available, peak_rss_bytes())
     before += time.monotonic() - began
     codes = RunFolder(config.out).codes
     kept = codes.stat().st_size if codes.is_file() else 0
-    choice = _choice(config, prepared, measured, tokenizer, before, kept, room)
+    choice = _choice(config, prepared, measured, tokenizer, before, kept, available)
     for text in prepared.shown:
         progress.say(text)
-    result = _result(config, prepared, room, [choice], choice)
+    result = _result(config, prepared, available, [choice], choice)
     tokens = result["tokens"]
     progress.say(
         f"plan: {tokens['total']} tokens in {result['rows']['train']} train rows (half have up to {tokens['p50']}, the "
@@ -153,12 +152,17 @@ def make_plan(
         f"of memory, {megabytes(choice['disk_bytes'])} of disk"
     )
     if not choice["fits"]:
-        raise WillNotFit(_too_much(choice, room))
+        raise WillNotFit(_too_much(choice, available))
     return result
 
 
 def resolve_memory(
-    base: "Base", config: TuneConfig, prepared: Prepared, room: Room, device: "torch.device", processes: int = 1
+    base: "Base",
+    config: TuneConfig,
+    prepared: Prepared,
+    available: Available,
+    device: "torch.device",
+    processes: int = 1,
 ) -> TuneConfig:
     """`config` with what memory is used for, where it leaves that open; each of the processes has its own weights."""
     from edge_ft.quant.bf16 import has_bf16
@@ -169,11 +173,11 @@ def resolve_memory(
     tokens = statistics.fmean(padded(batch, train, prepared.task) for batch in batches_of(config, train))
     narrow = device.type == "cpu" and config.compute != "fp32" and has_bf16(device)
     saves = narrow and config.base_format in ("int4", "int8", "nf4")
-    fits = 2 * _weights(base) * processes <= PLENTY * room.memory
+    fits = 2 * _weights(base) * processes <= PLENTY * available.memory_bytes
     return replace(config, memory="high" if saves and fits and tokens <= SHORT_STEP else "normal")
 
 
-def refuse_at_sight(base: "Base", config: TuneConfig, room: Room) -> None:
+def refuse_at_sight(base: "Base", config: TuneConfig, available: Available) -> None:
     """Refuse a base whose weights alone are more than there is, before they are loaded.
 
     Raises:
@@ -185,10 +189,10 @@ def refuse_at_sight(base: "Base", config: TuneConfig, room: Room) -> None:
         size += BYTES_PER_WEIGHT["fp32" if config.compute == "fp32" else "bf16"]
         less = "give --memory normal, or "
     needed = int(weights * size) + resident_bytes()
-    if needed > MARGIN * room.memory:
+    if needed > MARGIN * available.memory_bytes:
         raise WillNotFit(
             f"{base.name} has {weights / 1e6:.0f} M weights, which take {megabytes(needed)} of memory as "
-            f"{config.base_format}{' beside floats' if less else ''}: {megabytes(room.memory)} are free; "
+            f"{config.base_format}{' beside floats' if less else ''}: {megabytes(available.memory_bytes)} are free; "
             f"{less}take a smaller model"
         )
 
@@ -231,7 +235,7 @@ def _choice(
     tokenizer: TextTokenizer,
     before: float,
     codes_bytes: int,
-    room: Room,
+    available: Available,
 ) -> dict[str, Any]:
     """What a run with these settings takes, after so many seconds `before` it and with codes of such a size."""
     train = prepared.examples["train"]
@@ -273,12 +277,16 @@ def _choice(
         "seconds": round(before + loop + after + LAST_SECONDS, 1),
         "peak_rss_bytes": peak,
         "disk_bytes": disk,
-        "fits": peak <= MARGIN * room.memory and disk <= MARGIN * room.disk,
+        "fits": peak <= MARGIN * available.memory_bytes and disk <= MARGIN * available.disk_bytes,
     }
 
 
 def _result(
-    config: TuneConfig, prepared: Prepared, room: Room, choices: list[dict[str, Any]], recommended: dict[str, Any]
+    config: TuneConfig,
+    prepared: Prepared,
+    available: Available,
+    choices: list[dict[str, Any]],
+    recommended: dict[str, Any],
 ) -> dict[str, Any]:
     train = prepared.examples["train"]
     lengths = [len(example.input_ids) for example in train]
@@ -286,10 +294,10 @@ def _result(
     better = "the only setting asked for" if len(choices) == 1 else "the best of the choices"
     if recommended is not choices[0]:
         better = "the best of the choices that fit"
+    memory, disk = megabytes(recommended["peak_rss_bytes"]), megabytes(recommended["disk_bytes"])
     reason = (
-        f"{what} is {better}: it takes {megabytes(recommended['peak_rss_bytes'])} of {megabytes(room.memory)} free "
-        f"memory, {megabytes(recommended['disk_bytes'])} of {megabytes(room.disk)} free disk"
-        f" and {duration(recommended['seconds'])}"
+        f"{what} is {better}: it takes {memory} of {megabytes(available.memory_bytes)} free memory, "
+        f"{disk} of {megabytes(available.disk_bytes)} free disk and {duration(recommended['seconds'])}"
     )
     return {
         "rows": {name: len(prepared.examples[name]) for name in SPLITS},
@@ -304,7 +312,7 @@ def _result(
         "trainable_parameters": recommended["trainable_parameters"],
         "steps": planned_steps(len(train), config),
         "findings": prepared.findings,
-        "available": {"memory_bytes": room.memory, "disk_bytes": room.disk},
+        "available": {"memory_bytes": available.memory_bytes, "disk_bytes": available.disk_bytes},
         "choices": choices,
         "recommended": recommended,
         "reason": reason,
@@ -312,13 +320,14 @@ def _result(
     }
 
 
-def _too_much(choice: dict[str, Any], room: Room) -> str:
+def _too_much(choice: dict[str, Any], available: Available) -> str:
     what = f"layers {choice['layers']} with {choice['memory']} memory"
-    if choice["disk_bytes"] > MARGIN * room.disk:
-        return f"{what} takes {megabytes(choice['disk_bytes'])} of disk and {megabytes(room.disk)} are free: free some"
+    if choice["disk_bytes"] > MARGIN * available.disk_bytes:
+        disk = megabytes(choice["disk_bytes"])
+        return f"{what} takes {disk} of disk and {megabytes(available.disk_bytes)} are free: free some"
     less = {"high": ["--memory normal or low"], "normal": ["--memory low"], "low": []}
     others = [*less[choice["memory"]], "a smaller --batch-size or --max-length"]
+    memory = megabytes(choice["peak_rss_bytes"])
     return (
-        f"{what} takes {megabytes(choice['peak_rss_bytes'])} of memory and {megabytes(room.memory)} are free: "
-        f"give {', or '.join(others)}"
+        f"{what} takes {memory} of memory and {megabytes(available.memory_bytes)} are free: give {', or '.join(others)}"
     )

@@ -91,8 +91,8 @@ def test_a_plan_refuses_with_the_codes_of_a_tune(llama: Path, sums: Path, tmp_pa
     assert "--allow leak" in refused(edge_ft(*flags, "--validation", sums), 5)
     assert "did you mean 'leak'" in refused(edge_ft(*flags, "--allow", "leek"), 2)
     script = (
-        "import runpy, sys; from edge_ft.system import Room; "
-        "Room.here = classmethod(lambda cls, out: Room(10, 10)); "
+        "import runpy, sys; from edge_ft.system import Available; "
+        "Available.here = classmethod(lambda cls, out: Available(10, 10)); "
         "sys.argv[0] = 'edge-ft'; runpy.run_module('edge_ft', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", script, *map(str, flags)], capture_output=True, text=True)

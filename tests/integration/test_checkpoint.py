@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from recorded_progress import RecordedProgress
 from resumed_runs import adapter, lines, settings, stopped_at
@@ -142,13 +141,13 @@ def test_settings_that_were_left_open_are_those_of_the_run(
         open_ = {"epochs": None, "batch_size": None, "gradient_accumulation": 1, "max_steps": None, "threads": None}
         return settings(llama, sums, tmp_path / out, checkpoint_minutes=0, **open_)
 
-    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     once = tune(config("once"))
     stopped_at(config("run"), 5, monkeypatch)
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (saved["max_steps"], saved["threads"], saved["task"]) == (12, 1, "text-generation")
     assert saved["memory"] in ("high", "normal")
-    torch.set_num_threads(2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     # What memory is used for changes nothing of the result.
     again = tune(replace(config("run"), resume=True, checkpoint_steps=5, memory="low"))
     assert again.report()["threads"] == 1

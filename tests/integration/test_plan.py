@@ -11,12 +11,12 @@ from safetensors.numpy import load_file
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import PlanConfig, TuneConfig
 from edge_ft.errors import WillNotFit
-from edge_ft.system import Room
+from edge_ft.system import Available
 from edge_ft.tune import trainable_model as adapted
 from edge_ft.tune import tune
 from edge_ft.tune.plan import plan
 
-PLENTY = Room(memory=2**50, disk=2**50)
+PLENTY = Available(memory_bytes=2**50, disk_bytes=2**50)
 
 FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
 
@@ -36,7 +36,7 @@ class Heard:
 
 @pytest.fixture(scope="module")
 def planned(llama: Path, sums: Path) -> dict[str, Any]:
-    return plan(PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2), memory="normal"), room=PLENTY)
+    return plan(PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2), memory="normal"), available=PLENTY)
 
 
 def test_a_plan_counts_rows_tokens_steps_and_parameters(planned: dict[str, Any], llama_run: RunFolder) -> None:
@@ -52,7 +52,7 @@ def test_a_plan_counts_rows_tokens_steps_and_parameters(planned: dict[str, Any],
 def test_a_base_too_large_is_refused_before_it_is_loaded(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Room, "here", classmethod(lambda cls, out: Room(1000, PLENTY.disk)))
+    monkeypatch.setattr(Available, "here", classmethod(lambda cls, out: Available(1000, PLENTY.disk_bytes)))
     monkeypatch.setattr(adapted, "load_model", None)
     with pytest.raises(WillNotFit, match="take a smaller model"):
         tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
@@ -91,7 +91,7 @@ def test_a_plan_leaves_the_run_as_it_would_have_been(
 def test_a_tune_that_does_not_fit_is_refused_and_leaves_nothing(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Room, "here", classmethod(lambda cls, out: Room(PLENTY.memory, 1000)))
+    monkeypatch.setattr(Available, "here", classmethod(lambda cls, out: Available(PLENTY.memory_bytes, 1000)))
     with pytest.raises(WillNotFit, match="free some"):
         tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
     assert list(tmp_path.iterdir()) == []

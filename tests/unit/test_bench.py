@@ -1,6 +1,5 @@
 """Names, records, table and budgets of a bench; memory limits and the description of the machine."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from small_tokenizers import write_bpe
 from tiny_bundle import write_classifier
 
 from edge_ft.bench import bench
-from edge_ft.bench.meters import MemoryLimit, group_parents, machine, peak_rss_bytes, resident_bytes
+from edge_ft.bench.meters import MemoryLimit, group_parents, machine
 from edge_ft.bench.record import DECODER_UNITS, classifier_lengths, records_of, units_of
 from edge_ft.bench.report import budget_failures, markdown_table, table
 from edge_ft.bench.subjects import Subject, short_names
@@ -160,14 +159,6 @@ def test_a_classifiers_text_keeps_the_models_frame(tmp_path: Path) -> None:
 def test_no_subject_is_refused() -> None:
     with pytest.raises(UsageError, match="at least one"):
         bench([], BenchConfig())
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_resident_memory_of_this_process() -> None:
-    now, peak = resident_bytes(os.getpid()), peak_rss_bytes()
-    assert peak is not None
-    assert 10**6 < now <= peak * 1.1  # the kernel counts pages in batches
-    assert resident_bytes(2**22 + 1) == 0  # beyond the largest process id
 
 
 def test_the_machine_is_described() -> None:
