@@ -123,7 +123,9 @@ def _encode(tokenizer: TextTokenizer, rows: Rows) -> list[Example]:
     for number, row in enumerate(rows, 1):
         pair = encode_pair(tokenizer, row["transcript"], row["written"], 1, 128)
         length = len(pair.source)
-        examples.append(Example(number, pair.source, pair.target, length, row["written"], pair.cut, apart=True))
+        examples.append(
+            Example(number, pair.source, pair.target, length, row["written"], pair.cut, separate_target=True)
+        )
     return examples
 
 

@@ -1,4 +1,4 @@
-"""Rows in, token ids and loss masks out: the same in training and at run time, without torch."""
+"""From rows to token ids and loss masks: the same in training and at run time, without torch."""
 
 from edge_ft.data.answer_choices import answer_ids, find_answers
 from edge_ft.data.audit import Finding, audit, template_marks
@@ -6,28 +6,11 @@ from edge_ft.data.batches import Batch, collate, eval_batches, pad, target_mask,
 from edge_ft.data.chat import render_chat
 from edge_ft.data.choose_rendering import longest_sequence, make_rendering, rendering_for, with_pooling
 from edge_ft.data.classes import class_numbers
-from edge_ft.data.columns import (
-    Columns,
-    Message,
-    Record,
-    bare_columns,
-    fill_text,
-    find_columns,
-    find_labels,
-    find_problem,
-    guess_task,
-    has_answer,
-    is_empty,
-    record,
-)
-from edge_ft.data.encoding import (
-    encode_example,
-    encode_prompt,
-    encode_rows,
-    stop_ids,
-)
+from edge_ft.data.columns import Columns, bare_columns, find_columns, find_problem, guess_task
+from edge_ft.data.encoding import encode_example, encode_prompt, encode_rows, stop_ids
 from edge_ft.data.example import Example
 from edge_ft.data.readers import Row, column_names, read_rows, split_names
+from edge_ft.data.records import Message, Record, fill_text, find_labels, has_answer, is_empty, record
 from edge_ft.data.rendering import Rendering
 from edge_ft.data.split import fingerprint, overlap, split_rows
 from edge_ft.data.tokenizer import TextTokenizer

@@ -1,4 +1,4 @@
-"""What the rows would do to training, said before it starts, with row numbers; `docs/audit.md` lists the codes."""
+"""Problems of the training rows, found before training, with row numbers; `docs/audit.md` explains each code."""
 
 import json
 import re
@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from edge_ft.data.chat import exchange, render_chat
-from edge_ft.data.columns import Record
 from edge_ft.data.example import Example
+from edge_ft.data.records import Record
 from edge_ft.data.tokenizer import Filled, TextTokenizer
 
-__all__ = ["CODES", "Finding", "audit", "template_marks"]
+__all__ = ["CODES", "Finding", "audit", "format_rows", "preview", "shorten", "template_marks"]
 
 CODES = (
     "nothing-to-learn",
@@ -32,8 +32,8 @@ CODES = (
 )
 """Every code; the first three refuse the rows."""
 
-SHARE, RATIO = 0.9, 10
-"""Classes are out of balance when one has more than this share of the rows, or so many times the rows of another."""
+MAX_SHARE, MAX_RATIO = 0.9, 10
+"""Classes are imbalanced when one has more than this share of the rows, or this many times the rows of another."""
 
 # U+FFFD is what a decoder puts for bytes it cannot read; the others are UTF-8 read as Latin-1 or Windows-1252
 # ("Ã©" for "é", "â€™" for "’"), and control characters that only a wrong code page leaves in a text.
@@ -41,110 +41,79 @@ _UNREADABLE = re.compile(
     "\ufffd|[\u00c2\u00c3][\u0080-\u00bf\u0152-\u0178\u201a-\u2030]|\u00e2\u20ac|[\u0080-\u0084\u0086-\u009f]"
 )
 _MARKS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<|assistant|>")
-"""How widespread chat templates begin a turn, whatever this model's own looks like."""
+"""Texts with which widespread chat templates begin a turn."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about the data that the user should know."""
+    """A problem of the rows."""
 
     code: str
     """One of CODES."""
     severity: Literal["error", "warning"]
-    """error: training on these rows makes no sense, the caller refuses."""
+    """error: the rows cannot be trained on, and the caller refuses them."""
     rows: list[int]
-    """Numbers of all rows it holds for, in the user's file."""
+    """Numbers of all affected rows in the user's file."""
     message: str
     example: str = ""
-    """The first of these rows, or the beginning of it."""
+    """The beginning of the first affected row."""
     lost: tuple[int, ...] = ()
     """truncated: how many tokens of its answer each of the rows loses."""
 
     def plain(self, **where: str) -> dict[str, Any]:
-        """JSON values: `code, severity, rows, count, message, example`, and `where` it was found."""
+        """Return JSON values: `code, severity, rows, count, message, example`, and the fields of `where`."""
         values = {**asdict(self), **where, "count": len(self.rows), "lost": list(self.lost)}
         return {key: value for key, value in values.items() if value != []}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one file, as texts and as token ids."""
+
+    records: Sequence[Record]
+    examples: Sequence[Example]
+
+    def where(self, holds: Callable[[Record, Example], bool]) -> list[int]:
+        pairs = zip(self.records, self.examples, strict=True)
+        return [record.row for record, example in pairs if holds(record, example)]
+
+    def finding(
+        self, code: str, rows: list[int], message: str, *, refuse: bool = False, lost: tuple[int, ...] = ()
+    ) -> list[Finding]:
+        """Return one finding about `rows`, or none where there are no such rows."""
+        if not rows:
+            return []
+        text = f"{len(rows)} of {len(self.examples)} rows {message} ({format_rows(rows)})"
+        example = next(preview(record) for record in self.records if record.row == rows[0])
+        return [Finding(code, "error" if refuse else "warning", rows, text, example, lost)]
 
 
 def audit(
     records: Sequence[Record], examples: Sequence[Example], max_length: int, marks: Sequence[str] = ()
 ) -> list[Finding]:
-    """Findings over the rows of one file, `examples` being the encoded `records`; an empty list is good news.
+    """Return the findings about the rows of one file.
 
     Args:
-        marks: Texts that only a chat template should write.
+        records: The rows as texts.
+        examples: The same rows in token ids.
+        max_length: Tokens of the longest sequence.
+        marks: Texts that only a chat template should write, see `template_marks`.
     """
-    findings = []
-    texts = {record.row: excerpt(record) for record in records}
-    pairs = list(zip(records, examples, strict=True))
-
-    def find(code: str, rows: list[int], message: str, refuse: bool = False, lost: tuple[int, ...] = ()) -> None:
-        if rows:
-            text = f"{len(rows)} of {len(examples)} rows {message} ({numbered(rows)})"
-            findings.append(Finding(code, "error" if refuse else "warning", rows, text, texts[rows[0]], lost))
-
-    def rows_where(holds: Callable[[Record, Example], bool]) -> list[int]:
-        return [record.row for record, example in pairs if holds(record, example)]
-
-    untrained = rows_where(lambda _, example: not example.targets)
-    find(
-        "nothing-to-learn",
-        untrained,
-        f"have no token to learn within {max_length} tokens",
-        refuse=len(untrained) == len(examples),
-    )
-    cut = [example for example in examples if example.cut]
-    lost = tuple(example.cut_targets for example in cut)
-    message = f"are longer than {max_length} tokens and lose {sum(example.cut for example in cut)} tokens at their end"
-    if any(lost):
-        message += f", {sum(lost)} of them of answers, up to {max(lost)} in a row"
-    find("truncated", [example.row for example in cut], message, lost=lost)
-    find("empty-prompt", rows_where(lambda record, _: _is_blank(record)), "have an empty prompt")
-    find(
-        "empty-completion",
-        rows_where(lambda _, example: not example.reference and not _said_apart(example)),
-        "have an empty answer",
-    )
-    find(
-        "unlearned-turns",
-        rows_where(lambda _, example: example.unlearned_turns > 0),
-        "have assistant turns without loss, since the chat template would write them differently at run time",
-    )
-    again, contradicting = _repeated(records)
-    find("duplicated", again, "repeat an earlier row; equal rows stay in one split")
-    find("contradicting", contradicting, "give another answer than an earlier row with the same prompt")
-    found = {mark for record in records for value in _values(record) for mark in marks if mark in value}
-    find(
-        "template-in-text",
-        rows_where(lambda record, _: any(mark in value for value in _values(record) for mark in found)),
-        f"hold {', '.join(map(repr, sorted(found)))}, which a chat template writes: read as plain text in a value",
-    )
-    find(
-        "encoding",
-        rows_where(lambda record, _: any(_UNREADABLE.search(value) for value in _values(record))),
-        "hold characters of a text that was read in the wrong encoding, such as \ufffd or Ã©",
-    )
-    names = Counter(name for record in records for name in record.classes)
-    answers = Counter(record.classes for record in records)
-    if names and len(names if any(record.words for record in records) else answers) == 1:
-        rows = rows_where(lambda *_: True)
-        only = ", ".join(next(iter(answers)) if len(answers) == 1 else names)
-        find("one-class", rows, f"are of the one class {only!r}: there is nothing to tell apart", True)
-    # Among a row's several classes or tags, and among numbers, some are rare by nature.
-    elif names and all(len(example.labels) == 1 and isinstance(example.labels[0], int) for example in examples):
-        (commonest, most), (rarest, least) = names.most_common()[0], names.most_common()[-1]
-        if most > SHARE * len(examples) or most > RATIO * least:
-            find(
-                "imbalance",
-                rows_where(lambda _, example: example.reference == rarest),
-                f"are of class {rarest!r}, {most} of {commonest!r}: always answering {commonest!r} is right in "
-                f"{most / len(examples):.0%}",
-            )
-    return findings
+    rows = _Rows(records, examples)
+    return [
+        *_find_lost_tokens(rows, max_length),
+        *_find_empty_texts(rows),
+        *_find_repeated_rows(rows),
+        *_find_suspicious_texts(rows, marks),
+        *_find_class_balance(rows),
+    ]
 
 
 def template_marks(template: str | None, tokenizer: TextTokenizer) -> tuple[str, ...]:
-    """Texts that only a chat template should write: control tokens, and how this and other templates begin a turn."""
+    """Return texts that only a chat template should write.
+
+    These are the control tokens, and the texts with which `template` and other chat templates begin a turn.
+    """
     found = {*_MARKS, *(token for token in tokenizer.control_tokens.values() if len(token) > 1)}
     if template is not None:
         written = render_chat(template, exchange("\ufffd", "\ufffd"), False, tokenizer)
@@ -152,30 +121,121 @@ def template_marks(template: str | None, tokenizer: TextTokenizer) -> tuple[str,
     return tuple(sorted(mark for mark in found if not any(mark != other and other in mark for other in found)))
 
 
-def excerpt(record: Record) -> str:
-    """The beginning of a row as a person would recognise it, on one line of at most 120 characters."""
+def preview(record: Record) -> str:
+    """Return the beginning of a row on one line of at most 120 characters."""
     if record.messages is not None:
         text = " | ".join(f"{message['role']}: {message['content']}" for message in record.messages)
     else:
         answer = record.label if record.label is not None else record.completion
         text = " → ".join(part for part in (str(record.prompt), str(record.pair or ""), str(answer or "")) if part)
-    return shortened(text)
+    return shorten(text)
 
 
-def shortened(text: str) -> str:
-    """The text on one line of at most 120 characters."""
+def shorten(text: str) -> str:
+    """Return the beginning of a text on one line of at most 120 characters."""
     line = " ".join(text.split())
     return line if len(line) <= 120 else line[:119] + "…"
 
 
-def numbered(rows: Sequence[int]) -> str:
-    """`row 3`, or `rows 1, 2, ...`"""
-    named = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-    return f"row{'s' if len(rows) > 1 else ''} {named}"
+def format_rows(rows: Sequence[int]) -> str:
+    """Return `row 3`, or `rows 1, 2, 3, 4, 5, ...`: at most five row numbers."""
+    numbers = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+    return f"row{'s' if len(rows) > 1 else ''} {numbers}"
+
+
+def _find_lost_tokens(rows: _Rows, max_length: int) -> list[Finding]:
+    untrained = rows.where(lambda _, example: not example.targets)
+    cut = [example for example in rows.examples if example.cut]
+    lost = tuple(example.cut_targets for example in cut)
+    message = f"are longer than {max_length} tokens and lose {sum(example.cut for example in cut)} tokens at their end"
+    if any(lost):
+        message += f", {sum(lost)} of them of answers, up to {max(lost)} in a row"
+    return [
+        *rows.finding(
+            "nothing-to-learn",
+            untrained,
+            f"have no token to learn within {max_length} tokens",
+            refuse=len(untrained) == len(rows.examples),
+        ),
+        *rows.finding("truncated", [example.row for example in cut], message, lost=lost),
+    ]
+
+
+def _find_empty_texts(rows: _Rows) -> list[Finding]:
+    def lacks_answer(_: Record, example: Example) -> bool:
+        several_or_number = isinstance(example.labels[0], float)  # none of several classes is a valid answer
+        return not example.reference and not several_or_number
+
+    return [
+        *rows.finding("empty-prompt", rows.where(lambda record, _: _has_empty_prompt(record)), "have an empty prompt"),
+        *rows.finding("empty-completion", rows.where(lacks_answer), "have an empty answer"),
+        *rows.finding(
+            "unlearned-turns",
+            rows.where(lambda _, example: example.unlearned_turns > 0),
+            "have assistant turns without loss: the chat template writes them differently at run time",
+        ),
+    ]
+
+
+def _find_repeated_rows(rows: _Rows) -> list[Finding]:
+    """Find rows that the model reads as an earlier one, and rows that differ from an earlier one only in the answer."""
+    answers_of: dict[str, set[str]] = {}
+    repeated, contradicting = [], []
+    for record in rows.records:
+        prompt = json.dumps(record.messages[:-1]) if record.messages else record.prompt + (record.pair or "")
+        answer = record.label if record.label is not None else record.completion or ""
+        answers = answers_of.setdefault(prompt, set())
+        if answer in answers:
+            repeated.append(record.row)
+        elif answers and prompt:
+            contradicting.append(record.row)
+        answers.add(answer)
+    return [
+        *rows.finding("duplicated", repeated, "repeat an earlier row; equal rows stay in one split"),
+        *rows.finding("contradicting", contradicting, "have another answer than an earlier row with the same prompt"),
+    ]
+
+
+def _find_suspicious_texts(rows: _Rows, marks: Sequence[str]) -> list[Finding]:
+    found = {mark for record in rows.records for value in _values(record) for mark in marks if mark in value}
+    return [
+        *rows.finding(
+            "template-in-text",
+            rows.where(lambda record, _: any(mark in value for value in _values(record) for mark in found)),
+            f"hold {', '.join(map(repr, sorted(found)))}, which a chat template writes: in a value it is plain text",
+        ),
+        *rows.finding(
+            "encoding",
+            rows.where(lambda record, _: any(_UNREADABLE.search(value) for value in _values(record))),
+            "hold characters of a text that was read in the wrong encoding, such as \ufffd or Ã©",
+        ),
+    ]
+
+
+def _find_class_balance(rows: _Rows) -> list[Finding]:
+    examples = rows.examples
+    names = Counter(name for record in rows.records for name in record.classes)
+    answers = Counter(record.classes for record in rows.records)
+    if names and len(names if any(record.words for record in rows.records) else answers) == 1:
+        only = ", ".join(next(iter(answers)) if len(answers) == 1 else names)
+        message = f"are of the one class {only!r}: a classifier needs at least two"
+        return rows.finding("one-class", rows.where(lambda *_: True), message, refuse=True)
+    # Several classes per row, tags and numbers are unevenly distributed by nature.
+    if not names or not all(len(example.labels) == 1 and isinstance(example.labels[0], int) for example in examples):
+        return []
+    (commonest, most), (rarest, least) = names.most_common()[0], names.most_common()[-1]
+    if most <= MAX_SHARE * len(examples) and most <= MAX_RATIO * least:
+        return []
+    return rows.finding(
+        "imbalance",
+        rows.where(lambda _, example: example.reference == rarest),
+        f"are of class {rarest!r}, {most} of {commonest!r}: a model that always answers {commonest!r} is right in "
+        f"{most / len(examples):.0%} of the rows",
+    )
 
 
 def _values(record: Record) -> list[str]:
-    """What the row itself says, without the text of --prompt and --completion."""
+    """Return the texts of the row itself, without the literal text of --prompt and --completion."""
     if record.messages is not None:
         return [message["content"] for message in record.messages]
     return [
@@ -186,30 +246,9 @@ def _values(record: Record) -> list[str]:
     ]
 
 
-def _said_apart(example: Example) -> bool:
-    """Whether the answer is numbers, such as which of several classes hold: none of them is an answer."""
-    return isinstance(example.labels[0], float)
-
-
-def _is_blank(record: Record) -> bool:
-    """Whether the model is asked, but with nothing; rows of text alone ask nothing."""
+def _has_empty_prompt(record: Record) -> bool:
+    """Return whether the row has a prompt, but no text in it; rows of only a text have no prompt."""
     if record.messages is not None:
         return not any(message["content"].strip() for message in record.messages if message["role"] != "assistant")
-    asked = record.prompt.parts[1::2] if isinstance(record.prompt, Filled) else []
-    return bool(asked) and not any(value.strip() for value in asked)
-
-
-def _repeated(records: Sequence[Record]) -> tuple[list[int], list[int]]:
-    """Rows that the model reads as an earlier one, and rows that differ from an earlier one in their answer alone."""
-    seen: dict[str, set[str]] = {}
-    again, contradicting = [], []
-    for record in records:
-        asked = json.dumps(record.messages[:-1]) if record.messages else record.prompt + (record.pair or "")
-        answer = record.label if record.label is not None else record.completion or ""
-        answers = seen.setdefault(asked, set())
-        if answer in answers:
-            again.append(record.row)
-        elif answers and asked:
-            contradicting.append(record.row)
-        answers.add(answer)
-    return again, contradicting
+    values = record.prompt.parts[1::2] if isinstance(record.prompt, Filled) else []
+    return bool(values) and not any(value.strip() for value in values)

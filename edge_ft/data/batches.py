@@ -1,4 +1,4 @@
-"""Rows of similar length go together, so that little of a batch is padding."""
+"""Batches of rows of similar length, so that little of a batch is padding."""
 
 from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict
@@ -11,9 +11,9 @@ from edge_ft.data.example import IGNORED, Example
 __all__ = ["Batch", "collate", "eval_batches", "pad", "target_mask", "train_batches"]
 
 ONE_TARGET = ("text-classification", "feature-extraction")
-"""Tasks whose labels are of a whole text, not of its tokens."""
+"""Tasks with labels for a whole text, not for its tokens."""
 WINDOW = 50
-"""Batches that are sorted by length together: enough for even lengths, few enough to stay random."""
+"""Number of batches whose rows are sorted by length together: enough for even lengths, few enough to stay random."""
 
 
 class Batch(TypedDict):
@@ -24,20 +24,20 @@ class Batch(TypedDict):
     attention_mask: NDArray[np.int64]
     """[batch, seq], 1 on tokens and 0 on padding."""
     labels: NDArray[Any]
-    """[batch, targets] int64, -100 where there is no loss: [batch, seq] for tokens and tags, [batch, target] for an
-    encoder-decoder's answers, [batch, 1] for a class (or a text's rank).
-    float32 [batch, classes] for several classes, [batch, 1] for a number."""
+    """int64, -100 where there is no loss: [batch, seq] for tokens and tags, [batch, target] for the answers of an
+    encoder-decoder, [batch, 1] for a class or a rank; float32: [batch, classes] for several classes, [batch, 1] for a
+    number."""
     rows: list[int]
     """Numbers of the rows in the user's file."""
     token_type_ids: NotRequired[NDArray[np.int64]]
-    """[batch, seq]; left out where all are 0."""
+    """[batch, seq]; absent where all are 0."""
     pair_input_ids: NotRequired[NDArray[np.int64]]
     """[batch, seq of the second texts] (feature-extraction)."""
     pair_attention_mask: NotRequired[NDArray[np.int64]]
 
 
 def collate(examples: Sequence[Example], pad_id: int, task: str) -> Batch:
-    """Pad examples to the longest of them."""
+    """Return the examples of one task as a batch, padded to the longest of them."""
     input_ids, attention_mask = pad([example.input_ids for example in examples], pad_id)
     if task in ONE_TARGET:
         labels = np.array([example.labels for example in examples])
@@ -59,7 +59,7 @@ def collate(examples: Sequence[Example], pad_id: int, task: str) -> Batch:
 
 
 def pad(rows: Sequence[Sequence[float]], value: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ids of different length as one array [rows, longest], `value` at the ends, and a mask: 1 where there are ids."""
+    """Return the rows as one array [rows, longest] with `value` as padding, and its mask: 1 on ids, 0 on padding."""
     shape = (len(rows), max(map(len, rows)))
     padded, mask = np.full(shape, value, np.int64), np.zeros(shape, np.int64)
     for index, row in enumerate(rows):
@@ -69,7 +69,7 @@ def pad(rows: Sequence[Sequence[float]], value: int) -> tuple[NDArray[np.int64],
 
 
 def target_mask(labels: NDArray[Any], task: str) -> NDArray[np.bool_]:
-    """Where a batch's `labels` [batch, targets] are targets: what is scored, and what `token_nll` is about."""
+    """Return where `labels` [batch, targets] carry loss, in the same shape; only there `token_nll` counts."""
     if np.issubdtype(labels.dtype, np.floating):
         return np.ones(labels.shape, np.bool_)
     at: NDArray[np.bool_] = labels != IGNORED
@@ -79,7 +79,7 @@ def target_mask(labels: NDArray[Any], task: str) -> NDArray[np.bool_]:
 
 
 def train_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of one epoch in batches: each index once, similar lengths together, batches in random order."""
+    """Return the indices of one epoch in batches of similar `lengths`, in random order; each index occurs once."""
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     batches = []
@@ -90,7 +90,7 @@ def train_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 
 
 def eval_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches, from the shortest to the longest."""
+    """Return all indices in batches, from the shortest to the longest row."""
     return _chunks(sorted(range(len(lengths)), key=lengths.__getitem__), batch_size)
 
 

@@ -1,4 +1,4 @@
-"""A chat template in its sandbox: from messages to token ids, and where in them an answer begins and ends."""
+"""Chats: from messages through a sandboxed chat template to token ids, and the span of each answer in them."""
 
 import json
 import re
@@ -11,20 +11,20 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from edge_ft.data.columns import Message
+from edge_ft.data.records import Message
 from edge_ft.data.tokenizer import TextTokenizer
 from edge_ft.errors import DataError
 
 __all__ = ["encode_chat", "end_of_turn", "exchange", "render_chat"]
 
 MARK = "\ufdd1"
-"""Stands behind a message while its end is looked for; like CUT, none is left in a shielded text."""
+"""Marks the end of a message in a rendered chat; like CUT, it never occurs in a shielded text."""
 
 
 def render_chat(
     template: str, messages: Sequence[Message], add_generation_prompt: bool, tokenizer: TextTokenizer
 ) -> str:
-    """The chat as text, for `TextTokenizer.encode_template`; special tokens inside messages are cut.
+    """Return the chat as text, for `TextTokenizer.encode_template`; special tokens inside messages are cut.
 
     Raises:
         DataError: the template is malformed, forbidden by the sandbox, or refuses these messages.
@@ -35,12 +35,14 @@ def render_chat(
 def encode_chat(
     template: str, messages: Sequence[Message], tokenizer: TextTokenizer
 ) -> tuple[list[int], list[tuple[int, int]], int]:
-    """Ids through the last assistant turn, the spans of ids that carry loss, and how many turns carry none.
+    """Encode a chat through its last assistant turn.
 
-    A span is an assistant turn from the generation prompt through its end-of-turn token.
+    Returns:
+        The ids; the (start, end) of the ids that carry loss, one for each assistant turn from the generation prompt
+        through its end-of-turn token; the number of assistant turns without loss.
 
     Raises:
-        DataError: the template fails, or writes the last turn otherwise than it is prompted at run time.
+        DataError: the template fails, or does not write its generation prompt before the last assistant turn.
     """
     messages = _shielded(messages, tokenizer)
     turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
@@ -53,13 +55,13 @@ def encode_chat(
             edges += [len(prompt), len(turn)]
     if not edges or edges[-1] != len(turn):
         raise DataError(
-            "the chat template writes the last assistant turn otherwise than it prompts for it: "
-            "give another with --chat-template FILE"
+            "the chat template does not begin the last assistant turn with its own generation prompt: "
+            "give another template with --chat-template FILE"
         )
     heads = [tokenizer.encode_template(whole[:edge]) for edge in edges]
     ids, bounds = heads[-1], [len(head) for head in heads]
     if any(ids[: len(head)] != head for head in heads):
-        # A token reaches over an edge, which cannot happen at run time: tokenize the parts between edges.
+        # A token crosses an edge, which cannot happen at run time: tokenize the parts between edges.
         parts = [whole[start:stop] for start, stop in zip([0, *edges], edges, strict=False)]
         pieces = [tokenizer.encode_template(part) for part in parts]
         ids, bounds = list(chain.from_iterable(pieces)), list(accumulate(map(len, pieces)))
@@ -68,24 +70,26 @@ def encode_chat(
 
 
 def end_of_turn(template: str, tokenizer: TextTokenizer) -> int | None:
-    """Id of the special token with which the template closes an assistant turn; None if it uses none."""
+    """Return the id of the special token with which the template ends an assistant turn; None if it uses none."""
     last = tokenizer.encode_template(_through_end_of_turn(template, exchange("x", "x"), tokenizer))[-1]
     return last if last in tokenizer.control_tokens else None
 
 
 def exchange(prompt: str, answer: str) -> list[Message]:
-    """The chat of one question and its answer."""
+    """Return the chat of one prompt and its answer."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def _through_end_of_turn(template: str, messages: list[Message], tokenizer: TextTokenizer) -> str:
-    """The chat through the first special token behind its last message, or through that message."""
+    """Return the chat through the first special token after its last message, or through that message."""
     text = _render(template, messages, False, tokenizer)
     last = messages[-1]
     marked = [*messages[:-1], {**last, "content": last["content"] + MARK}]
     _, mark, tail = _render(template, marked, False, tokenizer).partition(MARK)
     if not mark or MARK in tail or not text.endswith(tail):
-        raise DataError("the chat template does not write each message once: give another with --chat-template FILE")
+        raise DataError(
+            "the chat template does not write each message exactly once: give another with --chat-template FILE"
+        )
     ends = [at + len(token) for token in tokenizer.control_tokens.values() if (at := tail.find(token)) >= 0]
     return text[: len(text) - len(tail) + min(ends, default=0)]
 
@@ -103,7 +107,7 @@ def _render(template: str, messages: list[Message], add_generation_prompt: bool,
             documents=None,
             **tokenizer.special_tokens,
         )
-    # An expression in a template may fail in any way that Python's operators do.
+    # An expression in a template can fail in any way that Python's operators can.
     except (
         jinja2.TemplateError,
         ArithmeticError,
@@ -115,7 +119,10 @@ def _render(template: str, messages: list[Message], add_generation_prompt: bool,
         TypeError,
         ValueError,
     ) as error:
-        raise DataError(f"the chat template cannot render this chat: {error}") from error
+        raise DataError(
+            f"the chat template cannot render this chat ({error}): change the messages, or give another template with "
+            "--chat-template FILE"
+        ) from error
 
 
 @lru_cache(maxsize=8)
@@ -123,7 +130,7 @@ def _compile(template: str) -> jinja2.Template:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    # Jinja's own escapes HTML; templates are written for transformers' version.
+    # Jinja's own filter escapes HTML; chat templates expect that of transformers.
     def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
 
@@ -133,7 +140,7 @@ def _compile(template: str) -> jinja2.Template:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # {% generation %} marks answers for trainers that read it; here it is a block like any other.
+    # {% generation %} marks answers for other trainers; here it becomes a block that is always rendered.
     return environment.from_string(
         re.sub(r"(\{%-?\s*)(end)?generation\b", lambda at: at[1] + ("endif" if at[2] else "if true"), template)
     )

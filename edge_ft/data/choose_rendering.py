@@ -8,9 +8,10 @@ from typing import Literal, Protocol
 from edge_ft.config import Pooling, ProblemType, RowsConfig, Task
 from edge_ft.data.chat import end_of_turn
 from edge_ft.data.classes import class_numbers
-from edge_ft.data.columns import Columns, find_columns, find_labels, find_problem, guess_task
+from edge_ft.data.columns import Columns, find_columns, find_problem, guess_task
 from edge_ft.data.encoders import ENCODERS
 from edge_ft.data.readers import Row, column_names
+from edge_ft.data.records import find_labels
 from edge_ft.data.rendering import Rendering
 from edge_ft.data.seq2seq import check_pairs
 from edge_ft.data.tokenizer import TextTokenizer

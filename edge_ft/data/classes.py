@@ -1,4 +1,4 @@
-"""What a label column says about a text: one class, several, or a number."""
+"""The label column of a text: one class, several classes or a number."""
 
 import json
 import math
@@ -13,7 +13,7 @@ __all__ = ["class_numbers", "class_targets", "guess_problem", "read_classes", "s
 
 
 def guess_problem(rows: Sequence[Row], column: str) -> ProblemType:
-    """What the values of a label column are: lists of classes, numbers that are not all whole, or classes."""
+    """Return what a label column holds: lists of classes, numbers that are not all whole, or single classes."""
     values = [row.fields.get(column) for row in rows]
     if any(isinstance(value, list) for value in values):
         return "multi_label_classification"
@@ -25,28 +25,31 @@ def guess_problem(rows: Sequence[Row], column: str) -> ProblemType:
 
 
 def read_classes(value: Any, problem: ProblemType, where: str) -> tuple[str, ...]:
-    """The classes that a row's label names, or its one number as text.
+    """Return the classes that a label names, or its number as text.
 
     Args:
-        value: What stands in the label column; not null.
-        where: Row and column, for messages.
+        value: The value of the label column; not null.
+        problem: What the label column holds.
+        where: Row and column, for error messages.
 
     Raises:
-        DataError: a value of another kind.
+        DataError: the value is of another kind.
     """
     if problem == "multi_label_classification":
-        if isinstance(value, str):  # a table holds lists as text
+        if isinstance(value, str):  # tables store lists as text
             value = _list(value)
         if not isinstance(value, list) or not all(isinstance(name, str | int) for name in value):
-            raise DataError(f"{where} is {value!r}: several classes are a list of texts or whole numbers")
+            raise DataError(
+                f"{where} is {value!r}: with several classes per row it must be a list of texts or whole numbers"
+            )
         return tuple(dict.fromkeys(str(name).strip() for name in value))
     if problem == "regression":
         number = _number(value)
         if number is None or not math.isfinite(number):
-            raise DataError(f"{where} is {value!r}: regression learns a number")
+            raise DataError(f"{where} is {value!r}: for regression it must be a finite number")
         return (str(number),)
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # what a table makes of whole numbers with a gap
+        value = int(value)  # a table column of whole numbers with a missing value is read as floats
     if isinstance(value, float | list | dict) or not str(value).strip():
         raise DataError(f"{where} is {value!r}: a class must be text or a whole number")
     return (str(value).strip(),)
@@ -55,10 +58,16 @@ def read_classes(value: Any, problem: ProblemType, where: str) -> tuple[str, ...
 def class_targets(
     classes: tuple[str, ...], problem: ProblemType, labels: tuple[str, ...], where: str
 ) -> list[int] | list[float]:
-    """What `Example.labels` holds for what `read_classes` found.
+    """Return `Example.labels` for the classes that `read_classes` returned.
+
+    Args:
+        classes: Classes of the row, or its number.
+        problem: What the label column holds.
+        labels: All classes, in the order of the logits.
+        where: The row, for error messages.
 
     Raises:
-        DataError: a class that is none of `labels`.
+        DataError: a class is not among `labels`.
     """
     if problem == "regression":
         return [float(classes[0])]
@@ -72,17 +81,17 @@ def class_targets(
 
 
 def sort_classes(names: set[str]) -> tuple[str, ...]:
-    """Classes in their order: whole numbers by value, then text by the alphabet."""
+    """Return classes in order: whole numbers by value, then texts alphabetically."""
     return tuple(sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
 
 
 def class_numbers(labels: Sequence[str]) -> tuple[str, ...]:
-    """The places of a head's classes as rows may name them: "0", "1", ..."""
+    """Return the indices of the classes as text: "0", "1", ...; rows may use them instead of names."""
     return tuple(map(str, range(len(labels))))
 
 
 def _number(value: Any) -> float | None:
-    """A number, or a text that is one; a truth value is none."""
+    """Return the number that a value is or spells; None for anything else, and for booleans."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Texts that belong together: each is told from the other second texts of its batch (feature-extraction)."""
+"""Contrastive pairs (feature-extraction): a text must be nearer to its own second text than to others."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ from numpy.typing import NDArray
 
 from edge_ft.data.batches import Batch
 
-__all__ = ["SCALE", "TOGETHER", "duplicate_texts", "in_batch_loss", "pool"]
+__all__ = ["SCALE", "SCORED_TOGETHER", "duplicate_texts", "in_batch_loss", "pool"]
 
 SCALE = 20.0
-"""Cosines are multiplied by it (Reimers & Gurevych's MultipleNegativesRankingLoss)."""
-TOGETHER = 32
-"""Rows that are scored together, whatever the batch size of training: the loss grows with their number."""
+"""Factor of the cosine similarities (MultipleNegativesRankingLoss of sentence-transformers)."""
+SCORED_TOGETHER = 32
+"""Rows per scored batch, whatever the training batch size: the loss grows with the number of rows in a batch."""
 
 
 def duplicate_texts(batch: Batch) -> NDArray[np.bool_]:
-    """[batch, batch]: where another row's second text is right as well, since either of its texts is the same."""
+    """Return [batch, batch]: whether another row's second text is also right, since one of the row's texts is equal."""
     same = np.zeros((len(batch["rows"]),) * 2, np.bool_)
     for ids in (batch["input_ids"], batch["pair_input_ids"]):
         same |= (ids[:, None] == ids[None]).all(-1)
@@ -27,13 +27,14 @@ def duplicate_texts(batch: Batch) -> NDArray[np.bool_]:
 def in_batch_loss(
     first: NDArray[np.float32], second: NDArray[np.float32], batch: Batch
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Loss and rank of each row's own second text among those of its batch.
+    """Loss and rank of each row's own second text among the second texts of its batch.
 
-    Henderson et al., arXiv:1705.00652: cross-entropy over the scaled cosines with every second text.
+    Cross-entropy over the scaled cosine similarities (Henderson et al., arXiv:1705.00652).
 
     Args:
-        first: [batch, hidden], of length 1.
-        second: The same, of the second texts.
+        first: Embeddings of the first texts [batch, hidden], of length 1.
+        second: Embeddings of the second texts [batch, hidden], of length 1.
+        batch: The texts, to find equal ones.
 
     Returns:
         nll (nats) and rank (0 is the nearest), both [batch, 1].
@@ -46,7 +47,7 @@ def in_batch_loss(
 
 
 def pool(hidden: NDArray[Any], attention_mask: NDArray[np.int64], pooling: str | None) -> NDArray[np.float32]:
-    """One vector a text: the first token's, or the mean of all; [batch, seq, hidden] -> [batch, hidden]."""
+    """Return one embedding per text, of its first token (cls) or the mean: [batch, seq, hidden] -> [batch, hidden]."""
     if pooling == "cls":
         return np.asarray(hidden[:, 0], np.float32)
     mask = attention_mask[:, :, None].astype(np.float32)

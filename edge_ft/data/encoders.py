@@ -1,12 +1,12 @@
-"""From a record to token ids for models that read a whole text at once: one function a task."""
+"""From a record to token ids for encoders: one function per task."""
 
 from collections.abc import Callable
 
 from edge_ft.config import Task
 from edge_ft.data.classes import class_targets
-from edge_ft.data.columns import Record
 from edge_ft.data.example import IGNORED, Example
 from edge_ft.data.masking import mask_tokens
+from edge_ft.data.records import Record
 from edge_ft.data.rendering import Rendering
 from edge_ft.data.tokenizer import TextTokenizer
 from edge_ft.data.words import encode_words
@@ -16,10 +16,10 @@ __all__ = ["ENCODERS"]
 
 
 def encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
-    """A text, or two, and its class, classes or number.
+    """Return one or two texts with their class, classes or number.
 
     Raises:
-        DataError: a class that is none of the rendering's; the message names the row.
+        DataError: the rendering does not have this class; the message names the row.
     """
     problem = rendering.problem_type or "single_label_classification"
     targets = class_targets(record.classes, problem, rendering.labels, f"row {record.row}")
@@ -36,10 +36,10 @@ def encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record) 
 
 
 def encode_tags(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
-    """Words and their tags, each at its word's first token.
+    """Return words with their tags, each tag at the first token of its word.
 
     Raises:
-        DataError: a tag that is none of the rendering's; the message names the row.
+        DataError: the rendering does not have this tag; the message names the row.
     """
     words = encode_words(tokenizer, record.words, rendering.max_length)
     labels = [IGNORED] * len(words.input_ids)
@@ -47,7 +47,9 @@ def encode_tags(rendering: Rendering, tokenizer: TextTokenizer, record: Record) 
     for start, tag in zip(words.starts, record.classes, strict=True):
         if tag not in rendering.labels:
             near = did_you_mean(tag, list(rendering.labels))
-            raise DataError(f"row {record.row}: {tag!r} is none of the tags{near}: {', '.join(rendering.labels)}")
+            raise DataError(
+                f"row {record.row}: {tag!r} is none of the tags{near}: they are {', '.join(rendering.labels)}"
+            )
         if start is None:
             lost += 1
         else:
@@ -60,21 +62,21 @@ def encode_tags(rendering: Rendering, tokenizer: TextTokenizer, record: Record) 
 
 
 def encode_masked(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
-    """A text of which some tokens are hidden and learned.
+    """Return a text of which some tokens are masked and learned.
 
     Raises:
-        ModelError: the tokenizer has no mask.
+        ModelError: the tokenizer has no mask token.
     """
     if tokenizer.mask_id is None:
-        raise ModelError("the tokenizer names no mask_token, so there is nothing to hide tokens with")
+        raise ModelError("the tokenizer names no mask_token, which fill-mask needs: choose a model that has one")
     framed = tokenizer.encode_classifier(record.prompt, rendering.max_length)
     stop = len(framed.ids) - (len(tokenizer.encode_classifier("", rendering.max_length).ids) - framed.start)
     ids, labels = mask_tokens(framed.ids, framed.start, stop, tokenizer.mask_id)
     return Example(record.row, ids, labels, len(ids), record.prompt, framed.cut)
 
 
-def encode_related(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
-    """A text, and the one that should be found with it."""
+def encode_pair_of_texts(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
+    """Return a text and the text that should be retrieved for it."""
     first, second = (
         tokenizer.encode_classifier(text, rendering.max_length) for text in (record.prompt, record.completion or "")
     )
@@ -93,5 +95,5 @@ ENCODERS: dict[Task, Callable[[Rendering, TextTokenizer, Record], Example]] = {
     "text-classification": encode_text,
     "token-classification": encode_tags,
     "fill-mask": encode_masked,
-    "feature-extraction": encode_related,
+    "feature-extraction": encode_pair_of_texts,
 }

@@ -1,36 +1,32 @@
-"""From a record to token ids: the one place that decides what the model reads, in training and at run time.
+"""From a record to token ids: the only code that decides what the model reads, in training and at run time.
 
-Plain rows are [BOS if the tokenizer adds one] + prompt + completion + EOS, prompt and completion tokenized
-apart, loss on completion and EOS; control tokens are read where --prompt and --completion write them, never
-in a column's value. Chats are what the chat template writes and nothing else (it writes its own
-BOS), loss on each assistant turn through its end-of-turn token. A template that changes earlier turns when
-the chat goes on (as those that drop earlier thinking do) gives loss only on the turns that it leaves as the
-model will see them at run time; `Example.unlearned_turns` counts the others. An encoder-decoder has prompt and
-completion as two sequences (`edge_ft.data.seq2seq`).
+- Plain rows are [BOS if the tokenizer adds one] + prompt + completion + EOS. Prompt and completion are tokenized
+  separately; completion and EOS carry the loss. Control tokens are recognised in the literal text of --prompt and
+  --completion, never in a column's value.
+- Chats are exactly what the chat template writes, including its own BOS. Each assistant turn carries the loss
+  through its end-of-turn token. Some templates rewrite earlier turns as the chat continues, e.g. to remove earlier
+  thinking: then only the turns that read as they will at run time carry the loss, and `Example.unlearned_turns`
+  counts the others.
+- An encoder-decoder reads prompt and completion as two sequences (`edge_ft.data.seq2seq`).
 """
 
 from collections.abc import Sequence
 
 from edge_ft.data.chat import encode_chat, end_of_turn, exchange, render_chat
-from edge_ft.data.columns import Message, Record, record
 from edge_ft.data.encoders import ENCODERS
 from edge_ft.data.example import IGNORED, Example
 from edge_ft.data.readers import Row
+from edge_ft.data.records import Message, Record, record
 from edge_ft.data.rendering import Rendering
 from edge_ft.data.seq2seq import encode_pair, encode_source
 from edge_ft.data.tokenizer import TextTokenizer
 from edge_ft.errors import DataError
 
-__all__ = [
-    "encode_example",
-    "encode_prompt",
-    "encode_rows",
-    "stop_ids",
-]
+__all__ = ["encode_example", "encode_prompt", "encode_rows", "stop_ids"]
 
 
 def stop_ids(rendering: Rendering, tokenizer: TextTokenizer) -> frozenset[int]:
-    """Ids that end an answer: the model's own, and what this rendering puts behind one."""
+    """Return the ids that end an answer: the model's own, and the one that this rendering puts after an answer."""
     ends = {rendering.appended_eos}
     if rendering.chat_template is not None:
         ends.add(end_of_turn(rendering.chat_template, tokenizer))
@@ -38,28 +34,28 @@ def stop_ids(rendering: Rendering, tokenizer: TextTokenizer) -> frozenset[int]:
 
 
 def encode_prompt(rendering: Rendering, tokenizer: TextTokenizer, prompt: str | Sequence[Message]) -> list[int]:
-    """Ids up to where the answer begins: [BOS] + prompt, or the chat and the template's generation prompt.
+    """Return the ids before the answer: [BOS] + prompt, or the chat and the template's generation prompt.
 
-    A text becomes the user's message where the rendering has a chat template.
+    With a chat template a text becomes the user's message.
 
     Raises:
-        DataError: messages without a chat template, or a template that refuses them.
+        DataError: messages were given and there is no chat template, or the template refuses them.
     """
     if rendering.chat_template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return tokenizer.encode_template(render_chat(rendering.chat_template, messages, True, tokenizer))
     if not isinstance(prompt, str):
-        raise DataError("this model was not trained with a chat template: give text instead of messages")
+        raise DataError("this model was not trained with a chat template: give a text instead of messages")
     if rendering.task == "text2text-generation":
         return encode_source(tokenizer, prompt)[0]
     return [*([] if rendering.bos is None else [rendering.bos]), *tokenizer.encode(prompt)]
 
 
 def encode_example(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
-    """One record in token ids, with its loss mask.
+    """Return one record in token ids with its labels.
 
     Raises:
-        DataError: an unknown class, or a chat that this template cannot render; the message names the row.
+        DataError: an unknown class, no answer, or a chat that the template cannot render; the message names the row.
     """
     if rendering.task in ENCODERS:
         return ENCODERS[rendering.task](rendering, tokenizer, record)
@@ -68,55 +64,65 @@ def encode_example(rendering: Rendering, tokenizer: TextTokenizer, record: Recor
     if completion is None:
         raise DataError(f"row {record.row} has no answer to learn: give --completion, or a chat with an assistant turn")
     if rendering.task == "text2text-generation":
-        assert rendering.appended_eos is not None
-        pair = encode_pair(tokenizer, record.prompt, completion, rendering.appended_eos, rendering.max_length)
-        reference = tokenizer.without_controls(completion)
-        return Example(
-            record.row,
-            pair.source,
-            pair.target,
-            len(pair.source),
-            reference,
-            pair.cut,
-            cut_targets=pair.cut_targets,
-            apart=True,
-        )
-    skipped = 0
+        return _encode_sequences(rendering, tokenizer, record, completion)
     try:
-        if rendering.chat_template is None:
-            ids = encode_prompt(rendering, tokenizer, record.prompt)
-            start = len(ids)
-            ids = ids + tokenizer.encode(completion)
-            spans = [(start, len(ids))]
-        else:
-            messages = record.messages or exchange(record.prompt, completion)
-            ids, spans, skipped = encode_chat(rendering.chat_template, messages, tokenizer)
+        return _encode_text(rendering, tokenizer, record, completion)
     except DataError as error:
         raise DataError(f"row {record.row}: {error}") from error
+
+
+def encode_rows(rendering: Rendering, tokenizer: TextTokenizer, rows: Sequence[Row]) -> list[Example]:
+    """Return `encode_example` of each row.
+
+    Raises:
+        DataError: a row cannot be used; the message names the first one.
+    """
+    return [encode_example(rendering, tokenizer, record(row, rendering.columns)) for row in rows]
+
+
+def _encode_sequences(rendering: Rendering, tokenizer: TextTokenizer, record: Record, completion: str) -> Example:
+    """Return a row of an encoder-decoder."""
+    assert rendering.appended_eos is not None
+    pair = encode_pair(tokenizer, record.prompt, completion, rendering.appended_eos, rendering.max_length)
+    return Example(
+        record.row,
+        pair.source,
+        pair.target,
+        len(pair.source),
+        tokenizer.without_controls(completion),
+        pair.cut,
+        cut_targets=pair.cut_targets,
+        separate_target=True,
+    )
+
+
+def _encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record, completion: str) -> Example:
+    """Return a row of a decoder: a prompt with its completion, or a chat."""
+    unlearned_turns = 0
+    if rendering.chat_template is None:
+        prompt = encode_prompt(rendering, tokenizer, record.prompt)
+        ids = prompt + tokenizer.encode(completion)
+        spans = [(len(prompt), len(ids))]
+        reference = tokenizer.without_controls(completion)
+    else:
+        messages = record.messages or exchange(record.prompt, completion)
+        ids, spans, unlearned_turns = encode_chat(rendering.chat_template, messages, tokenizer)
+        reference = completion
     if rendering.appended_eos is not None:
         ids = [*ids, rendering.appended_eos]
         spans[-1] = (spans[-1][0], len(ids))
     labels = [IGNORED] * len(ids)
     for begin, end in spans:
         labels[begin:end] = ids[begin:end]
-    labels[0] = IGNORED  # nothing predicts the first token
+    labels[0] = IGNORED  # the first token is given, not predicted
     limit = rendering.max_length
     return Example(
         record.row,
         ids[:limit],
         labels[:limit],
         min(spans[-1][0], limit),
-        tokenizer.without_controls(completion) if rendering.chat_template is None else completion,
+        reference,
         max(len(ids) - limit, 0),
-        skipped,
+        unlearned_turns,
         sum(label != IGNORED for label in labels[limit:]),
     )
-
-
-def encode_rows(rendering: Rendering, tokenizer: TextTokenizer, rows: Sequence[Row]) -> list[Example]:
-    """`encode_example` of each row.
-
-    Raises:
-        DataError: the first row that cannot be used; the message names it.
-    """
-    return [encode_example(rendering, tokenizer, record(row, rendering.columns)) for row in rows]

@@ -1,4 +1,4 @@
-"""Which tokens of a text are hidden and learned (fill-mask)."""
+"""Which tokens of a text are masked and learned (fill-mask)."""
 
 import hashlib
 
@@ -9,18 +9,24 @@ from edge_ft.data.example import IGNORED
 __all__ = ["SHARE", "mask_tokens"]
 
 SHARE = 0.15
-"""Of a text's tokens, as BERT (arXiv:1810.04805)."""
+"""Share of a text's tokens that are masked, as in BERT (arXiv:1810.04805)."""
 
 
 def mask_tokens(input_ids: list[int], start: int, stop: int, mask_id: int) -> tuple[list[int], list[int]]:
-    """Hide 15% of the tokens from `start` to `stop`, one at least, and learn them.
+    """Mask 15% of the tokens from `start` to `stop`, at least one.
 
-    Which ones follows from the tokens themselves: tune, export, verify and eval ask the same of a row, in every
-    epoch. Each is replaced by the mask, which learns no worse than BERT's 80/10/10 (Wettig et al.,
+    The choice depends only on the token ids, so that tune, export, verify and eval mask a row alike in every epoch.
+    Every chosen token becomes the mask token, which learns no worse than BERT's 80/10/10 scheme (Wettig et al.,
     arXiv:2202.08005).
 
+    Args:
+        input_ids: Token ids of the text.
+        start: First position that may be masked.
+        stop: Position after the last one that may be masked.
+        mask_id: Id of the mask token.
+
     Returns:
-        The ids with masks, and the labels: the hidden ids at their places, -100 elsewhere.
+        The ids with masks, and the labels: the original ids where masked, -100 elsewhere.
     """
     labels = [IGNORED] * len(input_ids)
     if stop <= start:

@@ -1,4 +1,4 @@
-"""Every supported file becomes a list of numbered rows, or one sentence that says where it is broken."""
+"""Readers: a file, folder or hub data set becomes a list of numbered rows, or an error that names the line."""
 
 import csv
 import io
@@ -19,23 +19,27 @@ class Row:
     """One record of the user's data."""
 
     number: int
-    """Line of the file where the record starts, from 1; without lines its place in the list."""
+    """Line of the file where the record starts, from 1; in formats without lines its position in the list."""
     fields: dict[str, Any]
 
 
 def column_names(rows: Sequence[Row]) -> list[str]:
-    """Every column that any row has, in the order of their first appearance."""
+    """Return the columns of all rows, in the order of their first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row.fields))
 
 
 def read_rows(source: str, split: str | None = None) -> list[Row]:
-    """Rows of a .jsonl, .json, .csv, .tsv, .parquet or .conll file, a folder saved by `datasets`, or a hub data set.
+    """Read a .jsonl, .json, .csv, .tsv, .parquet or .conll file, a folder saved by `datasets`, or a hub data set.
 
-    A split of a folder or hub data set is named by `split`, or in the source: FOLDER:validation. A folder with
-    several needs one of both; a hub data set's default is train.
+    Args:
+        source: File, folder or hub id; FOLDER:validation also names a split.
+        split: Split of a folder or hub data set; a folder with several needs one, the default of a hub id is train.
+
+    Returns:
+        At least one row.
 
     Raises:
-        DataError: a source that is missing, empty or malformed; the message names the line.
+        DataError: the source is missing, empty or malformed; the message names the line.
         MissingExtra: Parquet, saved folders and hub data sets need `edge-ft[train]`.
     """
     place, colon, named = source.rpartition(":")
@@ -46,11 +50,11 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
     if path.is_file():
         reader = READERS.get(path.suffix.lower())
         if reader is None:
-            raise DataError(f"{path} is of no known format: give a file that ends in {', '.join(READERS)}")
+            raise DataError(f"{path} has an unknown format: give a file that ends in {', '.join(READERS)}")
         rows = reader(path)
     elif path.is_dir():
         rows = _read_saved_folder(path, split)
-    # An id is NAME or OWNER/NAME; with an ending, or where OWNER is a folder, a mistyped path is likelier.
+    # An id is NAME or OWNER/NAME; with a file extension, or where OWNER is a folder, a mistyped path is more likely.
     elif re.fullmatch(r"[\w-]+", source) or (
         re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
         and path.suffix.lower() not in READERS
@@ -61,7 +65,7 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
         neighbours = sorted(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else []
         raise DataError(f"{source} does not exist{did_you_mean(path.name, neighbours)}")
     if not rows:
-        raise DataError(f"{source} holds no rows")
+        raise DataError(f"{source} holds no rows: give a file with at least one")
     return rows
 
 
@@ -76,14 +80,14 @@ def _read_text(path: Path) -> str:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
-    # Not splitlines(): JSON strings may hold U+2028 and its kin unescaped.
+    # Not splitlines(), which also splits at U+2028 and the like: JSON strings may hold those unescaped.
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} line {number} is not JSON ({error}): write one object a line") from error
+            raise DataError(f"{path} line {number} is not JSON ({error}): write one object per line") from error
         rows.append(_row(number, fields, f"{path} line {number}"))
     return rows
 
@@ -92,7 +96,7 @@ def _read_json(path: Path) -> list[Row]:
     try:
         content = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); a file with one object a line ends in .jsonl") from error
+        raise DataError(f"{path} is not JSON ({error}); if it has one object per line, name it .jsonl") from error
     if not isinstance(content, list):
         raise DataError(f"{path} holds one JSON {type(content).__name__}: it must be a list of objects")
     return [_row(number, fields, f"{path} item {number}") for number, fields in enumerate(content, start=1)]
@@ -107,7 +111,7 @@ def _row(number: int, fields: Any, where: str) -> Row:
 def _read_csv(path: Path) -> list[Row]:
     csv.field_size_limit(2**31 - 1)  # the module's default refuses texts over 128 KiB
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    # strict: a quote that never closes must not swallow the rest of the file
+    # strict: a quote that is never closed is an error, and does not swallow the rest of the file
     records = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     rows = []
@@ -122,7 +126,10 @@ def _read_csv(path: Path) -> list[Row]:
                 if twice := sorted({name for name in header if header.count(name) > 1}):
                     raise DataError(f"{path} names the column {twice[0]!r} twice: rename one")
             elif len(record) != len(header):
-                raise DataError(f"{path} line {start} has {len(record)} fields, its header has {len(header)}")
+                raise DataError(
+                    f"{path} line {start} has {len(record)} fields and its header has {len(header)}: "
+                    "quote fields that hold the separator"
+                )
             else:
                 rows.append(Row(start, dict(zip(header, record, strict=True))))
     except csv.Error as error:
@@ -131,7 +138,7 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _read_conll(path: Path) -> list[Row]:
-    """Sentences of CoNLL's columns: a word, what else there is, and its tag, a word a line, blank lines between."""
+    """Read CoNLL columns: per line a word, other columns, and the word's tag; blank lines separate sentences."""
     rows: list[Row] = []
     start, words, tags = 0, list[str](), list[str]()
     for number, line in enumerate([*_read_text(path).split("\n"), ""], start=1):
@@ -155,7 +162,7 @@ def _read_parquet(path: Path) -> list[Row]:
     try:
         return _from_table(parquet.read_table(path).to_pylist())
     except arrow.ArrowException as error:
-        raise DataError(f"{path} cannot be read as Parquet ({error})") from error
+        raise DataError(f"{path} cannot be read as Parquet ({error}): write the file again") from error
 
 
 def _read_saved_folder(path: Path, split: str | None) -> list[Row]:
@@ -177,7 +184,7 @@ def _read_saved_folder(path: Path, split: str | None) -> list[Row]:
 
 
 def split_names(source: str) -> list[str]:
-    """The splits of a folder that `datasets` saved several in; none for anything else."""
+    """Return the splits of a folder in which `datasets` saved several; none for anything else."""
     index = Path(source) / "dataset_dict.json"
     return list(json.loads(_read_text(index))["splits"]) if index.is_file() else []
 
@@ -188,19 +195,21 @@ def _read_hub(source: str, split: str | None) -> list[Row]:
         dataset = datasets.load_dataset(source, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:
         near = did_you_mean(source, [file.name for file in Path().iterdir()])
-        raise DataError(f"{source} is no file here{near}, nor a hub data set that can be reached ({error})") from error
+        raise DataError(
+            f"{source} is neither an existing file{near} nor a hub data set that can be reached ({error})"
+        ) from error
     return _from_dataset(dataset)
 
 
 def _from_dataset(dataset: Any) -> list[Row]:
-    """Rows of a `datasets.Dataset`, classes by their names."""
+    """Return the rows of a `datasets.Dataset`, with class names instead of class numbers."""
     records = dataset.to_list()
     for column, feature in dataset.features.items():
         inner: Any = getattr(feature, "feature", None)  # of a list
         for record in records:
             if hasattr(feature, "int2str"):
                 number = record[column]
-                # Below 0 is how data sets without answers say null.
+                # Data sets without labels have -1 instead of null.
                 record[column] = None if number is None or number < 0 else feature.int2str(number)
             elif hasattr(inner, "int2str") and record[column] is not None:
                 record[column] = [inner.int2str(number) for number in record[column]]
@@ -208,7 +217,7 @@ def _from_dataset(dataset: Any) -> list[Row]:
 
 
 def _from_table(records: list[dict[str, Any]]) -> list[Row]:
-    # Dates, decimals and bytes become text here, so that a row can always be written as JSON again.
+    # Dates, decimals and bytes become text, so that a row can always be written as JSON again.
     return [Row(number, json.loads(json.dumps(fields, default=str))) for number, fields in enumerate(records, start=1)]
 
 

@@ -1,4 +1,4 @@
-"""What an encoder-decoder reads and what it answers: two sequences of their own, each with its own end."""
+"""Rows of an encoder-decoder: prompt and answer are two sequences, each with its own end."""
 
 import sys
 from typing import NamedTuple
@@ -14,36 +14,39 @@ class Pair(NamedTuple):
     """One row in token ids."""
 
     source: list[int]
-    """For the encoder: the prompt as the tokenizer's own post-processor frames it (T5: `</s>` behind it)."""
+    """For the encoder: the prompt with the special tokens that the tokenizer adds (T5: `</s>` at its end)."""
     target: list[int]
-    """For the decoder to say: the completion and EOS. What it starts from is the model's decoder_start_token_id."""
+    """For the decoder to learn: the completion and EOS; it starts from the model's decoder_start_token_id."""
     cut: int
-    """Tokens beyond the limit, of both."""
+    """Tokens of both that were cut off."""
     cut_targets: int
-    """Those of the target among them."""
+    """Tokens of the target that were cut off."""
 
 
 def check_pairs(columns: Columns, chat_template: str | None) -> None:
-    """Refuse rows that are no pairs of prompt and completion.
+    """Check that rows are pairs of prompt and completion.
 
     Raises:
-        DataError: chats, texts alone, or a chat template.
+        DataError: the rows are chats or single texts, or a chat template was given.
     """
     if chat_template not in (None, "none"):
         raise DataError("--chat-template is for decoders: an encoder-decoder reads its prompt as --prompt writes it")
     if columns.kind == "messages" or columns.prompt is None:
-        what = "chats" if columns.kind == "messages" else "texts alone"
-        raise DataError(f"text2text-generation needs a prompt and a completion, and these rows are {what}")
+        what = "chats" if columns.kind == "messages" else "single texts"
+        raise DataError(
+            f"text2text-generation needs a prompt and a completion, and these rows are {what}: "
+            "name the columns with --prompt and --completion"
+        )
 
 
 def encode_source(tokenizer: TextTokenizer, prompt: str, limit: int | None = None) -> tuple[list[int], int]:
-    """Ids of a prompt, framed and at most `limit` long, and how many tokens were cut off its end."""
+    """Return the ids of a prompt with its special tokens, at most `limit`, and how many tokens were cut off."""
     framed = tokenizer.encode_classifier(prompt, sys.maxsize if limit is None else limit)
     return framed.ids, framed.cut
 
 
 def encode_pair(tokenizer: TextTokenizer, prompt: str, completion: str, eos: int, limit: int) -> Pair:
-    """Both sides of a row, each at most `limit` tokens long; a target that is cut has no EOS, for it does not end."""
+    """Return both sequences of a row, each of at most `limit` tokens; a target that was cut has no EOS."""
     source, cut = encode_source(tokenizer, prompt, limit)
     target = [*tokenizer.encode(completion), eos]
     lost = max(len(target) - limit, 0)

@@ -1,4 +1,4 @@
-"""Shares of rows that never have a row in common, and a fingerprint of what they hold."""
+"""Splits of rows that have no row in common, and a fingerprint of rows."""
 
 import hashlib
 import json
@@ -16,10 +16,17 @@ SPLITS = ("train", "validation", "test")
 def split_rows(
     rows: Sequence[Row], shares: tuple[float, float, float], seed: int, key: Callable[[Row], str] | None = None
 ) -> dict[str, list[Row]]:
-    """Rows of train, validation and test; equal rows stay together, each split keeps the rows' order.
+    """Split rows into train, validation and test; equal rows stay in one split.
 
-    Rows are equal when all their fields are, or what `key` gives of them. `shares` sum to 1. Every non-zero
-    share gets rows as long as there are enough different ones, train first.
+    Args:
+        rows: Rows in the order that each split keeps.
+        shares: Share of train, validation and test; they sum to 1. Every non-zero share gets at least one row, train
+            first, as long as there are enough different rows.
+        seed: Seed of the random split.
+        key: What makes two rows equal; default all their fields.
+
+    Returns:
+        Rows by the name of the split.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -37,14 +44,14 @@ def split_rows(
 def overlap(
     first: Sequence[Row], second: Sequence[Row], key: Callable[[Row], str] | None = None
 ) -> list[tuple[int, int]]:
-    """Numbers of equal rows: (row of `first`, row of `second`)."""
+    """Return the numbers of equal rows, as (row of `first`, row of `second`); `key` is that of `split_rows`."""
     key = key or content
     numbers = {key(row): row.number for row in reversed(first)}
     return [(numbers[found], row.number) for row in second if (found := key(row)) in numbers]
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
-    """Hex sha256 of the rows' content in their order."""
+    """Return the hex sha256 of the rows' fields, in the order of the rows."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(content(row).encode() + b"\n")
@@ -52,5 +59,5 @@ def fingerprint(rows: Sequence[Row]) -> str:
 
 
 def content(row: Row) -> str:
-    """Equal for rows whose fields are all equal, in whatever order they are written."""
+    """Return the fields of a row as JSON with sorted keys: equal for rows with equal fields."""
     return json.dumps(row.fields, sort_keys=True)

@@ -1,4 +1,4 @@
-"""A model's tokenizer without transformers, in which a user's text never becomes a control token."""
+"""A model's tokenizer without transformers, which never reads a control token in a user's text."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from edge_ft.errors import DataError, ModelError
 __all__ = ["Filled", "Framed", "TextTokenizer"]
 
 CUT = "\ufdd0"
-"""Marks where a text must be tokenized in two parts: a noncharacter, which Unicode reserves for such use."""
+"""Marks where a text is tokenized in two parts: a noncharacter, which Unicode reserves for internal use."""
 
 FILES = (
     "tokenizer.json",
@@ -30,20 +30,20 @@ FILES = (
 
 
 class Filled(str):
-    """A filled template that knows its parts: only what the template itself says may be a control token."""
+    """A filled text template that keeps its parts: only the template's literal text may hold control tokens."""
 
     parts: tuple[str, ...]
-    """The template's own text and the values put into it, in turn; the first and the last are its own."""
+    """The template's literal texts and the values in turn; the first and the last are literal."""
 
     def __new__(cls, parts: Sequence[str]) -> "Filled":
-        """The parts as one text; slices and sums of it are ordinary text again."""
+        """Return the parts as one text; slices and sums of it are ordinary text again."""
         filled = super().__new__(cls, "".join(parts))
         filled.parts = tuple(parts)
         return filled
 
     @classmethod
     def concat(cls, texts: Sequence[str]) -> "Filled":
-        """Texts one behind the other, each as it is read alone: those that are not `Filled` are values."""
+        """Return the texts joined; a text that is not `Filled` becomes a value."""
         joined = [""]
         for text in texts:
             first, *rest = text.parts if isinstance(text, Filled) else ("", text, "")
@@ -51,25 +51,25 @@ class Filled(str):
             joined += rest
         return cls(joined)
 
-    def __getnewargs__(self) -> tuple[tuple[str, ...]]:  # type: ignore[override]  # copies are made of parts
+    def __getnewargs__(self) -> tuple[tuple[str, ...]]:  # type: ignore[override]  # a copy is made from the parts
         return (self.parts,)
 
 
 @dataclass(frozen=True, slots=True)
 class Framed:
-    """Tokens of one text or two, in the special tokens that the model's own tokenizer puts around them."""
+    """One or two texts in token ids, with the special tokens that the model's tokenizer puts around them."""
 
     ids: list[int]
     type_ids: list[int]
-    """As long as `ids`: which text a token belongs to, for models that are told."""
+    """As long as `ids`: which text a token belongs to (token_type_ids)."""
     start: int
-    """Where the first text begins."""
+    """Position of the first text."""
     cut: int
-    """Tokens of the texts that had no room."""
+    """Tokens of the texts that were cut off."""
 
 
 class TextTokenizer:
-    """Text to token ids and back, as the model's own tokenizer.json says."""
+    """Text to token ids and back, as the model's tokenizer.json defines it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -87,7 +87,7 @@ class TextTokenizer:
             for name, text in named.items()
             if name.endswith("_token") and isinstance(text, str | dict)
         }
-        """Texts of `bos_token`, `eos_token`, ... as far as the model names them."""
+        """The texts of `bos_token`, `eos_token` and so on, as far as the model names them."""
         generation_eos = _read_json(folder / "generation_config.json").get("eos_token_id")
         ends = [generation_eos] if isinstance(generation_eos, int) else list(generation_eos or [])
         eos = self._id_of("eos_token")
@@ -101,17 +101,17 @@ class TextTokenizer:
         self.control_tokens: dict[int, str] = {
             token_id: token.content for token_id, token in added.items() if token.special
         }
-        """Special added tokens, id to text: what only templates and the project itself may write."""
+        """Special added tokens, id to text; only templates may write them."""
         self._unknown = self._id_of("unk_token")
         self._single = _frame(self._tokenizer.encode("a"))
         self._pair = _frame(self._tokenizer.encode("a", "a"))
         bos = self._id_of("bos_token")
         self.bos_id: int | None = bos if bos is not None and self._single[0][0] == [bos] else None
-        """The id that the tokenizer itself puts in front of a text; None when it adds none."""
+        """The id that the tokenizer itself puts before a text; None when it adds none."""
 
     @classmethod
     def load(cls, folder: Path) -> "TextTokenizer":
-        """The tokenizer of a model folder, run folder or bundle; its own truncation and padding are off.
+        """Return the tokenizer of a model folder, run folder or bundle; its own truncation and padding are off.
 
         Raises:
             ModelError: tokenizer.json is missing or unreadable.
@@ -121,18 +121,18 @@ class TextTokenizer:
         return cls(folder)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a user's text: no special tokens are added and none are found but those that a template wrote."""
+        """Return the ids of a user's text; no special tokens are added, and only those of a template are recognised."""
         if isinstance(text, Filled):
             return self.encode_template(self._shield_values(text))
         encoding = self._parse(text)
         return self.encode_template(self.shield(text)) if self._controls(text, encoding) else encoding.ids
 
     def encode_template(self, text: str) -> list[int]:
-        """Ids of a rendered template: special tokens are read as such, except where `shield` cut them."""
+        """Return the ids of a rendered template: special tokens are recognised, except where `shield` cut them."""
         return [token_id for part in text.split(CUT) for token_id in self._parse(part).ids]
 
     def shield(self, text: str) -> str:
-        """The text with a cut inside each special token, so that `encode_template` finds only text in it.
+        """Return the text with a cut inside each special token, so that `encode_template` reads it as plain text.
 
         The noncharacters U+FDD0 to U+FDEF, which mark such places, become U+FFFD.
         """
@@ -143,41 +143,41 @@ class TextTokenizer:
         parts = []
         begin = 0
         for start, stop in found:
-            # Some special tokens take the blanks around them along: cut the token, not the blanks.
+            # Some special tokens include the spaces around them: cut the token, not the spaces.
             first = stop - len(text[start:stop].lstrip())
-            # A token of one character has no inside: it goes.
+            # A token of one character has no inside: remove it.
             parts.append(text[begin : first + (stop - first > 1)])
             begin = first + 1
-        # Parts are shielded again: a cut may have laid bare another token that overlaps.
+        # Shield the parts again: a cut can expose another token that overlaps.
         return CUT.join(self.shield(part) for part in [*parts, text[begin:]])
 
     def without_controls(self, text: str) -> str:
-        """A filled template without the control tokens it wrote, as `decode` leaves them out; other text as it is."""
+        """Return a filled template without its control tokens, as `decode` omits them; other texts unchanged."""
         return "".join(self._around_controls(text)[::2]) if isinstance(text, Filled) else text
 
     @property
     def mask_id(self) -> int | None:
-        """The token that stands for a hidden one, where the model has one."""
+        """Id of the mask token; None where the model has none."""
         return self._id_of("mask_token")
 
     def encode_classifier(self, text: str, max_length: int, pair: str | None = None) -> Framed:
-        """A text, or two, in the model's own frame, as in [CLS] text [SEP] pair [SEP]."""
+        """Return one or two texts with the model's special tokens, as in [CLS] text [SEP] pair [SEP]."""
         return self.frame(self.encode(text), max_length, None if pair is None else self.encode(pair))
 
     def frame(self, first: list[int], max_length: int, second: list[int] | None = None) -> Framed:
-        """Ids in the model's own frame; what is too long loses its end, of two texts the longer one first."""
+        """Return ids with the model's special tokens, at most `max_length`: of two texts the longer is cut first."""
         parts = self._single if second is None else self._pair
-        room = max(max_length - sum(len(ids) for ids, _ in parts[::2]), 0)
+        available = max(max_length - sum(len(ids) for ids, _ in parts[::2]), 0)
         texts = [first] if second is None else [first, second]
-        cut = sum(map(len, texts)) - room
+        cut = sum(map(len, texts)) - available
         if cut <= 0:
             kept = texts
         elif second is None:
-            kept = [first[:room]]
+            kept = [first[:available]]
         else:
-            shorter = min(len(first), len(second), room // 2)
-            of_first = shorter if len(first) <= len(second) else room - shorter
-            kept = [first[:of_first], second[: room - of_first]]
+            shorter = min(len(first), len(second), available // 2)
+            of_first = shorter if len(first) <= len(second) else available - shorter
+            kept = [first[:of_first], second[: available - of_first]]
         ids, type_ids = list(parts[0][0]), list(parts[0][1])
         for text, (_, kind), (after, after_kinds) in zip(kept, parts[1::2], parts[2::2], strict=True):
             ids += [*text, *after]
@@ -185,21 +185,21 @@ class TextTokenizer:
         return Framed(ids, type_ids, len(parts[0][0]), max(cut, 0))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`."""
+        """Return the text of `ids`."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def files(self) -> list[Path]:
-        """The text files that a run folder or bundle needs to load this tokenizer again."""
+        """Return the files that a run folder or bundle needs to load this tokenizer again."""
         return [self.folder / name for name in FILES if (self.folder / name).is_file()]
 
     def _shield_values(self, text: Filled) -> str:
-        # Text and values between two control tokens are shielded as one: a value may complete a token with its text.
+        # Text between two control tokens is shielded as a whole: a value can complete a token with its neighbours.
         around = self._around_controls(text)
         around[::2] = [self.shield(part) for part in around[::2]]
         return "".join(around)
 
     def _around_controls(self, text: Filled) -> list[str]:
-        """What is text and what is a control token of the template, in turn, text first and last."""
+        """Return the texts and the template's control tokens in turn, a text first and last."""
         found = [""]
         for at, part in enumerate(text.parts):
             begin = 0
@@ -215,7 +215,7 @@ class TextTokenizer:
         return None if text is None else self._tokenizer.token_to_id(text)
 
     def _controls(self, text: str, encoding: Encoding) -> list[tuple[int, int]]:
-        """Where a special token was found in `text`; a word that the vocabulary lacks is none, although its id is."""
+        """Return the start and end of each special token in `text`; an unknown word is none, despite its special id."""
         if self.control_tokens.keys().isdisjoint(encoding.ids):
             return []
         return [
@@ -228,13 +228,16 @@ class TextTokenizer:
     def _parse(self, text: str) -> Encoding:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
-        except TypeError as error:  # what the library says of half a surrogate pair
-            raise DataError("the text holds half of a surrogate pair, which is no character: remove it") from error
+        except TypeError as error:  # the library's error for half of a surrogate pair
+            raise DataError("the text holds half of a surrogate pair, which is not a character: remove it") from error
 
 
 def _frame(encoding: Encoding) -> list[tuple[list[int], list[int]]]:
-    """What a post-processor puts before, between and behind texts: ids and type ids of its own tokens, and the type id
-    of a text, in turn, its own first and last."""
+    """Return what a post-processor puts before, between and after texts.
+
+    In turn, the post-processor's own tokens first and last: ids and type ids of its tokens; no ids and the type id of
+    a text.
+    """
     parts: list[tuple[list[int], list[int]]] = [([], [])]
     before = None
     for token, kind, text in zip(encoding.ids, encoding.type_ids, encoding.sequence_ids, strict=True):

@@ -1,4 +1,4 @@
-"""Tags of words: where a word begins in the tokens of its text, and which words a text has."""
+"""The words of a text, and the position of each word's first token."""
 
 import re
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ class Words:
 
     input_ids: list[int]
     starts: list[int | None]
-    """Where each word's first token lies in `input_ids`; None for a word that is cut off, or has no token at all."""
+    """Position of each word's first token in `input_ids`; None for a word that was cut off or has no token."""
     cut: int
-    """Tokens lost to the longest sequence."""
+    """Tokens that were cut off."""
 
 
 def encode_words(tokenizer: TextTokenizer, words: Sequence[str], max_length: int) -> Words:
-    """Words one behind the other with a blank between, in the tokenizer's own frame ([CLS] ... [SEP])."""
+    """Return the words joined by spaces, between the tokenizer's own special tokens ([CLS] ... [SEP])."""
     ids: list[int] = []
     starts: list[int | None] = []
     for at, word in enumerate(words):
-        # A byte-level tokenizer writes the blank before a word into its first token.
+        # A byte-level tokenizer puts the space before a word into the word's first token.
         found = tokenizer.encode(f" {word}" if at else word)
         starts.append(len(ids) if found else None)
         ids += found
@@ -38,6 +38,9 @@ def encode_words(tokenizer: TextTokenizer, words: Sequence[str], max_length: int
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
-    """Where the words of a text lie: runs of letters and digits with what joins them (3.5, co-op, o'clock), and each
-    other sign by itself, as annotated corpora write them."""
+    """Return the start and the end of each word of a text.
+
+    A word is a run of letters and digits with the signs that join them (3.5, co-op, o'clock), or any other single
+    sign, as in annotated corpora.
+    """
     return [match.span() for match in _WORD.finditer(text)]

@@ -59,7 +59,7 @@ def generate_answers(
 ) -> list[Answer]:
     """Greedy answers to the prompts of `examples`, in order; rows without a prompt, or with no room for an answer, have
     none."""
-    rooms = [min(max_new_tokens, model_limit - example.read) for example in examples]
+    rooms = [min(max_new_tokens, model_limit - example.shared_positions) for example in examples]
     asked = [at for at, example in enumerate(examples) if example.prompt_length and rooms[at] > 0]
     prompts = {at: examples[at].input_ids[: examples[at].prompt_length] for at in asked}
     together: list[list[int]] = []

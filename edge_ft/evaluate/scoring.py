@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Batch, Example, Rendering, TextTokenizer, collate, eval_batches, target_mask
-from edge_ft.data.contrastive import TOGETHER, in_batch_loss
+from edge_ft.data.contrastive import SCORED_TOGETHER, in_batch_loss
 from edge_ft.data.example import IGNORED
 from edge_ft.errors import AuditRefused
 from edge_ft.evaluate.metrics import (
@@ -129,7 +129,7 @@ def score(
     embeds = task == "feature-extraction"
     vectors: list[list[NDArray[np.float32]]] = [[], []]
     order: list[int] = []
-    batches = eval_batches([len(example.input_ids) for example in examples], TOGETHER if embeds else batch_size)
+    batches = eval_batches([len(example.input_ids) for example in examples], SCORED_TOGETHER if embeds else batch_size)
     for indices in track(progress, stage, batches, len(batches)):
         batch = collate([examples[index] for index in indices], pad_id, task)
         if embeds:

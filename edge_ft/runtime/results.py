@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from edge_ft.data import Columns, Rendering, Row, record
-from edge_ft.data.columns import fill_text
+from edge_ft.data.records import fill_text
 from edge_ft.errors import UsageError
 from edge_ft.runtime.classify import TextClassifier
 from edge_ft.runtime.embed import TextEmbedder

@@ -259,7 +259,7 @@ def _choice(
     after += 2 * look(validation) if config.compute == "bf16" else 0.0
     after *= measured.report
     if prepared.task in TEXT_TASKS:
-        answer = statistics.median(len(example.labels) - example.read for example in train)
+        answer = statistics.median(len(example.labels) - example.shared_positions for example in train)
         after += BATCH_COST * (SAMPLE_TOKENS + min(answer, SAMPLE_TOKENS)) * measured.token
     state = 4 * measured.trainable  # bytes of all trained weights
     # AdamW's two moments and the best weights come on top of what was measured. What a step took is given back before

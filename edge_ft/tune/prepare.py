@@ -40,7 +40,7 @@ from edge_ft.data import (
     template_marks,
     with_pooling,
 )
-from edge_ft.data.audit import CODES, excerpt, numbered, shortened
+from edge_ft.data.audit import CODES, format_rows, preview, shorten
 from edge_ft.data.example import IGNORED
 from edge_ft.errors import AuditRefused, DataError, UsageError, did_you_mean
 from edge_ft.evaluate.scoring import scorable
@@ -194,8 +194,8 @@ def _leave_out(rows: list[Row], columns: Columns) -> tuple[list[Row], list[Findi
             code,
             "warning",
             [row.number for row in found],
-            f"{len(found)} of {len(rows)} rows {what} and are left out ({numbered([row.number for row in found])})",
-            shortened(json.dumps(found[0].fields, ensure_ascii=False)),
+            f"{len(found)} of {len(rows)} rows {what} and are left out ({format_rows([row.number for row in found])})",
+            shorten(json.dumps(found[0].fields, ensure_ascii=False)),
         )
         for code, found, what in (
             ("empty-row", empty, "are empty"),
@@ -309,7 +309,7 @@ def _split(
                 f"{len(shared)} equal row(s) lie in both the {first} and the {second} split, the first is row {a} "
                 f"of one and row {b} of the other: remove them from one"
             )
-            text = next(excerpt(record(row, columns)) for row in splits[second] if row.number == b)
+            text = next(preview(record(row, columns)) for row in splits[second] if row.number == b)
             leaks.append((second, Finding("leak", "error", [b for _, b in shared], message, text)))
     for name in ("train", "validation"):
         if not splits[name]:

@@ -150,7 +150,7 @@ def _answers(
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Greedy answers of the base and of the tuned model: a few as samples, and the figures of all."""
-    examples = [example for example in examples if example.prompt_length and example.read < model_limit]
+    examples = [example for example in examples if example.prompt_length and example.shared_positions < model_limit]
     if not examples:
         return [], None
     answers: dict[str, list[Answer]] = {}

@@ -42,8 +42,8 @@ def test_values_become_targets() -> None:
 @pytest.mark.parametrize(
     ("value", "problem", "message"),
     [
-        ("a", "regression", "regression learns a number"),
-        (float("inf"), "regression", "regression learns a number"),
+        ("a", "regression", "for regression it must be a finite number"),
+        (float("inf"), "regression", "for regression it must be a finite number"),
         ("a", "multi_label_classification", "a list of texts"),
         ([["a"]], "multi_label_classification", "a list of texts"),
         (0.5, "single_label_classification", "text or a whole number"),

@@ -56,7 +56,7 @@ def test_source_and_target_are_cut_each_and_said(t5: Callable[[str], Path]) -> N
 @pytest.mark.parametrize(
     ("columns", "settings", "message"),
     [
-        (["text"], {}, "texts alone"),
+        (["text"], {}, "single texts"),
         (["messages"], {}, "chats"),
         (["prompt", "completion"], {"chat_template": "auto"}, "--chat-template is for decoders"),
         (["text", "label"], {"label": "label"}, "--label label is for text-classification"),

@@ -86,7 +86,7 @@ def test_words_and_tags_may_be_named() -> None:
     config = RowsConfig(prompt="{sentence}", label="marks")
     columns = find_columns(["sentence", "marks"], config, "token-classification")
     assert (columns.prompt, columns.label) == ("{sentence}", "marks")
-    with pytest.raises(DataError, match="one column that holds a list"):
+    with pytest.raises(DataError, match="only the column that holds the list of words"):
         find_columns(["sentence", "marks"], RowsConfig(prompt="S: {sentence}", label="marks"), "token-classification")
     with pytest.raises(DataError, match="words are called tokens"):
         find_columns(["sentence", "marks"], RowsConfig(), "token-classification")

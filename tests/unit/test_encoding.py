@@ -207,7 +207,7 @@ def test_nothing_behind_the_last_answer_is_read(tokenizer: TextTokenizer) -> Non
 
 def test_a_template_that_prompts_otherwise_than_it_answers_is_refused(tokenizer: TextTokenizer) -> None:
     template = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>bot\n' }}")
-    with pytest.raises(DataError, match="row 7: the chat template writes the last assistant turn otherwise"):
+    with pytest.raises(DataError, match="row 7: the chat template does not begin the last assistant turn with its own"):
         encode(tokenizer, chat("a", "b"), template)
 
 

@@ -120,16 +120,16 @@ def test_dates_in_a_table_become_text(tmp_path: Path) -> None:
         ("d.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("d.jsonl", b'{"a": 1}\n{"a": "\xff"}', "line 2 is not UTF-8"),
         ("d.jsonl", "\n \n", "holds no rows"),
-        ("d.json", '{"a": 1}\n{"a": 2}', r"one object a line ends in \.jsonl"),
+        ("d.json", '{"a": 1}\n{"a": 2}', r"one object per line, name it \.jsonl"),
         ("d.json", '{"data": []}', "must be a list of objects"),
         ("d.json", '[{"a": 1}, "b"]', "item 2 is a JSON str"),
-        ("d.csv", "a,b\n1,2\n1,2,3\n", "line 3 has 3 fields, its header has 2"),
+        ("d.csv", "a,b\n1,2\n1,2,3\n", "line 3 has 3 fields and its header has 2"),
         ("d.csv", "a,b\n1\n", "line 2 has 1 fields"),
         ("d.csv", 'a,b\n1,"x\n2,y\n', "line 2 is not CSV"),
         ("d.csv", "a,a\n1,2\n", "the column 'a' twice"),
         ("d.csv", "a,b\n", "holds no rows"),
         ("d.parquet", "PAR1", "cannot be read as Parquet"),
-        ("d.txt", "hello", r"no known format.*\.jsonl"),
+        ("d.txt", "hello", r"unknown format.*\.jsonl"),
     ],
 )
 def test_broken_files_are_named_to_the_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -150,7 +150,7 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"nobody/nothing is no file here, nor a hub data set.*no route"):
+    with pytest.raises(DataError, match=r"nobody/nothing is neither an existing file nor a hub data set.*no route"):
         read_rows("nobody/nothing")
 
 
