@@ -1,7 +1,7 @@
-"""From the traced graph to the one that ships: ONNX operators and ONNX Runtime's contrib operators alone.
+"""From a traced graph to the one that ships: only ONNX operators and ONNX Runtime's contrib operators.
 
-Each step rewrites one shape that the trace is known to leave, so that the graph ends with as few nodes as
-one written by hand. Weights move between operators, their values never change.
+Each step rewrites one pattern that a trace is known to contain, so that the graph has as few nodes as one written by
+hand. Weights move between operators; their values never change.
 """
 
 import logging
@@ -15,14 +15,18 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, IdentityEliminationPass, RemoveUnusedNodesPass
 from onnxscript.optimizer import optimize
 
-__all__ = ["add_lora_inputs", "has_linear", "lower", "quiet", "store_in_fp16"]
+__all__ = ["add_lora_inputs", "has_linear", "lower", "silence_exporters", "store_in_fp16"]
 
 LINEARS = ("MatMulNBits", "Linear")
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """While inside, the exporters log only errors and warn of nothing: what they say is not for a user."""
+def silence_exporters() -> Iterator[None]:
+    """Let the exporters log only errors inside the block: their warnings are not for users.
+
+    Yields:
+        Nothing.
+    """
     with ExitStack() as undo:
         undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -34,10 +38,13 @@ def quiet() -> Iterator[None]:
 
 
 def lower(model: ir.Model) -> None:
-    """Rewrite a graph of `trace.trace` into what ONNX Runtime runs, in place.
+    """Rewrite a traced graph in place into one that ONNX Runtime runs.
 
-    q, k and v of a decoder become one layer `BLOCK.qkv_proj`, whose tensors are theirs one after the other
-    along N, unless LoRA inputs stand between them and the attention.
+    The q, k and v layers of a decoder become one layer `BLOCK.qkv_proj`, whose tensors are theirs concatenated along
+    N, unless LoRA inputs stand between them and the attention.
+
+    Args:
+        model: A graph of `edge_ft.export.trace.trace` or `trace_seq2seq`.
     """
     graph = model.graph
     IdentityEliminationPass()(model)
@@ -45,7 +52,7 @@ def lower(model: ir.Model) -> None:
     _join_qkv(graph)
     RemoveUnusedNodesPass()(model)
     _lower_linears(graph)
-    with quiet():
+    with silence_exporters():
         optimize(model, onnx_shape_inference=False)
     _take_packed_qkv(graph)
     _join_residuals(graph)
@@ -55,7 +62,7 @@ def lower(model: ir.Model) -> None:
     model.opset_imports.pop("edge_ft", None)
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
-    # Only the dimensions of inputs and outputs have names that mean something; the rest is inferred on loading.
+    # Only the dimensions of inputs and outputs have meaningful names; the rest is inferred on loading.
     for node in graph:
         for value in node.outputs:
             value.metadata_props.clear()
@@ -64,17 +71,17 @@ def lower(model: ir.Model) -> None:
 
 
 def has_linear(model: ir.Model, module: str) -> bool:
-    """Whether the graph holds the linear layer of that name."""
+    """Return whether the graph holds the linear layer of that name."""
     return any(name in model.graph.initializers for name in (f"{module}.qweight", f"{module}.weight"))
 
 
 def add_lora_inputs(model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]) -> list[str]:
-    """Give linear layers a low-rank term B A x, with A and B inputs that have a default; before `lower`.
+    """Add a low-rank term B A x to linear layers, with A and B as inputs that have defaults; call before `lower`.
 
     Args:
-        model: A graph of `trace.trace`, changed in place.
-        pairs: By module name, A [rank, in_features] and B [out_features, rank], float32, the scaling folded
-            into B. The graph computes with them when nothing is bound; another rank may be bound.
+        model: A traced graph, changed in place.
+        pairs: By module name, A [rank, in_features] and B [out_features, rank], float32, the scaling folded into B.
+            They are the defaults; values of another rank may be bound.
 
     Returns:
         The names of the new inputs: `lora_A.MODULE` and `lora_B.MODULE` of each pair.
@@ -84,15 +91,15 @@ def add_lora_inputs(model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32],
     """
     graph = model.graph
     names = []
-    # ONNX Runtime takes dimensions of one name to be equal: layers of another rank need another name.
+    # ONNX Runtime requires dimensions of the same name to be equal: layers of another rank need another name.
     ranks = {a.shape[0] for a, _ in pairs.values()}
     for module, (a, b) in pairs.items():
         rank = "rank" if len(ranks) == 1 else f"rank_{a.shape[0]}"
         weight = graph.initializers.get(f"{module}.qweight") or graph.initializers.get(f"{module}.weight")
-        # More than one where a model runs the same layers several times.
+        # More than one if a model runs the same layers several times.
         layers = [] if weight is None else [use.node for use in weight.uses() if use.node.op_type in LINEARS]
         if not layers:
-            raise ValueError(f"the adapter changes {module!r}, but the graph holds no linear layer of that name")
+            raise ValueError(f"the adapter has {module!r}, but the graph has no linear layer of that name")
         for name, array, dims in (
             (f"lora_A.{module}", a, (rank, a.shape[1])),
             (f"lora_B.{module}", b, (b.shape[0], rank)),
@@ -112,9 +119,12 @@ def add_lora_inputs(model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32],
 
 
 def store_in_fp16(model: ir.Model) -> None:
-    """Store every matrix that float16 holds exactly in it, and widen it where it is read; after `lower`.
+    """Store every matrix that float16 represents exactly as float16, with a Cast where it is read; call after `lower`.
 
-    Rows that an embedding looks up are widened after the lookup, so that the table stays as it lies in the file.
+    Embedding rows are cast after the lookup, so that the table itself stays memory-mapped.
+
+    Args:
+        model: A lowered graph, changed in place.
     """
     graph = model.graph
     for value in list(graph.initializers.values()):
@@ -140,13 +150,13 @@ def store_in_fp16(model: ir.Model) -> None:
 
 
 def _bypass_reshapes(graph: ir.Graph) -> None:
-    """Read q, k, v and the attention's output where they were made: splitting and merging heads changes nothing."""
+    """Read q, k, v and the attention's output before heads are split or merged, which has no effect here."""
     for node in graph:
         inner = _producer(node)
         if inner is None:
             continue
         if node.op_type == "SimplifiedLayerNormalization" and inner.op_type == "Transpose":
-            # It runs along the last axis, which splitting heads leaves where it is.
+            # The norm runs along the last axis, which splitting heads does not move.
             outer = next(iter(node.outputs[0].uses())).node
             perm = list(inner.attributes["perm"].as_ints())
             if outer.op_type == "Transpose" and list(outer.attributes["perm"].as_ints()) == perm == [0, 2, 1, 3]:
@@ -168,7 +178,7 @@ def _bypass_reshapes(graph: ir.Graph) -> None:
 
 
 def _join_qkv(graph: ir.Graph) -> None:
-    """Three layers over one input that GroupQueryAttention alone reads -> one layer with three times the rows."""
+    """Merge three layers over one input that only GroupQueryAttention reads into one layer with all their rows."""
     for attention in graph:
         if attention.op_type != "GroupQueryAttention":
             continue
@@ -195,7 +205,7 @@ def _join_qkv(graph: ir.Graph) -> None:
 
 
 def _take_packed_qkv(graph: ir.Graph) -> None:
-    """Let GroupQueryAttention read q, k and v where one layer made them one after the other (GPT-2, Phi-3)."""
+    """Let GroupQueryAttention read q, k and v packed, where one layer computes them packed (GPT-2, Phi-3)."""
     for attention in graph:
         parts = (
             [_producer(attention, index) for index in range(3)] if attention.op_type == "GroupQueryAttention" else []
@@ -217,7 +227,7 @@ def _take_packed_qkv(graph: ir.Graph) -> None:
 
 
 def _lower_linears(graph: ir.Graph) -> None:
-    """edge_ft::Linear -> MatMul over the transposed weight; FusedMatMul where an embedding reads the weight too."""
+    """Replace edge_ft::Linear by MatMul with a transposed weight, or FusedMatMul if an embedding shares the weight."""
     weights = {_input(node, 1) for node in graph if node.op_type == "Linear"}
     alone = {weight for weight in weights if all(use.node.op_type == "Linear" for use in weight.uses())}
     for weight in alone:
@@ -235,7 +245,7 @@ def _lower_linears(graph: ir.Graph) -> None:
 
 
 def _join_residuals(graph: ir.Graph) -> None:
-    """Add + SimplifiedLayerNormalization -> SkipSimplifiedLayerNormalization, which ONNX Runtime leaves to us."""
+    """Merge Add and SimplifiedLayerNormalization into SkipSimplifiedLayerNormalization; ONNX Runtime does not."""
     for norm in graph:
         add = _producer(norm)
         if norm.op_type != "SimplifiedLayerNormalization" or add is None or add.op_type != "Add":
@@ -256,12 +266,12 @@ def _join_residuals(graph: ir.Graph) -> None:
 
 
 def _fused_matmul(x: ir.Value, weight: ir.Value) -> ir.Node:
-    """x weightᵀ: [..., K] and [N, K] -> [..., N]."""
+    """Return x weightᵀ: [..., K] and [N, K] -> [..., N]."""
     return ir.node("FusedMatMul", [x, weight], {"transB": 1}, domain="com.microsoft", version=1)
 
 
 def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` be read wherever `old` is, as an output of the graph too."""
+    """Replace `old` by `new` wherever it is read, also as an output of the graph."""
     new.shape, new.type = old.shape, old.type
     if old.is_graph_output():
         new.name, old.name = old.name, None
@@ -291,7 +301,7 @@ def _node(node: ir.Node | None) -> ir.Node:
 
 
 def _number(value: ir.Value | None) -> int | None:
-    """The one number of a constant."""
+    """Return the number in a constant of one element, else None."""
     if value is None or value.const_value is None or value.const_value.size != 1:
         return None
     return int(value.const_value.numpy().item())

@@ -1,12 +1,11 @@
-"""Graphs of an encoder-decoder: what is computed once for a source, and what is computed for every token.
+"""Graphs of an encoder-decoder: one that runs once for a source, and one that runs for every token.
 
 The encoder's graph also computes every decoder layer's keys and values of the source, so that the decoder's graph
-never reads the source again. For clients that expect these keys and values of the decoder (optimum), there is one more
-graph: the decoder's first tokens, from the encoder's hidden states.
+never reads the source again. For clients that expect these keys and values from the decoder (optimum), a third graph
+computes the decoder's first tokens from the encoder's hidden states.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic, symbolic_multi_out
 from transformers import EncoderDecoderCache, PreTrainedModel
 
-from edge_ft.export.trace import Dims, trace_wrapper
+from edge_ft.export.fused_trace import Dims, patches, trace_module
 from edge_ft.models.scorer import head_input
 
 __all__ = ["trace_seq2seq"]
@@ -26,27 +25,29 @@ Attend = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def trace_seq2seq(model: PreTrainedModel) -> tuple[ir.Model, ir.Model, ir.Model]:
-    """The encoder's graph, the decoder's, and that of its first tokens; `lowering.lower` must follow before they run.
+    """Trace the encoder, the decoder, and the decoder's first tokens.
 
-    Weights are named and shared as those of `trace.trace`. The model is afterwards as it was.
+    Weights are named and shared as in `edge_ft.export.trace.trace`. The model is afterwards as it was.
 
     Args:
         model: A T5 or mT5 for conditional generation, float32 on the CPU, in evaluation mode, without an adapter.
+
+    Returns:
+        The three graphs; `edge_ft.export.lowering.lower` must follow before they run.
     """
-    with ExitStack() as undo:
+    with patches() as patch:
         kinds: set[Any] = {type(module) for module in model.modules() if hasattr(module, "compute_bias")}
         for kind in kinds:
-            undo.callback(setattr, kind, "compute_bias", kind.compute_bias)
-            kind.compute_bias = _whole_bias(kind.compute_bias)
+            patch(kind, "compute_bias", _whole_bias(kind.compute_bias))
         encoder, decoder, first = (
-            trace_wrapper(model, wrapper, attention=_attention)
-            for wrapper in (_Encoder(model), _Decoder(model), _FirstDecoder(model))
+            trace_module(model, module, _attention)
+            for module in (_Encoder(model), _Decoder(model), _FirstDecoder(model))
         )
         return encoder, decoder, first
 
 
 def _source_cache(model: Any, hidden: Tensor) -> list[Tensor]:
-    """Key and value [batch, heads, seq, head_dim] of every decoder layer from the encoder's last hidden states."""
+    """Return key and value [batch, heads, seq, head_dim] of every decoder layer for the encoder's hidden states."""
     return [
         layer(hidden).unflatten(2, (-1, model.config.d_kv)).transpose(1, 2)
         for block in model.get_decoder().block
@@ -55,11 +56,15 @@ def _source_cache(model: Any, hidden: Tensor) -> list[Tensor]:
 
 
 def _cache_dims(model: Any, prefix: str, **lengths: str) -> dict[str, Dims]:
-    """Names and dimensions of every decoder layer's keys and values, as optimum calls and orders them.
+    """Name every decoder layer's keys and values as optimum does, in its order.
 
     Args:
+        model: The model.
         prefix: `past_key_values` or `present`.
         lengths: Name of the length of the answer (`decoder`), of the source (`encoder`), or both.
+
+    Returns:
+        Dimensions of each tensor, by name.
     """
     config = model.config
     return {
@@ -71,7 +76,7 @@ def _cache_dims(model: Any, prefix: str, **lengths: str) -> dict[str, Dims]:
 
 
 class _Encoder(nn.Module):
-    """The encoder over right-padded rows, with the decoder's keys and values of what it has read."""
+    """The encoder over right-padded rows, and the decoder's keys and values of them."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -129,14 +134,24 @@ class _Decoder(nn.Module):
     def read(
         self, input_ids: Tensor, attention_mask: Tensor, own: list[Tensor], source: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Logits, and every layer's keys and values of the answer; `own` are those so far, none at its start."""
+        """Run the decoder.
+
+        Args:
+            input_ids: [batch, seq], tokens of the answer.
+            attention_mask: [batch, source], of the encoder's tokens.
+            own: Keys and values of each layer for the answer so far; none at its start.
+            source: Keys and values of each layer for the source.
+
+        Returns:
+            Logits [batch, seq, vocab], and keys and values of each layer for the answer.
+        """
         mask = attention_mask.to(torch.int32)
         past_length, length = own[0].shape[2] if own else 0, input_ids.shape[1]
         present: list[Tensor] = []
 
         def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
             query = _joined(query)
-            if not module.is_causal:  # the source's, as they are
+            if not module.is_causal:  # attends to the source
                 return symbolic(
                     "com.microsoft::MultiHeadAttention",
                     [query, key, value, None, mask],
@@ -161,7 +176,7 @@ class _Decoder(nn.Module):
         hidden = self.model.get_decoder()(
             input_ids=input_ids,
             encoder_hidden_states=input_ids,  # never read: its keys and values are in the cache
-            past_key_values=_Given(past_length, source),
+            past_key_values=_InputCache(past_length, source),
             use_cache=True,
             attend=attend,
         ).last_hidden_state
@@ -170,7 +185,7 @@ class _Decoder(nn.Module):
 
 
 class _FirstDecoder(_Decoder):
-    """The decoder's first tokens: no keys and values are inputs, all of them are outputs."""
+    """The decoder's first tokens: keys and values are outputs only."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -192,8 +207,8 @@ class _FirstDecoder(_Decoder):
         return (*self.read(input_ids, attention_mask, [], source), *source)
 
 
-class _Given(EncoderDecoderCache):
-    """A cache that holds what the graph was given; the operator adds the new keys and values to its own."""
+class _InputCache(EncoderDecoderCache):
+    """A cache of the graph's inputs; the attention operator appends new keys and values itself."""
 
     def __init__(self, past_length: int, source: list[Tensor]) -> None:
         keys, values = source[::2], source[1::2]
@@ -210,7 +225,7 @@ class _Given(EncoderDecoderCache):
 
 
 def _whole_bias(compute_bias: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """T5's position bias for as many keys as the operator will see: those of the cache are not among its arguments."""
+    """Return T5's `compute_bias` for all keys that the operator sees: its arguments do not count cached ones."""
 
     def whole(
         self: Any, query_length: int, key_length: int, device: torch.device | None = None, past_seen_tokens: int = 0
@@ -225,7 +240,7 @@ def _attributes(module: Any) -> dict[str, Any]:
 
 
 def _joined(x: Tensor) -> Tensor:
-    """[batch, heads, seq, head_dim] -> [batch, seq, heads * head_dim]"""
+    """Return [batch, heads, seq, head_dim] as [batch, seq, heads * head_dim]."""
     return x.transpose(1, 2).flatten(2)
 
 
@@ -240,6 +255,6 @@ def _attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: [batch, heads, seq, head_dim] -> [batch, seq, heads, head_dim]."""
+    """Return the attention [batch, seq, heads, head_dim] of [batch, heads, seq, head_dim], as transformers calls it."""
     heads, size = query.shape[1], query.shape[3]
     return attend(module, query, key, value, position_bias).unflatten(2, (heads, size)), None
