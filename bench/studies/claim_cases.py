@@ -100,7 +100,7 @@ ROWS = {
         ("--prompt", r"Transcript: {transcript}\nWritten:", "--completion", " {written}"),
     ),
     "spoken": Data(
-        "written sentence to what is said: lower case, no punctuation",
+        "written sentence to transcript: lower case, no punctuation",
         transcript_rows,
         ("--prompt", "{written}", "--completion", "{transcript}"),
     ),

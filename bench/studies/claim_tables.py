@@ -25,15 +25,19 @@ METRICS = {
 }
 """What a task is judged by."""
 
-INTRODUCTION = """# What fine-tuning is said to give, measured
+INTRODUCTION = """# The usual promises of fine-tuning, measured
 
 `make claims` (`python -m edge_ft.bench.studies claims`) trains and scores every case below on real rows and writes
-this page; a stopped run resumes, and `--only NAME` does one claim. *Base* is the model before tuning (a classifier's
-head is untrained then), *tuned* is as trained, in torch, *shipped* is the int4 ONNX bundle. Figures are of test rows,
-on which nothing was chosen, with 95% intervals over rows in brackets; losses are nats per target token. *Better* and
-*worse* stand only where the intervals of base and shipped are apart; what the gate refused on validation rows would
-not have shipped, and says so. Times are of a machine with {cores} cores that may have been busy with other work.
-"not run": the case was not finished when this page was written.
+this page. A stopped run resumes, and `--only NAME` measures one claim.
+
+- *Base* is the model before tuning (a classifier's head is untrained then), *tuned* is the model as trained, in torch,
+  and *shipped* is the int4 ONNX bundle.
+- Figures are of test rows, which chose nothing, with 95% intervals over rows in brackets. Losses are in nats per target
+  token.
+- *Better* and *worse* mean that the intervals of base and shipped do not overlap. *Refused by the gate*: the bundle
+  would not have shipped, because of its validation rows.
+- Times are of a machine with {cores} cores that may have been busy with other work.
+- *Not run*: the case was not finished when this page was written.
 """
 
 
@@ -159,46 +163,50 @@ def recipe(results: Results) -> Iterator[Row]:
 TABLES: dict[str, tuple[str, str, Callable[[Results], Iterator[Row]]]] = {
     "understanding": (
         "Improved contextual understanding",
-        "The metric of a task before and after. chrf is from 0 to 1; verbatim_match is the share of sentences that are "
-        "right to the letter.",
+        "The metric of a task before and after tuning. chrf is from 0 to 1; verbatim_match is the share of answers"
+        " that equal the reference in every character.",
         understanding,
     ),
     "coherence": (
         "Coherence",
-        "eos_rate is the share of answers that end by themselves within the asked length; distinct_n the share of an "
-        "answer's phrases of n words that are new in it; repetition_4 the share of its phrases of four words that are "
-        "not.",
+        "eos_rate is the share of answers that end by themselves within the requested length. distinct_n is the "
+        "share of different phrases among an answer's phrases of n words; repetition_4 is the share of repeated "
+        "phrases among its phrases of four words.",
         coherence,
     ),
     "domains": (
         "Customisation to healthcare, finance and technical support",
-        "Healthcare is a classification; finance and support are questions with written answers, and for the encoder "
-        "the search for the answer to a question in another language. SmolLM2 ships in the adapter lane here: the gate "
-        "refuses its merges, which lose 0.17 and 0.05 nats.",
+        "Healthcare is a classification. Finance and support are questions with written answers; for the encoder, "
+        "support is the search for the answer in another language. SmolLM2 ships in the adapter lane here, because"
+        " the gate refuses its merges, which lose 0.17 and 0.05 nats.",
         domains,
     ),
     "size": (
         "Reduced model size",
-        "One training, exported to several formats; MB of the whole bundle, tokenizer included.",
+        "One training, exported to several formats. MB are of the whole bundle, tokenizer included.",
         size,
     ),
     "overfitting": (
         "Over-fitting",
-        "Few rows, many steps. The weights of the best validation loss are kept with or without early stopping, so "
-        "what stopping saves is time; *at the end* is the loss that keeping the last weights would have given.",
+        "Few rows, many steps. The weights with the best validation loss are kept with or without early stopping, "
+        "so stopping early saves only time. *At the end* is the validation loss of the last weights.",
         overfitting,
     ),
     "rows": (
         "The size of the data set",
-        "The same test rows, at most the same number of steps; the smaller sets stop after two looks without a "
-        "better loss.",
+        "The same test rows, and at most the same number of steps; the smaller sets stop after two evaluations "
+        "without a better loss.",
         rows,
     ),
-    "compute": ("Compute", "Loading, validation and the report included; memory is the process's peak.", compute),
+    "compute": (
+        "Compute",
+        "Times include loading, validation and the report; memory is the peak of the process.",
+        compute,
+    ),
     "recipe": (
         "Only the final layers, or LoRA on all",
-        "The taught recipe freezes everything but the final layers; here these get an adapter of a higher rank (see "
-        "edge_ft/presets/final-layers.yaml).",
+        "Textbook fine-tuning trains only the final layers. Here these layers get an adapter of a higher rank (see"
+        " edge_ft/presets/final-layers.yaml).",
         recipe,
     ),
 }

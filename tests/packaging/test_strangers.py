@@ -31,15 +31,15 @@ Jobs = dict[str, dict[str, Any]]
 
 OPTIMUM = "0.1"
 NOT_IN_OPTIMUM = {  # this version
-    "gemma2": "begins with a cache of as many heads as there are of queries",
-    "phi3": "begins with a cache of as many heads as there are of queries",
-    "qwen3": "begins with a cache of heads of size hidden_size / heads",
+    "gemma2": "starts with a cache of one head for each query head",
+    "phi3": "starts with a cache of one head for each query head",
+    "qwen3": "starts with a cache whose heads have size hidden_size / heads",
 }
 """What it does whatever a config of these families says: its own cache does not fit the graph."""
 SHAPES: dict[str, dict[str, Any]] = {
     **{name: {} for name in DECODERS},
-    "phi3 with a key for each query": {"num_key_value_heads": 4},  # as Phi-3 mini
-    "qwen3 with heads of hidden_size / heads": {"head_dim": 16},  # as Qwen3 8B
+    "phi3 with one key head for each query head": {"num_key_value_heads": 4},  # as Phi-3 mini
+    "qwen3 with heads of size hidden_size / heads": {"head_dim": 16},  # as Qwen3 8B
 }
 """Every decoder, and the shapes of those families that do open."""
 T5_SHAPES: dict[str, dict[str, Any]] = {

@@ -34,9 +34,10 @@ def test_a_kind_of_model_has_the_columns_that_its_tests_recorded() -> None:
     page = render([{"model": "opt-350m", "genai": "same tokens"}, {"model": "xlm-roberta", "logits": "1e-06"}])
     assert "## Decoders\n\n| model | onnxruntime-genai |\n| --- | --- |\n| opt-350m | same tokens |\n" in page
     assert (
-        "## Encoders\n\n| model | int4 adapter: logits from torch's |\n| --- | --- |\n| xlm-roberta | 1e-06 |" in page
+        "## Encoders\n\n| model | int4 adapter: difference of logits to torch |\n| --- | --- |\n| xlm-roberta | 1e-06 |"
+        in page
     )
-    assert "## Encoder and decoder" not in page
+    assert "## Encoder-decoders" not in page
 
 
 def test_models_that_a_client_opens_alike_are_one_line() -> None:
