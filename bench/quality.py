@@ -31,9 +31,9 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
         As `edge_ft.evaluate.evaluate`.
     """
     # Imported here: the process that starts the measurements imports no numpy.
-    from edge_ft.data import Rendering, read_rows, rendering_for, stop_ids
+    from edge_ft.data import Rendering, plain_rendering, read_rows, trained_rendering
     from edge_ft.evaluate import evaluate_loaded
-    from edge_ft.evaluate.loading import LoadedSource, open_source
+    from edge_ft.evaluate.loading import open_source, torch_source
 
     settings = job["score"]
     rows = read_rows(settings["data"])[: settings["limit"]]
@@ -41,26 +41,15 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
         config = EvalConfig(**settings, accuracy_level=job["accuracy_level"])
         return evaluate_loaded(open_source(job["bundle"], config, rows), rows, config, Silent())
     from edge_ft.bench.torch_peer import load_peer, prepare
-    from edge_ft.models.scorer import TorchScorer, task_model_of
 
     config, base = EvalConfig(**settings), prepare(job)
     engine = load_peer(base, job)
-    own = None if job["rendering"] is None else Rendering.from_dict(job["rendering"])
-    rendering = rendering_for(
-        config,
-        rows,
-        engine.tokenizer,
-        own,
-        kind=base.family.kind,
-        task=job["task"],
-        model_limit=base.max_length,
-        labels=tuple(job["labels"]),
-        problem_type=base.problem_type,
-    )
-    if rendering.problem_type is not None:
-        task_model_of(engine.model).config.problem_type = rendering.problem_type
-    scorer = TorchScorer(engine.model, rendering.task, stop_ids(rendering, engine.tokenizer))
-    opened = LoadedSource(scorer, engine.tokenizer, rendering, base.max_length)
+    if job["rendering"] is None:
+        rendering = plain_rendering(base, config, rows, engine.tokenizer, job["task"])
+    else:
+        own = Rendering.from_dict(job["rendering"])
+        rendering = trained_rendering(own, config, rows, engine.tokenizer, base.max_length)
+    opened = torch_source(engine.model, rendering, engine.tokenizer, base.max_length)
     return evaluate_loaded(opened, rows, config, Silent())
 
 

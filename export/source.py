@@ -15,17 +15,13 @@ from edge_ft.data import (
     Rendering,
     Row,
     TextTokenizer,
-    bare_columns,
     column_names,
     encode_rows,
     find_columns,
     find_labels,
     fingerprint,
-    longest_sequence,
-    make_rendering,
+    plain_rendering,
     read_rows,
-    rendering_for,
-    with_pooling,
 )
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.evaluate.loading import find_run_base, open_run_model
@@ -200,24 +196,7 @@ def _from_model(source: str, config: ExportConfig) -> Source:
     task = config.task or (adapter_task(config.adapter) if config.adapter is not None else None) or base.task
     rows = read_rows(config.data)[:VERIFY_ROWS] if config.data is not None else []
     labels = _labels(base, task, config, rows) if base.family.trained_head(task) else ()
-    if rows:
-        rendering = rendering_for(
-            config,
-            rows,
-            tokenizer,
-            None,
-            kind=base.family.kind,
-            task=task,
-            model_limit=base.max_length,
-            labels=labels,
-            problem_type=base.problem_type,
-        )
-    else:
-        problem = config.problem_type or base.problem_type or "single_label_classification"
-        columns = bare_columns(task, problem)
-        longest = longest_sequence(config.max_length, base.max_length)
-        rendering = make_rendering(config, columns, task, tokenizer, longest, labels)
-    rendering = with_pooling(rendering, base, config.pooling)
+    rendering = plain_rendering(base, config, rows, tokenizer, task, labels)
     examples = scorable(encode_rows(rendering, tokenizer, rows))
     rendering = replace(rendering, labels=labels)  # rows may name classes by number; the bundle names them by name
     if rows and not examples:

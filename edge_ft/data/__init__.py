@@ -4,7 +4,13 @@ from edge_ft.data.answer_choices import answer_ids, find_answers
 from edge_ft.data.audit import Finding, audit, template_marks
 from edge_ft.data.batches import Batch, collate, eval_batches, pad, target_mask, train_batches
 from edge_ft.data.chat import render_chat
-from edge_ft.data.choose_rendering import longest_sequence, make_rendering, rendering_for, with_pooling
+from edge_ft.data.choose_rendering import (
+    longest_sequence,
+    make_rendering,
+    plain_rendering,
+    trained_rendering,
+    with_pooling,
+)
 from edge_ft.data.classes import class_numbers
 from edge_ft.data.columns import Columns, bare_columns, find_columns, find_problem, guess_task
 from edge_ft.data.encoding import encode_example, encode_prompt, encode_rows, stop_ids
@@ -48,15 +54,16 @@ __all__ = [
     "make_rendering",
     "overlap",
     "pad",
+    "plain_rendering",
     "read_rows",
     "record",
     "render_chat",
-    "rendering_for",
     "split_names",
     "split_rows",
     "stop_ids",
     "target_mask",
     "template_marks",
     "train_batches",
+    "trained_rendering",
     "with_pooling",
 ]

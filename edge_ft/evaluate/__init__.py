@@ -10,7 +10,7 @@ from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.config import TEXT_TASKS, EvalConfig
 from edge_ft.data import Row, answer_ids, encode_rows, longest_sequence, read_rows
 from edge_ft.errors import UsageError
-from edge_ft.evaluate.few_shot import with_shots
+from edge_ft.evaluate.few_shot import encode_few_shot
 from edge_ft.evaluate.generation import Chooser, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.loading import LoadedSource, open_source
 from edge_ft.evaluate.scoring import Answerer, counted, score, summary
@@ -47,7 +47,7 @@ def evaluate_loaded(
         # The training length was chosen for rows without shots.
         longest = longest_sequence(config.max_length or opened.model_limit, opened.model_limit)
         rendering = replace(rendering, max_length=longest)
-        examples = with_shots(rendering, tokenizer, rows, shots)
+        examples = encode_few_shot(rendering, tokenizer, rows, shots)
     else:
         examples = encode_rows(rendering, tokenizer, rows)
     examples, counts = counted(examples, config.data, rendering.max_length, progress)

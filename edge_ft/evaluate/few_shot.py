@@ -6,10 +6,10 @@ from edge_ft.data import Example, Message, Record, Rendering, Row, TextTokenizer
 from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import UsageError
 
-__all__ = ["with_shots"]
+__all__ = ["encode_few_shot"]
 
 
-def with_shots(
+def encode_few_shot(
     rendering: Rendering, tokenizer: TextTokenizer, rows: Sequence[Row], shots: Sequence[Row]
 ) -> list[Example]:
     """Examples whose prompts start with the solved `shots`; only the row's own answer is scored.

@@ -1,4 +1,4 @@
-"""The one place that turns a RUN, a BUNDLE or a MODEL into something that can be scored."""
+"""Open a RUN, a BUNDLE or a MODEL as a scorer, with torch or ONNX Runtime behind it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_ft.artifacts import Bundle, RunFolder, kind_of
 from edge_ft.config import EvalConfig
-from edge_ft.data import (
-    Rendering,
-    Row,
-    TextTokenizer,
-    column_names,
-    guess_task,
-    rendering_for,
-    stop_ids,
-    with_pooling,
-)
+from edge_ft.data import Rendering, Row, TextTokenizer, plain_rendering, stop_ids, trained_rendering
 from edge_ft.errors import ModelError, UsageError, require
 from edge_ft.evaluate.scoring import Scorer
 from edge_ft.system import use_threads
@@ -24,7 +15,7 @@ from edge_ft.system import use_threads
 if TYPE_CHECKING:
     from edge_ft.models.base_model import Base
 
-__all__ = ["LoadedSource", "find_run_base", "open_run_model", "open_source"]
+__all__ = ["LoadedSource", "find_run_base", "open_run_model", "open_source", "torch_source"]
 
 
 @dataclass(frozen=True)
@@ -35,84 +26,98 @@ class LoadedSource:
     tokenizer: TextTokenizer
     rendering: Rendering
     model_limit: int
-    """Positions that the model has."""
+    """Number of positions of the model."""
 
 
 def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> LoadedSource:
-    """Open what a SOURCE argument names.
+    """Open a run folder, a bundle or a plain model.
 
-    A run or bundle renders rows as it was trained to; a plain model as `config` says.
+    Args:
+        source: Folder of a run or bundle, or a model as `find_base` takes it.
+        config: The user's settings: a run or bundle renders rows as in its training unless they differ.
+        rows: Rows to score, whose columns decide how they are rendered.
+
+    Returns:
+        The scorer: ONNX Runtime for a bundle, else torch on the GPU if there is one.
 
     Raises:
-        UsageError: options that do not fit the source.
-        BundleError, ModelError, DataError: it cannot be opened, or the rows do not fit it.
+        UsageError: an option does not fit the source.
+        BundleError: the bundle cannot be opened.
+        ModelError: the model cannot be opened.
+        DataError: the rows do not fit the source.
     """
     kind = kind_of(source)
     if kind == "bundle":
-        from edge_ft.runtime import load
-
-        bundle = Bundle.open(Path(source))
-        tokenizer = TextTokenizer.load(bundle.path)
-        limit = int(bundle.manifest["max_length"])
-        own = Rendering.from_dict(bundle.manifest["rendering"])
-        rendering = rendering_for(config, rows, tokenizer, own, model_limit=limit)
-        scorer: Scorer = load(
-            bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter
-        )
-        return LoadedSource(scorer, tokenizer, rendering, limit)
-
+        return _open_bundle(Path(source), config, rows)
     if config.accuracy_level is not None:
         raise UsageError("--accuracy-level is for bundles: runs and models have one graph")
     torch = require("torch", "train")
-    from edge_ft.models.scorer import TorchScorer
-    from edge_ft.quant.layers import move
-
     use_threads(config.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "run":
-        run = RunFolder.open(Path(source))
-        tokenizer = TextTokenizer.load(run.tokenizer)
-        limit = find_run_base(run).max_length
-        own = Rendering.from_dict(run.rendering())
-        rendering = rendering_for(config, rows, tokenizer, own, model_limit=limit)
-        run_model, _ = open_run_model(run, adapter=config.adapter != "none")
-        scorer = TorchScorer(move(run_model, device), rendering.task, stop_ids(rendering, tokenizer))
-        return LoadedSource(scorer, tokenizer, rendering, limit)
-
-    from edge_ft.models.base_model import find_base
-    from edge_ft.models.loading import ModelSpec, load_model
-
+        return _open_run(RunFolder.open(Path(source)), config, rows, device)
     if config.adapter is not None:
         raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter")
-    base = find_base(source, config.task)
-    task = config.task or guess_task(column_names(rows), config, base.family.kind)
-    tokenizer = TextTokenizer.load(base.path)
-    rendering = rendering_for(
-        config,
-        rows,
-        tokenizer,
-        None,
-        kind=base.family.kind,
-        task=task,
-        model_limit=base.max_length,
-        labels=base.labels(task),
-        problem_type=base.problem_type,
-    )
-    rendering = with_pooling(rendering, base, config.pooling)
-    task_model: Any = move(
-        load_model(ModelSpec(base, rendering.task, config.base_format, pooling=rendering.pooling)), device
-    )
+    return _open_model(source, config, rows, device)
+
+
+def torch_source(model: Any, rendering: Rendering, tokenizer: TextTokenizer, model_limit: int) -> LoadedSource:
+    """Return a torch model, with its adapter if it has one, as a scorer of rows of this rendering.
+
+    Args:
+        model: Task model, on the device where it scores.
+        rendering: How rows are rendered; it replaces the problem type and pooling of the model's own config.
+        tokenizer: Tokenizer of the model.
+        model_limit: Number of positions of the model.
+    """
+    from edge_ft.models.scorer import TorchScorer, task_model_of
+
+    settings = task_model_of(model).config
     if rendering.problem_type is not None:
-        task_model.config.problem_type = rendering.problem_type  # some checkpoints leave it to be guessed
-    scorer = TorchScorer(task_model, rendering.task, stop_ids(rendering, tokenizer))
-    return LoadedSource(scorer, tokenizer, rendering, base.max_length)
+        settings.problem_type = rendering.problem_type  # absent from the config of some checkpoints
+    if rendering.pooling is not None:
+        settings.pooling = rendering.pooling
+    scorer = TorchScorer(model, rendering.task, stop_ids(rendering, tokenizer))
+    return LoadedSource(scorer, tokenizer, rendering, model_limit)
+
+
+def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedSource:
+    from edge_ft.runtime import load
+
+    bundle = Bundle.open(path)
+    tokenizer, limit = TextTokenizer.load(path), int(bundle.manifest["max_length"])
+    own = Rendering.from_dict(bundle.manifest["rendering"])
+    rendering = trained_rendering(own, config, rows, tokenizer, limit)
+    scorer: Scorer = load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter)
+    return LoadedSource(scorer, tokenizer, rendering, limit)
+
+
+def _open_run(run: RunFolder, config: EvalConfig, rows: Sequence[Row], device: str) -> LoadedSource:
+    from edge_ft.quant.layers import move
+
+    tokenizer, limit = TextTokenizer.load(run.tokenizer), find_run_base(run).max_length
+    rendering = trained_rendering(Rendering.from_dict(run.rendering()), config, rows, tokenizer, limit)
+    model, _ = open_run_model(run, adapter=config.adapter != "none")
+    return torch_source(move(model, device), rendering, tokenizer, limit)
+
+
+def _open_model(source: str, config: EvalConfig, rows: Sequence[Row], device: str) -> LoadedSource:
+    from edge_ft.models.base_model import find_base
+    from edge_ft.models.loading import ModelSpec, load_model
+    from edge_ft.quant.layers import move
+
+    base = find_base(source, config.task)
+    tokenizer = TextTokenizer.load(base.path)
+    rendering = plain_rendering(base, config, rows, tokenizer, config.task)
+    model = load_model(ModelSpec(base, rendering.task, config.base_format))
+    return torch_source(move(model, device), rendering, tokenizer, base.max_length)
 
 
 def find_run_base(run: RunFolder) -> "Base":
-    """The base that a run was trained over.
+    """Return the base model that a run was trained on.
 
     Raises:
-        ModelError: it is gone, or its content has changed.
+        ModelError: the base is gone, or its content has changed.
     """
     from edge_ft.models.base_model import find_base
 
@@ -121,16 +126,24 @@ def find_run_base(run: RunFolder) -> "Base":
     base = find_base(where)
     if base.content_sha256 != identity["content_sha256"]:
         raise ModelError(
-            f"the base at {where} is not the one that {run.path} was trained over: its content has changed"
+            f"the base at {where} is not the one that {run.path} was trained on, its content has changed: "
+            "restore it, or tune again"
         )
     return replace(base, name=identity["model"])
 
 
 def open_run_model(run: RunFolder, adapter: bool = True) -> "tuple[Any, Base]":
-    """The torch model of a run, on the grid it was trained over, with its adapter unless told otherwise.
+    """Load the torch model of a run on the CPU, over the 4-bit codes it was trained on.
+
+    Args:
+        run: The run folder.
+        adapter: Whether to put the run's adapter on the base.
+
+    Returns:
+        The model, frozen, and its base.
 
     Raises:
-        ModelError: the base is gone or changed, or rounds to other codes than it was trained over.
+        ModelError: the base is gone or has changed, or is rounded to other codes than in the training.
     """
     from edge_ft.models.loading import ModelSpec, load_model
     from edge_ft.models.lora import load_adapter
@@ -141,12 +154,12 @@ def open_run_model(run: RunFolder, adapter: bool = True) -> "tuple[Any, Base]":
     rendering, seed = Rendering.from_dict(run.rendering()), int(run.report()["seed"])
     codes = run.codes if run.codes.is_file() else None
     if codes is None and identity["format"] == "int4" and identity.get("calibration_rows"):
-        raise ModelError(f"{run.codes} is missing, which holds the int4 codes that were trained over: tune again")
+        raise ModelError(f"{run.codes} is missing, which holds the int4 codes of the training: tune again")
     model = load_model(
         ModelSpec.from_rendering(base, rendering, identity["format"], identity["block_size"], seed, codes)
     )
     if identity["codes_sha256"] is not None and codes_sha256(model) != identity["codes_sha256"]:
         raise ModelError(
-            f"the {identity['format']} codes of {base.path} are not those that {run.path} was trained over: tune again"
+            f"the {identity['format']} codes of {base.path} are not those that {run.path} was trained on: tune again"
         )
     return (load_adapter(model, run.adapter) if adapter else model), base

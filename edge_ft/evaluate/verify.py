@@ -18,7 +18,7 @@ from edge_ft.data import (
     encode_rows,
     fingerprint,
     read_rows,
-    rendering_for,
+    trained_rendering,
 )
 from edge_ft.data.seq2seq import encode_pair
 from edge_ft.errors import GateRefused
@@ -90,7 +90,7 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
     if config.data is not None:
         rows = read_rows(config.data)
         exported = rendering
-        rendering = rendering_for(config, rows, tokenizer, exported, model_limit=int(bundle.manifest["max_length"]))
+        rendering = trained_rendering(exported, config, rows, tokenizer, int(bundle.manifest["max_length"]))
         # Cut or written otherwise than then, the same rows have another score.
         same = rendering == exported and fingerprint(rows[:VERIFY_ROWS]) == recorded["rows_sha256"]
         encoded = encode_rows(rendering, tokenizer, rows[:VERIFY_ROWS] if same else rows)

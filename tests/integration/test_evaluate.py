@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ import torch
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import EvalConfig, VerifyConfig
-from edge_ft.data import TextTokenizer, fingerprint, longest_sequence, read_rows, rendering_for
+from edge_ft.data import encode_rows, fingerprint, read_rows
 from edge_ft.errors import AuditRefused, BundleError, DataError, GateRefused, UsageError
-from edge_ft.evaluate import evaluate
-from edge_ft.evaluate.few_shot import with_shots
+from edge_ft.evaluate import evaluate, evaluate_loaded
+from edge_ft.evaluate.generation import generate_answers
 from edge_ft.evaluate.loading import open_run_model, open_source
 from edge_ft.evaluate.verify import verify
-from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 
@@ -101,22 +98,17 @@ def test_every_option_changes_the_score_of_a_model(option: dict[str, Any], llama
 
 
 def test_answers_can_be_left_out_or_cut_short(llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (
-        "exact_match" not in evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), generate=False))["metrics"]
-    )
-    lengths: list[int] = []
-    whole = TorchScorer.answer_batch
-
-    def answer_batch(self: TorchScorer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        self.stop_ids = frozenset()
-        lengths.extend(map(len, whole(self, prompts, max_new_tokens)))
-        return [[] for _ in prompts]
-
-    monkeypatch.setattr(TorchScorer, "answer_batch", answer_batch)
+    config = EvalConfig(data=rows(llama_run), generate=False)
+    given = read_rows(config.data)
+    opened = open_source(str(llama_run.path), config, given)
+    assert "exact_match" not in evaluate_loaded(opened, given, config, Silent())["metrics"]
+    assert isinstance(opened.scorer, TorchScorer)
+    opened.scorer.stop_ids = frozenset()
     for longest in (1, 12):
-        lengths.clear()
-        evaluate(str(llama_run.path), EvalConfig(data=rows(llama_run), max_new_tokens=longest))
-        assert set(lengths) == {longest}
+        lengths: set[int] = set()
+        monkeypatch.setattr(opened.tokenizer, "decode", lambda ids, lengths=lengths: lengths.add(len(ids)) or "")
+        evaluate_loaded(opened, given, replace(config, generate=True, max_new_tokens=longest), Silent())
+        assert lengths == {longest}
 
 
 def test_batch_size_and_threads_do_not_change_the_score(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
@@ -264,32 +256,6 @@ def test_a_length_beyond_the_models_is_refused(llama: Path, llama_bundle: Bundle
             evaluate(str(source), EvalConfig(data=rows(llama_run), max_length=9999))
 
 
-@pytest.mark.parametrize(
-    ("own", "shots", "expected"),
-    [
-        ("own", ["first", "second"], "own"),
-        (None, ["first", "second"], "first"),
-        (None, [None, "second"], "second"),
-        ("same", ["same", "same"], "same"),
-    ],
-)
-def test_shots_of_chats_keep_one_system_message_and_it_comes_first(
-    own: str | None, shots: list[str | None], expected: str, llama: Path, tmp_path: Path
-) -> None:
-    def chat(system: str | None, user: str) -> dict[str, Any]:
-        turns = [("system", system), ("user", user), ("assistant", " seven")]
-        return {"messages": [{"role": role, "content": text} for role, text in turns if text is not None]}
-
-    asked = read_rows(write(tmp_path / "asked.jsonl", [chat(own, "asked")]))
-    solved = read_rows(write(tmp_path / "solved.jsonl", [chat(system, f"shot {n}") for n, system in enumerate(shots)]))
-    tokenizer = TextTokenizer.load(llama)
-    rendering = rendering_for(EvalConfig(data="-"), asked, tokenizer, None, model_limit=256)
-    example = with_shots(rendering, tokenizer, asked, solved)[0]
-    together = [*chat(expected, "shot 0")["messages"], *chat(None, "shot 1")["messages"]]
-    whole = read_rows(write(tmp_path / "whole.jsonl", [{"messages": [*together, *chat(None, "asked")["messages"]]}]))
-    assert example.input_ids == with_shots(rendering, tokenizer, whole, [])[0].input_ids
-
-
 def test_a_refused_bundle_does_not_verify(llama_bundle: Bundle, tmp_path: Path) -> None:
     refused = forge(llama_bundle, tmp_path, lambda found: found.update(refused=["too much was lost"]))
     with pytest.raises(GateRefused, match="its export was refused: too much was lost"):
@@ -312,13 +278,13 @@ def test_rows_beyond_those_that_export_read_do_not_hide_them(
     assert (found["same_rows"], found["rows"]) == (True, few)
 
 
-def test_what_was_refused_at_export_is_not_scored_again(
-    llama_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("edge_ft.evaluate.verify.load", lambda *_, **__: pytest.fail("was opened"))
-    refused = forge(llama_bundle, tmp_path, lambda found: found.update(refused=["no gain", "too much tax"]))
+def test_what_was_refused_at_export_is_not_scored_again(llama_bundle: Bundle, tmp_path: Path) -> None:
+    def refused(found: dict[str, Any]) -> None:
+        found["refused"] = ["no gain", "too much tax"]
+        del found["by_accuracy_level"]  # without it, scoring would fail in another way
+
     with pytest.raises(GateRefused, match="no gain; too much tax"):
-        verify(refused, VerifyConfig())
+        verify(forge(llama_bundle, tmp_path, refused), VerifyConfig())
 
 
 def test_rows_without_an_answer_are_dropped_as_export_drops_them(
@@ -374,24 +340,6 @@ def test_an_explicit_length_is_a_runs_and_a_bundles_too(llama_run: RunFolder, ll
         assert short["nll"] != whole["nll"]
 
 
-def test_the_longest_sequence_is_the_models_limit_and_1024_at_most_unless_asked_for() -> None:
-    assert [longest_sequence(None, 256), longest_sequence(None, 8192), longest_sequence(2000, 8192)] == [
-        256,
-        1024,
-        2000,
-    ]
-    with pytest.raises(DataError, match="beyond the model's 256 positions"):
-        longest_sequence(257, 256)
-
-
-def test_a_plain_model_reads_1024_tokens_unless_asked_for_more(llama: Path, llama_run: RunFolder) -> None:
-    data = read_rows(rows(llama_run))
-    tokenizer = TextTokenizer.load(llama)
-    for asked, longest in ((None, 1024), (3000, 3000)):
-        config = EvalConfig(data="-", max_length=asked)
-        assert rendering_for(config, data, tokenizer, None, model_limit=4096).max_length == longest
-
-
 def test_shots_have_the_models_length_not_the_trainings(
     llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
 ) -> None:
@@ -426,43 +374,27 @@ def test_nothing_is_answered_where_there_is_no_prompt(llama: Path, llama_run: Ru
     assert TorchScorer(model, "text-generation").answer([], 3) == []
 
 
-def test_answers_end_at_the_models_limit_for_torch_as_for_onnx(
-    llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(TorchScorer, "answer", lambda self, prompt, longest: asked.append((len(prompt), longest)) or [])
+def test_answers_end_at_the_models_limit(llama_run: RunFolder, tmp_path: Path) -> None:
     lines = [{"prompt": "\x01" * length, "completion": "\x02" * 40} for length in (20, 195)]
-    evaluate(str(llama_run.path), EvalConfig(data=write(tmp_path / "long.jsonl", lines), max_new_tokens=64))
-    (_, free), (prompt, bounded) = asked
-    assert (free, bounded) == (64, 256 - prompt)
-
-
-def test_classes_are_named_before_they_are_counted(bert: Path, bert_run: RunFolder, tmp_path: Path) -> None:
-    tokenizer = TextTokenizer.load(bert)
-    for labels, given, expected in (
-        (("1", "2", "3"), ["1", "2"], ("1", "2", "3")),
-        (("blame", "praise"), ["0", "1"], ("0", "1")),
-        (("blame", "praise"), ["praise"], ("blame", "praise")),
-    ):
-        data = read_rows(write(tmp_path / "rows.jsonl", [{"text": "good", "label": label} for label in given]))
-        found = rendering_for(
-            EvalConfig(data="-"), data, tokenizer, None, kind="encoder", model_limit=64, labels=labels
-        )
-        assert found.labels == expected
+    data = read_rows(write(tmp_path / "long.jsonl", lines))
+    opened = open_source(str(llama_run.path), EvalConfig(data="-"), data)
+    endless = TorchScorer(open_run_model(llama_run)[0], "text-generation", stop_ids=frozenset())
+    examples = encode_rows(opened.rendering, opened.tokenizer, data)
+    answers = generate_answers(endless, lambda ids: str(len(ids)), examples, 64, opened.model_limit, Silent())
+    assert [answer.text for answer in answers] == ["64", str(256 - examples[1].prompt_length)]
+    assert examples[1].prompt_length > 256 - 64
 
 
 def test_torch_scores_on_the_gpu_where_there_is_one(
     llama: Path, llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, plain = open_run_model(llama_run), load_model(ModelSpec(find_base(str(llama)), "text-generation"))
-    monkeypatch.setattr("edge_ft.evaluate.loading.open_run_model", lambda *_, **__: run)
-    monkeypatch.setattr("edge_ft.models.loading.load_model", lambda *_, **__: plain)
-    moved: list[Any] = []
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append((self, device)) or self)
     data = rows(llama_run)
-    for cuda, device in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        moved.clear()
-        for source in (llama_run.path, llama):
-            open_source(str(source), EvalConfig(data=data), read_rows(data))
-        assert moved == [(run[0], device), (plain, device)]
+    has_gpu = torch.cuda.is_available()
+    for source in (llama_run.path, llama):
+        scorer = open_source(str(source), EvalConfig(data=data), read_rows(data)).scorer
+        assert isinstance(scorer, TorchScorer)
+        assert scorer.device.type == ("cuda" if has_gpu else "cpu")
+    if not has_gpu:  # moving a model to a GPU that is not there fails, and shows that it was tried
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+            open_source(str(llama), EvalConfig(data=data), read_rows(data))

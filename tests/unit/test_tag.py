@@ -88,7 +88,7 @@ def test_words_and_tags_may_be_named() -> None:
     assert (columns.prompt, columns.label) == ("{sentence}", "marks")
     with pytest.raises(DataError, match="only the column that holds the list of words"):
         find_columns(["sentence", "marks"], RowsConfig(prompt="S: {sentence}", label="marks"), "token-classification")
-    with pytest.raises(DataError, match="words are called tokens"):
+    with pytest.raises(DataError, match="call the words tokens"):
         find_columns(["sentence", "marks"], RowsConfig(), "token-classification")
 
 
