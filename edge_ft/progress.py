@@ -1,15 +1,17 @@
 """How long work reports its progress, and the displays of it: nothing, plain lines, or bars on a terminal."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["Lines", "Progress", "ProgressBars", "Silent", "track"]
+__all__ = ["Lines", "Progress", "ProgressBars", "Silent", "heartbeat", "track"]
 
 T = TypeVar("T")
 
@@ -110,3 +112,32 @@ def track(progress: Progress, stage: str, items: Iterable[T], total: int) -> Ite
     for done, item in enumerate(items, 1):
         yield item
         progress.advance(stage, done, total)
+
+
+@contextmanager
+def heartbeat(progress: Progress, step: str, seconds: float = 2.0) -> Iterator[None]:
+    """Report a step that cannot be counted: at its start, and again every few seconds until it ends.
+
+    Args:
+        progress: Receives the reports.
+        step: What the block does.
+        seconds: Time between two reports.
+
+    Yields:
+        Nothing.
+    """
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            progress.advance(step, 0, 1)
+
+    progress.say(step)
+    progress.advance(step, 0, 1)
+    reporter = threading.Thread(target=repeat, daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        reporter.join()

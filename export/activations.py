@@ -1,9 +1,8 @@
 """int8 for encoders: matrix products of 8-bit weights and 8-bit activations, by ONNX Runtime's own quantizer.
 
-The weights of a layer are symmetric, one scale an output channel, in 7 bits: where the processor has no VNNI, ONNX
-Runtime adds two products of unsigned and signed bytes in 16 bits, and 8-bit weights would saturate there. So the
-integers are the same on every machine. Activations are unsigned bytes over a range of their own, that of each batch
-(dynamic) or that of calibration rows (static).
+Weights are symmetric with one scale per output channel, in 7 bits: on processors without VNNI, ONNX Runtime adds two
+products of unsigned and signed bytes in 16 bits, where 8-bit weights would saturate. So results are the same on every
+machine. Activations are unsigned bytes, with the range of each batch (dynamic) or of calibration rows (static).
 """
 
 import tempfile
@@ -25,12 +24,15 @@ Feed = dict[str, NDArray[np.int64]]
 
 
 def quantize_activations(model: ir.Model, keep: tuple[str, ...], calibration: Sequence[Feed] | None) -> ir.Model:
-    """A graph of `lowering.lower` with its linear layers in int8, `model` itself as it was.
+    """Quantize the linear layers of a float graph to int8.
 
     Args:
-        model: A float graph; layers over codes stay as they are.
-        keep: Modules that stay float (a classifier's head: small, and its errors are those of the answer).
-        calibration: Inputs whose activations give the static ranges; None for dynamic ones.
+        model: A lowered float graph, which is not changed; layers whose weights are codes stay as they are.
+        keep: Modules that stay float (a classifier's head is small, and its errors go straight into the answer).
+        calibration: Inputs whose activations give the static ranges; None for dynamic ranges.
+
+    Returns:
+        A new graph.
     """
     float_model = model.clone()
     layers = []
@@ -39,11 +41,13 @@ def quantize_activations(model: ir.Model, keep: tuple[str, ...], calibration: Se
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         if weight is not None and weight.const_value is not None and not is_within(str(weight.name), keep):
             layers.append(node.name)
-            # The quantizer asks for types that shape inference does not find behind ONNX Runtime's own operators.
+            # The quantizer needs types that shape inference does not find after ONNX Runtime's own operators.
             for value in (node.inputs[0], node.outputs[0]):
                 if value is not None:
                     value.type = ir.TensorType(ir.DataType.FLOAT)
-    float_model.metadata_props["onnx.quant.pre_process"] = "onnxruntime.quant"  # it would ask for its own passes
+    float_model.metadata_props["onnx.quant.pre_process"] = (
+        "onnxruntime.quant"  # else it warns that its own passes have not run
+    )
     proto = ir.to_proto(float_model)
     settings: dict[str, Any] = {
         "op_types_to_quantize": ["MatMul"],
@@ -58,7 +62,7 @@ def quantize_activations(model: ir.Model, keep: tuple[str, ...], calibration: Se
         if calibration is None:
             quantize_dynamic(proto, path, extra_options=options, **settings)
         else:
-            # The sum of a product stays float, as the bias that is added to it.
+            # A product's output stays float, like the bias that is added to it.
             options["OpTypesToExcludeOutputQuantization"] = ["MatMul"]
             quantize_static(
                 proto, path, _Reader(calibration), activation_type=QuantType.QUInt8, extra_options=options, **settings

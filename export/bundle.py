@@ -1,4 +1,4 @@
-"""Lay out a bundle: the graphs and, beside them, all that a device and a stranger's runtime need."""
+"""Lay out a bundle: the graphs, and beside them everything that a device and other runtimes need."""
 
 import json
 import shutil
@@ -10,19 +10,19 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_ft.artifacts import write_json, write_text
-from edge_ft.config import INT8_ACTIVATIONS, ExportConfig, Weights
+from edge_ft.config import INT8_ACTIVATIONS, Weights
 from edge_ft.data import collate, eval_batches
 from edge_ft.export.activations import Feed, quantize_activations
 from edge_ft.export.lowering import add_lora_inputs, has_linear, lower, store_in_fp16
-from edge_ft.export.packing import write, write_graphs
-from edge_ft.export.source import Source
+from edge_ft.export.packing import write_graph, write_graphs
+from edge_ft.export.source import ExportSource
 from edge_ft.export.trace import trace
 from edge_ft.export.trace_seq2seq import trace_seq2seq
 from edge_ft.models.loading import BITS
 from edge_ft.models.lora import lora_pairs
-from edge_ft.progress import Progress
+from edge_ft.progress import Progress, heartbeat
 
-__all__ = ["describe", "graph_files", "lane", "write_bundle"]
+__all__ = ["graph_files", "make_manifest", "write_bundle"]
 
 NAMES: dict[Weights, tuple[str, str]] = {
     "int4": ("model_q4", "q4"),
@@ -32,128 +32,143 @@ NAMES: dict[Weights, tuple[str, str]] = {
     "fp16": ("model_fp16", "fp16"),
     "fp32": ("model", "fp32"),
 }
-"""The graph's file and its `dtype`, both as transformers.js says them."""
+"""Name of the graph's file and its `dtype`, both as in transformers.js."""
 ENCODER, FIRST, DECODER = "encoder_", "decoder_", "decoder_with_past_"
-"""What the graphs of an encoder-decoder have before that name, as optimum calls graphs with these inputs."""
+"""Prefixes of that name for the graphs of an encoder-decoder, as in optimum."""
 
-METHODS: dict[Weights, str] = {"int8-dynamic": "dynamic", "int8-static": "static"}
-"""Whose ranges of activations: each batch's, or those of calibration rows."""
+ACTIVATION_RANGES: dict[Weights, str] = {"int8-dynamic": "dynamic", "int8-static": "static"}
+"""Where int8 activations get their ranges: from each batch, or from calibration rows."""
 
 
-def write_bundle(folder: Path, source: Source, model: Any, config: ExportConfig, progress: Progress) -> dict[int, str]:
-    """Trace `model` and write everything but the manifest into `folder`; an adapter on `model` is taken off it.
+def write_bundle(folder: Path, source: ExportSource, model: Any, progress: Progress) -> dict[int, str]:
+    """Trace a model and write everything but the manifest.
 
-    Where activations are int8, level 1 is the float graph that was rounded, by which the trace can be proven.
+    If activations are int8, level 1 is the float graph before rounding, which verification compares with torch.
+
+    Args:
+        folder: The bundle.
+        source: What is exported.
+        model: The model that ships; an adapter beside its weights is removed from it.
+        progress: Receives the steps.
 
     Returns:
-        The graph of each accuracy level, relative to `folder`.
+        By accuracy level, the graph's path relative to `folder`.
+
+    Raises:
+        ValueError: no graph holds a layer of the adapter.
     """
-    progress.say(f"tracing {source.base.name} ({source.weights}, {lane(source, config)} lane)")
     pairs = {}
-    if lane(source, config) == "adapter":
+    if source.lane == "adapter":
         pairs = lora_pairs(model)
-        model = model.unload()  # the base alone, its trained head in place: 2 x 210 LoRA inputs would triple the trace
-    name, dtype = NAMES[source.weights]
-    parts = _parts(source, model, name)
-    # Each of several graphs has some of the layers; one that none of them has is an error.
-    lost = [layer for layer in pairs if not any(has_linear(graph, layer) for graph in parts.values())]
+        model = model.unload()  # the base with its trained head: 2 x 210 LoRA inputs would triple the time of a trace
+    with heartbeat(progress, f"tracing {source.base.name} ({source.weights}, {source.lane} lane)"):
+        graphs = _trace(source, model)
+    # Each of several graphs has some of the layers; a layer that no graph has is an error.
+    lost = [layer for layer in pairs if not any(has_linear(graph, layer) for graph in graphs.values())]
     if lost:
-        raise ValueError(f"the adapter changes {lost[0]!r}, but no graph holds a linear layer of that name")
-    for graph in parts.values():
-        add_lora_inputs(graph, {layer: pair for layer, pair in pairs.items() if has_linear(graph, layer)})
-        lower(graph)
-        if source.weights == "fp16":
-            store_in_fp16(graph)
-    if source.weights in INT8_ACTIVATIONS:
-        (graph,) = parts.values()
-        graphs = write(graph, folder, NAMES["fp32"][0], (1,))
-        keep = source.base.family.heads[source.task]
-        graphs |= write(quantize_activations(graph, keep, _calibration(source, graph)), folder, name, (4,))
-    else:
-        levels = (1, 4) if source.weights in BITS else (1,)
-        graphs = list(write_graphs(parts, folder, name, levels).values())[-1]
-    for file in source.tokenizer.files():
-        shutil.copyfile(file, folder / file.name)
-    if source.rendering.chat_template is not None:
-        write_text(folder / "chat_template.jinja", source.rendering.chat_template)
-    model_config = json.loads(model.config.to_json_string(use_diff=False))
-    if len(parts) == 1:
-        # Read by transformers.js: which file to take, and that its weights lie beside it.
-        model_config["transformers.js_config"] = {"use_external_data_format": True, "dtype": dtype}
-    write_json(folder / "config.json", model_config)
-    if source.base.family.kind != "encoder" and not (folder / "generation_config.json").exists():
-        write_text(folder / "generation_config.json", model.generation_config.to_json_string())
-    return graphs
+        raise ValueError(f"the adapter has {lost[0]!r}, but no graph has a linear layer of that name")
+    with heartbeat(progress, "lowering to ONNX Runtime's operators"):
+        for graph in graphs.values():
+            add_lora_inputs(graph, {layer: pair for layer, pair in pairs.items() if has_linear(graph, layer)})
+            lower(graph)
+            if source.weights == "fp16":
+                store_in_fp16(graph)
+    with heartbeat(progress, "writing the graphs and their weights"):
+        paths = _write_graphs(folder, source, graphs)
+        _write_model_files(folder, source, model, one_graph=len(graphs) == 1)
+    return paths
 
 
-def _parts(source: Source, model: Any, name: str) -> dict[str, ir.Model]:
-    """The graphs by the stems of their files, the one that a bundle is known by at the end."""
+def _trace(source: ExportSource, model: Any) -> dict[str, ir.Model]:
+    """Return the graphs by the names of their files; the bundle's main graph is the last one."""
+    name, _ = NAMES[source.weights]
     if source.base.family.kind == "encoder-decoder":
         encoder, decoder, first = trace_seq2seq(model)
         return {f"{ENCODER}{name}": encoder, f"{FIRST}{name}": first, f"{DECODER}{name}": decoder}
     return {name: trace(model, source.base.family, source.task)}
 
 
+def _write_graphs(folder: Path, source: ExportSource, graphs: dict[str, ir.Model]) -> dict[int, str]:
+    """Return the main graph's path of each accuracy level, after writing graphs and weights."""
+    name, _ = NAMES[source.weights]
+    if source.weights in INT8_ACTIVATIONS:
+        (graph,) = graphs.values()
+        float_paths = write_graph(graph, folder, NAMES["fp32"][0], (1,))
+        head = source.base.family.heads[source.task]
+        rounded = quantize_activations(graph, head, _calibration(source, graph))
+        return float_paths | write_graph(rounded, folder, name, (4,))
+    levels = (1, 4) if source.weights in BITS else (1,)
+    return list(write_graphs(graphs, folder, name, levels).values())[-1]
+
+
+def _write_model_files(folder: Path, source: ExportSource, model: Any, one_graph: bool) -> None:
+    """Write the tokenizer's files, the chat template, config.json and generation_config.json."""
+    for file in source.tokenizer.files():
+        shutil.copyfile(file, folder / file.name)
+    if source.rendering.chat_template is not None:
+        write_text(folder / "chat_template.jinja", source.rendering.chat_template)
+    model_config = json.loads(model.config.to_json_string(use_diff=False))
+    if one_graph:
+        # For transformers.js: which file to load, and that its weights are in a file beside it.
+        _, dtype = NAMES[source.weights]
+        model_config["transformers.js_config"] = {"use_external_data_format": True, "dtype": dtype}
+    write_json(folder / "config.json", model_config)
+    if source.base.family.kind != "encoder" and not (folder / "generation_config.json").exists():
+        write_text(folder / "generation_config.json", model.generation_config.to_json_string())
+
+
 def graph_files(graph: str) -> tuple[str, ...]:
-    """The files that go together: a graph, and before an encoder-decoder's its encoder and that of its first tokens."""
+    """Return the files that belong to a graph: itself, and before an encoder-decoder's main graph its other two."""
     if not Path(graph).name.startswith(DECODER):
         return (graph,)
     return tuple(graph.replace(DECODER, part) for part in (ENCODER, FIRST, DECODER))
 
 
-def _calibration(source: Source, graph: ir.Model) -> list[Feed] | None:
-    """Inputs of `graph` made of the rows that int8-static measures its ranges on, or None."""
-    if not source.calibration:
+def _calibration(source: ExportSource, graph: ir.Model) -> list[Feed] | None:
+    """Return inputs of `graph` from the rows that int8-static measures ranges on; None without such rows."""
+    examples = source.rows.calibration
+    if not examples:
         return None
     names = [str(value.name) for value in graph.graph.inputs]
     feeds = []
-    for rows in eval_batches([len(example.input_ids) for example in source.calibration], 8):
-        batch: Any = collate([source.calibration[row] for row in rows], source.tokenizer.pad_id, source.task)
+    for rows in eval_batches([len(example.input_ids) for example in examples], 8):
+        batch: Any = collate([examples[row] for row in rows], source.tokenizer.pad_id, source.task)
         feeds.append({name: batch.get(name, np.zeros_like(batch["input_ids"])) for name in names})
     return feeds
 
 
-def lane(source: Source, config: ExportConfig) -> str:
-    """`base` for a model without an adapter, else what was asked for."""
-    return "base" if source.adapter is None else config.lane
+def make_manifest(source: ExportSource, graphs: dict[int, str], main: int) -> dict[str, Any]:
+    """Describe a bundle, without its files and its verification.
 
+    Args:
+        source: What is exported.
+        graphs: By accuracy level, the graph's path relative to the bundle.
+        main: Accuracy level that runs by default.
 
-def _method(source: Source) -> str | None:
-    """How weights became what the bundle holds; None for floats."""
-    if source.weights in BITS:
-        return "gptq" if source.weights == "int4" and source.calibration else "rtn"
-    return METHODS.get(source.weights)
-
-
-def describe(source: Source, config: ExportConfig, graphs: dict[int, str], main: int) -> dict[str, Any]:
-    """The manifest, without its files and its verification; `main` is the level of the graph that runs by default."""
-    rounded = source.weights in BITS
-    base = source.base
+    Returns:
+        The manifest's other keys.
+    """
+    base, rendering = source.base, source.rendering
+    packages = ("edge-ft", "torch", "transformers", "peft", "onnx", "onnxruntime")
     manifest: dict[str, Any] = {
         "task": source.task,
         "family": base.family.name,
         "model": graphs[main],
         "graphs": {str(level): path for level, path in graphs.items()},
-        "quantization": {
-            "method": _method(source),
-            "bits": {"int4": 4, "fp16": 16, "fp32": 32}.get(source.weights, 8),
-            "block_size": source.block_size if rounded else None,
-            "symmetric": source.weights in METHODS,
-        },
-        "lane": lane(source, config),
+        "quantization": _quantization(source),
+        "lane": source.lane,
         "max_length": base.max_length,
-        "tokenization": {"bos": source.rendering.bos, "appended_eos": source.rendering.appended_eos},
-        "rendering": source.rendering.to_dict(),
+        "tokenization": {"bos": rendering.bos, "appended_eos": rendering.appended_eos},
+        "rendering": rendering.to_dict(),
         "provenance": {
             "base": {"model": base.name, "content_sha256": base.content_sha256, "license": base.license},
             "data_fingerprint": source.data_fingerprint,
-            "versions": {
-                name: version(name) for name in ("edge-ft", "torch", "transformers", "peft", "onnx", "onnxruntime")
-            },
+            "versions": {name: version(name) for name in packages},
         },
     }
+    sizes = base.dims
     if base.family.kind == "encoder-decoder":
-        settings = base.dims.config
+        settings = sizes.config
         manifest["encoder_graphs"] = {str(level): graph_files(path)[0] for level, path in graphs.items()}
         manifest["tokenization"]["decoder_start"] = int(settings.decoder_start_token_id)
         manifest["cache"] = {
@@ -162,6 +177,19 @@ def describe(source: Source, config: ExportConfig, graphs: dict[int, str], main:
             "head_dim": int(settings.head_dim),
         }
     if base.family.decoder:
-        sizes = base.dims
         manifest["cache"] = {"layers": sizes.layers, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
     return manifest
+
+
+def _quantization(source: ExportSource) -> dict[str, Any]:
+    """Return the format of the weights; `method` is how codes were chosen, where int8 ranges come from, or None."""
+    weights, codes = source.weights, source.weights in BITS
+    method = ACTIVATION_RANGES.get(weights)
+    if codes:
+        method = "gptq" if weights == "int4" and source.rows.calibration else "rtn"
+    return {
+        "method": method,
+        "bits": {"int4": 4, "fp16": 16, "fp32": 32}.get(weights, 8),
+        "block_size": source.block_size if codes else None,
+        "symmetric": weights in ACTIVATION_RANGES,
+    }

@@ -1,4 +1,4 @@
-"""What onnxruntime-genai needs to open a decoder bundle: its config, and a graph whose logits have one position."""
+"""Files for onnxruntime-genai in a decoder bundle: its config, and a graph whose logits have one position."""
 
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,20 @@ from edge_ft.models.dims import ModelDims
 __all__ = ["write_genai"]
 
 KNOWN = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
-"""Families that onnxruntime-genai knows by the name that transformers gives them."""
+"""Families that onnxruntime-genai supports under transformers' name."""
 
 
 def write_genai(folder: Path, family: str, sizes: ModelDims, tokenizer: TextTokenizer, graph: str) -> None:
-    """Write `genai_config.json` and `NAME_genai.onnx` beside the bundle's `graph` NAME.onnx, over the same weights.
+    """Write `genai_config.json` and `NAME_genai.onnx` beside the bundle's graph NAME.onnx, with the same weights.
 
-    It makes room for the logits of every position that it feeds, unless the graph itself says that there is one.
+    onnxruntime-genai allocates logits for every position that it reads, unless the graph declares a single one.
+
+    Args:
+        folder: The bundle.
+        family: Family of the model.
+        sizes: Sizes of the model.
+        tokenizer: Gives the ids of the special tokens.
+        graph: Path of NAME.onnx relative to `folder`.
     """
     model = ir.load(folder / graph)
     keep = model.graph.initializers["num_logits_to_keep"]
@@ -31,9 +38,9 @@ def write_genai(folder: Path, family: str, sizes: ModelDims, tokenizer: TextToke
 
 
 def _config(family: str, sizes: ModelDims, tokenizer: TextTokenizer, graph: str) -> dict[str, Any]:
-    """Names, sizes and defaults of the decoder at `graph`, relative to the bundle.
+    """Return the config of the decoder at `graph`, a path relative to the bundle.
 
-    A family that it does not know goes by `decoder`, its name for one that reads nothing but what is named here.
+    Other families are declared as `decoder`, onnxruntime-genai's type for a decoder with only the inputs named here.
     """
     stops = sorted(tokenizer.stop_ids)
     return {

@@ -1,4 +1,4 @@
-"""Graphs and the one file of weights that they share: small graphs, and every byte stored once."""
+"""Write graphs and the one file of weights that they share, each tensor stored once."""
 
 import hashlib
 from collections.abc import Mapping
@@ -6,18 +6,22 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-__all__ = ["write", "write_graphs"]
+__all__ = ["write_graph", "write_graphs"]
 
-# A cache line: ONNX Runtime maps the file and computes on the weights where they lie.
+# A cache line: ONNX Runtime memory-maps the file and computes on the weights in place.
 ALIGNMENT = 64
 # Smaller tensors stay in the graph file.
 EXTERNAL_BYTES = 1024
 
 
-def write(model: ir.Model, folder: Path, name: str, accuracy_levels: tuple[int, ...] = (1, 4)) -> dict[int, str]:
+def write_graph(model: ir.Model, folder: Path, name: str, accuracy_levels: tuple[int, ...] = (1, 4)) -> dict[int, str]:
     """Write `onnx/NAME.onnx`, a variant `onnx/NAME_aLEVEL.onnx` for each later level, and `onnx/NAME.onnx_data`.
 
-    As `write_graphs` with one graph.
+    Args:
+        model: A lowered graph; it is not changed.
+        folder: The bundle.
+        name: Stem of the files.
+        accuracy_levels: As for `write_graphs`.
 
     Returns:
         By level, the graph's path relative to `folder`.
@@ -30,15 +34,15 @@ def write_graphs(
 ) -> dict[str, dict[int, str]]:
     """Write graphs that share the weights in `onnx/DATA_NAME.onnx_data`.
 
-    The variants of a graph differ in the accuracy_level of MatMulNBits alone (1: float; 4: activations in int8). The
+    The variants of a graph differ only in the accuracy_level of MatMulNBits (1: float; 4: activations in int8). The
     same models give the same bytes.
 
     Args:
-        models: By stem of the file, with transformers.js's suffix (`model`, `model_q4`), a lowered graph; it is not
-            changed.
+        models: Lowered graphs, which are not changed, by stem of the file with transformers.js's suffix (`model`,
+            `model_q4`).
         folder: The bundle.
-        data_name: Stem of the weights' file.
-        accuracy_levels: One graph each; the first has the plain name.
+        data_name: Stem of the weights file.
+        accuracy_levels: One variant of each graph for each level; the first has the plain name.
 
     Returns:
         By stem and level, the graph's path relative to `folder`.

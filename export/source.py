@@ -1,8 +1,8 @@
-"""What is exported: a run folder or a model brought to one form."""
+"""What is exported: a run folder or a model, in one form."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
@@ -30,115 +30,164 @@ from edge_ft.evaluate.verify import VERIFY_ROWS
 from edge_ft.models.base_model import Base, find_base
 from edge_ft.models.loading import BITS, ModelSpec, load_model, quantize_over
 from edge_ft.models.lora import adapter_task, load_adapter, merge_adapter
-from edge_ft.progress import Progress
+from edge_ft.progress import Progress, heartbeat
 from edge_ft.quant.calibration import choose_rows, spread
 from edge_ft.quant.layers import is_within, quantize_model
 
-__all__ = ["Source", "open_export_source"]
+__all__ = ["ExportRows", "ExportSource", "open_export_source"]
 
 CALIBRATION_ROWS = 128
-"""Train rows that int8-static reads: ranges are those of the layers, and more rows hardly widen them."""
+"""Training rows that int8-static reads; more rows hardly widen the ranges of activations."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A base, perhaps an adapter on it, and the rows that verification scores."""
+class ExportRows:
+    """The rows that an export reads."""
 
-    base: Base
-    task: Task
-    adapter: Path | None
-    trained_format: BaseFormat
-    """What the adapter was trained over; float for one that was trained elsewhere."""
-    weights: Weights
-    """Format of the weights that ship."""
-    block_size: int
-    tokenizer: TextTokenizer
-    rendering: Rendering
     validation: list[Example]
+    """Scored by verification, and decide whether the export is refused."""
     test: list[Example]
     calibration: list[Example]
-    """Train rows that give int8-static its ranges, or over which int4 codes are chosen; none for other weights."""
-    rows_sha256: str | None
+    """Training rows for the ranges of int8-static or the codes of int4; none for other weights."""
+    sha256: str | None
     """Fingerprint of the validation rows."""
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A base, its adapter if there is one, and the options that decide what ships."""
+
+    base: Base
+    adapter: Path | None
+    trained_format: BaseFormat
+    """Format of the base that the adapter was trained over; fp32 for an adapter that was trained elsewhere."""
+    weights: Weights
+    """Format of the weights that ship."""
+    lane: Literal["base", "merged", "adapter"]
+    """base: there is no adapter."""
+    block_size: int
+    """Weights per scale of int4 and int8."""
+    tokenizer: TextTokenizer
+    rendering: Rendering
+    rows: ExportRows
     data_fingerprint: str | None
     run: RunFolder | None
     seed: int
+    """Initialises a classification head that the checkpoint lacks."""
+
+    @property
+    def task(self) -> Task:
+        """The bundle's task."""
+        return self.rendering.task
 
     def load(self, base_format: BaseFormat | Weights) -> Any:
-        """The base alone, in float or on the grid; fp16 is float whose matrices float16 holds exactly."""
-        narrow = base_format == "fp16"
-        held: dict[str, BaseFormat] = dict.fromkeys(("fp16", *INT8_ACTIVATIONS), "fp32")
-        form = held.get(base_format) or cast(BaseFormat, base_format)
+        """Load the base without its adapter.
+
+        Args:
+            base_format: A base format, or weights that ship: fp16 is float32 whose matrices float16 represents
+                exactly; int8-dynamic and int8-static are float32.
+
+        Returns:
+            The task model, in evaluation mode.
+        """
+        floats: dict[str, BaseFormat] = dict.fromkeys(("fp16", *INT8_ACTIVATIONS), "fp32")
         codes = None
         if self.run is not None and self.run.codes.is_file() and self.block_size == self.run.base()["block_size"]:
             codes = self.run.codes
-        spec = ModelSpec.from_rendering(self.base, self.rendering, form, self.block_size, self.seed, codes)
-        model = load_model(spec)
-        if narrow:
+        held = floats.get(base_format) or cast(BaseFormat, base_format)
+        model = load_model(ModelSpec.from_rendering(self.base, self.rendering, held, self.block_size, self.seed, codes))
+        if base_format == "fp16":
             self._round_to_fp16(model)
         return model
 
     def load_trained(self) -> Any:
-        """The model as it was trained: the base in its format, the adapter beside it."""
+        """Return the model as trained: the base in its training format, with the adapter beside it."""
         assert self.adapter is not None
         if self.run is not None:
             return open_run_model(self.run)[0]
         return load_adapter(self.load(self.trained_format), self.adapter)
 
-    def load_shipped(self, lane: str, progress: Progress) -> Any:
-        """The model that ships: merged in float and then rounded, or the base with the adapter beside it.
+    def load_shipped(self, progress: Progress) -> Any:
+        """Load the model that ships.
 
-        With activations in int8 its layers are float still (the graph's are rounded), and its embedding is codes.
+        Args:
+            progress: Receives the steps.
+
+        Returns:
+            The base in its shipped format, with the adapter merged in (lane merged) or beside it (lane adapter). If
+            activations ship in int8, linear layers are still float here, and the embedding is int8 codes.
         """
-        if self.weights in INT8_ACTIVATIONS:
+        with heartbeat(progress, f"loading {self.base.name}"):
+            if self.lane != "merged" and self.weights not in INT8_ACTIVATIONS:
+                model = self.load(self.weights)
+                return model if self.adapter is None else load_adapter(model, self.adapter)
             model = self.load("fp32")
-            model = model if self.adapter is None else merge_adapter(model, self.adapter)
+            if self.adapter is not None:
+                model = merge_adapter(model, self.adapter)
+        self._quantize(model, progress)
+        return model
+
+    def _quantize(self, model: Any, progress: Progress) -> None:
+        """Round a float model in place to the weights that ship."""
+        if self.weights == "fp16":
+            self._round_to_fp16(model)
+        elif self.weights in INT8_ACTIVATIONS:
             layers = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
             quantize_model(model, self.block_size, layers, 8)
-            return model
-        if self.adapter is None:
-            return self.load(self.weights)
-        if lane == "adapter":
-            return load_adapter(self.load(self.weights), self.adapter)
-        merged = merge_adapter(self.load("fp32"), self.adapter)
-        if self.weights == "fp16":
-            self._round_to_fp16(merged)
-        elif self.weights == "int4" and self.calibration:
-            rows = choose_rows(self.calibration, len(self.calibration), self.tokenizer.pad_id, self.task, progress)
+        elif self.weights == "int4" and self.rows.calibration:
+            examples = self.rows.calibration
+            rows = choose_rows(examples, len(examples), self.tokenizer.pad_id, self.task, progress)
             assert rows is not None
-            quantize_over(merged, self.task, self.block_size, self._keep, rows)
+            with heartbeat(progress, "choosing int4 codes"):
+                quantize_over(model, self.task, self.block_size, self._float_modules, rows)
         elif self.weights == "int4" or self.weights == "int8":
-            quantize_model(merged, self.block_size, self._keep, BITS[self.weights])
-        return merged
+            quantize_model(model, self.block_size, self._float_modules, BITS[self.weights])
 
     @property
-    def _keep(self) -> tuple[str, ...]:
-        """What stays float32 whatever the rest is: a head that is trained in full."""
+    def _float_modules(self) -> tuple[str, ...]:
+        """Modules that stay float32 in every format: a head that is trained in full."""
         return self.base.family.trained_head(self.task)
 
     def _round_to_fp16(self, model: nn.Module) -> None:
+        """Round matrices in place to values that float16 represents exactly.
+
+        Raises:
+            ModelError: a value exceeds float16's range.
+        """
         largest = torch.finfo(torch.float16).max
         for name, parameter in model.named_parameters():
-            if parameter.ndim < 2 or is_within(name, self._keep):
-                continue  # norms and biases are not worth a rounding
+            if parameter.ndim < 2 or is_within(name, self._float_modules):
+                continue  # norms and biases are too small to be worth rounding
             if parameter.abs().max() > largest:
-                raise ModelError(f"{name} holds a value beyond float16's {largest:.0f}: export with --weights fp32")
+                raise ModelError(f"{name} has a value beyond float16's {largest:.0f}: export with --weights fp32")
             parameter.data = parameter.data.half().float()
 
 
-def open_export_source(source: str, config: ExportConfig) -> Source:
-    """Read what `edge-ft export SOURCE` names.
+def open_export_source(source: str, config: ExportConfig) -> ExportSource:
+    """Open a SOURCE of `edge-ft export`.
+
+    Args:
+        source: A run folder; or a hub id, a folder or a GGUF file of a model.
+        config: Options of the export.
+
+    Returns:
+        The source, with its options resolved and its rows encoded.
 
     Raises:
         UsageError: a source that cannot be exported, or options that do not fit it.
     """
     kind = kind_of(source)
     if kind == "bundle":
-        raise UsageError(f"{source} is a bundle already: export takes a run folder or a model")
+        raise UsageError(f"{source} is already a bundle: export takes a run folder or a model")
     return _from_run(RunFolder.open(Path(source)), config) if kind == "run" else _from_model(source, config)
 
 
-def _from_run(run: RunFolder, config: ExportConfig) -> Source:
+def _from_run(run: RunFolder, config: ExportConfig) -> ExportSource:
+    """Return a finished run as a source.
+
+    Raises:
+        UsageError: options of a model, or a lane that cannot hold the run's format.
+    """
     for flag, value in (
         ("--adapter", config.adapter),
         ("--data", config.data),
@@ -146,7 +195,7 @@ def _from_run(run: RunFolder, config: ExportConfig) -> Source:
         ("--pooling", config.pooling),
     ):
         if value is not None:
-            raise UsageError(f"{flag} is for a model: the run folder {run.path} brings its own")
+            raise UsageError(f"{flag} is for a model: the run folder {run.path} has its own")
     identity, report = run.base(), run.report()
     trained_format: BaseFormat = identity["format"]
     weights = config.weights or "int4"
@@ -160,37 +209,52 @@ def _from_run(run: RunFolder, config: ExportConfig) -> Source:
     _refuse_int8_activations(weights, base, config.lane)
     tokenizer = TextTokenizer.load(run.tokenizer)
     rendering = Rendering.from_dict(run.rendering())
-    rows = read_rows(str(run.split("validation")))[:VERIFY_ROWS]
-    test = read_rows(str(run.split("test"))) if run.split("test").stat().st_size else []
-    read = {"int8-static": CALIBRATION_ROWS, "int4": identity.get("calibration_rows", 0)}.get(weights, 0)
-    if weights == "int4" and base.dims.repeats_layers:
-        read = 0
-    train = spread(read_rows(str(run.split("train"))), read) if read else []
-    return Source(
+    return ExportSource(
         base=base,
-        task=report["task"],
         adapter=run.adapter,
         trained_format=trained_format,
         weights=weights,
+        lane=config.lane,
         block_size=config.block_size or int(identity["block_size"]),
         tokenizer=tokenizer,
         rendering=rendering,
-        validation=scorable(encode_rows(rendering, tokenizer, rows)),
-        test=scorable(encode_rows(rendering, tokenizer, test)),
-        calibration=encode_rows(rendering, tokenizer, train),
-        rows_sha256=fingerprint(rows),
+        rows=_rows_of_run(run, base, weights, rendering, tokenizer),
         data_fingerprint=identity["data_fingerprint"],
         run=run,
         seed=int(report["seed"]),
     )
 
 
-def _from_model(source: str, config: ExportConfig) -> Source:
+def _rows_of_run(
+    run: RunFolder, base: Base, weights: Weights, rendering: Rendering, tokenizer: TextTokenizer
+) -> ExportRows:
+    """Return the run's own rows, encoded."""
+    validation = read_rows(str(run.split("validation")))[:VERIFY_ROWS]
+    test = read_rows(str(run.split("test"))) if run.split("test").stat().st_size else []
+    count = {"int8-static": CALIBRATION_ROWS, "int4": run.base().get("calibration_rows", 0)}.get(weights, 0)
+    if weights == "int4" and base.dims.repeats_layers:
+        count = 0
+    calibration = spread(read_rows(str(run.split("train"))), count) if count else []
+    return ExportRows(
+        validation=scorable(encode_rows(rendering, tokenizer, validation)),
+        test=scorable(encode_rows(rendering, tokenizer, test)),
+        calibration=encode_rows(rendering, tokenizer, calibration),
+        sha256=fingerprint(validation),
+    )
+
+
+def _from_model(source: str, config: ExportConfig) -> ExportSource:
+    """Return a model, with `config.adapter` on it, as a source.
+
+    Raises:
+        UsageError: options that do not fit it.
+        DataError: no row has an answer.
+    """
     base = find_base(source, config.task)
     weights = config.weights or "int4"
     _refuse_int8_activations(weights, base, config.lane if config.adapter else "base")
     if weights == "int8-static" and config.data is None:
-        raise UsageError("--weights int8-static measures its ranges on rows, and a model brings none: give --data")
+        raise UsageError("--weights int8-static measures ranges of activations on rows: give --data")
     tokenizer = TextTokenizer.load(base.path)
     # An adapter that cannot be used is refused before any work.
     task = config.task or (adapter_task(config.adapter) if config.adapter is not None else None) or base.task
@@ -201,19 +265,21 @@ def _from_model(source: str, config: ExportConfig) -> Source:
     rendering = replace(rendering, labels=labels)  # rows may name classes by number; the bundle names them by name
     if rows and not examples:
         raise DataError(f"{config.data}: no row has an answer to score")
-    return Source(
+    return ExportSource(
         base=base,
-        task=task,
         adapter=config.adapter,
         trained_format="fp32",
         weights=weights,
+        lane=config.lane if config.adapter else "base",
         block_size=config.block_size or 32,
         tokenizer=tokenizer,
         rendering=rendering,
-        validation=examples,
-        test=[],
-        calibration=examples[:CALIBRATION_ROWS] if weights == "int8-static" else [],
-        rows_sha256=fingerprint(rows) if rows else None,
+        rows=ExportRows(
+            validation=examples,
+            test=[],
+            calibration=examples[:CALIBRATION_ROWS] if weights == "int8-static" else [],
+            sha256=fingerprint(rows) if rows else None,
+        ),
         data_fingerprint=None,
         run=None,
         seed=0,
@@ -221,21 +287,24 @@ def _from_model(source: str, config: ExportConfig) -> Source:
 
 
 def _refuse_int8_activations(weights: Weights, base: Base, lane: str) -> None:
-    """Where they cannot hold what they promise."""
+    """Refuse int8 activations where they do not work.
+
+    Raises:
+        UsageError: the model is not an encoder, or the lane is adapter.
+    """
     if weights in INT8_ACTIVATIONS and base.family.kind != "encoder":
         raise UsageError(
-            f"--weights {weights} is for encoders and {base.family.name} is none: export it with int8, whose graph of "
-            "accuracy level 4 has activations in int8 too"
+            f"--weights {weights} is for encoders and {base.family.name} is none: use --weights int8, whose graph of "
+            "accuracy level 4 has int8 activations too"
         )
     if weights in INT8_ACTIVATIONS and lane == "adapter":
         raise UsageError(
-            f"--weights {weights} has no adapter lane: that is exactly what was trained, and activations in int8 are "
-            "not; use --lane merged"
+            f"--weights {weights} has no adapter lane, which ships exactly what was trained: use --lane merged"
         )
 
 
 def _labels(base: Base, task: Task, config: ExportConfig, rows: list[Row]) -> tuple[str, ...]:
-    """Class names: the checkpoint's; for the head that an adapter brings, the rows' if they are as many, else LABEL_i.
+    """Return the class names: the checkpoint's, or for an adapter's head the rows' if they are as many, else LABEL_i.
 
     Raises:
         ModelError: neither the model nor the adapter has a head.

@@ -1,66 +1,99 @@
-"""The verification that ends an export: base, trained and shipped on the same rows, and the gate's verdict."""
+"""The verification that ends an export: base, trained and shipped model on the same rows, and the gate."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edge_ft.artifacts import Bundle
 from edge_ft.config import INT8_ACTIVATIONS, ExportConfig
 from edge_ft.data import Example
-from edge_ft.evaluate.gate import Limits, Verdict, evaluate_gate
+from edge_ft.evaluate.gate import Limits, evaluate_gate
 from edge_ft.evaluate.scoring import RowScores, summary
 from edge_ft.evaluate.task_metric import task_metric_for
 from edge_ft.evaluate.verify import SAME, largest_difference, probe_examples, score_examples
-from edge_ft.export.bundle import describe, lane
-from edge_ft.export.source import Source
+from edge_ft.export.bundle import make_manifest
+from edge_ft.export.source import ExportSource
 from edge_ft.models.scorer import TorchScorer
-from edge_ft.progress import Progress
+from edge_ft.progress import Progress, heartbeat
 from edge_ft.runtime import load
 
-__all__ = ["Checked", "TorchScores", "check_bundle", "score_torch"]
+__all__ = ["TorchScores", "VerificationResult", "score_torch", "verify_graphs"]
 
 
 @dataclass(frozen=True)
 class TorchScores:
-    """What torch scores; each of the last three is None where there are no rows or no adapter."""
+    """Scores by torch; each of the last three is None if there are no rows or no adapter."""
 
     shipped_probe: RowScores
     """The weights that ship, on the probe texts."""
     untuned_probe: RowScores | None
-    """The base, with the trained head where there is one: what would ship if the adapter were lost."""
+    """The base on the probe texts, with the trained head if there is one: what would ship if the adapter were lost."""
     base: RowScores | None
-    """The untuned base on the grid that ships, on the validation rows."""
+    """The untuned base in the shipped format, on the validation rows."""
     trained: RowScores | None
     """The model as trained, on the validation rows."""
 
 
 @dataclass(frozen=True)
-class Checked:
+class GraphScores:
+    """Scores of the graph of one accuracy level."""
+
+    probe: RowScores
+    """On the probe texts."""
+    validation: RowScores | None
+    """On the validation rows; None without rows."""
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """The verification of one accuracy level."""
+
+    figures: dict[str, Any]
+    """Entry of the manifest's `by_accuracy_level`, without `passed`."""
+    gate: dict[str, Any]
+    """Figures of the gate; empty without a trained model or rows."""
+    problem: str
+    """Why the level fails; empty if it passes."""
+
+
+@dataclass(frozen=True)
+class VerificationResult:
     """The outcome of an export's verification."""
 
     verification: dict[str, Any]
-    """As the manifest holds it."""
+    """As in the manifest."""
     levels: set[int]
     """Accuracy levels whose graph passed."""
     main: int
-    """The one that a client gets unless it asks for another."""
+    """Accuracy level that runs by default."""
     reasons: list[str]
-    """Why the export is refused; empty when it is not."""
+    """Why the export is refused; empty if it is not."""
 
 
-def score_torch(source: Source, shipped_model: Any, config: ExportConfig, progress: Progress) -> TorchScores:
-    """Torch's scores, with one model in memory at a time besides `shipped_model`."""
+def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) -> TorchScores:
+    """Score the torch models that verification compares with, one at a time beside `shipped_model`.
+
+    Args:
+        source: What is exported.
+        shipped_model: The model that ships.
+        progress: Receives the steps.
+
+    Returns:
+        The scores.
+    """
 
     def scored(model: Any, examples: list[Example], stage: str) -> RowScores:
         scorer = TorchScorer(model, source.task)
         return score_examples(scorer, examples, source.tokenizer, source.rendering, progress, stage)
 
+    validation = source.rows.validation
     probes = probe_examples(source.tokenizer, source.rendering)
     shipped_probe = scored(shipped_model, probes, "probe, torch")
-    if source.adapter is None and not source.validation:
+    if source.adapter is None and not validation:
         return TorchScores(shipped_probe, None, None, None)
-    base_model = source.load(source.weights)
-    base = scored(base_model, source.validation, "validation, base") if source.validation else None
+    with heartbeat(progress, "loading the base"):
+        base_model = source.load(source.weights)
+    base = scored(base_model, validation, "validation, base") if validation else None
     if source.adapter is None:
         return TorchScores(shipped_probe, None, base, None)
     if head := source.base.family.trained_head(source.task):
@@ -69,128 +102,155 @@ def score_torch(source: Source, shipped_model: Any, config: ExportConfig, progre
             base_model.set_submodule(name, whole.get_submodule(name))
     untuned_probe = scored(base_model, probes, "probe, base")
     del base_model
-    trained = scored(source.load_trained(), source.validation, "validation, as trained") if source.validation else None
-    return TorchScores(shipped_probe, untuned_probe, base, trained)
+    if not validation:
+        return TorchScores(shipped_probe, untuned_probe, base, None)
+    with heartbeat(progress, "loading the model as trained"):
+        trained_model = source.load_trained()
+    return TorchScores(shipped_probe, untuned_probe, base, scored(trained_model, validation, "validation, as trained"))
 
 
-def check_bundle(
+def verify_graphs(
     folder: Path,
-    source: Source,
+    source: ExportSource,
     graphs: dict[int, str],
     torch_scores: TorchScores,
     config: ExportConfig,
     progress: Progress,
-) -> Checked:
-    """Score the graphs in `folder`, which has no manifest yet, and judge them."""
-    bundle = Bundle(folder, describe(source, config, graphs, 1))
+) -> VerificationResult:
+    """Score the graphs of a bundle and compare them with torch and with the limits of the gate.
+
+    Args:
+        folder: The bundle, which has no manifest yet.
+        source: What is exported.
+        graphs: By accuracy level, the graph's path relative to `folder`; level 1 is the exact one.
+        torch_scores: What to compare with.
+        config: Limits and threads.
+        progress: Receives the steps.
+
+    Returns:
+        The verification for the manifest, and what follows from it.
+    """
+    bundle = Bundle(folder, make_manifest(source, graphs, 1))
     limits = Limits(config.max_tax, config.min_retained, config.max_metric_drop)
-    levels: dict[int, dict[str, Any]] = {}
-    verdicts: dict[int, Verdict] = {}
-    reasons: list[str] = []
+    # A level that may ship is left out if it fails; the one that was requested by its weights is refused.
+    may_ship = {4} if source.weights in INT8_ACTIVATIONS else set(graphs)
+    requested = min(may_ship)
+    scores = {level: _score_graph(bundle, source, level, config.threads, progress) for level in sorted(graphs)}
     changes: bool | None = None
-    by_level: dict[int, RowScores] = {}
-    ships = {4} if source.weights in INT8_ACTIVATIONS else set(graphs)
-    """Levels that may leave; what was asked for by name is not left out, but refused."""
-    for level in sorted(graphs):
-        scorer = load(bundle, accuracy_level=level, threads=config.threads)
-
-        def scored(examples: list[Example], stage: str, scorer: Any = scorer, level: int = level) -> RowScores:
-            name = f"{stage}, level {level}"
-            return score_examples(scorer, examples, source.tokenizer, source.rendering, progress, name)
-
-        probe = scored(probe_examples(source.tokenizer, source.rendering), "probe")
-        levels[level] = {
-            "probe_nll": probe.nll.tolist(),
-            "shipped_minus_last_evaluated": largest_difference(torch_scores.shipped_probe, probe),
-        }
-        if level == 1:
-            if levels[1]["shipped_minus_last_evaluated"] > SAME:
-                reasons.append(
-                    f"the graph differs from the torch model it was traced from by "
-                    f"{levels[1]['shipped_minus_last_evaluated']:.4f} nats per token"
-                )
-            if torch_scores.untuned_probe is not None:
-                changes = largest_difference(torch_scores.untuned_probe, probe) > SAME
-        if not source.validation:
-            levels[level]["passed"] = level == min(ships)
-            continue
-        scores = by_level[level] = scored(source.validation, "validation")
-        exact = by_level[1]
-        assert torch_scores.base is not None
-        levels[level] |= {
-            "nll": scores.mean_nll,
-            "accuracy": scores.accuracy,
-            "argmax_agreement": scores.agreement(exact),
-        }
-        if torch_scores.trained is not None:
-            verdicts[level] = evaluate_gate(
-                *(torch_scores.base, torch_scores.trained, scores, limits, bool(changes)),
-                task_metric_for(source.validation, source.task, source.rendering.labels),
-            )
-            levels[level]["quantization_tax"] = verdicts[level].figures["quantization_tax"]
-            why = "; ".join(verdicts[level].reasons)
-        else:
-            lost = scores.mean_nll - exact.mean_nll
-            why = f"{lost:+.4f} nats per token against level 1" if lost > limits.max_tax else ""
-        levels[level]["passed"] = level == min(ships) or (level in ships and not why)
-        if why and level == min(ships):
-            reasons.append(why)
-        elif why and level in ships:
-            progress.say(f"accuracy level {level} is left out: {why}")
-    if changes is False and not source.validation:
+    if torch_scores.untuned_probe is not None:
+        changes = largest_difference(torch_scores.untuned_probe, scores[1].probe) > SAME
+    results = {
+        level: _check_level(source, found, scores[1], torch_scores, limits, bool(changes))
+        for level, found in scores.items()
+    }
+    passed = {requested}
+    if source.rows.validation:
+        passed |= {level for level in may_ship if not results[level].problem}
+        for level in sorted(may_ship - passed):
+            progress.say(f"accuracy level {level} is left out: {results[level].problem}")
+    reasons = []
+    difference = results[1].figures["shipped_minus_last_evaluated"]
+    if difference > SAME:
+        reasons.append(f"the graph differs from the torch model it was traced from by {difference:.4f} nats per token")
+    if results[requested].problem:
+        reasons.append(results[requested].problem)
+    if changes is False and not source.rows.validation:
         reasons.append("the adapter does not change the logits of the graph: what ships is the base")
-    passed = {level for level, figures in levels.items() if figures["passed"]}
-    # Exact, a token takes 15 times as long: ONNX Runtime 1.32 multiplies 8-bit codes fast only with activations
-    # in int8. The adapter lane is asked for by who wants exactly what was trained.
-    main = 4 if source.weights == "int8" and lane(source, config) != "adapter" and 4 in passed else min(ships)
-    shipped = by_level.get(main)
+    # Exact int8 takes 15 times as long for a token: ONNX Runtime 1.32 multiplies 8-bit codes fast only with int8
+    # activations. The adapter lane is for those who want exactly what was trained.
+    main = 4 if source.weights == "int8" and source.lane != "adapter" and 4 in passed else requested
+    shipped = scores[main].validation
+    compared = {"base": torch_scores.base, "trained": torch_scores.trained, "shipped": shipped}
     verification = {
-        "rows": len(source.validation),
-        "rows_sha256": source.rows_sha256,
-        "nll": {
-            name: None if scores is None else scores.mean_nll
-            for name, scores in (("base", torch_scores.base), ("trained", torch_scores.trained), ("shipped", shipped))
-        },
+        "rows": len(source.rows.validation),
+        "rows_sha256": source.rows.sha256,
+        "nll": {name: None if found is None else found.mean_nll for name, found in compared.items()},
         "quantization_tax": None,
         "retained_gain": None,
         "argmax_agreement": None,
         "adapter_changes_logits": changes,
-        **(verdicts[main].figures if main in verdicts else {}),
-        "metrics": _metrics(source, base=torch_scores.base, trained=torch_scores.trained, shipped=shipped),
-        "limits": {
-            "max_tax": limits.max_tax,
-            "min_retained": limits.min_retained,
-            "max_metric_drop": limits.max_metric_drop,
+        **results[main].gate,
+        "metrics": _metrics(source, compared),
+        "limits": asdict(limits),
+        "by_accuracy_level": {
+            str(level): {**result.figures, "passed": level in passed} for level, result in results.items()
         },
-        "by_accuracy_level": {str(level): figures for level, figures in levels.items()},
-        "test": _test(bundle, source, config, main, progress),
+        "test": _test(bundle, source, main, config.threads, progress),
     }
-    return Checked(verification, passed, main, reasons)
+    return VerificationResult(verification, passed, main, reasons)
 
 
-def _metrics(source: Source, **columns: RowScores | None) -> dict[str, dict[str, Any]]:
-    """Each task metric on the validation rows: base, trained, shipped."""
+def _score_graph(
+    bundle: Bundle, source: ExportSource, level: int, threads: int | None, progress: Progress
+) -> GraphScores:
+    """Return the scores of the graph of one accuracy level."""
+    with heartbeat(progress, f"opening the graph of level {level}"):
+        scorer = load(bundle, accuracy_level=level, threads=threads)
+    tokenizer, rendering, validation = source.tokenizer, source.rendering, source.rows.validation
+
+    def scored(examples: list[Example], stage: str) -> RowScores:
+        return score_examples(scorer, examples, tokenizer, rendering, progress, f"{stage}, level {level}")
+
+    probe = scored(probe_examples(tokenizer, rendering), "probe")
+    return GraphScores(probe, scored(validation, "validation") if validation else None)
+
+
+def _check_level(
+    source: ExportSource,
+    scores: GraphScores,
+    exact: GraphScores,
+    torch_scores: TorchScores,
+    limits: Limits,
+    adapter_changes_logits: bool,
+) -> LevelResult:
+    """Return how one accuracy level compares with the model as trained, or else with the exact level."""
+    figures: dict[str, Any] = {
+        "probe_nll": scores.probe.nll.tolist(),
+        "shipped_minus_last_evaluated": largest_difference(torch_scores.shipped_probe, scores.probe),
+    }
+    if scores.validation is None or exact.validation is None:
+        return LevelResult(figures, {}, "")
+    figures |= {
+        "nll": scores.validation.mean_nll,
+        "accuracy": scores.validation.accuracy,
+        "argmax_agreement": scores.validation.agreement(exact.validation),
+    }
+    if torch_scores.trained is None or torch_scores.base is None:
+        lost = scores.validation.mean_nll - exact.validation.mean_nll
+        above = lost > limits.max_tax
+        return LevelResult(figures, {}, f"{lost:+.4f} nats per token against level 1" if above else "")
+    verdict = evaluate_gate(
+        *(torch_scores.base, torch_scores.trained, scores.validation, limits, adapter_changes_logits),
+        task_metric_for(source.rows.validation, source.task, source.rendering.labels),
+    )
+    figures["quantization_tax"] = verdict.figures["quantization_tax"]
+    return LevelResult(figures, verdict.figures, "; ".join(verdict.reasons))
+
+
+def _metrics(source: ExportSource, compared: dict[str, RowScores | None]) -> dict[str, dict[str, Any]]:
+    """Return each task metric on the validation rows, of all that is compared."""
     metrics: dict[str, dict[str, Any]] = {}
-    for column, scores in columns.items():
+    for column, scores in compared.items():
         if scores is not None:
-            summed = summary(scores, source.validation, source.task, source.rendering.labels)
+            summed = summary(scores, source.rows.validation, source.task, source.rendering.labels)
             for name, value in summed["metrics"].items():
                 metrics.setdefault(name, {})[column] = value
     return metrics
 
 
 def _test(
-    bundle: Bundle, source: Source, config: ExportConfig, level: int, progress: Progress
+    bundle: Bundle, source: ExportSource, level: int, threads: int | None, progress: Progress
 ) -> dict[str, Any] | None:
-    """The graph of `level` on the run's test rows, beside what the run reported for its base and as trained."""
-    if source.run is None or not source.test:
+    """Return the scores of one graph on the run's test rows, beside the run's own scores of base and trained model."""
+    test = source.rows.test
+    if source.run is None or not test:
         return None
     report = source.run.report()
-    scorer = load(bundle, accuracy_level=level, threads=config.threads)
-    scores = score_examples(scorer, source.test, source.tokenizer, source.rendering, progress, "test rows, as shipped")
-    shipped = summary(scores, source.test, source.task, source.rendering.labels)
+    scorer = load(bundle, accuracy_level=level, threads=threads)
+    scores = score_examples(scorer, test, source.tokenizer, source.rendering, progress, "test rows, as shipped")
+    shipped = summary(scores, test, source.task, source.rendering.labels)
     return {
-        "rows": len(source.test),
+        "rows": len(test),
         "nll": {"base": report["nll"]["test_base"], "trained": report["nll"]["test"], "shipped": shipped["nll"]},
         "metrics": {
             name: {

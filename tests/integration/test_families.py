@@ -101,7 +101,7 @@ class Family:
     def torch(self, lane: Any) -> TorchScorer:
         """The torch model that the bundle of a lane was made from."""
         source = open_export_source(str(self.run.path), ExportConfig(out=self.folder / "unused", lane=lane))
-        return TorchScorer(source.load_shipped(lane, Silent()).eval(), "text-generation")
+        return TorchScorer(source.load_shipped(Silent()).eval(), "text-generation")
 
 
 @pytest.fixture(scope="module", params=DECODERS)

@@ -70,7 +70,7 @@ def test_a_model_of_pairs_wants_pairs(bundle: Bundle, run: RunFolder, tmp_path: 
     opened = load(bundle)
     with pytest.raises(UsageError, match="was trained on pairs of texts"):
         opened.classify(["the film was good"])
-    with pytest.raises(UsageError, match="needs --text-pair"):
+    with pytest.raises(UsageError, match="reads two texts: give --text-pair"):
         run_text(bundle.path, "the film", RunConfig(), None)
     assert run_text(bundle.path, "the film was", RunConfig(text_pair="bad"), None)["label"] == "blame"
     run_file(bundle.path, run.split("test"), tmp_path / "out.jsonl", RunConfig(), Silent())

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from edge_ft.errors import ModelError
 from edge_ft.export.lowering import add_lora_inputs, lower
-from edge_ft.export.packing import write
+from edge_ft.export.packing import write_graph
 from edge_ft.export.trace import trace
 from edge_ft.families import family_of
 from edge_ft.quant.layers import QuantLinear, quantize_model
@@ -108,7 +108,7 @@ def export(model: PreTrainedModel, folder: Path, pairs: dict[str, tuple[Array, A
     if pairs is not None:
         add_lora_inputs(graph, pairs)
     lower(graph)
-    write(graph, folder, "model")
+    write_graph(graph, folder, "model")
     return Graph(folder / "onnx/model.onnx")
 
 

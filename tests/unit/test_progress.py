@@ -1,10 +1,12 @@
 """Progress says how far, how fast, and how long still."""
 
 import io
+import threading
+import time
 
 import pytest
 
-from edge_ft.progress import Lines, eta, track
+from edge_ft.progress import Lines, Silent, eta, heartbeat, track
 
 
 def test_the_time_left_follows_from_what_is_done() -> None:
@@ -31,3 +33,21 @@ def test_a_stage_that_goes_on_after_another_counts_its_own_steps(monkeypatch: py
             now[0] += 100
             lines.advance("validation", 1, 1)
     assert stream.getvalue().splitlines()[-1].startswith("train 20/40  9 s, 18 s left")
+
+
+def test_a_step_that_cannot_be_counted_is_reported_until_it_ends() -> None:
+    reports: list[tuple[str, int, int]] = []
+
+    class Recorded(Silent):
+        def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
+            reports.append((stage, done, total))
+            if len(reports) == 3:
+                enough.set()
+
+    enough = threading.Event()
+    with heartbeat(Recorded(), "tracing", seconds=0.01):
+        assert enough.wait(10)
+    count = len(reports)
+    assert set(reports) == {("tracing", 0, 1)}
+    time.sleep(0.05)
+    assert len(reports) == count  # nothing after its end
