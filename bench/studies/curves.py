@@ -1,24 +1,22 @@
-"""What a race of two trainers comes to: times at which losses were reached, ratios with intervals, table, picture.
+"""The figures of a race of two trainers: times to a loss, ratios with intervals, table and picture.
 
-A curve is a list of `{step, seconds, cpu_seconds, nll}`, one a look at the held-out rows, the first at step 0;
-`nll` is None where the loss was no number.
+A curve is a list of `{step, seconds, cpu_seconds, nll}`, one for each evaluation of the held-out rows, the first before
+any step; `nll` is None where the loss was not a number.
 """
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from edge_ft.errors import UsageError
+from edge_ft.bench.report import markdown_table
+from edge_ft.errors import require
 
-__all__ = ["best_nll", "interval", "largest_difference", "plot_curves", "race", "table", "time_to"]
+__all__ = ["best_nll", "compare", "interval", "largest_difference", "plot_curves", "text_of", "time_to"]
 
 GAINS = (0.25, 0.5, 0.75)
-"""Shares of the rival's gain (untuned - best) at which both are timed, beside its best."""
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5% quantile of Student's t for 1, 2, … degrees of freedom."""
+"""Shares of the baseline's gain (untuned - best) to which both are timed, besides its best."""
 
 Curve = list[dict[str, Any]]
 Result = dict[str, Any]
@@ -26,84 +24,99 @@ Result = dict[str, Any]
 
 
 def time_to(curve: Curve, nll: float, clock: str) -> float | None:
-    """When a loss was first reached, linear between two looks; None where it never was.
+    """When a loss was first reached, linear between two evaluations.
 
     Args:
+        curve: Of one training.
+        nll: The loss.
         clock: `seconds` or `cpu_seconds`.
+
+    Returns:
+        The time; None if the loss was never reached.
     """
     before = None
-    for look in curve:
-        if look["nll"] is not None and look["nll"] <= nll:
+    for point in curve:
+        if point["nll"] is not None and point["nll"] <= nll:
             if before is None or before["nll"] is None:
-                return float(look[clock])
-            share = (before["nll"] - nll) / (before["nll"] - look["nll"])
-            return float(before[clock] + share * (look[clock] - before[clock]))
-        before = look
+                return float(point[clock])
+            share = (before["nll"] - nll) / (before["nll"] - point["nll"])
+            return float(before[clock] + share * (point[clock] - before[clock]))
+        before = point
     return None
 
 
 def best_nll(curve: Curve) -> float:
     """The lowest held-out loss of a curve."""
-    return float(min(look["nll"] for look in curve if look["nll"] is not None))
+    return float(min(point["nll"] for point in curve if point["nll"] is not None))
 
 
 def largest_difference(first: Curve, second: Curve) -> float:
-    """Between two curves at the same steps, nats; infinite where they have other steps, or one is no number."""
-    if [look["step"] for look in first] != [look["step"] for look in second]:
+    """Largest difference of two curves in nats; infinite where their steps differ or a loss is not a number."""
+    if [point["step"] for point in first] != [point["step"] for point in second]:
         return math.inf
     pairs = [(a["nll"], b["nll"]) for a, b in zip(first, second, strict=True)]
     return max(math.inf if None in pair else abs(pair[0] - pair[1]) for pair in pairs)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95% interval of the mean (Student's t); None of a single value."""
+    """95% interval of the mean by Student's t; None of a single value.
+
+    Raises:
+        MissingExtra: scipy is not installed.
+    """
     if len(values) < 2:
         return None
-    freedom = len(values) - 1
-    quantile = _T95[freedom - 1] if freedom <= len(_T95) else 1.96 + 2.5 / freedom
+    quantile = float(require("scipy.stats", "metrics").t.ppf(0.975, len(values) - 1))
     half = quantile * stdev(values) / math.sqrt(len(values))
     return mean(values) - half, mean(values) + half
 
 
-def race(
-    rival: Sequence[Result],
+def compare(
+    baseline: Sequence[Result],
     unswept: Sequence[Result],
     ours: Sequence[Result],
     work: dict[str, float],
     *,
     same_recipe: bool = False,
 ) -> Result:
-    """`rival`, `rival_unswept`, `ours`, and `ratio` (rival ÷ ours) with `ratio_interval` and `ratio_per_seed`.
+    """Compare trainings seed by seed.
 
-    Each seed's target is the swept rival's best loss of that seed. A ratio is the mean over the seeds, and None
-    when one of them never reached the target: what did not happen has no time. Speeds are ratios of the time a
-    token takes.
+    Each seed's target is the best loss of the swept baseline with that seed. A ratio is the mean over the seeds, and
+    None when one of them never reached the target and so has no time.
 
     Args:
+        baseline: A training for each seed, at the best rate of the sweep.
+        unswept: The same at the library's own rate; may be of fewer seeds.
+        ours: A training for each seed.
         work: `flops_per_token` and `sgemm_gflops`, which give the percentage of the machine's limit.
         same_recipe: The curves are the same but for rounding: only speed and memory are compared.
+
+    Returns:
+        `baseline`, `baseline_unswept`, `ours`, and `ratio` (ours ÷ baseline: a speed above 1 is better, time and bytes
+        below 1 are) with `ratio_interval` and `ratio_per_seed`.
+
+    Raises:
+        MissingExtra: scipy is not installed.
     """
-    curves = {result["seed"]: result["curve"] for result in rival}
+    curves = {result["seed"]: result["curve"] for result in baseline}
     report: Result = {
         name: [_timed(result, curves[result["seed"]], work) for result in results]
-        for name, results in (("rival", rival), ("rival_unswept", unswept), ("ours", ours))
+        for name, results in (("baseline", baseline), ("baseline_unswept", unswept), ("ours", ours))
     }
-    pairs = list(zip(report["rival"], report["ours"], strict=True))
-    timed = (
-        ("time_to_rival_best", "seconds_to_rival_best"),
-        ("cpu_time_to_rival_best", "cpu_seconds_to_rival_best"),
-        *((f"time_to_{gain:.0%}_of_gain", f"seconds_to_{gain:.0%}_of_gain") for gain in GAINS),
-    )
+    pairs = list(zip(report["ours"], report["baseline"], strict=True))
+
+    def ratios(key: str, wanted: bool = True) -> list[float | None]:
+        return [_divide(our[key], its[key]) for our, its in pairs] if wanted else []
+
     per_seed = {
-        name: [] if same_recipe else [_divide(first[key], second[key]) for first, second in pairs]
-        for name, key in timed
+        "time_to_baseline_best": ratios("seconds_to_baseline_best", not same_recipe),
+        "cpu_time_to_baseline_best": ratios("cpu_seconds_to_baseline_best", not same_recipe),
+        **{f"time_to_{gain:.0%}_of_gain": ratios(f"seconds_to_{gain:.0%}_of_gain", not same_recipe) for gain in GAINS},
+        "peak_rss": ratios("peak_rss_bytes"),
+        "speed": ratios("tokens_per_second", not same_recipe),
+        "same_recipe_speed": ratios("tokens_per_second", same_recipe),
+        "cpu_speed": ratios("tokens_per_cpu_second"),
     }
-    per_seed["peak_rss"] = [_divide(first["peak_rss_bytes"], second["peak_rss_bytes"]) for first, second in pairs]
-    speed = [_divide(second["tokens_per_second"], first["tokens_per_second"]) for first, second in pairs]
-    per_seed |= {"speed": [] if same_recipe else speed, "same_recipe_speed": speed if same_recipe else []}
-    per_seed["cpu_speed"] = [
-        _divide(second["tokens_per_cpu_second"], first["tokens_per_cpu_second"]) for first, second in pairs
-    ]
     ratio: dict[str, float | None] = {}
     intervals: dict[str, tuple[float, float] | None] = {}
     for name, values in per_seed.items():
@@ -114,18 +127,18 @@ def race(
     return report | {"ratio": ratio, "ratio_interval": intervals, "ratio_per_seed": per_seed}
 
 
-def _timed(result: Result, rival: Curve, work: dict[str, float]) -> Result:
-    """A training with all that is told of it, its target taken from the rival's curve."""
+def _timed(result: Result, baseline: Curve, work: dict[str, float]) -> Result:
+    """A training with its figures; the baseline's curve gives its targets."""
     curve: Curve = result["curve"]
-    untuned, target = float(rival[0]["nll"]), best_nll(rival)
+    untuned, target = float(baseline[0]["nll"]), best_nll(baseline)
     tokens_per_second = _divide(result["tokens"], curve[-1]["seconds"])
     limit = work["sgemm_gflops"] * 1e9 / work["flops_per_token"]
     found = {
         "base_nll": curve[0]["nll"],
         "best_nll": best_nll(curve),
         "final_nll": curve[-1]["nll"],
-        "seconds_to_rival_best": time_to(curve, target, "seconds"),
-        "cpu_seconds_to_rival_best": time_to(curve, target, "cpu_seconds"),
+        "seconds_to_baseline_best": time_to(curve, target, "seconds"),
+        "cpu_seconds_to_baseline_best": time_to(curve, target, "cpu_seconds"),
     }
     for gain in GAINS:
         for clock in ("seconds", "cpu_seconds"):
@@ -147,42 +160,20 @@ def _divide(first: float | None, second: float | None) -> float | None:
     return None if first is None or not second else first / second
 
 
-def table(report: Result) -> str:
-    """The report for people."""
-    rows = [("", "seed", "rate", "s to rival's best", "CPU s", "50% gain", "best", "final", "tok/s", "% sgemm", "MB")]
-    for name, title in (("rival", "rival"), ("rival_unswept", "rival, library's rate"), ("ours", "ours")):
-        for result in report[name]:
-            peak = result["peak_rss_bytes"]
-            rows.append(
-                (
-                    title,
-                    str(result["seed"]),
-                    f"{result['learning_rate']:.2g}",
-                    _figure(result["seconds_to_rival_best"], ".1f", "not reached"),
-                    _figure(result["cpu_seconds_to_rival_best"], ".1f", "not reached"),
-                    _figure(result["seconds_to_50%_of_gain"], ".1f", "not reached"),
-                    f"{result['best_nll']:.4f}",
-                    _figure(result["final_nll"], ".4f"),
-                    _figure(result["tokens_per_second"], ".0f"),
-                    _figure(result["percent_of_sgemm"], ".0f"),
-                    _figure(None if peak is None else peak / 1e6, ".0f"),
-                )
-            )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if at == 0 else cell.rjust(width) for at, (cell, width) in enumerate(cells)
-        ).rstrip()
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    lines.append("")
+def text_of(report: Result) -> str:
+    """Write the report for people: a Markdown table, and a line for each ratio."""
+    times = ("s to baseline's best", "CPU s", "50% gain")
+    header = ("", "seed", "rate", *times, "best", "final", "tok/s", "% sgemm", "MB")
+    titles = {"baseline": "baseline", "baseline_unswept": "baseline, library's rate", "ours": "ours"}
+    rows = [(title, *_cells(result)) for name, title in titles.items() for result in report[name]]
+    lines = [markdown_table(header, rows)]
     for name, values in report["ratio_per_seed"].items():
         if not values:
             continue
         bounds = report["ratio_interval"].get(name)
         spread = f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""
         missing = f"not reached by {values.count(None)} of {len(values)} seeds"
-        lines.append(f"rival ÷ ours, {name}: {_figure(report['ratio'][name], '.2f', missing)}{spread}")
+        lines.append(f"ours ÷ baseline, {name}: {_figure(report['ratio'][name], '.2f', missing)}{spread}")
     machine, case = report["machine"], report["case"]
     lines.append(
         f"sgemm {machine['sgemm_gflops']:.1f} GFLOP/s with {machine['threads']} thread(s) at {machine['sgemm_shape']}; "
@@ -190,14 +181,30 @@ def table(report: Result) -> str:
     )
     if report["sweep"]:
         swept = ", ".join(f"{run['learning_rate']:.2g}: {run['best_nll']:.4f}" for run in report["sweep"])
-        lines.append(f"rival's sweep, best loss: {swept}")
+        lines.append(f"baseline's sweep, best loss: {swept}")
     if report["sweep_at_edge"]:
-        lines.append("its best rate is the lowest or highest one tried: give --rival-rates beyond it")
+        lines.append("its best rate is the lowest or highest one tried: give --baseline-rates beyond it")
     if (agreement := report["same_recipe"]) is not None:
         difference = _figure(agreement["max_difference"], ".5f", "not comparable")
         what = f"base {agreement['base_format']}, ours in {agreement['compute']}"
         lines.append(f"same recipe, {what}: the curves differ by at most {difference} nats")
     return "\n".join(lines)
+
+
+def _cells(result: Result) -> tuple[str, ...]:
+    peak = result["peak_rss_bytes"]
+    return (
+        str(result["seed"]),
+        f"{result['learning_rate']:.2g}",
+        _figure(result["seconds_to_baseline_best"], ".1f", "not reached"),
+        _figure(result["cpu_seconds_to_baseline_best"], ".1f", "not reached"),
+        _figure(result["seconds_to_50%_of_gain"], ".1f", "not reached"),
+        f"{result['best_nll']:.4f}",
+        _figure(result["final_nll"], ".4f"),
+        _figure(result["tokens_per_second"], ".0f"),
+        _figure(result["percent_of_sgemm"], ".0f"),
+        _figure(None if peak is None else peak / 1e6, ".0f"),
+    )
 
 
 def _figure(value: float | None, form: str, absent: str = "-") -> str:
@@ -208,24 +215,23 @@ def plot_curves(report: Result, picture: Path) -> None:
     """Draw held-out loss over seconds of training, all seeds of all trainers.
 
     Raises:
-        UsageError: matplotlib is missing.
+        MissingExtra: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib: pip install 'edge-ft[metrics]'")
+    require("matplotlib", "metrics")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for name, colour in (("rival_unswept", "C7"), ("rival", "C1"), ("ours", "C0")):
+    for name, colour in (("baseline_unswept", "C7"), ("baseline", "C1"), ("ours", "C0")):
         for at, result in enumerate(report[name]):
-            looks = [look for look in result["curve"] if look["nll"] is not None]
+            known = [point for point in result["curve"] if point["nll"] is not None]
             label = f"{name.replace('_', ', ')} ({result['learning_rate']:.2g})" if at == 0 else None
-            points = [look["seconds"] for look in looks], [look["nll"] for look in looks]
-            axes.plot(*points, "o-", color=colour, markersize=3, label=label)
-    for result in report["rival"]:
+            seconds, losses = [point["seconds"] for point in known], [point["nll"] for point in known]
+            axes.plot(seconds, losses, "o-", color=colour, markersize=3, label=label)
+    for result in report["baseline"]:
         axes.axhline(result["best_nll"], color="C1", linewidth=0.7, linestyle=":")
-    axes.set_xlabel("seconds of training, looks left out")
+    axes.set_xlabel("seconds of training, without evaluations")
     axes.set_ylabel("held-out nats per target")
     axes.legend()
     axes.grid(alpha=0.3)

@@ -1,31 +1,33 @@
-"""Two trainers raced on the same rows: PEFT + Trainer with its learning rate swept, and edge-ft as it comes.
+"""Two trainers raced on the same rows: PEFT + Trainer with its learning rate swept, and edge-ft with its defaults.
 
 `python -m edge_ft.bench.studies training --model M --data D` runs each training in a fresh process, in turn, and keeps
-its result in the --out folder: called again, it does only what is missing. docs/bench.md says what is measured.
+its result in the --out folder; docs/studies.md describes the method.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from shutil import rmtree
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from edge_ft.artifacts import write_json
 from edge_ft.bench.meters import machine
-from edge_ft.bench.studies.curves import best_nll, largest_difference, plot_curves, race, table
-from edge_ft.bench.subprocess_job import run_worker
+from edge_ft.bench.studies.curves import best_nll, compare, largest_difference, plot_curves, text_of
+from edge_ft.bench.studies.kept_jobs import KeptJobs
 from edge_ft.config import Task, TuneConfig
-from edge_ft.errors import BudgetFailed, UsageError
+from edge_ft.errors import BudgetFailed, UsageError, require
 from edge_ft.progress import Lines, Progress, Silent
 from edge_ft.system import default_threads
 
-__all__ = ["Race", "main", "run"]
+__all__ = ["Race", "Trainings", "main", "run"]
 
 LIBRARY_RATE = 5e-5
 """`TrainingArguments.learning_rate` of transformers."""
-RIVAL_EPOCHS = 2.0
+BASELINE_EPOCHS = 2.0
 AGREEMENT = 0.02
 """Nats that two curves of the same recipe may differ by."""
 SAME_RECIPE = {
@@ -42,7 +44,7 @@ SAME_RECIPE = {
     "max_grad_norm": 1.0,
     "gradient_accumulation": 1,
 }
-"""What both are told with --same-recipe, whatever our defaults are."""
+"""Settings of both with --same-recipe, whatever our defaults are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,24 +52,46 @@ class Race:
     """What is trained on what: the same for every training of an --out folder."""
 
     model: str
+    """Hub id, local folder or GGUF file."""
     data: str
+    """Rows, as edge-ft tune takes them; a fifth of them is held out unless --validation is given."""
     validation: str | None = None
+    """Held-out rows."""
     prompt: str | None = None
+    """As in edge-ft tune."""
     completion: str | None = None
+    """As in edge-ft tune."""
     label: str | None = None
+    """As in edge-ft tune."""
     task: Task | None = None
+    """As in edge-ft tune."""
     train_rows: int | None = None
+    """So many of the train rows, drawn once; default all."""
     eval_rows: int | None = None
+    """So many of the held-out rows, drawn once; default all."""
     epochs: float | None = None
+    """Of both trainers; by default ours takes its own default and the baseline 2."""
     rank: int = 8
+    """Of both adapters."""
     batch_size: int | None = None
+    """Of both trainers; by default ours takes its own default and the baseline 8."""
     max_length: int | None = None
+    """As in edge-ft tune."""
     eval_steps: int | None = None
+    """Steps of ours between two evaluations; the baseline's come after as many rows. By default there are twelve."""
     base_format: Literal["int4", "int8", "fp32"] | None = None
-    threads: int = 1
+    """Of ours; by default that of edge-ft tune. With --same-recipe the baseline trains over the weights that its codes
+    stand for."""
+    threads: int | None = None
+    """CPU threads of both; default all cores."""
 
-    def tune(self, rows: Path) -> dict[str, Any]:
-        """The `TuneConfig` of ours, without what differs between trainings; what the user left out is its default."""
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        if (self.threads or 1) < 1 or (self.eval_steps or 1) < 1:
+            raise UsageError("--threads and --eval-steps must be at least 1")
+
+    def tune_settings(self, rows: Path) -> dict[str, Any]:
+        """The `TuneConfig` of ours, without what differs between trainings; options left out keep their defaults."""
         given = {name: getattr(self, name) for name in ("epochs", "batch_size", "base_format")}
         return {
             **{name: getattr(self, name) for name in ("model", "prompt", "completion", "label", "task")},
@@ -79,149 +103,165 @@ class Race:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
 class Trainings:
-    """The trainings of a folder: each is done once, in a process of its own, and its result is a file there."""
+    """Which trainings of a race are done."""
 
-    def __init__(self, settings: Race, out: Path, same_recipe: bool, progress: Progress) -> None:
-        self.settings, self.out, self.same_recipe, self.progress = settings, out, same_recipe, progress
-        self._check_settings()
-        rows = out.resolve() / "rows"
-        self.tune = settings.tune(rows) | (SAME_RECIPE if same_recipe else {})
-        ours = TuneConfig(**self.tune, out=Path("unused"))
-        self.base_format = ours.base_format
-        self.epochs = settings.epochs or (None if same_recipe else RIVAL_EPOCHS)  # None: as ours
+    seeds: int = 3
+    """Trainings of each; rows stay the same."""
+    baseline_rates: str = "2e-4,5e-4,1e-3,2e-3"
+    """Learning rates that the baseline is swept over on seed 0, with commas."""
+    same_recipe: bool = False
+    """Give the baseline our batches, schedule and layers: the curves must agree, and only the speed differs."""
+    quick: bool = False
+    """Train the baseline at its library's rate on seed 0 only."""
+
+    def __post_init__(self) -> None:
+        """Refuse rates that are not numbers, and numbers that are not positive."""
+        try:
+            rates = self.rates
+        except ValueError as error:
+            raise UsageError(f"--baseline-rates {self.baseline_rates}: give numbers with commas between") from error
+        if self.seeds < 1 or min(rates) <= 0:
+            raise UsageError("--seeds and --baseline-rates must be above 0")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates of the sweep."""
+        return tuple(float(rate) for rate in self.baseline_rates.split(","))
+
+
+class _Trainers:
+    """Trains either side of a race once for each seed and rate."""
+
+    def __init__(self, race: Race, out: Path, same_recipe: bool, progress: Progress) -> None:
+        self.race, self.out, self.same_recipe, self.progress = race, out.resolve(), same_recipe, progress
+        self.threads = race.threads or default_threads()
+        # The format is in the names of the jobs that depend on it.
+        shared = {name: value for name, value in asdict(race).items() if name != "base_format"}
+        self.jobs = KeptJobs(out, shared | {"threads": self.threads}, self.threads)
+        rows = self.out / "rows"
+        self.tune = race.tune_settings(rows) | (SAME_RECIPE if same_recipe else {})
+        self.base_format = TuneConfig(**self.tune, out=Path("unused")).base_format
+        self.epochs = race.epochs or (None if same_recipe else BASELINE_EPOCHS)  # None: as ours
         self.prefix = f"same-recipe-{self.base_format}-" if same_recipe else ""
-        held = same_recipe and self.base_format != "fp32"
-        self.weights = str(out.resolve() / f"weights-{self.base_format}.safetensors") if held else None
+        has_codes = same_recipe and self.base_format != "fp32"
+        self.weights = str(self.out / f"weights-{self.base_format}.safetensors") if has_codes else None
         job = {
             "do": "prepare",
             "tune": self.tune,
             "rows": str(rows),
-            "folder": str(out.resolve()),
+            "folder": str(self.out),
             "same_recipe": same_recipe,
             "weights": self.weights,
-            **{name: getattr(settings, name) for name in ("data", "validation", "train_rows", "eval_rows")},
-            "eval_steps": settings.eval_steps,
+            **{name: getattr(race, name) for name in ("data", "validation", "train_rows", "eval_rows", "eval_steps")},
         }
-        self.case = self._once(f"{self.prefix}case", job)
-        self.tune |= {"model": self.case["model"], "task": self.case["task"], "eval_steps": self.case["eval_steps"]}
+        self.case = self.jobs.once(f"{self.prefix}case", job)
+        self.tune |= {name: self.case[name] for name in ("model", "task", "eval_steps")}
 
-    def rival(self, seed: int, learning_rate: float) -> dict[str, Any]:
-        """The rival, trained or remembered."""
+    def baseline(self, seed: int, learning_rate: float) -> dict[str, Any]:
+        """The baseline's result, new or kept."""
         job = {
-            "do": "rival",
+            "do": "baseline",
             "learning_rate": learning_rate,
-            "batch_size": self.settings.batch_size or 8,
+            "batch_size": self.race.batch_size or 8,
             "epochs": self.epochs,
             "same_recipe": self.same_recipe,
             "weights": self.weights,
         }
-        return self._train(f"{self.prefix}rival-s{seed}-lr{learning_rate:g}", seed, job)
+        return self._train(f"{self.prefix}baseline-s{seed}-lr{learning_rate:g}", seed, job)
 
     def ours(self, seed: int) -> dict[str, Any]:
-        """edge-ft, trained or remembered."""
+        """The result of edge-ft, new or kept."""
         name = f"{self.prefix}ours-{self.base_format}-s{seed}"
-        folder = self.out.resolve() / "runs" / name
-        if not self._file(name).is_file() and folder.exists():
+        folder = self.out / "runs" / name
+        if not self.jobs.file(name).is_file() and folder.exists():
             rmtree(folder)  # of a training that did not end
         return self._train(name, seed, {"do": "ours", "out": str(folder)})
 
     def _train(self, name: str, seed: int, job: dict[str, Any]) -> dict[str, Any]:
-        """The machine's speed is measured before each training, since it drifts while others use it."""
-        if not self._file(name).is_file():
-            threads, shape = self.settings.threads, self.case["sgemm_shape"]
-            gemm = {"do": "sgemm", "threads": threads, "shape": shape}
-            measured = run_worker(gemm, "sgemm", threads, module="edge_ft.bench.studies.training_worker")
-            self.progress.say(f"training {name}; sgemm {measured['sgemm_gflops']:.1f} GFLOP/s")
-            result = self._once(name, job | {"tune": self.tune, "seed": seed, "threads": threads}, measured)
-            last = result["curve"][-1]
-            self.progress.say(
-                f"{name}: {result['steps']} steps in {last['seconds']:.1f} s, best loss {best_nll(result['curve']):.4f}"
-            )
-        return dict(json.loads(self._file(name).read_text(encoding="utf-8")))
-
-    def _once(self, name: str, job: dict[str, Any], more: dict[str, Any] | None = None) -> dict[str, Any]:
-        file = self._file(name)
-        if not file.is_file():
-            result = run_worker(job, name, self.settings.threads, module="edge_ft.bench.studies.training_worker")
-            write_json(file, result | (more or {}))
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-
-    def _file(self, name: str) -> Path:
-        return self.out / "results" / f"{name}.json"
-
-    def _check_settings(self) -> None:
-        file = self.out / "settings.json"
-        wanted: dict[str, Any] = asdict(self.settings) | {"cpu": machine()["cpu"]}
-        del wanted["base_format"]  # it is in the names of what depends on it
-        if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            for name, value in wanted.items():
-                if before.get(name) != value:
-                    raise UsageError(
-                        f"{self.out} holds trainings with {name} {before.get(name)}, not {value}: give another --out"
-                    )
-        else:
-            write_json(file, wanted)
+        """Train unless the result is kept; the machine's speed, which varies, is measured before each training."""
+        job |= {"tune": self.tune, "seed": seed, "threads": self.threads}
+        if self.jobs.file(name).is_file():
+            return self.jobs.once(name, job)
+        measured = self.jobs.run("sgemm", {"do": "sgemm", "threads": self.threads, "shape": self.case["sgemm_shape"]})
+        self.progress.say(f"training {name}; sgemm {measured['sgemm_gflops']:.1f} GFLOP/s")
+        result = self.jobs.once(name, job, measured)
+        seconds, best = result["curve"][-1]["seconds"], best_nll(result["curve"])
+        self.progress.say(f"{name}: {result['steps']} steps in {seconds:.1f} s, best loss {best:.4f}")
+        return result
 
 
-def run(
-    settings: Race,
-    out: Path,
-    *,
-    seeds: int = 3,
-    rival_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3, 2e-3),
-    same_recipe: bool = False,
-    quick: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Do the trainings that `out` lacks, and report on all of them.
+def run(race: Race, out: Path, trainings: Trainings, progress: Progress | None = None) -> dict[str, Any]:
+    """Do the trainings whose results `out` lacks, and report on all of them.
 
-    The rival's best rate is found on seed 0, and used for the others. `quick` leaves its untuned rate out of
-    the other seeds.
+    The baseline's best rate is found on seed 0 and used for the others.
+
+    Args:
+        race: What is trained on what.
+        out: Folder of results.
+        trainings: Seeds, rates and recipe.
+        progress: Reports each training.
+
+    Returns:
+        What `curves.compare` returns, with `machine`, `case`, `sweep`, `sweep_at_edge` (the best rate is the lowest or
+        highest one) and `same_recipe` (whether the curves agree, or None).
     """
-    trainings = Trainings(settings, out, same_recipe, progress or Silent())
-    rival, unswept, ours, sweep = [], [], [], []
-    if same_recipe:
-        for seed in range(seeds):
-            rival.append(trainings.rival(seed, float(trainings.tune["learning_rate"])))
-            ours.append(trainings.ours(seed))
-    else:
-        sweep = [trainings.rival(0, rival_rates[0])]
-        ours = [trainings.ours(0)]
-        sweep += [trainings.rival(0, rate) for rate in rival_rates[1:]]
-        unswept = [trainings.rival(0, LIBRARY_RATE)]
-        best = min(sweep, key=lambda result: best_nll(result["curve"]))
-        rival = [best]
-        for seed in range(1, seeds):
-            rival.append(trainings.rival(seed, best["learning_rate"]))
-            ours.append(trainings.ours(seed))
-            if not quick:
-                unswept.append(trainings.rival(seed, LIBRARY_RATE))
-    samples = [result["sgemm_gflops"] for result in {id(r): r for r in [*sweep, *rival, *unswept, *ours]}.values()]
-    case = trainings.case
-    work = {"flops_per_token": case["flops_per_token"], "sgemm_gflops": median(samples)}
-    report = race(rival, unswept, ours, work, same_recipe=same_recipe)
+    require("scipy.stats", "metrics")  # before hours of training, not after
+    trainers = _Trainers(race, out, trainings.same_recipe, progress or Silent())
+    baseline, unswept, ours, sweep = (_same_recipe if trainings.same_recipe else _swept)(trainers, trainings)
+    samples = [result["sgemm_gflops"] for result in {id(r): r for r in [*sweep, *baseline, *unswept, *ours]}.values()]
+    work = {"flops_per_token": trainers.case["flops_per_token"], "sgemm_gflops": median(samples)}
     rates = [result["learning_rate"] for result in sweep]
     return {
         "machine": machine()
         | {
-            "threads": settings.threads,
+            "threads": trainers.threads,
             "sgemm_gflops": work["sgemm_gflops"],
             "sgemm_samples": samples,
-            "sgemm_shape": "x".join(map(str, case["sgemm_shape"])),
+            "sgemm_shape": "x".join(map(str, trainers.case["sgemm_shape"])),
             "versions": {name: version(name) for name in ("edge-ft", "torch", "transformers", "peft", "accelerate")},
         },
-        "case": {**asdict(settings), **case, "model": settings.model, "base_format": trainings.base_format},
-        **report,
+        "case": {
+            **asdict(replace(race, threads=trainers.threads)),
+            **trainers.case,
+            "model": race.model,
+            "base_format": trainers.base_format,
+        },
+        **compare(baseline, unswept, ours, work, same_recipe=trainings.same_recipe),
         "sweep": [{"learning_rate": r["learning_rate"], "best_nll": best_nll(r["curve"])} for r in sweep],
-        "sweep_at_edge": len(rates) > 1 and rival[0]["learning_rate"] in (min(rates), max(rates)),
-        "same_recipe": _agreement(rival, ours, trainings.base_format) if same_recipe else None,
+        "sweep_at_edge": len(rates) > 1 and baseline[0]["learning_rate"] in (min(rates), max(rates)),
+        "same_recipe": _agreement(baseline, ours, trainers.base_format) if trainings.same_recipe else None,
     }
 
 
-def _agreement(rival: list[dict[str, Any]], ours: list[dict[str, Any]], base_format: str) -> dict[str, Any]:
-    largest = max(largest_difference(a["curve"], b["curve"]) for a, b in zip(rival, ours, strict=True))
+Results = list[dict[str, Any]]
+
+
+def _same_recipe(trainers: _Trainers, trainings: Trainings) -> tuple[Results, Results, Results, Results]:
+    rate = float(trainers.tune["learning_rate"])
+    pairs = [(trainers.baseline(seed, rate), trainers.ours(seed)) for seed in range(trainings.seeds)]
+    return [first for first, _ in pairs], [], [second for _, second in pairs], []
+
+
+def _swept(trainers: _Trainers, trainings: Trainings) -> tuple[Results, Results, Results, Results]:
+    """The baseline at its best rate, at its library's, ours, and the sweep on seed 0."""
+    first, *rates = trainings.rates
+    sweep, ours = [trainers.baseline(0, first)], [trainers.ours(0)]
+    sweep += [trainers.baseline(0, rate) for rate in rates]
+    unswept = [trainers.baseline(0, LIBRARY_RATE)]
+    best = min(sweep, key=lambda result: best_nll(result["curve"]))
+    baseline = [best]
+    for seed in range(1, trainings.seeds):
+        baseline.append(trainers.baseline(seed, best["learning_rate"]))
+        ours.append(trainers.ours(seed))
+        if not trainings.quick:
+            unswept.append(trainers.baseline(seed, LIBRARY_RATE))
+    return baseline, unswept, ours, sweep
+
+
+def _agreement(baseline: Results, ours: Results, base_format: str) -> dict[str, Any]:
+    largest = max(largest_difference(a["curve"], b["curve"]) for a, b in zip(baseline, ours, strict=True))
     known = largest if largest < float("inf") else None
     return {
         "base_format": base_format,
@@ -234,26 +274,8 @@ def _agreement(rival: list[dict[str, Any]], ours: list[dict[str, Any]], base_for
 
 def main(
     *,
-    model: str,
-    data: str,
-    validation: str | None = None,
-    prompt: str | None = None,
-    completion: str | None = None,
-    label: str | None = None,
-    task: Task | None = None,
-    seeds: int = 3,
-    threads: int | None = None,
-    train_rows: int | None = None,
-    eval_rows: int | None = None,
-    epochs: float | None = None,
-    rank: int = 8,
-    batch_size: int | None = None,
-    max_length: int | None = None,
-    eval_steps: int | None = None,
-    base_format: Literal["int4", "int8", "fp32"] | None = None,
-    rival_rates: str = "2e-4,5e-4,1e-3,2e-3",
-    same_recipe: bool = False,
-    quick: bool = False,
+    race: Annotated[Race, Parameter(name="*")],
+    trainings: Annotated[Trainings, Parameter(name="*")] = Trainings(),
     json: str | None = None,
     plot: Path | None = None,
     out: Path = Path("out/training"),
@@ -261,66 +283,18 @@ def main(
 ) -> None:
     """Race edge-ft's trainer against PEFT + transformers' Trainer: same base, rows, rank and threads.
 
-    Parameters
-    ----------
-    model
-        Hub id, local folder or GGUF file.
-    data
-        Rows, as edge-ft tune takes them; a fifth of them is held out unless --validation is given.
-    validation
-        Held-out rows.
-    prompt, completion, label, task, max_length
-        As in edge-ft tune.
-    seeds
-        Trainings of each; rows stay the same.
-    threads
-        CPU threads of both; default all cores.
-    train_rows, eval_rows
-        So many of the rows, drawn once; default all.
-    epochs
-        Of both; left out, ours takes its default and the rival 2.
-    rank
-        Of both.
-    batch_size
-        Of both; left out, ours takes its default and the rival 8.
-    eval_steps
-        Steps of ours between two looks at the held-out rows; the rival's come after as many rows. Default twelve.
-    base_format
-        Of ours; default what edge-ft tune takes. With --same-recipe the rival trains over what its codes stand for.
-    rival_rates
-        Learning rates that the rival is swept over on seed 0, with commas.
-    same_recipe
-        Feed the rival our batches, schedule and layers: the curves must agree, and only the speed differs.
-    quick
-        The rival at its library's rate on seed 0 only.
-    json
-        Write the report to this file; - is stdout, and then nothing else goes there.
-    plot
-        Picture of loss over seconds.
-    out
-        Folder of results; what is there is not trained again.
-    quiet
-        No progress.
+    Args:
+        race: What is trained on what.
+        trainings: Seeds, rates and recipe.
+        json: Write the report to this file; - is stdout, and then nothing else goes there.
+        plot: Picture of loss over seconds.
+        out: Folder of results; a training whose result is there is not done again.
+        quiet: No progress.
+
+    Raises:
+        BudgetFailed: with --same-recipe, the curves differ.
     """
-    try:
-        rates = tuple(float(rate) for rate in rival_rates.split(","))
-    except ValueError as error:
-        raise UsageError(f"--rival-rates {rival_rates}: give numbers with commas between") from error
-    if seeds < 1 or min(rates) <= 0 or (threads or 1) < 1 or (eval_steps or 1) < 1:
-        raise UsageError("--seeds, --threads, --eval-steps and --rival-rates must be above 0")
-    settings = Race(
-        **{name: value for name, value in locals().items() if name in Race.__dataclass_fields__ and name != "threads"},
-        threads=threads or default_threads(),
-    )
-    report = run(
-        settings,
-        out,
-        seeds=seeds,
-        rival_rates=rates,
-        same_recipe=same_recipe,
-        quick=quick,
-        progress=Silent() if quiet else Lines(),
-    )
+    report = run(race, out, trainings, Silent() if quiet else Lines())
     _show(report, json)
     if plot is not None:
         plot_curves(report, plot)
@@ -338,4 +312,4 @@ def _show(report: dict[str, Any], target: str | None) -> None:
         return
     if target is not None:
         write_json(Path(target), report)
-    print(table(report))
+    print(text_of(report))

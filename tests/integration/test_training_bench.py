@@ -8,17 +8,25 @@ from typing import Any
 import pytest
 from tiny_models import write_decoder
 
-from edge_ft.bench.studies import training
-from edge_ft.bench.studies import training_worker as trainer
-from edge_ft.bench.studies.curves import best_nll, interval, largest_difference, race, table, time_to
-from edge_ft.bench.studies.training import LIBRARY_RATE, Race, main, run
+from edge_ft.bench.studies import kept_jobs, race_worker, training
+from edge_ft.bench.studies.curves import best_nll, compare, interval, largest_difference, text_of, time_to
+from edge_ft.bench.studies.kept_jobs import KeptJobs
+from edge_ft.bench.studies.training import LIBRARY_RATE, Race, Trainings, main, run
 from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.errors import BudgetFailed, UsageError
 
 WORK = {"flops_per_token": 1e6, "sgemm_gflops": 10.0}
-RATIOS = {"time_to_rival_best", "cpu_time_to_rival_best", "peak_rss", "same_recipe_speed"}
+RATIOS = {"time_to_baseline_best", "cpu_time_to_baseline_best", "peak_rss", "same_recipe_speed"}
 RUN = {
-    *("seed", "learning_rate", "curve", "best_nll", "final_nll", "seconds_to_rival_best", "cpu_seconds_to_rival_best"),
+    *(
+        "seed",
+        "learning_rate",
+        "curve",
+        "best_nll",
+        "final_nll",
+        "seconds_to_baseline_best",
+        "cpu_seconds_to_baseline_best",
+    ),
     *("peak_rss_bytes", "tokens_per_second", "percent_of_sgemm", "process_seconds", "seconds_to_50%_of_gain"),
 }
 
@@ -27,12 +35,12 @@ def curve(*nlls: float | None, pace: float = 10.0) -> list[dict[str, Any]]:
     return [{"step": n, "seconds": pace * n, "cpu_seconds": 2 * pace * n, "nll": nll} for n, nll in enumerate(nlls)]
 
 
-def result(looks: list[dict[str, Any]], seed: int = 0, peak: int = 10**9) -> dict[str, Any]:
+def result(points: list[dict[str, Any]], seed: int = 0, peak: int = 10**9) -> dict[str, Any]:
     return {
         "seed": seed,
         "learning_rate": 1e-3,
-        "curve": looks,
-        "steps": looks[-1]["step"],
+        "curve": points,
+        "steps": points[-1]["step"],
         "tokens": 1000,
         "peak_rss_bytes": peak,
         "process_seconds": 50.0,
@@ -45,33 +53,33 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     done: list[dict[str, Any]] = []
 
     def here(job: dict[str, Any], doing: str, threads: int, module: str) -> dict[str, Any]:
-        assert module == "edge_ft.bench.studies.training_worker"
+        assert module == "edge_ft.bench.studies.race_worker"
         done.append(job)
-        return dict(json.loads(json.dumps(trainer.work(job | {"started": 0.0}))))
+        return dict(json.loads(json.dumps(race_worker.work(job | {"started": 0.0}))))
 
-    monkeypatch.setattr(training, "run_worker", here)
-    monkeypatch.setattr(trainer, "SGEMM_SECONDS", 0.01)
+    monkeypatch.setattr(kept_jobs, "run_worker", here)
+    monkeypatch.setattr(race_worker, "SGEMM_SECONDS", 0.01)
     return done
 
 
 def trained(jobs: list[dict[str, Any]]) -> list[tuple[str, int, float | None]]:
-    return [(job["do"], job["seed"], job.get("learning_rate")) for job in jobs if job["do"] in ("rival", "ours")]
+    return [(job["do"], job["seed"], job.get("learning_rate")) for job in jobs if job["do"] in ("baseline", "ours")]
 
 
-def test_the_time_to_a_loss_lies_between_two_looks() -> None:
-    looks = curve(4.0, 2.0, 3.0, 1.0)
-    assert time_to(looks, 3.0, "seconds") == 5.0
-    assert time_to(looks, 3.0, "cpu_seconds") == 10.0
-    assert time_to(looks, 2.0, "seconds") == 10.0  # the first time, though it rose again
-    assert time_to(looks, 1.5, "seconds") == 27.5
-    assert time_to(looks, 0.9, "seconds") is None
-    assert time_to(looks, 5.0, "seconds") == 0.0
+def test_the_time_to_a_loss_lies_between_two_evaluations() -> None:
+    points = curve(4.0, 2.0, 3.0, 1.0)
+    assert time_to(points, 3.0, "seconds") == 5.0
+    assert time_to(points, 3.0, "cpu_seconds") == 10.0
+    assert time_to(points, 2.0, "seconds") == 10.0  # the first time, though it rose again
+    assert time_to(points, 1.5, "seconds") == 27.5
+    assert time_to(points, 0.9, "seconds") is None
+    assert time_to(points, 5.0, "seconds") == 0.0
 
 
 def test_a_loss_that_is_no_number_is_never_a_best_nor_reached_by_interpolation() -> None:
-    looks = curve(4.0, None, 2.0)
-    assert best_nll(looks) == 2.0
-    assert time_to(looks, 3.0, "seconds") == 20.0
+    points = curve(4.0, None, 2.0)
+    assert best_nll(points) == 2.0
+    assert time_to(points, 3.0, "seconds") == 20.0
 
 
 def test_curves_are_compared_at_the_same_steps_only() -> None:
@@ -82,80 +90,81 @@ def test_curves_are_compared_at_the_same_steps_only() -> None:
 
 def test_the_interval_is_students() -> None:
     assert interval([2.0]) is None
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
 
 
-def test_ratios_are_rival_over_ours_with_each_seeds_own_target() -> None:
-    rival = [result(curve(4.0, 2.0), peak=3 * 10**9), result(curve(4.0, 3.0), seed=1, peak=3 * 10**9)]
+def test_ratios_are_ours_over_the_baselines_with_each_seeds_own_target() -> None:
+    baseline = [result(curve(4.0, 2.0), peak=3 * 10**9), result(curve(4.0, 3.0), seed=1, peak=3 * 10**9)]
     ours = [result(curve(4.0, 2.0, pace=5.0)), result(curve(4.0, 2.0, pace=5.0), seed=1)]
-    report = race(rival, [], ours, WORK)
-    assert report["ratio_per_seed"]["time_to_rival_best"] == [2.0, 4.0]
-    assert report["ratio"]["time_to_rival_best"] == 3.0
-    assert report["ratio"]["peak_rss"] == 3.0
+    report = compare(baseline, [], ours, WORK)
+    assert report["ratio_per_seed"]["time_to_baseline_best"] == [0.5, 0.25]
+    assert report["ratio"]["time_to_baseline_best"] == 0.375
+    assert report["ratio"]["peak_rss"] == pytest.approx(1 / 3)
     assert report["ratio"]["speed"] == report["ratio"]["cpu_speed"] == 2.0
     assert report["ratio"]["same_recipe_speed"] is None
-    low, high = report["ratio_interval"]["time_to_rival_best"]
-    assert low < 3 < high
+    low, high = report["ratio_interval"]["time_to_baseline_best"]
+    assert low < 0.375 < high
     assert report["ours"][0]["tokens_per_second"] == 200
     assert report["ours"][0]["percent_of_sgemm"] == pytest.approx(2.0)  # 200 of 10 GFLOP/s / 1 MFLOP
     assert report["ours"][1]["seconds_to_50%_of_gain"] == 1.25  # 3.5 nats
 
 
 def test_a_target_that_was_not_reached_has_no_time_and_no_ratio() -> None:
-    rival = [result(curve(4.0, 2.0)), result(curve(4.0, 2.0), seed=1)]
+    baseline = [result(curve(4.0, 2.0)), result(curve(4.0, 2.0), seed=1)]
     ours = [result(curve(4.0, 1.0)), result(curve(4.0, 2.5), seed=1)]
-    report = race(rival, [], ours, WORK)
-    assert report["ours"][1]["seconds_to_rival_best"] is None
-    assert report["ratio"]["time_to_rival_best"] is None
-    assert report["ratio_interval"]["time_to_rival_best"] is None
-    assert report["ratio_per_seed"]["time_to_rival_best"] == [pytest.approx(1.5), None]
+    report = compare(baseline, [], ours, WORK)
+    assert report["ours"][1]["seconds_to_baseline_best"] is None
+    assert report["ratio"]["time_to_baseline_best"] is None
+    assert report["ratio_interval"]["time_to_baseline_best"] is None
+    assert report["ratio_per_seed"]["time_to_baseline_best"] == [pytest.approx(2 / 3), None]
     assert report["ratio"]["time_to_50%_of_gain"] is not None
     report |= {"sweep": [], "sweep_at_edge": False, "same_recipe": None, "case": {"flops_per_token": 1e6}}
     report["machine"] = {"sgemm_gflops": 10.0, "threads": 1, "sgemm_shape": "1x1x1"}
-    assert "time_to_rival_best: not reached by 1 of 2 seeds" in table(report)
+    assert "time_to_baseline_best: not reached by 1 of 2 seeds" in text_of(report)
 
 
-def test_a_race_sweeps_the_rival_and_goes_on_from_what_is_done(
+def test_a_race_sweeps_the_baseline_and_does_only_what_is_missing(
     jobs: list[dict[str, Any]], llama: Path, sums: Path, tmp_path: Path
 ) -> None:
     settings = Race(model=str(llama), data=str(sums), train_rows=16, eval_rows=6, eval_steps=4, epochs=2.0)
     rates = (1e-5, 3e-2)
-    report = run(settings, tmp_path / "race", seeds=2, rival_rates=rates)
+    trainings = Trainings(seeds=2, baseline_rates="1e-5,3e-2")
+    report = run(settings, tmp_path / "race", trainings)
     assert trained(jobs) == [
-        *(("rival", 0, 1e-5), ("ours", 0, None), ("rival", 0, 3e-2), ("rival", 0, LIBRARY_RATE)),
-        *(("rival", 1, 3e-2), ("ours", 1, None), ("rival", 1, LIBRARY_RATE)),
+        *(("baseline", 0, 1e-5), ("ours", 0, None), ("baseline", 0, 3e-2), ("baseline", 0, LIBRARY_RATE)),
+        *(("baseline", 1, 3e-2), ("ours", 1, None), ("baseline", 1, LIBRARY_RATE)),
     ]
     assert [row["learning_rate"] for row in report["sweep"]] == list(rates)
     assert report["sweep"][1]["best_nll"] < report["sweep"][0]["best_nll"]
     assert report["sweep_at_edge"]
-    for name, count in (("rival", 2), ("rival_unswept", 2), ("ours", 2)):
+    for name, count in (("baseline", 2), ("baseline_unswept", 2), ("ours", 2)):
         assert [row["seed"] for row in report[name]] == list(range(count))
         for row in report[name]:
             assert row.keys() >= RUN
-            # Ours has four rows a step, the rival eight.
-            assert [look["step"] for look in row["curve"]] == ([0, 4, 8] if name == "ours" else [0, 2, 4])
-            assert all(look.keys() == {"step", "seconds", "cpu_seconds", "nll"} for look in row["curve"])
+            # Ours has four rows a step, the baseline eight.
+            assert [point["step"] for point in row["curve"]] == ([0, 4, 8] if name == "ours" else [0, 2, 4])
+            assert all(point.keys() == {"step", "seconds", "cpu_seconds", "nll"} for point in row["curve"])
             assert row["tokens"] == 2 * report["case"]["tokens_per_epoch"]
-    assert {row["learning_rate"] for row in report["rival_unswept"]} == {LIBRARY_RATE}
-    assert report["rival"][0]["seconds_to_rival_best"] > 0
+    assert {row["learning_rate"] for row in report["baseline_unswept"]} == {LIBRARY_RATE}
+    assert report["baseline"][0]["seconds_to_baseline_best"] > 0
     assert report["ours"][0]["config"]["learning_rate"] == report["ours"][0]["learning_rate"]
     assert report["ratio"].keys() >= RATIOS
     assert len(report["machine"]["sgemm_samples"]) == 7
     assert report["case"]["rows"] == {"train": 16, "validation": 6}
     json.dumps(report, allow_nan=False)
-    assert "rival's sweep" in table(report)
+    assert "baseline's sweep" in text_of(report)
 
     jobs.clear()
-    again = run(settings, tmp_path / "race", seeds=2, rival_rates=rates)
+    again = run(settings, tmp_path / "race", trainings)
     assert not jobs
     assert again["ours"] == report["ours"]
     (tmp_path / "race" / "results" / "ours-int4-s1.json").unlink()
-    run(settings, tmp_path / "race", seeds=2, rival_rates=(*rates, 5e-2), quick=True)
+    run(settings, tmp_path / "race", Trainings(seeds=2, baseline_rates="1e-5,3e-2,5e-2", quick=True))
     assert ("ours", 1, None) in trained(jobs)
-    assert ("rival", 0, 5e-2) in trained(jobs)
-    assert ("rival", 0, 1e-5) not in trained(jobs)
-    with pytest.raises(UsageError, match="holds trainings with train_rows 16, not 8"):
-        run(Race(model=str(llama), data=str(sums), train_rows=8), tmp_path / "race", seeds=1)
+    assert ("baseline", 0, 5e-2) in trained(jobs)
+    assert ("baseline", 0, 1e-5) not in trained(jobs)
+    with pytest.raises(UsageError, match="holds results with train_rows 16, not 8"):
+        run(Race(model=str(llama), data=str(sums), train_rows=8), tmp_path / "race", Trainings(seeds=1))
 
 
 @pytest.mark.parametrize("base_format", ["fp32", "int4"])
@@ -169,7 +178,7 @@ def test_the_same_recipe_gives_the_same_curve(
 ) -> None:
     monkeypatch.setitem(training.SAME_RECIPE, "compute", "fp32")  # on every processor
     settings = Race(model=str(llama), data=str(sums), train_rows=16, eval_rows=6, eval_steps=1, base_format=base_format)
-    report = run(settings, tmp_path / "race", seeds=1, same_recipe=True)
+    report = run(settings, tmp_path / "race", Trainings(seeds=1, same_recipe=True))
     agreement = report["same_recipe"]
     assert agreement["base_format"] == base_format
     assert agreement["compute"] == "fp32"
@@ -178,7 +187,7 @@ def test_the_same_recipe_gives_the_same_curve(
     first, *_, last = report["ours"][0]["curve"]
     assert last["nll"] < first["nll"] - 0.1  # they agree on something that was learned
     assert report["ratio"]["same_recipe_speed"] > 0
-    assert report["ratio"]["time_to_rival_best"] is None
+    assert report["ratio"]["time_to_baseline_best"] is None
 
 
 def test_the_same_recipe_of_a_classifier_drops_nothing_out(
@@ -186,7 +195,7 @@ def test_the_same_recipe_of_a_classifier_drops_nothing_out(
 ) -> None:
     monkeypatch.setitem(training.SAME_RECIPE, "compute", "fp32")
     settings = Race(model=str(bert), data=str(reviews), train_rows=24, eval_rows=8, eval_steps=2)
-    report = run(settings, tmp_path / "race", seeds=1, same_recipe=True)
+    report = run(settings, tmp_path / "race", Trainings(seeds=1, same_recipe=True))
     assert report["same_recipe"]["max_difference"] < 1e-3
     # Two linear layers of a head read one position a row, the others every token.
     layer = 4 * 64 * 64 + 2 * 64 * 96
@@ -202,37 +211,49 @@ def test_curves_that_part_are_refused(
     files = {"json": str(tmp_path / "report.json"), "plot": tmp_path / "loss.png", "out": tmp_path / "race"}
     with pytest.raises(BudgetFailed, match="not the same recipe"):
         main(
-            model=str(llama), data=str(sums), train_rows=16, eval_rows=6, seeds=1, threads=1, same_recipe=True, **files
+            race=Race(model=str(llama), data=str(sums), train_rows=16, eval_rows=6, threads=1),
+            trainings=Trainings(seeds=1, same_recipe=True),
+            **files,
         )
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["same_recipe"]["agrees"] is False
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_the_rival_does_not_learn_is_refused(bert: Path, tmp_path: Path) -> None:
+def test_what_the_baseline_does_not_learn_is_refused(bert: Path, tmp_path: Path) -> None:
     rows = tmp_path / "stars.jsonl"
     rows.write_text("".join(json.dumps({"text": f"the film was {n}", "label": n / 7}) + "\n" for n in range(40)))
     job = {"tune": {"model": str(bert)}, "data": str(rows), "validation": None, "train_rows": 20, "eval_rows": 5}
     with pytest.raises(UsageError, match="of one label, not regression"):
-        trainer.work(job | {"do": "prepare", "rows": str(tmp_path / "rows"), "same_recipe": False})
+        race_worker.work(job | {"do": "prepare", "rows": str(tmp_path / "rows"), "same_recipe": False})
 
 
 def test_gpt2s_dropout_and_its_layers_have_other_names(sums: Path, tmp_path: Path) -> None:
     model = write_decoder(tmp_path / "gpt2", "gpt2", attn_pdrop=0.1, embd_pdrop=0.1)
     rows = tmp_path / "rows"
-    job = {"do": "prepare", "tune": Race(model=str(model), data=str(sums)).tune(rows), "data": str(sums)}
+    job = {"do": "prepare", "tune": Race(model=str(model), data=str(sums)).tune_settings(rows), "data": str(sums)}
     job |= {"rows": str(rows), "folder": str(tmp_path), "same_recipe": True, "weights": None, "validation": None}
-    case = trainer.work(job | {"train_rows": 8, "eval_rows": 4, "eval_steps": 1})
+    case = race_worker.work(job | {"train_rows": 8, "eval_rows": 4, "eval_steps": 1})
     config = json.loads((Path(case["model"]) / "config.json").read_text())
     assert (config["attn_pdrop"], config["embd_pdrop"], config["resid_pdrop"]) == (0.0, 0.0, 0.0)
     hidden, layers = config["n_embd"], config["n_layer"]
     assert case["flops_per_token"] > 4 * layers * (4 * hidden**2 + 2 * hidden * config["n_inner"])
 
 
-def test_rates_are_numbers(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--rival-rates fast"):
-        main(model="m", data="d", rival_rates="fast", out=tmp_path)
+@pytest.mark.parametrize(
+    ("option", "named"), [({"baseline_rates": "fast"}, "--baseline-rates fast"), ({"seeds": 0}, "--seeds")]
+)
+def test_seeds_and_rates_are_positive_numbers(option: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        Trainings(**option)
+
+
+def test_results_that_are_named_as_before_are_refused_with_what_to_rename(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "same-recipe-int4-rival-s0-lr0.001.json").write_text("{}")
+    with pytest.raises(UsageError, match="rename rival-… to baseline-…"):
+        KeptJobs(tmp_path, {}, 1)
 
 
 def test_the_machine_is_measured_in_a_process_of_its_own() -> None:
     job = {"do": "sgemm", "threads": 1, "shape": [64, 64, 64]}
-    assert run_worker(job, "sgemm", 1, module="edge_ft.bench.studies.training_worker")["sgemm_gflops"] > 0
+    assert run_worker(job, "sgemm", 1, module="edge_ft.bench.studies.race_worker")["sgemm_gflops"] > 0

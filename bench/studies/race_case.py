@@ -1,0 +1,150 @@
+"""The rows of a race of two trainers, and what a training over them computes."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
+
+from edge_ft.artifacts import atomic_file, write_text
+from edge_ft.bench.studies.baseline import MODEL_CLASSES
+from edge_ft.config import TuneConfig
+from edge_ft.errors import UsageError
+from edge_ft.models.loading import ModelSpec, load_model
+from edge_ft.progress import Silent
+from edge_ft.quant.blockwise import dequantize
+from edge_ft.quant.layers import QuantEmbedding, QuantLinear, is_within
+from edge_ft.tune.job import Job, prepare_job
+from edge_ft.tune.loop import planned_steps
+from edge_ft.tune.prepare import write_splits
+
+__all__ = ["prepare_race"]
+
+EVALUATIONS = 12
+"""Evaluations of the held-out rows in a training, without --eval-steps."""
+
+
+def prepare_race(job: dict[str, Any]) -> dict[str, Any]:
+    """Write the rows that every training reads, and count what a training over them computes.
+
+    Each seed trains on the same rows and is evaluated on the same ones, so that their curves compare.
+
+    Args:
+        job: `tune` (our settings), `data`, `validation`, `train_rows`, `eval_rows`, `eval_steps`, `rows` (folder to
+            write to) and `same_recipe`; with the same recipe also `folder`, for a base without dropout, and `weights`,
+            the file for the float weights that our codes stand for, or None.
+
+    Returns:
+        `task`, `model` (path), `fingerprint`, `rows`, `tokens_per_epoch`, `targets_per_epoch`, `flops_per_token`,
+        `sgemm_shape` ([M, K, N] of a layer's product in a step) and `eval_steps`.
+
+    Raises:
+        UsageError: the baseline does not learn this task.
+    """
+    split = (1.0, 0.0, 0.0) if job["validation"] else (0.8, 0.2, 0.0)
+    settings = {"data": job["data"], "validation": job["validation"], "split": split, "seed": 0}
+    whole = prepare_job(TuneConfig(out=Path("unused"), **job["tune"] | settings), Silent()).prepared
+    problem = whole.rendering.problem_type
+    if whole.task not in MODEL_CLASSES or problem not in (None, "single_label_classification"):
+        raise UsageError(f"the baseline learns {' and '.join(MODEL_CLASSES)} of one label, not {problem or whole.task}")
+    chosen = {}
+    for name, wanted in (("train", job["train_rows"]), ("validation", job["eval_rows"])):
+        order = np.random.default_rng(0).permutation(len(whole.rows[name]))[:wanted]
+        chosen[name] = [whole.rows[name][index] for index in sorted(order)]
+    write_splits(replace(whole, rows=chosen | {"test": []}), Path(job["rows"]))
+    ours = prepare_job(TuneConfig(out=Path("unused"), **job["tune"] | {"task": whole.task}), Silent())
+    model = ours.base.path
+    if job["same_recipe"]:
+        model = _without_dropout(model, Path(job["folder"]) / "model")
+        if job["weights"]:
+            _write_weights(ours, Path(job["weights"]))
+    return {
+        "task": whole.task,
+        "model": str(model.resolve()),
+        "fingerprint": ours.prepared.fingerprint,
+        "rows": {name: len(ours.prepared.examples[name]) for name in ("train", "validation")},
+        **_work(ours),
+        "eval_steps": job["eval_steps"] or _eval_steps(ours),
+    }
+
+
+def _eval_steps(job: Job) -> int:
+    return max(1, math.ceil(planned_steps(len(job.prepared.examples["train"]), job.config) / EVALUATIONS))
+
+
+def _work(job: Job) -> dict[str, Any]:
+    """Tokens of an epoch, and what a token costs in LoRA training.
+
+    A frozen weight costs 2 FLOP forward and 2 for the gradient of its input.
+    """
+    examples = job.prepared.examples["train"]
+    tokens = sum(len(example.input_ids) for example in examples)
+    targets = sum(sum(label != -100 for label in example.labels) for example in examples)
+    body, head = _linear_weights(job)
+    length = round(median(len(example.input_ids) for example in examples))
+    return {
+        "tokens_per_epoch": tokens,
+        "targets_per_epoch": targets,
+        "flops_per_token": 4 * (body + head * targets / tokens),
+        "sgemm_shape": [job.config.rows_at_once * length, job.base.dims.hidden, job.base.dims.intermediate],
+    }
+
+
+def _linear_weights(job: Job) -> tuple[int, int]:
+    """How many weights the frozen linear layers have that every token passes, and those that only a target does."""
+    base, prepared = job.base, job.prepared
+    settings = AutoConfig.from_pretrained(base.path)
+    if not base.family.decoder:
+        settings.num_labels = len(prepared.rendering.labels)
+    with torch.device("meta"):
+        model = MODEL_CLASSES[prepared.task].from_config(settings)
+    sizes = {False: 0, True: 0}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            sizes[is_within(name, base.family.heads[prepared.task])] += module.weight.numel()
+    return sizes[False], sizes[True]
+
+
+def _without_dropout(path: Path, folder: Path) -> Path:
+    """Copy a model, with all dropout set to 0: the trainers draw other random numbers, so dropout moves their curves.
+
+    Returns:
+        `folder`, where the weights are linked to; `path` if the model has no dropout.
+    """
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    known = AutoConfig.from_pretrained(path).to_dict()  # with the defaults of its class
+    dropouts = {
+        key: 0.0
+        for key, value in known.items()
+        if isinstance(value, float) and value and key.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate"))
+    }
+    if not dropouts:
+        return path
+    for file in path.iterdir():
+        if file.name != "config.json" and not (folder / file.name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / file.name).symlink_to(file.resolve())
+    write_text(folder / "config.json", json.dumps(settings | dropouts, indent=2))
+    return folder
+
+
+def _write_weights(job: Job, file: Path) -> None:
+    """Write the float weights that our codes stand for, so that the baseline trains over the very same function."""
+    config, prepared = job.config, job.prepared
+    model = load_model(
+        ModelSpec(job.base, prepared.task, config.base_format, config.block_size, prepared.rendering.labels, 0)
+    )
+    weights = {
+        f"{name}.weight": dequantize(module.codes())
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear | QuantEmbedding)
+    }
+    with atomic_file(file) as temporary:
+        save_file(weights, temporary)
