@@ -1,6 +1,6 @@
-"""Run folders and bundles on disk: the only readers and writers of reports and manifests.
+"""Run folders and bundles on disk, and files that are written whole or not at all.
 
-Both are plain files that a person can open and read; `docs/bundle.md` describes the bundle.
+Reports and manifests are read and written only here; `docs/bundle.md` describes the bundle.
 """
 
 import errno
@@ -35,7 +35,7 @@ _KEYS = {"task", "model", "graphs", "lane", "rendering", "files"}
 
 
 def cache_folder() -> Path:
-    """Where what was made once is kept between commands."""
+    """The folder for what later commands reuse: EDGE_FT_CACHE, or ~/.cache/edge-ft."""
     return Path(os.environ.get("EDGE_FT_CACHE", Path.home() / ".cache" / "edge-ft"))
 
 
@@ -47,7 +47,7 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which takes its name when the block ends well; else nothing is left of it."""
+    """A temporary file beside `path`, which is renamed to `path` if the block succeeds and removed if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -60,18 +60,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
+    """Write a UTF-8 file by `atomic_file`."""
     with atomic_file(path) as file:
         file.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON; NaN is refused, since JSON has none."""
+    """Write indented JSON by `write_text`.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not know.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of room; safetensors reports it in an error of its own."""
+    """Whether a write failed because the disk is full; safetensors reports that in an error of its own."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in full
@@ -79,16 +83,21 @@ def disk_full(error: BaseException) -> bool:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise UsageError when `out` is there already: nothing is ever overwritten."""
+    """Refuse to overwrite.
+
+    Raises:
+        UsageError: `out` exists.
+    """
     if out.exists():
         raise UsageError(f"{out} exists already: give another --out or remove it")
 
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when the block ends well.
+    """A temporary folder beside `out`, which is renamed to `out` if the block succeeds and removed if it fails.
 
-    An interrupted or failed block leaves nothing under `out`.
+    Raises:
+        UsageError: `out` exists.
     """
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -103,10 +112,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 def kind_of(source: str) -> str:
-    """`bundle`, `run` or `model`: what a SOURCE argument names.
-
-    A folder with a manifest is a bundle, one with a report is a finished run, anything else is a model.
-    """
+    """What SOURCE names: `bundle` (a folder with a manifest), `run` (one with splits or a report), or `model`."""
     path = Path(source)
     if (path / "manifest.json").is_file():
         return "bundle"
@@ -117,13 +123,13 @@ def kind_of(source: str) -> str:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What `tune` leaves: adapter, tokenizer, splits, report, and the base's identity."""
+    """The folder that `tune` writes: adapter, tokenizer, splits, report, and the identity of the base."""
 
     path: Path
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """A finished run.
+        """Open a finished run.
 
         Raises:
             UsageError: the folder is not a run, or the run did not finish.
@@ -131,18 +137,18 @@ class RunFolder:
         run = cls(path)
         if not run.report_path.is_file():
             raise UsageError(
-                f"{path} holds no finished run (report.json is missing): edge-ft tune --config {run.config_path} "
-                "--resume goes on with it"
+                f"{path} holds no finished run (report.json is missing): resume it with edge-ft tune --config "
+                f"{run.config_path} --resume"
             )
         return run
 
     def is_begun(self) -> bool:
-        """Whether `tune` made this folder, however far it came."""
+        """Whether `tune` made this folder, even if it wrote nothing into it yet."""
         return self.path.is_dir() and ((self.path / "splits").is_dir() or not any(self.path.iterdir()))
 
     @property
     def config_path(self) -> Path:
-        """The settings, resolved, as `--config` takes them."""
+        """The resolved settings, in the format of --config."""
         return self.path / "config.yaml"
 
     @property

@@ -1,10 +1,13 @@
-"""The command line: flags, progress bars and exit codes; each command is one call of the Python API."""
+"""The command line: flags, progress and exit codes; each command is one call of the Python API."""
 
 import json
 import os
+import platform
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +20,7 @@ from edge_ft.config import (
     BenchConfig,
     EvalConfig,
     ExportConfig,
+    Group,
     PlanConfig,
     RunConfig,
     TuneConfig,
@@ -24,47 +28,76 @@ from edge_ft.config import (
     as_plain,
     preset_file,
 )
-from edge_ft.errors import EdgeFTError, UsageError, WillNotFit
+from edge_ft.errors import EdgeFTError, MissingExtra, UsageError, WillNotFit, require
 from edge_ft.progress import Lines, Progress, ProgressBars, Silent
 
 __all__ = ["main"]
 
 FLAT = Parameter(name="*", negative_iterable=())
+LIBRARIES = (
+    *("onnxruntime", "numpy", "tokenizers", "safetensors", "torch", "transformers", "peft", "bitsandbytes", "onnx"),
+    *("accelerate", "datasets", "gguf", "openvino", "onnxruntime-genai", "ctranslate2"),
+)
+"""What `--version -v` lists: the libraries on which results and speed depend."""
+
+
+HEADINGS = {group: cyclopts.Group(group.value, sort_key=at) for at, group in enumerate(Group)}
+
+
+def _default_text(value: Any) -> Any:
+    """A default as --help shows it: as one would type it, and not at all where the flag is simply left out."""
+    if value is False or value == ():
+        return None
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
+
 
 app = App(
     name="edge-ft",
-    version=__version__,
-    help="Fine-tune a small model over the 4-bit codes it ships in, export it to ONNX, run and measure it.",
-    default_parameter=Parameter(negative_iterable=()),
-    suppress_keyboard_interrupt=False,  # `main` says what was kept
+    version_flags=(),  # the command `version` below takes -v
+    help="Fine-tune a small model over the 4-bit weights that ship, export it to ONNX, run it and measure it.",
+    default_parameter=Parameter(negative_iterable=(), show_default=_default_text),
+    suppress_keyboard_interrupt=False,  # `main` reports what was saved
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What every command takes."""
+    """Options of every command."""
 
-    json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
-    """Write the result as JSON to this file; - is stdout, and then nothing else goes there."""
-    quiet: bool = False
-    """No progress."""
-    debug: bool = False
+    json: Annotated[str | None, Parameter(group=HEADINGS[Group.OUTPUT], allow_leading_hyphen=True)] = None
+    """Write the result as JSON to this file; - is stdout, which then gets nothing else."""
+    quiet: Annotated[bool, Parameter(group=HEADINGS[Group.OUTPUT])] = False
+    """Do not report progress."""
+    debug: Annotated[bool, Parameter(group=HEADINGS[Group.OUTPUT])] = False
     """Show the traceback of an error."""
+
+
+def _group_options(settings: type) -> None:
+    """Annotate the fields of a dataclass for cyclopts, which `edge_ft.config` does not import, with their headings."""
+    for kind in settings.__mro__:
+        for name, hint in getattr(kind, "__annotations__", {}).items():
+            for group in getattr(hint, "__metadata__", ()):
+                if isinstance(group, Group):
+                    kind.__annotations__[name] = Annotated[hint, Parameter(group=HEADINGS[group])]
+
+
+for _settings in (TuneConfig, PlanConfig, ExportConfig, VerifyConfig, EvalConfig, RunConfig, BenchConfig):
+    _group_options(_settings)
 
 
 @app.command
 def tune(
     *,
     settings: Annotated[TuneConfig, Parameter(name="*", negative_iterable=(), consume_multiple=True)],
-    print_config: bool = False,
+    print_config: Annotated[bool, Parameter(group=HEADINGS[Group.FILES])] = False,
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
-    """Train a LoRA adapter over a frozen base: model + rows -> run folder.
+    """Train a LoRA adapter over a frozen, quantized base and write a run folder.
 
     Parameters
     ----------
     print_config
-        Print the resolved settings as YAML and stop.
+        Print the settings as YAML, in the format of --config, and stop.
     """
     if print_config:
         import yaml
@@ -107,7 +140,7 @@ def plan(
     settings: Annotated[PlanConfig, Parameter(name="*", negative_iterable=(), consume_multiple=True)],
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
-    """Say what a tune with these settings would take, and what is odd about the rows; writes nothing."""
+    """Estimate the time, memory and disk of a training, and check its rows; writes nothing."""
     from edge_ft.tune.plan import duration, megabytes
     from edge_ft.tune.plan import plan as run_plan
 
@@ -135,12 +168,12 @@ def plan(
 def export(
     source: str, /, *, settings: Annotated[ExportConfig, FLAT], output: Annotated[Output, FLAT] = Output()
 ) -> None:
-    """Turn a run folder, or a model with or without an adapter, into a bundle, and judge it.
+    """Export a run, or a model with or without an adapter, to an ONNX bundle, and compare the two on held-out rows.
 
     Parameters
     ----------
     source
-        A run folder, or a model: hub id, folder or GGUF file.
+        A run folder, or a model (hub id, checkpoint folder or GGUF file).
     """
     from edge_ft.export import export as run_export
 
@@ -172,7 +205,13 @@ def verify(
     settings: Annotated[VerifyConfig, FLAT] = VerifyConfig(),
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
-    """Check a bundle's files and graphs on this machine, and its scores on --data; needs no torch."""
+    """Check the files and graphs of a bundle on this machine, and its scores on --data; needs no torch.
+
+    Parameters
+    ----------
+    bundle
+        A bundle folder.
+    """
     from edge_ft.evaluate.verify import verify as run_verify
 
     with _progress(output) as progress:
@@ -187,12 +226,12 @@ def verify(
 def evaluate(
     source: str, /, *, settings: Annotated[EvalConfig, FLAT], output: Annotated[Output, FLAT] = Output()
 ) -> None:
-    """Score a run, a bundle or a model on rows.
+    """Measure loss and task metrics of a run, a bundle or a model on rows.
 
     Parameters
     ----------
     source
-        A run folder, a bundle, or a model: hub id, folder or GGUF file.
+        A run folder, a bundle, or a model (hub id, checkpoint folder or GGUF file).
     """
     from edge_ft.evaluate import evaluate as run_evaluate
 
@@ -216,24 +255,26 @@ def run(
     prompt: str | None = None,
     /,
     *,
-    interactive: Annotated[bool, Parameter(alias="-i")] = False,
-    jsonl: Path | None = None,
-    out: Path | None = None,
+    interactive: Annotated[bool, Parameter(alias="-i", group=HEADINGS[Group.INPUT])] = False,
+    jsonl: Annotated[Path | None, Parameter(group=HEADINGS[Group.INPUT])] = None,
+    out: Annotated[Path | None, Parameter(group=HEADINGS[Group.INPUT])] = None,
     settings: Annotated[RunConfig, FLAT] = RunConfig(),
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
-    """Answer with a bundle; needs no torch.
+    """Generate or classify with a bundle; needs no torch.
 
     Parameters
     ----------
+    bundle
+        A bundle folder.
     prompt
-        The prompt, or the text to classify; without it, it is read from stdin.
+        The prompt, or the text to classify; default: read from stdin.
     interactive
-        Hold a conversation.
+        Chat on the terminal.
     jsonl
-        Answer every row of this file, into --out.
+        File with rows to answer; needs --out.
     out
-        File for the answers to --jsonl, a row for each row in its order.
+        File to write for --jsonl: one line per row, in the same order.
     """
     from edge_ft.runtime.run import run_chat, run_file, run_text
 
@@ -262,12 +303,12 @@ def _answered(summary: dict[str, Any]) -> str:
 def bench(
     *subjects: str, settings: Annotated[BenchConfig, FLAT] = BenchConfig(), output: Annotated[Output, FLAT] = Output()
 ) -> None:
-    """Measure bundles, runs and models side by side; bundles need no torch.
+    """Measure speed, memory, size and quality of bundles, runs and models; bundles need no torch.
 
     Parameters
     ----------
     subjects
-        Bundles, run folders, or models.
+        Bundle folders, run folders, or models (hub id, checkpoint folder or GGUF file).
     """
     from edge_ft.bench import bench as run_bench
     from edge_ft.bench.report import budget_failures, table
@@ -281,21 +322,66 @@ def bench(
         raise BudgetFailed("; ".join(failures))
 
 
+@app.command(name="--version")
+def version(*, verbose: Annotated[bool, Parameter(alias="-v", negative=())] = False) -> None:
+    """Print the version; with -v also those of the libraries, and the threads, memory, GPU and cache folder.
+
+    Parameters
+    ----------
+    verbose
+        Print all of these.
+    """
+    if not verbose:
+        print(__version__)
+        return
+    from edge_ft.artifacts import cache_folder
+    from edge_ft.system import Available, default_threads, total_memory_bytes, usable_cpus
+
+    print(f"edge-ft {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for name in LIBRARIES:
+        try:
+            print(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name} is not installed")
+    memory, total = Available.here(Path("here")).memory_bytes, total_memory_bytes() or 0
+    print(f"threads: {default_threads()} by default, {usable_cpus()} usable CPUs")
+    print(f"memory: {memory / 1e6:.0f} MB available of {total / 1e6:.0f} MB")
+    print(f"GPU: {_gpu()}")
+    print(f"cache folder: {cache_folder()}")
+
+
+def _gpu() -> str:
+    """Name and memory of the GPU that a training would use."""
+    from edge_ft.system import device_memory
+
+    try:
+        torch = require("torch", "train")
+    except MissingExtra:
+        return "none (torch is not installed)"
+    if not torch.cuda.is_available():
+        return "none"
+    device = torch.device("cuda")
+    memory = device_memory(device)
+    assert memory is not None
+    free, total = memory.free_bytes / 1e6, memory.total_bytes / 1e6
+    return f"{torch.cuda.get_device_name(device)}, {free:.0f} MB free of {total:.0f} MB"
+
+
 @app.meta.default
 def _with_config(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    config: Path | None = None,
-    preset: str | None = None,
+    config: Annotated[Path | None, Parameter(group=HEADINGS[Group.FILES])] = None,
+    preset: Annotated[str | None, Parameter(group=HEADINGS[Group.FILES])] = None,
 ) -> Any:
-    """Read flags from files first.
+    """Read settings from files, then run a command.
 
     Parameters
     ----------
     config
-        YAML file with settings; flags win over it.
+        YAML file with settings; flags override it.
     preset
-        Settings that come with edge-ft, for tune and plan: default, final-layers, thorough or low-memory; flags and
-        --config win over them.
+        Settings that come with edge-ft, for tune and plan: default, final-layers, thorough or low-memory; --config and
+        flags override them.
     """
     files = [*([config] if config is not None else []), *([preset_file(preset)] if preset is not None else [])]
     for file in files:
@@ -306,7 +392,7 @@ def _with_config(
 
 
 def main() -> None:
-    """Run the command line and exit with a documented code (see `edge_ft.errors`)."""
+    """Run the command line and exit with a code of `edge_ft.errors`."""
     debug = "--debug" in sys.argv
     try:
         app.meta(exit_on_error=False, print_error=False)
@@ -330,10 +416,14 @@ def main() -> None:
         _fail(str(error), UsageError.exit_code, debug)
     except MemoryError:
         _fail("out of memory: give a smaller --batch-size or --max-length", WillNotFit.exit_code, debug)
-    except Exception as error:  # noqa: BLE001 - whatever is left is a defect, and gets its own code
+    except Exception as error:  # noqa: BLE001 - whatever is left is a bug, and has its own code
         if disk_full(error):
             _fail("the disk is full: free some space and run again", WillNotFit.exit_code, debug)
-        _fail(f"a defect of ours, {type(error).__name__}: {error} (--debug shows where)", EdgeFTError.exit_code, debug)
+        _fail(
+            f"internal error: {type(error).__name__}: {error} (--debug shows the traceback)",
+            EdgeFTError.exit_code,
+            debug,
+        )
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
@@ -353,24 +443,39 @@ def _progress(output: Output) -> AbstractContextManager[Progress]:
     return ProgressBars()
 
 
-def _show(output: Output, result: Any, table: list[tuple[str, ...]], lines: str) -> None:
-    """The result as JSON where asked for, and for people on stdout unless JSON goes there."""
+def _show(output: Output, result: Any, rows: Sequence[tuple[str, ...]], text: str) -> None:
+    """Write the result as JSON if --json is given, and print a table and text unless JSON goes to stdout.
+
+    Args:
+        output: Where to write.
+        result: What --json writes.
+        rows: Of a table, the header first.
+        text: Printed below the table.
+    """
     if os.environ.get("RANK", "0") != "0":
-        return  # of several processes the first one speaks
+        return  # of several processes only the first one prints
     if output.json is not None:
         _write_json(output.json, result)
     if output.json == "-":
         return
-    if table:
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-        for row in table:
-            cells = (
-                cell.ljust(width) if at == 0 else cell.rjust(width)
-                for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            print("  ".join(cells).rstrip())
-    if lines:
-        print(lines)
+    if rows:
+        _print_table(rows)
+    if text:
+        print(text)
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print aligned columns, the first to the left; no cell is cut, however narrow the terminal is."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
+    for at in range(len(rows[0])):
+        table.add_column(justify="right" if at else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console(width=10_000, highlight=False).print(table)
 
 
 def _write_json(target: str, result: Any) -> None:

@@ -1,18 +1,18 @@
-"""Every error a user can meet, and the exit code each one ends a command with.
+"""All errors that a user can meet, and the exit codes with which they end a command.
 
-EdgeFTError                70  a defect of ours, unless a subclass says otherwise
+EdgeFTError                70  internal error, unless it is one of these:
 ├── UsageError              2  wrong flags, files or models
-│   ├── DataError           2  rows that cannot be read or mapped
+│   ├── DataError           2  rows that cannot be read, or that do not fit the task
 │   ├── ModelError          2  a model that cannot be loaded or is not supported
-│   ├── BundleError         2  not a bundle, tampered with, or of another version
-│   └── MissingExtra        2  a dependency that the base install leaves out
-├── BudgetFailed            1  a bench budget or comparison did not hold
-├── GateRefused             3  export or verify found too much lost
+│   ├── BundleError         2  not a bundle, a changed bundle, or one of another version
+│   └── MissingExtra        2  a package is missing that an extra installs
+├── BudgetFailed            1  a budget or comparison of bench failed
+├── GateRefused             3  export or verify refused the bundle: too much quality was lost
 ├── WillNotFit              4  not enough memory or disk
-├── AuditRefused            5  the data would train nothing, or leak
-└── Interrupted           130  stopped by the user; what was kept is said
+├── AuditRefused            5  the rows would train nothing, or overlap between the splits
+└── Interrupted           130  stopped by the user; the message lists the saved files
 
-A message is one sentence: what, where, and what to do about it.
+A message is one sentence: what is wrong, where, and what to do about it.
 """
 
 from types import ModuleType
@@ -35,19 +35,19 @@ __all__ = [
 
 
 class EdgeFTError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
+    """Base class of the errors below; `exit_code` is the exit code of the command."""
 
     exit_code = 70
 
 
 class UsageError(EdgeFTError):
-    """The command was given something it cannot use."""
+    """A flag, file or model that the command cannot use."""
 
     exit_code = 2
 
 
 class DataError(UsageError):
-    """Rows that cannot be read, mapped or labelled."""
+    """Rows that cannot be read, or that do not fit the task."""
 
 
 class ModelError(UsageError):
@@ -55,33 +55,33 @@ class ModelError(UsageError):
 
 
 class BundleError(UsageError):
-    """A folder that is not a bundle, or one that was changed after it was written."""
+    """A folder that is not a bundle, was changed after the export, or has another version."""
 
 
 class MissingExtra(UsageError):
-    """A feature whose dependency is in an extra; the message names the pip command."""
+    """A package that an extra installs is missing; the message is the pip command."""
 
 
 class BudgetFailed(EdgeFTError):
-    """A measured value is outside the budget it was given."""
+    """A measured value does not keep its budget."""
 
     exit_code = 1
 
 
 class GateRefused(EdgeFTError):
-    """What would ship is not what was trained, or nothing was trained."""
+    """The bundle lost too much of what was trained, or the training improved nothing."""
 
     exit_code = 3
 
 
 class WillNotFit(EdgeFTError):
-    """Not enough memory or disk for what was asked."""
+    """Not enough memory or disk."""
 
     exit_code = 4
 
 
 class AuditRefused(EdgeFTError):
-    """The data would train on nothing, or its splits overlap."""
+    """The rows would train nothing, or the splits overlap."""
 
     exit_code = 5
 
@@ -93,7 +93,7 @@ class Interrupted(EdgeFTError):
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest of `known`, or an empty string."""
+    """` (did you mean 'x'?)` with the most similar of `known`, or an empty string."""
     from difflib import get_close_matches
 
     near = get_close_matches(word, known, n=1)
@@ -101,10 +101,10 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, which `edge-ft[extra]` brings.
+    """Import a module that `edge-ft[extra]` installs.
 
     Raises:
-        MissingExtra: it is not installed; the message is the pip command.
+        MissingExtra: it is not installed.
     """
     from importlib import import_module
 

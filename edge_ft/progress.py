@@ -1,4 +1,4 @@
-"""How long work reports its progress, and the displays of it: nothing, plain lines, or bars on a terminal."""
+"""How work reports its progress, and what displays it: nothing, plain lines, or bars on a terminal."""
 
 import sys
 import threading
@@ -17,13 +17,20 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Takes one-line news and the state of a counted stage."""
+    """Receives messages, and the state of a stage whose steps are counted."""
 
     def say(self, text: str) -> None:
-        """One line of news."""
+        """Report a message of one line."""
 
     def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        """`done` of `total` of a stage are finished; `detail` holds its figures."""
+        """Report the state of a stage.
+
+        Args:
+            stage: Its name.
+            done: Finished steps.
+            total: All steps; 0 where they cannot be counted.
+            detail: Figures to show beside them.
+        """
 
 
 class Silent:
@@ -37,7 +44,7 @@ class Silent:
 
 
 class Lines:
-    """Plain lines with rate and time left, at most one every few seconds: for logs and pipes."""
+    """Plain lines for logs and pipes: one every few seconds, with the elapsed and the remaining time."""
 
     def __init__(self, stream: TextIO | None = None, interval: float = 5.0) -> None:
         self.stream = stream or sys.stderr
@@ -50,16 +57,17 @@ class Lines:
     def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
         now = time.monotonic()
         if stage != self.stage:
-            # A stage may go on after another one came in between: its rate is that of the steps since then.
+            # A stage that continues after another one is timed from here on.
             self.stage, self.started, self.shown, self.first = stage, now, now, max(done - 1, 0)
-        if done == total or now - self.shown >= self.interval:
+        if 0 < done == total or now - self.shown >= self.interval:
             self.shown = now
             time_left = eta(done - self.first, total - self.first, now - self.started)
-            self.say(f"{stage} {done}/{total}  {time_left}  {detail}".rstrip())
+            count = f" {done}/{total}" if total else ""
+            self.say(f"{stage}{count}  {time_left}  {detail}".rstrip())
 
 
 class ProgressBars:
-    """A bar per stage on stderr, with elapsed and remaining time; news scroll above it."""
+    """A progress bar on stderr with the elapsed and the remaining time of a stage; messages scroll above it."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -88,26 +96,26 @@ class ProgressBars:
         self._display.stop()
 
     def say(self, text: str) -> None:
-        """One line above the bar."""
+        """Print a message above the bar."""
         self._display.console.print(text, markup=False, highlight=False)
 
     def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        """Move the bar of `stage`, a new one when the stage changes."""
+        """Move the bar of `stage`; another stage gets a new bar."""
         if stage != self._stage or self._task is None:
             if self._task is not None:
                 self._display.remove_task(self._task)
-            self._stage, self._task = stage, self._display.add_task(stage, total=total, detail=detail)
-        self._display.update(self._task, completed=done, total=total, detail=detail)
+            self._stage, self._task = stage, self._display.add_task(stage, total=total or None, detail=detail)
+        self._display.update(self._task, completed=done, total=total or None, detail=detail)
 
 
 def eta(done: int, total: int, seconds: float) -> str:
-    """`12 s, 30 s left` from what is done so far."""
+    """`12 s, 30 s left`: the elapsed time, and the remaining time at the same rate."""
     left = f", {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
     return f"{seconds:.0f} s{left}"
 
 
 def track(progress: Progress, stage: str, items: Iterable[T], total: int) -> Iterator[T]:
-    """Yield the items and report each one as done."""
+    """Yield the items, and report each one as done when the next is taken."""
     progress.advance(stage, 0, total)
     for done, item in enumerate(items, 1):
         yield item
@@ -116,7 +124,7 @@ def track(progress: Progress, stage: str, items: Iterable[T], total: int) -> Ite
 
 @contextmanager
 def heartbeat(progress: Progress, step: str, seconds: float = 2.0) -> Iterator[None]:
-    """Report a step that cannot be counted: at its start, and again every few seconds until it ends.
+    """Report a step that cannot be counted: at its start, and with the elapsed time until it ends.
 
     Args:
         progress: Receives the reports.
@@ -130,10 +138,10 @@ def heartbeat(progress: Progress, step: str, seconds: float = 2.0) -> Iterator[N
 
     def repeat() -> None:
         while not ended.wait(seconds):
-            progress.advance(step, 0, 1)
+            progress.advance(step, 0, 0)
 
     progress.say(step)
-    progress.advance(step, 0, 1)
+    progress.advance(step, 0, 0)
     reporter = threading.Thread(target=repeat, daemon=True)
     reporter.start()
     try:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from edge_ft.artifacts import Bundle, atomic_folder, refuse_existing
 from edge_ft.config import ExportConfig
-from edge_ft.errors import BundleError, GateRefused, require
+from edge_ft.errors import BundleError, GateRefused
+from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent, heartbeat
+from edge_ft.system import use_threads
 
 __all__ = ["export"]
 
@@ -28,20 +30,14 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
     """
     progress = progress or Silent()
     refuse_existing(config.out)
+    import_libraries(progress, "onnxscript", "peft", "optimum")
+    from edge_ft.export.bundle import graph_files, make_manifest, write_bundle
+    from edge_ft.export.genai import write_genai
+    from edge_ft.export.source import open_export_source
+    from edge_ft.export.verification import score_torch, verify_graphs
+
+    use_threads(config.threads)
     with heartbeat(progress, f"opening {source}"):
-        torch = require("torch", "train")
-        from edge_ft.models.logging import silence_libraries
-
-        with silence_libraries():
-            for module in ("onnxscript", "peft", "optimum"):
-                require(module, "train")
-        from edge_ft.export.bundle import graph_files, make_manifest, write_bundle
-        from edge_ft.export.genai import write_genai
-        from edge_ft.export.source import open_export_source
-        from edge_ft.export.verification import score_torch, verify_graphs
-
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         opened = open_export_source(source, config)
     rejected = config.out.with_name(config.out.name + ".rejected")
     if not _is_rejected(rejected):

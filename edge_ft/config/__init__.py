@@ -1,13 +1,13 @@
-"""What a user may choose, one frozen dataclass per command, each in a file of its name.
+"""The settings of each command: a frozen dataclass per command, each in a file of its name.
 
-The same classes are the command-line flags, the keys of `--config FILE.yaml` and the arguments of the
-Python API; a field's docstring is its `--help`.
+The same classes define the command-line flags, the keys of `--config FILE.yaml` and the arguments of the
+Python API; a field's docstring is its text in `--help`.
 """
 
 from edge_ft.config.bench import BenchConfig
 from edge_ft.config.evaluate import EvalConfig
 from edge_ft.config.export import ExportConfig, VerifyConfig
-from edge_ft.config.fields import as_plain
+from edge_ft.config.fields import Group, as_plain
 from edge_ft.config.names import INT8_ACTIVATIONS, TEXT_TASKS, BaseFormat, Memory, Pooling, ProblemType, Task, Weights
 from edge_ft.config.rows import RowsConfig
 from edge_ft.config.run import RunConfig
@@ -20,6 +20,7 @@ __all__ = [
     "BenchConfig",
     "EvalConfig",
     "ExportConfig",
+    "Group",
     "Memory",
     "PlanConfig",
     "Pooling",

@@ -1,10 +1,10 @@
 """Settings of `edge-ft eval`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from edge_ft.config.fields import check
-from edge_ft.config.names import BaseFormat, Task
+from edge_ft.config.fields import Group, check_minimum
+from edge_ft.config.names import BaseFormat, Task, Threads
 from edge_ft.config.rows import RowsConfig
 
 __all__ = ["EvalConfig"]
@@ -12,36 +12,35 @@ __all__ = ["EvalConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(RowsConfig):
-    """What `edge-ft eval` can be told."""
+    """Settings of an evaluation."""
 
-    data: str
-    """JSONL, CSV or Parquet file, a folder saved by `datasets`, or a hub data set id."""
-    task: Task | None = None
-    """Task of a plain model; runs and bundles know their own."""
-    adapter: str | None = None
-    """none: score a bundle or run without its adapter."""
-    accuracy_level: Literal[1, 4] | None = None
-    """Graph of a bundle to score; default the manifest's."""
-    base_format: BaseFormat = "fp32"
-    """Format in which a plain MODEL is scored; a run is scored in the one it was trained over."""
-    shots: int = 0
-    """Train examples put before each prompt (text-generation); rows may then be as long as the model's limit."""
-    shots_from: str | None = None
-    """File to take the shots from; default the run's train rows, a bundle or model has none."""
-    generate: bool = True
-    """Also generate answers and compare them (text-generation); costs most of the time."""
-    max_new_tokens: int = 64
-    """Longest generated answer in tokens."""
-    limit: int | None = None
-    """Score only the first so many rows."""
-    batch_size: int = 8
-    """Rows scored together."""
-    threads: int | None = None
-    """CPU threads; default all cores."""
+    data: Annotated[str, Group.INPUT]
+    """Rows to score: a JSONL, CSV or Parquet file, a folder saved by `datasets`, or a hub data set id."""
+    task: Annotated[Task | None, Group.INPUT] = None
+    """Task of a plain model; a run or bundle has its own."""
+    adapter: Annotated[str | None, Group.INPUT] = None
+    """none: score a run or bundle without its adapter."""
+    accuracy_level: Annotated[Literal[1, 4] | None, Group.INPUT] = None
+    """Graph of a bundle to score: 1 computes in float, 4 with int8 activations; default: the manifest's choice."""
+    base_format: Annotated[BaseFormat, Group.INPUT] = "fp32"
+    """Weight format in which to score a plain model; a run is scored in the format it was trained over."""
+    limit: Annotated[int | None, Group.INPUT] = None
+    """Score only the first N rows."""
+    shots: Annotated[int, Group.EVALUATION] = 0
+    """Number of example rows put before each prompt (few-shot, text-generation); the maximum length is then the
+    model's limit."""
+    shots_from: Annotated[str | None, Group.EVALUATION] = None
+    """File with the example rows of --shots; default: the train rows of a run, required for bundles and models."""
+    generate: Annotated[bool, Group.EVALUATION] = True
+    """Also generate an answer to every row and compare it (text generation); takes most of the time."""
+    max_new_tokens: Annotated[int, Group.EVALUATION] = 64
+    """Maximum length of a generated answer in tokens."""
+    batch_size: Annotated[int, Group.EVALUATION] = 8
+    """Rows scored in one forward pass."""
+    threads: Threads = None
+    """CPU threads; default: all CPUs that the process may use."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.shots >= 0, "--shots cannot be negative")
-        check(self.limit is None or self.limit >= 1, "--limit must be at least 1")
-        check(self.max_new_tokens >= 1, "--max-new-tokens must be at least 1")
-        check(self.batch_size >= 1, "--batch-size must be at least 1")
+        check_minimum(self, 0, "shots")
+        check_minimum(self, 1, "limit", "max_new_tokens", "batch_size", "threads")

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from edge_ft.config.fields import check
-from edge_ft.config.names import Task, Weights
+from edge_ft.config.fields import Group, check_minimum
+from edge_ft.config.names import Task, Threads, Weights
 from edge_ft.config.rows import RowsConfig
 
 __all__ = ["ExportConfig", "VerifyConfig"]
@@ -13,52 +13,53 @@ __all__ = ["ExportConfig", "VerifyConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(RowsConfig):
-    """Everything that `edge-ft export` can be told; the rows' fields matter only with --data."""
+    """Settings of an export; the fields of `RowsConfig` need `data`."""
 
-    out: Path
-    """Bundle folder to write; must not exist."""
-    weights: Weights | None = None
-    """Format of the weights that ship: int4 or int8 codes, fp16 (in the file: computed in float32), or fp32; for
-    encoders also int8-dynamic or int8-static (activations in int8 too, their range that of each batch or of train
-    rows); default int4, for a run in the adapter lane what it was trained over."""
-    lane: Literal["merged", "adapter"] = "merged"
-    """merged: the adapter goes into the weights; adapter: base codes untouched, A and B beside them."""
-    adapter: Path | None = None
-    """PEFT adapter to put on a model SOURCE; trained here or anywhere else."""
-    task: Task | None = None
-    """Task of a model SOURCE; a run folder knows its own."""
-    data: str | None = None
-    """Rows to score a model SOURCE on; a run folder brings its own validation and test rows."""
-    block_size: Literal[16, 32, 64, 128] | None = None
-    """Weights per scale of int4 and int8; default the run's, else 32."""
-    max_tax: float = 0.02
-    """Refuse when shipped - trained exceeds so many nats per target token."""
-    min_retained: float = 0.95
-    """Refuse when less than this share of (base - trained) is left in what ships."""
-    max_metric_drop: float = 0.02
-    """Refuse when the task metric (0 to 1) fell by more than this on the way, and not by chance."""
-    threads: int | None = None
-    """CPU threads; default all cores."""
+    out: Annotated[Path, Group.INPUT]
+    """Bundle folder to write; it must not exist."""
+    adapter: Annotated[Path | None, Group.INPUT] = None
+    """PEFT adapter to put on a plain model SOURCE, trained with any tool."""
+    task: Annotated[Task | None, Group.INPUT] = None
+    """Task of a plain model SOURCE; a run folder has its own."""
+    data: Annotated[str | None, Group.INPUT] = None
+    """Rows on which to score a plain model SOURCE; a run folder brings its validation and test rows."""
+    weights: Annotated[Weights | None, Group.BUNDLE] = None
+    """Weight format of the bundle; int8-dynamic and int8-static (encoders) compute in int8 too; default: int4, or what
+    a run was trained over with --lane adapter."""
+    lane: Annotated[Literal["merged", "adapter"], Group.BUNDLE] = "merged"
+    """merged: the adapter becomes part of the weights; adapter: the base keeps its codes and the adapter stays in
+    float beside them."""
+    block_size: Annotated[Literal[16, 32, 64, 128] | None, Group.BUNDLE] = None
+    """Weights that share one scale in int4 and int8; default: that of the run, else 32."""
+    max_tax: Annotated[float, Group.GATE] = 0.02
+    """Refuse a bundle whose loss exceeds that of the trained model by more than this, in nats per target token."""
+    min_retained: Annotated[float, Group.GATE] = 0.95
+    """Refuse a bundle that keeps less than this share of the improvement in loss over the base."""
+    max_metric_drop: Annotated[float, Group.GATE] = 0.02
+    """Refuse a bundle whose task metric (0 to 1) is lower by more than this, unless the 95% interval of the drop
+    includes 0."""
+    threads: Threads = None
+    """CPU threads; default: all CPUs that the process may use."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.max_tax >= 0, "--max-tax cannot be negative")
-        check(self.max_metric_drop >= 0, "--max-metric-drop cannot be negative")
+        check_minimum(self, 0, "max_tax", "max_metric_drop")
+        check_minimum(self, 1, "threads")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(RowsConfig):
-    """What `edge-ft verify` can be told: without --data only the files and the graph are checked."""
+    """Settings of a verification; without `data` only the files and the graphs are checked."""
 
-    data: str | None = None
-    """Rows to score: the export's validation rows must score as then; others are only scored, and in the adapter lane
-    compared with the base."""
-    max_tax: float | None = None
-    """Limit of the quantization tax, nats per token, where --data are the export's validation rows, and of accuracy
-    level 4's difference on the probe texts; other rows are not held to it. Default the limit of the export."""
-    threads: int | None = None
-    """CPU threads; default all cores."""
+    data: Annotated[str | None, Group.INPUT] = None
+    """Rows to score: the validation rows of the export must score as they did then, other rows are only scored."""
+    max_tax: Annotated[float | None, Group.GATE] = None
+    """Highest quantization tax of the export's validation rows, and of accuracy level 4 on the probe texts, in nats per
+    target token; default: the limit of the export."""
+    threads: Threads = None
+    """CPU threads; default: all CPUs that the process may use."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.max_tax is None or self.max_tax >= 0, "--max-tax cannot be negative")
+        check_minimum(self, 0, "max_tax")
+        check_minimum(self, 1, "threads")

@@ -1,12 +1,33 @@
-"""What all settings share: their checks, and how they come from Python and go to YAML or JSON."""
+"""What all settings share: headings in --help, checks, and conversion from Python and to YAML or JSON."""
 
 from dataclasses import asdict, fields
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from edge_ft.errors import UsageError
 
-__all__ = ["accept_python_values", "as_plain", "check"]
+__all__ = ["Group", "accept_python_values", "as_plain", "check", "check_minimum"]
+
+
+class Group(Enum):
+    """The headings under which --help lists the options, in this order. A field names its own by `Annotated`."""
+
+    INPUT = "Model and data"
+    ROWS = "Rows"
+    LORA = "LoRA"
+    BASE = "Weights of the base"
+    BUNDLE = "Bundle"
+    GATE = "Quality gate"
+    TRAINING = "Training"
+    EVALUATION = "Evaluation"
+    GENERATION = "Generation"
+    MEASUREMENT = "Measurement"
+    BUDGETS = "Budgets (exit code 1 where one is missed)"
+    RESOURCES = "Memory and threads"
+    CHECKPOINTS = "Checkpoints"
+    FILES = "Settings from files"
+    OUTPUT = "Output"
 
 
 def as_plain(config: Any) -> dict[str, Any]:
@@ -21,16 +42,33 @@ def as_plain(config: Any) -> dict[str, Any]:
 
 
 def accept_python_values(config: Any) -> None:
-    """From Python, paths may be text, texts may be paths, and tuples may be lists."""
+    """Convert what Python callers may give: text for paths, paths for text, lists for tuples."""
+    types = get_type_hints(type(config))
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, list):
             value = tuple(value)
         elif isinstance(value, Path | str):
-            value = Path(value) if field.type in (Path, Path | None) else str(value)
+            value = Path(value) if types[field.name] in (Path, Path | None) else str(value)
         object.__setattr__(config, field.name, value)
 
 
 def check(holds: bool, message: str) -> None:
+    """Refuse a value.
+
+    Raises:
+        UsageError: `holds` is False; with `message`.
+    """
     if not holds:
         raise UsageError(message)
+
+
+def check_minimum(config: Any, minimum: int, *names: str) -> None:
+    """Refuse values below `minimum` in the fields of these names; None is accepted.
+
+    Raises:
+        UsageError: a value is too small; the message names the flag.
+    """
+    for name in names:
+        value = getattr(config, name)
+        check(value is None or value >= minimum, f"--{name.replace('_', '-')} must be at least {minimum}")

@@ -1,9 +1,9 @@
-"""How rows are read, which most commands can be told."""
+"""Settings of how rows are read, which most commands share."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from edge_ft.config.fields import accept_python_values, check
+from edge_ft.config.fields import Group, accept_python_values, check
 from edge_ft.config.names import Pooling, ProblemType
 
 __all__ = ["RowsConfig"]
@@ -11,29 +11,28 @@ __all__ = ["RowsConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class RowsConfig:
-    """How columns of a file become what the model reads."""
+    """How the columns of a file become the text that the model reads."""
 
-    pooling: Pooling | None = None
-    """What of a text's hidden states is its embedding (feature-extraction); default what the model's own files say,
-    else mean."""
-
-    prompt: str | None = None
-    """Template for the prompt, e.g. "{passage} {question}"; the text is as written, \\n and \\t are newline and tab."""
-    completion: str | None = None
-    """Template for the answer to learn, e.g. "{answer}"."""
-    text_pair: str | None = None
-    """Template for a second text that is read with the first, e.g. "{passage}" (text-classification)."""
-    label: str | None = None
-    """Column of the class, of several (a list) or of a number (text-classification), or of the words' tags
+    prompt: Annotated[str | None, Group.ROWS] = None
+    r"""Template of the prompt, e.g. "{passage} {question}"; \n is a newline and \t a tab."""
+    completion: Annotated[str | None, Group.ROWS] = None
+    """Template of the answer to train on, e.g. "{answer}"; needs --prompt."""
+    text_pair: Annotated[str | None, Group.ROWS] = None
+    """Template of a second text that the model reads with the first, e.g. "{passage}" (text-classification)."""
+    label: Annotated[str | None, Group.ROWS] = None
+    """Column with a class, a list of classes or a number (text-classification), or with a tag for each word
     (token-classification)."""
-    problem_type: ProblemType | None = None
-    """What the label column holds (text-classification); default: lists are several classes, numbers that are not
-    all whole are regression, all else one class."""
-    chat_template: str | None = None
-    """auto (the model's own), none, or a jinja file; default auto, with --prompt none."""
-    max_length: int | Literal["auto"] | None = None
-    """Longest sequence in tokens; default the model's limit, at most 1024. Longer rows are cut, and said. auto (tune):
-    so many that 99% of the rows are whole, in steps of 32. Of an encoder-decoder, prompt and answer each."""
+    problem_type: Annotated[ProblemType | None, Group.ROWS] = None
+    """Kind of the labels (text-classification); default: multi-label for lists, regression for numbers that are not
+    all whole, else single-label."""
+    pooling: Annotated[Pooling | None, Group.ROWS] = None
+    """How the embeddings of the tokens become one (feature-extraction); default: as the model's files say, else
+    mean."""
+    chat_template: Annotated[str | None, Group.ROWS] = None
+    """Chat template: auto (the model's own), none, or a Jinja file; default: auto, or none with --prompt."""
+    max_length: Annotated[int | Literal["auto"] | None, Group.ROWS] = None
+    """Maximum length in tokens, to which longer rows are cut; auto (tune) is long enough for 99% of the rows; default:
+    the model's limit, at most 1024."""
 
     def __post_init__(self) -> None:
         accept_python_values(self)

@@ -1,67 +1,67 @@
 """Settings of `edge-ft run`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from edge_ft.config.fields import check
+from edge_ft.config.fields import Group, check, check_minimum
+from edge_ft.config.names import Threads
 
 __all__ = ["RunConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How `edge-ft run` answers."""
+    """How a bundle answers."""
 
-    max_new_tokens: int | None = None
-    """Longest answer in tokens; default 256, or fewer where the model's limit is nearer."""
-    temperature: float = 0.0
-    """0 is greedy; above it tokens are sampled."""
-    top_k: int = 0
-    """Sample among the k likeliest tokens; 0 is all. fill-mask: tokens given for each mask; 0 is 5."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this much probability."""
-    min_p: float = 0.0
-    """Leave out tokens less likely than this share of the likeliest."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens that were already seen less likely (CTRL, arXiv:1909.05858)."""
-    seed: int = 0
-    """Seed of the sampling."""
-    num_beams: int = 1
-    """Answers that an encoder-decoder follows side by side, to give the likeliest; 1 is greedy or sampled."""
-    length_penalty: float = 1.0
-    """With beams: an answer's log-probability is divided by its tokens to this power; above 0 favours long answers."""
-    text_pair: str | None = None
-    """Second text, for a model that was trained on pairs."""
-    stop: tuple[str, ...] = ()
-    """Strings at which the answer ends (they are not part of it)."""
-    labels: tuple[str, ...] = ()
-    """Choose among these answers instead of writing one (text-generation), with a score for each; auto: those that the
-    training rows had, where they were few."""
-    system: str | None = None
-    """System message put before a chat."""
-    chat_template: str | None = None
-    """auto, none or a jinja file; default what the bundle was trained with."""
-    adapter: str | None = None
+    adapter: Annotated[str | None, Group.INPUT] = None
     """none: answer with the base of an adapter-lane bundle."""
-    accuracy_level: Literal[1, 4] | None = None
-    """1: exact; 4: activations in int8, if the bundle's verification passed it; default the manifest's."""
-    threads: int | None = None
-    """CPU threads; default all cores."""
+    accuracy_level: Annotated[Literal[1, 4] | None, Group.INPUT] = None
+    """Graph to use: 1 computes in float, 4 with int8 activations if the export accepted it; default: the manifest's
+    choice."""
+    text_pair: Annotated[str | None, Group.INPUT] = None
+    """Second text, for a model trained on pairs of texts."""
+    system: Annotated[str | None, Group.INPUT] = None
+    """System message that begins a chat."""
+    chat_template: Annotated[str | None, Group.INPUT] = None
+    """Chat template: auto (the model's own), none, or a Jinja file; default: that of the training."""
+    max_new_tokens: Annotated[int | None, Group.GENERATION] = None
+    """Maximum length of an answer in tokens; default: 256, or less where the model's limit is nearer."""
+    temperature: Annotated[float, Group.GENERATION] = 0.0
+    """Sampling temperature; 0 is greedy decoding."""
+    top_k: Annotated[int, Group.GENERATION] = 0
+    """Sample from the k likeliest tokens, 0 from all; for fill-mask, candidates per mask (0 gives 5)."""
+    top_p: Annotated[float, Group.GENERATION] = 1.0
+    """Sample from the likeliest tokens whose probabilities sum to this (nucleus sampling)."""
+    min_p: Annotated[float, Group.GENERATION] = 0.0
+    """Do not sample tokens below this share of the highest probability."""
+    repetition_penalty: Annotated[float, Group.GENERATION] = 1.0
+    """Above 1, tokens that occurred before become less likely (CTRL, arXiv:1909.05858)."""
+    seed: Annotated[int, Group.GENERATION] = 0
+    """Random seed of the sampling."""
+    num_beams: Annotated[int, Group.GENERATION] = 1
+    """Beams of beam search (encoder-decoders); 1 is no beam search."""
+    length_penalty: Annotated[float, Group.GENERATION] = 1.0
+    """Beam search divides an answer's log-probability by its length to this power; above 0 favours long answers."""
+    stop: Annotated[tuple[str, ...], Group.GENERATION] = ()
+    """Strings that end an answer; they are not part of it."""
+    labels: Annotated[tuple[str, ...], Group.GENERATION] = ()
+    """Choose the likeliest of these answers instead of generating one (text-generation); auto: the answers of the
+    training rows, where they were few."""
+    threads: Threads = None
+    """CPU threads; default: all CPUs that the process may use."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(name for names in self.labels for name in names.split(",") if name))
-        check(self.max_new_tokens is None or self.max_new_tokens >= 1, "--max-new-tokens must be at least 1")
-        check(self.temperature >= 0, "--temperature cannot be negative")
-        check(self.top_k >= 0, "--top-k cannot be negative")
-        check(0 < self.top_p <= 1, "--top-p must be in (0, 1]")
-        check(0 <= self.min_p <= 1, "--min-p must be in [0, 1]")
+        check_minimum(self, 0, "temperature", "top_k")
+        check_minimum(self, 1, "max_new_tokens", "num_beams", "threads")
+        check(0 < self.top_p <= 1, "--top-p must be above 0 and at most 1")
+        check(0 <= self.min_p <= 1, "--min-p must be from 0 to 1")
         check(self.repetition_penalty > 0, "--repetition-penalty must be above 0")
-        check(self.num_beams >= 1, "--num-beams must be at least 1")
         check(
             self.num_beams == 1 or (self.temperature == 0 and self.repetition_penalty == 1),
-            "--num-beams follows the likeliest answers: leave --temperature and --repetition-penalty out",
+            "--num-beams does not sample: leave --temperature and --repetition-penalty out",
         )
         check(
-            self.num_beams > 1 or self.length_penalty == 1, "--length-penalty compares beams: give --num-beams above 1"
+            self.num_beams > 1 or self.length_penalty == 1,
+            "--length-penalty is for beam search: give --num-beams above 1",
         )
-        check(self.threads is None or self.threads >= 1, "--threads must be at least 1")

@@ -32,9 +32,13 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
         AuditRefused: no row has anything to score.
     """
     progress = progress or Silent()
+    progress.say(f"reading {config.data}")
     rows = read_rows(config.data)[: config.limit]
     shots = _shot_rows(source, config)[: config.shots] if config.shots else []
-    return {"source": source, **evaluate_loaded(open_source(source, config, rows), rows, config, progress, shots)}
+    return {
+        "source": source,
+        **evaluate_loaded(open_source(source, config, rows, progress), rows, config, progress, shots),
+    }
 
 
 def evaluate_loaded(

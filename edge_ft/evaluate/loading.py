@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from edge_ft.artifacts import Bundle, RunFolder, kind_of
 from edge_ft.config import EvalConfig
 from edge_ft.data import Rendering, Row, TextTokenizer, plain_rendering, stop_ids, trained_rendering
-from edge_ft.errors import ModelError, UsageError, require
+from edge_ft.errors import ModelError, UsageError
 from edge_ft.evaluate.scoring import Scorer
+from edge_ft.progress import Progress, Silent
 from edge_ft.system import use_threads
 
 if TYPE_CHECKING:
@@ -29,13 +30,14 @@ class LoadedSource:
     """Number of positions of the model."""
 
 
-def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> LoadedSource:
+def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: Progress | None = None) -> LoadedSource:
     """Open a run folder, a bundle or a plain model.
 
     Args:
         source: Folder of a run or bundle, or a model as `find_base` takes it.
         config: The user's settings: a run or bundle renders rows as in its training unless they differ.
         rows: Rows to score, whose columns decide how they are rendered.
+        progress: Receives the import of torch, which takes seconds; None is silent.
 
     Returns:
         The scorer: ONNX Runtime for a bundle, else torch on the GPU if there is one.
@@ -51,7 +53,9 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
         return _open_bundle(Path(source), config, rows)
     if config.accuracy_level is not None:
         raise UsageError("--accuracy-level is for bundles: runs and models have one graph")
-    torch = require("torch", "train")
+    from edge_ft.models.libraries import import_libraries
+
+    torch = import_libraries(progress or Silent())
     use_threads(config.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "run":

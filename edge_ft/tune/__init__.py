@@ -14,6 +14,7 @@ from edge_ft.artifacts import RunFolder, disk_full, refuse_existing, write_json,
 from edge_ft.config import TuneConfig, as_plain
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import Interrupted, UsageError, WillNotFit, require
+from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent
 from edge_ft.system import Available, device_memory, peak_rss_bytes, release_memory, use_threads
 from edge_ft.tune.checkpoint import (
@@ -56,11 +57,8 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         WillNotFit: it would take more memory or disk than there is, or the disk is full; what was saved is whole.
         Interrupted: stopped by Ctrl-C or SIGTERM; a checkpoint and the best adapter so far are in the folder.
     """
-    require("torch", "train")
-    from edge_ft.models.logging import silence_libraries
-
-    with silence_libraries():
-        require("peft", "train")
+    progress = progress or Silent()
+    import_libraries(progress, "peft")
     from edge_ft.models.base_model import find_base
     from edge_ft.quant.layers import codes_sha256
     from edge_ft.quant.serialization import write_codes
@@ -68,7 +66,6 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     from edge_ft.tune.trainable_model import load_trainable_model
 
     started = time.monotonic()
-    progress = progress or Silent()
     ranks = Ranks.here(progress)
     if not ranks.first:
         progress = Silent()

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import TEXT_TASKS, Memory, TuneConfig, last_layers
 from edge_ft.data import Example, TextTokenizer, eval_batches
-from edge_ft.errors import UsageError, WillNotFit, require
+from edge_ft.errors import UsageError, WillNotFit
 from edge_ft.evaluate.scoring import Answerer
+from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent
 from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory, resident_bytes, use_threads
 from edge_ft.tune.job import prepare_job
@@ -64,15 +65,11 @@ def plan(config: TuneConfig, progress: Progress | None = None, available: Availa
         AuditRefused: the rows would train nothing, or overlap between splits.
         WillNotFit: no choice fits into memory and disk.
     """
-    torch = require("torch", "train")
-    from edge_ft.models.logging import silence_libraries
-
-    with silence_libraries():
-        require("peft", "train")
+    progress = progress or Silent()
+    torch = import_libraries(progress, "peft")
     from edge_ft.tune.distributed import Ranks
     from edge_ft.tune.trainable_model import load_trainable_model
 
-    progress = progress or Silent()
     available = available or Available.here(config.out)
     started = time.monotonic()
     use_threads(config.threads)

@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny_models import write_bert
 
+from edge_ft import __version__
 from edge_ft.artifacts import Bundle, RunFolder
 
 
@@ -34,6 +37,32 @@ def test_help_and_version_need_no_model() -> None:
     assert "tune" in edge_ft("--help").stdout
     assert edge_ft("--version").stdout.strip()
     assert "--learning-rate" in edge_ft("tune", "--help").stdout
+
+
+def test_the_version_alone_or_with_all_that_it_depends_on(tmp_path: Path) -> None:
+    environment = {"EDGE_FT_CACHE": str(tmp_path), "OMP_NUM_THREADS": "3"}
+    assert edge_ft("--version", **environment).stdout == f"{__version__}\n"
+    lines = edge_ft("--version", "-v", **environment).stdout.splitlines()
+    assert lines[0].startswith(f"edge-ft {__version__}, Python ")
+    assert f"onnxruntime {version('onnxruntime')}" in lines
+    assert lines[-4].startswith("threads: 3 by default, ")
+    assert re.fullmatch(r"memory: \d+ MB available of \d+ MB", lines[-3])
+    assert lines[-2].startswith("GPU: ")
+    assert lines[-1] == f"cache folder: {tmp_path}"
+
+
+def test_a_library_that_is_not_installed_is_listed_as_such() -> None:
+    script = (
+        "import runpy, sys; from importlib import metadata; installed = metadata.version\n"
+        "def version(name):\n"
+        "    if name == 'torch': raise metadata.PackageNotFoundError(name)\n"
+        "    return installed(name)\n"
+        "metadata.version = version; sys.modules['torch'] = None; sys.argv = ['edge-ft', '--version', '-v']\n"
+        "runpy.run_module('edge_ft', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "torch is not installed\n" in done.stdout
+    assert "GPU: none (torch is not installed)\n" in done.stdout
 
 
 def test_a_mistyped_flag_is_answered_with_a_near_one() -> None:
@@ -188,10 +217,10 @@ def test_a_full_disk_is_said_and_leaves_nothing(llama_run: RunFolder, tmp_path: 
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_defect_has_its_own_code(tmp_path: Path) -> None:
+def test_an_internal_error_has_its_own_code(tmp_path: Path) -> None:
     (tmp_path / "numpy.py").write_text("raise ZeroDivisionError('a bug')")
     done = edge_ft("verify", tmp_path, PYTHONPATH=str(tmp_path))
-    assert "defect" in refused(done, 70)
+    assert "internal error" in refused(done, 70)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
