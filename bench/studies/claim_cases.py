@@ -1,4 +1,4 @@
-"""What `make claims` trains and scores, as data: models, rows, settings, and the stages that each case goes through."""
+"""What `make claims` trains and scores: models, rows, settings, and the stages of each case."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Case:
-    """One training, its exports, and what is asked of it."""
+    """One training, its exports, and the answers that are scored."""
 
     name: str
     model: str
@@ -54,24 +54,25 @@ class Case:
     tune: tuple[str, ...]
     """Flags of `edge-ft tune`."""
     weights: tuple[str, ...] = ("int4",)
-    """Formats that it is exported to, the first one is what ships; none where training is all that is looked at."""
+    """Formats that it is exported to, the first one is what ships; none where only the training counts."""
     answer_tokens: int = 0
-    """Longest answer to the test rows, of base, tuned and shipped; 0 asks none."""
+    """Longest answer to a test row, of base, tuned and shipped; 0: no answers are generated."""
     lane: str = "merged"
     """As `edge-ft export --lane`."""
 
     @property
     def answers(self) -> bool:
+        """Whether answers to the test rows are scored."""
         return self.answer_tokens > 0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command; its JSON is kept as NAME.json in the case's folder."""
+    """One command of edge-ft; its JSON is kept as NAME.json in the case's folder."""
 
     name: str
     arguments: tuple[str, ...]
-    """Of edge-ft; paths are below the case's folder."""
+    """Paths are below the case's folder."""
 
 
 MODELS = {
@@ -129,7 +130,7 @@ _SIZES = (32, 128, 512, 2000)
 def _small(
     name: str, model: str, train: int, *tune: str, weights: tuple[str, ...] = ("int4",), answer_tokens: int = 0
 ) -> Case:
-    """A case of one of the small models, on the rows that its claims are about."""
+    """A case of one of the small models, on the rows of its task."""
     data = {"minilm": "departments", "gpt2": "transcripts", "t5": "spoken"}[model]
     validation, test = (200, 400) if model == "minilm" else (100, 150)
     tune = ("--max-length", "96", "--batch-size", "16", *tune)
@@ -137,7 +138,7 @@ def _small(
 
 
 def _cases(model: str, answer_tokens: int) -> list[Case]:
-    """What every small model goes through, the most telling first."""
+    """The cases of every small model, the most informative first."""
     every = ("int4", "int8", "fp32")
     return [
         _small("main", model, 2000, *_STEPS, weights=every, answer_tokens=answer_tokens),
@@ -167,7 +168,7 @@ CASES = {
             *("smollm2-main", "smollm2", "transcripts", 400, 48, 32, ("--max-length", "96", *_FEW_STEPS)),
             *(("int4", "int8", "fp32"), 32),
         ),
-        # Merged they are refused: rounding anew costs +0.17 and +0.05 nats on long answers.
+        # The gate refuses their merges: rounding again costs +0.17 and +0.05 nats on long answers.
         *(_domain("smollm2", data, *_FEW_STEPS, lane="adapter") for data in ("support", "finance")),
     )
 }
@@ -192,7 +193,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
 
 
 def stages(case: Case, weights: Path, rows: dict[str, Path], folder: Path) -> list[Stage]:
-    """The commands of a case, in their order."""
+    """The commands of a case, in order."""
     columns = ROWS[case.data].columns
     run = str(folder / "run")
     split = ("--data", str(rows["train"]), "--validation", str(rows["validation"]), "--test", str(rows["test"]))
@@ -201,10 +202,10 @@ def stages(case: Case, weights: Path, rows: dict[str, Path], folder: Path) -> li
         shape = ("--weights", kind, "--lane", case.lane)
         found.append(Stage(f"export-{kind}", ("export", run, *shape, "--out", str(folder / kind))))
     if case.answers:
-        asked = ("--data", str(rows["test"]), "--max-new-tokens", str(case.answer_tokens))
+        scored = ("--data", str(rows["test"]), "--max-new-tokens", str(case.answer_tokens))
         found += [
-            Stage("answers-base", ("eval", run, "--adapter", "none", *asked)),
-            Stage("answers-tuned", ("eval", run, *asked)),
-            Stage("answers-shipped", ("eval", str(folder / case.weights[0]), *asked)),
+            Stage("answers-base", ("eval", run, "--adapter", "none", *scored)),
+            Stage("answers-tuned", ("eval", run, *scored)),
+            Stage("answers-shipped", ("eval", str(folder / case.weights[0]), *scored)),
         ]
     return found

@@ -1,4 +1,4 @@
-"""The tables of docs/claims.md, from what was kept; what was not measured is said to be so."""
+"""The tables of docs/claims.md, from the kept results; a cell that was not measured reads "not run"."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +23,7 @@ METRICS = {
     "finance": ("chrf", "rougeL"),
     "support": ("chrf", "rougeL"),
 }
-"""What a task is judged by."""
+"""The metrics of each data set's task."""
 
 INTRODUCTION = """# The usual promises of fine-tuning, measured
 
@@ -85,7 +85,7 @@ def domains(results: Results) -> Iterator[Row]:
 
 
 def size(results: Results) -> Iterator[Row]:
-    """Bytes of every format, with what it still knows."""
+    """Bytes and score of every format."""
     yield ("model", "weights", "MB", "of fp32", "test loss", "metric", "value")
     for case in _cases("size"):
         whole = _found(results, case, "export-fp32", "files")
@@ -104,7 +104,7 @@ def size(results: Results) -> Iterator[Row]:
 
 
 def overfitting(results: Results) -> Iterator[Row]:
-    """How far train and validation loss part on few rows."""
+    """The gap between train and validation loss on few rows."""
     yield (
         *("model", "train rows", "early stopping", "steps", "train loss", "validation loss, best", "at the end"),
         *("gap of the best", "test loss", "minutes"),
@@ -234,12 +234,12 @@ def _found(results: Results, case: Case, stage: str, *keys: str) -> Any:
 
 
 def _accuracy(case: Case) -> str:
-    """The metric that needs no answers to be written."""
+    """The metric that needs no generated answers."""
     return "accuracy" if MODELS[case.model].kind == "encoder" else "token_accuracy"
 
 
 def _scores(case: Case, results: Results, answers: bool) -> dict[str, dict[str, Any]]:
-    """base, tuned, shipped -> figure -> value: of the answers if asked for, else of the export's test rows."""
+    """base, tuned, shipped -> figure -> value, of the answers or of the test rows."""
     if answers and case.answers:
         scores: dict[str, dict[str, Any]] = {}
         for column in COLUMNS:
@@ -279,7 +279,7 @@ def _compared(case: Case, results: Results, metric: str, answers: bool = True) -
     if verdict == NOT_RUN and all(cell == "-" for cell in cells):
         verdict = "-"
     if _found(results, case, f"export-{case.weights[0]}", "verification", "refused"):
-        if verdict == NOT_RUN:  # a refused bundle is not asked for answers
+        if verdict == NOT_RUN:  # a refused bundle is not scored on answers
             return (*cells[:-1], "-", "refused by the gate")
         verdict += ", but refused by the gate"
     return (*cells, verdict)

@@ -1,7 +1,7 @@
-"""What fine-tuning is said to give, measured: every case is trained, exported and scored, a table for each claim.
+"""The usual promises of fine-tuning, measured: every case is trained, exported and scored, a table for each claim.
 
-Each stage is the command that a user would give, in a process of its own. What it found is kept as soon as it ends, so
-that a run that was stopped, or killed, goes on with the stage that it was in; a training goes on from its checkpoint.
+Each stage is the command that a user would give, in a process of its own. Its result is kept as soon as it ends, so
+that a study that was stopped or killed resumes with the stage that it was in; a training resumes from its checkpoint.
 """
 
 import json
@@ -24,20 +24,26 @@ from edge_ft.system import usable_cpus
 __all__ = ["Results", "load_results", "main", "run_case", "run_stage"]
 
 Results = dict[str, dict[str, Any]]
-"""Case -> stage -> what its command gave."""
+"""Case -> stage -> the JSON of its command."""
 Command = Callable[[Sequence[str]], int]
 """Arguments of edge-ft -> exit code."""
 
 
 def edge_ft(arguments: Sequence[str]) -> int:
-    """The exit code of one command, whose output goes by."""
+    """Run one command of edge-ft, whose output stays visible, and return its exit code."""
     return subprocess.run([sys.executable, "-m", "edge_ft", *arguments], check=False).returncode
 
 
 def run_stage(stage: Stage, folder: Path, command: Command = edge_ft) -> Any:
-    """The result of a stage: as it was kept, or of its command now.
+    """Run a stage unless its result is kept.
 
-    An export that the gate refuses is a result too: the manifest of what it refused.
+    Args:
+        stage: The command.
+        folder: Of the case.
+        command: Runs edge-ft.
+
+    Returns:
+        The command's JSON, new or kept; of an export that the gate refused, the manifest of the refused bundle.
 
     Raises:
         EdgeFTError: the command failed.
@@ -49,9 +55,9 @@ def run_stage(stage: Stage, folder: Path, command: Command = edge_ft) -> Any:
     if stage.name == "tune" and RunFolder(folder / "run").is_begun():
         arguments.append("--resume")
     if arguments[0] == "export":
-        shutil.rmtree(arguments[arguments.index("--out") + 1], ignore_errors=True)  # stopped before it was kept
+        shutil.rmtree(arguments[arguments.index("--out") + 1], ignore_errors=True)  # left by an export that was stopped
     print(f"\n$ edge-ft {shlex.join(arguments)}", flush=True)
-    given = folder / f".{stage.name}.json"  # nobody's result until the command ended well
+    given = folder / f".{stage.name}.json"  # no result until the command has succeeded
     code = command([*arguments, "--json", str(given)])
     if code == GateRefused.exit_code:
         out = Path(arguments[arguments.index("--out") + 1])
@@ -64,10 +70,10 @@ def run_stage(stage: Stage, folder: Path, command: Command = edge_ft) -> Any:
 
 
 def run_case(case: Case, folder: Path, command: Command = edge_ft) -> None:
-    """Every stage of a case that is not done yet; a refused bundle is not asked for answers.
+    """Run every stage of a case that is not done yet; a refused bundle is not scored on answers.
 
     Raises:
-        EdgeFTError: its rows or weights are not there, or a command failed.
+        EdgeFTError: rows or weights are missing, or a command failed.
     """
     files = {name: folder / "rows" / f"{name}.jsonl" for name in ("train", "validation", "test")}
     if not all(file.is_file() for file in files.values()):
@@ -80,7 +86,7 @@ def run_case(case: Case, folder: Path, command: Command = edge_ft) -> None:
 
 
 def load_results(out: Path) -> Results:
-    """What is known of every case, finished or not."""
+    """The kept results of every case, finished or not."""
     return {
         name: {
             file.stem: json.loads(file.read_text(encoding="utf-8"))
@@ -94,15 +100,15 @@ def load_results(out: Path) -> Results:
 def main(*, out: Path = Path("out/claims"), write: Path | None = None, only: str | None = None) -> None:
     """Measure the claims, and write their tables.
 
-    Parameters
-    ----------
-    out
-        Folder for rows, runs, bundles and results; what is there is not done again.
-    write
-        File for the tables; default claims.md in --out. It is written anew after every case.
-    only
-        One claim: understanding, coherence, domains, size, overfitting, rows, compute or recipe. The tables show what
-        else was measured before.
+    Args:
+        out: Folder for rows, runs, bundles and results; what is there is not done again.
+        write: File for the tables, written again after every case; default claims.md in --out.
+        only: One claim: understanding, coherence, domains, size, overfitting, rows, compute or recipe. The tables also
+            show what was measured before.
+
+    Raises:
+        UsageError: there is no such claim.
+        EdgeFTError: a case did not finish; the others are done.
     """
     if only is not None and only not in CLAIMS:
         raise UsageError(f"--only {only}: there is no such claim{did_you_mean(only, list(CLAIMS))}")
@@ -114,7 +120,7 @@ def main(*, out: Path = Path("out/claims"), write: Path | None = None, only: str
         try:
             run_case(CASES[name], out / name)
         except EdgeFTError as error:
-            print(f"{name}: {error}; the other cases go on", file=sys.stderr, flush=True)
+            print(f"{name}: {error}; the other cases continue", file=sys.stderr, flush=True)
             failed.append(name)
         write_text(write or out / "claims.md", document(load_results(out), usable_cpus()))
     print("\n" + (write or out / "claims.md").read_text(encoding="utf-8"))

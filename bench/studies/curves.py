@@ -59,7 +59,10 @@ def largest_difference(first: Curve, second: Curve) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95% interval of the mean by Student's t; None of a single value.
+    """Estimate the 95% interval of a mean by Student's t.
+
+    Returns:
+        Its bounds; None of a single value.
 
     Raises:
         MissingExtra: scipy is not installed.

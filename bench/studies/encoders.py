@@ -1,4 +1,4 @@
-"""One tuned encoder in every format of its weights: what each costs in accuracy and bytes, and how fast each answers.
+"""One tuned encoder in every weight format: accuracy, bytes and speed of each.
 
 `python -m edge_ft.bench.studies encoders RUN` exports what is missing in its --out folder, scores the run's test rows
 with each bundle, paired with the float one, and measures all of them beside torch eager and OpenVINO in one `bench`.
@@ -29,13 +29,13 @@ FORMATS: tuple[Weights, ...] = ("fp32", "int8", "int4", "int8-dynamic", "int8-st
 
 
 def compare(run: RunFolder, out: Path, threads: int | None, progress: Progress) -> list[dict[str, Any]]:
-    """Accuracy of the run's test rows in every format.
+    """Score the run's test rows in every format.
 
     Args:
         run: A text-classification run.
         out: Folder of bundles, one a format; those that are there are not made again.
         threads: CPU threads; default all cores.
-        progress: RecordedProgress of each.
+        progress: Reports each format.
 
     Returns:
         By format `weights`, `path`, `rows`, `accuracy`, `difference` to fp32 with its 95% interval (`low`, `high`;
@@ -93,34 +93,23 @@ def main(
     out: Path = Path("out/encoders"),
     repeats: int = 5,
     threads: int | None = None,
-    prompt_tokens: int = 128,
     peers: tuple[str, ...] = ("torch", "openvino"),
     json: Path | None = None,
     quiet: bool = False,
 ) -> None:
     """Accuracy, size, latency and rows/s of one run in every format.
 
-    Parameters
-    ----------
-    run
-        A finished text-classification run with test rows.
-    out
-        Folder of bundles; those that are there are not made again.
-    repeats
-        Fresh processes per subject, taken in turn.
-    threads
-        CPU threads of every subject; default all cores.
-    prompt_tokens
-        Longest text that is timed, in tokens.
-    peers
-        Other engines to measure in turn with the bundles.
-    json
-        Write both tables' figures to this file.
-    quiet
-        No progress.
+    Args:
+        run: A finished text-classification run with test rows.
+        out: Folder of bundles; those that are there are not made again.
+        repeats: Fresh processes per subject, taken in turn.
+        threads: CPU threads of every subject; default all cores.
+        peers: Other engines to measure in turn with the bundles.
+        json: Write both tables' figures to this file.
+        quiet: No progress.
     """
     progress = Silent() if quiet else Lines()
-    settings = BenchConfig(peers=peers, repeats=repeats, threads=threads, prompt_tokens=prompt_tokens)
+    settings = BenchConfig(peers=peers, repeats=repeats, threads=threads)
     results = compare(RunFolder.open(run), out, threads, progress)
     records = bench([row["path"] for row in results], settings, progress)
     if json is not None:
@@ -132,7 +121,7 @@ def main(
 def _bundle(
     run: RunFolder, path: Path, weights: Weights, threads: int | None, progress: Progress
 ) -> tuple[Bundle, list[str]]:
-    """The run's bundle in a format, made where it is missing, and why the gate refused it."""
+    """The run's bundle in a format, exported where it is missing, and the gate's reasons to refuse it."""
     from edge_ft.export import export
 
     rejected = path.with_name(f"{path.name}.rejected")

@@ -30,7 +30,7 @@ COLUMNS = {
     "openvino": "OpenVINO",
     "optimum": "optimum-onnx (fp32)",
 }
-"""What a test records of a model, and how it is called in the table."""
+"""By figure that a test records of a model, the title of its column."""
 KINDS = {"decoder": "Decoders", "encoder": "Encoders", "encoder-decoder": "Encoder-decoders"}
 
 HEAD = """# Models
@@ -75,7 +75,7 @@ a small T5 that restores the capitals and punctuation of a sentence.
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """The page; a row has `model` (`model_type`, or `model_type-SHAPE`) and any of `COLUMNS`."""
+    """Write the page; each of `rows` has `model` (`model_type`, or `model_type-SHAPE`) and any of `COLUMNS`."""
     parts = [HEAD]
     for kind, title in KINDS.items():
         found = [row for row in rows if (family := _find_family(row["model"])) and family.kind == kind]
@@ -92,6 +92,9 @@ def render_clients(rows: list[dict[str, Any]]) -> str:
 
     Args:
         rows: What tests recorded: `model`, `task`, `weights`, `client`, `held`, `test`, and `refused`, why not or None.
+
+    Returns:
+        The table.
     """
     groups: dict[tuple[str, ...], dict[str, str | None]] = {}
     for row in rows:
@@ -108,7 +111,10 @@ def render_clients(rows: list[dict[str, Any]]) -> str:
 
 
 def replace_between(page: str, part: str, name: str) -> str:
-    """`page` with `part` between the lines `BEGIN` and `END`.
+    """Replace what stands between the lines `BEGIN` and `END` of `page` by `part`.
+
+    Returns:
+        The new page.
 
     Raises:
         UsageError: `page`, called `name`, lacks one of them.
@@ -158,6 +164,9 @@ def main(results: Path, out: Path, clients: Path) -> None:
         results: The folder that the tests wrote to.
         out: docs/models.md.
         clients: docs/bundle.md, of which the table of clients is replaced.
+
+    Raises:
+        UsageError: the folder holds no results, or `clients` has no place for the table.
     """
     files, seen = sorted(results.glob("*.json")), results / "clients.jsonl"
     if not files or not seen.is_file():

@@ -1,4 +1,4 @@
-"""Small models from scratch, where no package registry serves weights: real text, plain transformers, cached.
+"""Pretrain small models on real text, for families whose weights no package holds; kept in the user's cache.
 
 python -m edge_ft.bench.studies pretrain gpt2|t5 --out DIR
 """
@@ -32,24 +32,27 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is pretrained; another recipe is another entry of the cache."""
+    """How a model is pretrained; each recipe has its own folder in the cache."""
 
     width: int = 192
     layers: int = 4
     heads: int = 4
     vocabulary: int = 4096
-    """The first tokens of GPT-2's own: with all 50,257 the embedding would be nearly all of so small a model."""
+    """GPT-2's first tokens: with all 50,257 the embedding would be most of so small a model."""
     length: int = 128
     """Tokens of a training sequence, and the positions that the model has."""
     batch: int = 8
     steps: int = 2000
-    """2 million tokens: with 0.4 million it learned little more than the words' frequencies (perplexity 503)."""
+    """2 million tokens: after 0.4 million it knew little more than the frequencies of words (perplexity 503)."""
     learning_rate: float = 2e-3
     seed: int = 0
 
 
 def pretrained(name: str, progress: Progress) -> Path:
-    """The folder of a pretrained model in the user's cache, trained now if it is not there.
+    """Pretrain a model unless the user's cache holds it.
+
+    Returns:
+        Its folder in the cache.
 
     Raises:
         UsageError: there is no such model, or its packages are not installed.
@@ -66,13 +69,13 @@ def pretrained(name: str, progress: Progress) -> Path:
 
 
 def split_passages(held_out: int = 400) -> tuple[list[str], list[str]]:
-    """Real English prose to train on and to hold out, the same at every call."""
+    """English passages to train on and to hold out, the same at every call."""
     texts = sorted(passages(), key=lambda text: sha256(text.encode()).digest())
     return texts[held_out:], texts[:held_out]
 
 
 def write_gpt2_tokenizer(folder: Path, vocabulary: int = 50257) -> Tokenizer:
-    """GPT-2's own byte-level BPE with its first `vocabulary` tokens, the end of a text being the last one."""
+    """Write GPT-2's byte-level BPE with its first `vocabulary` tokens; the last of them ends a text."""
     encoder, merges_file = gpt2_files()
     ids: dict[str, int] = json.loads(encoder.read_text(encoding="utf-8"))
     kept = {token: number for token, number in ids.items() if number < vocabulary - 1 and token != END}
@@ -127,7 +130,7 @@ def _gpt2(folder: Path, recipe: Recipe, progress: Progress) -> None:
 
 
 def _stream(tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.int64]:
-    """The tokens of all texts, an end-of-text behind each."""
+    """The tokens of all texts, each with an end-of-text token."""
     end = tokenizer.token_to_id(END)
     encoded = tokenizer.encode_batch(list(texts))
     return np.fromiter(chain.from_iterable([*encoding.ids, end] for encoding in encoded), np.int64)
@@ -165,7 +168,7 @@ def _train(model: Any, batches: NDArray[np.int64], recipe: Recipe, progress: Pro
 
 
 def _perplexity(model: Any, stream: NDArray[np.int64], recipe: Recipe) -> float:
-    """Over consecutive pieces of the stream, the first token of each unscored."""
+    """Perplexity over consecutive windows of the stream; the first token of each is not scored."""
     import torch
 
     model.eval()
@@ -184,7 +187,7 @@ PRETRAINED: dict[str, tuple[Any, Callable[[Path, Any, Progress], None]]] = {
     "gpt2": (Recipe(), _gpt2),
     "t5": (T5Recipe(), pretrain_t5),
 }
-"""By model type, how one is trained, and what trains it into a folder."""
+"""By model type, the recipe and the function that trains a model into a folder."""
 
 
 def main(name: str, *, out: Annotated[Path | None, Parameter(name="--out")] = None) -> None:

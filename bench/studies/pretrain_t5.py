@@ -1,7 +1,7 @@
-"""A small T5 from scratch: it learns to write the sentence that was said, capitals and punctuation restored.
+"""Pretrain a small T5 that restores the capitals and punctuation of a sentence.
 
-A T5 that sees whole sentences alone learns them by heart instead of copying what it reads. So it begins with words of
-the sentences in random order, whose next word only the source tells (docs/decisions/014).
+A T5 that is trained on sentences alone memorises them instead of copying its source. So it begins with words in random
+order, where only the source determines the next word (docs/decisions/014).
 """
 
 import math
@@ -32,31 +32,31 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 @dataclass(frozen=True)
 class T5Recipe:
-    """How the model is pretrained; another recipe is another entry of the cache."""
+    """How the model is pretrained; each recipe has its own folder in the cache."""
 
     width: int = 128
     layers: int = 2
     heads: int = 4
     inner: int = 512
     vocabulary: int = 4096
-    """Mostly whole words: what to copy next follows from the one word before."""
+    """Large enough that most words are one token: the token to copy next follows from the one before."""
     batch: int = 64
     steps: int = 2500
     learning_rate: float = 0.02
     """Of Adafactor, relative to each weight's size: T5's embeddings are a hundred times its queries."""
     jumbled: float = 0.8
-    """Share of rows that are random words instead of a sentence at the first step; it falls to none at the last."""
+    """Share of rows that are random words instead of a sentence at the first step; it falls to 0 at the last one."""
     seed: int = 0
 
 
 def split_sentences(held_out: int = 200) -> tuple[Rows, Rows]:
-    """Real English sentences to train on and to hold out, the same at every call."""
+    """English sentences to train on and to hold out, the same at every call."""
     rows = sorted(sentence_rows(), key=lambda row: sha256(row["written"].encode()).digest())
     return rows[held_out:], rows[:held_out]
 
 
 def write_t5_tokenizer(folder: Path, texts: Sequence[str], vocabulary: int) -> None:
-    """A unigram tokenizer as T5's: `<pad>` is 0 and begins every answer, `</s>` is 1 and ends every text."""
+    """Write a unigram tokenizer like T5's: `<pad>` is 0 and begins every answer, `</s>` is 1 and ends every text."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -72,7 +72,7 @@ def write_t5_tokenizer(folder: Path, texts: Sequence[str], vocabulary: int) -> N
 
 
 def pretrain_t5(folder: Path, recipe: T5Recipe, progress: Progress) -> None:
-    """Train the tokenizer and the model into `folder`, with the figures of the held-out sentences."""
+    """Train tokenizer and model, and write them to `folder` with the figures of the held-out sentences."""
     torch = require("torch", "train")
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -100,9 +100,9 @@ def pretrain_t5(folder: Path, recipe: T5Recipe, progress: Progress) -> None:
     seconds = time.monotonic() - started
     scorer = TorchScorer(model, "text2text-generation", tokenizer.stop_ids)
     nll, _ = scorer.token_nll(collate(others, tokenizer.pad_id, "text2text-generation"))
-    asked = others[:64]
-    answers = [tokenizer.decode(ids) for ids in scorer.answer_batch([example.input_ids for example in asked], 64)]
-    pairs = list(zip(answers, asked, strict=True))
+    sample = others[:64]
+    answers = [tokenizer.decode(ids) for ids in scorer.answer_batch([example.input_ids for example in sample], 64)]
+    pairs = list(zip(answers, sample, strict=True))
     model.save_pretrained(folder)
     figures = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -130,7 +130,7 @@ def _encode(tokenizer: TextTokenizer, rows: Rows) -> list[Example]:
 
 
 def _train(model: Any, tokenizer: TextTokenizer, rows: Rows, recipe: T5Recipe, progress: Progress) -> int:
-    """Adafactor with warm-up and a cosine; returns how many tokens were read and written."""
+    """Train with Adafactor, warm-up and a cosine; returns the number of tokens read and written."""
     import torch
     from transformers.optimization import Adafactor
 

@@ -80,9 +80,10 @@ def _eval_steps(job: Job) -> int:
 
 
 def _work(job: Job) -> dict[str, Any]:
-    """Tokens of an epoch, and what a token costs in LoRA training.
+    """Count the tokens of an epoch, and the FLOPs of a token in LoRA training.
 
-    A frozen weight costs 2 FLOP forward and 2 for the gradient of its input.
+    Returns:
+        The figures. A frozen weight costs 2 FLOP forward and 2 for the gradient of its input.
     """
     examples = job.prepared.examples["train"]
     tokens = sum(len(example.input_ids) for example in examples)
