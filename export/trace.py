@@ -187,8 +187,7 @@ class _Encoder(nn.Module):
         bias: Tensor | None,
         *,
         scaling: float,
-        sliding_window: int | None = None,
-        **_: Any,
+        **options: Any,
     ) -> tuple[Tensor, None]:
         """Attend by one operator, through transformers' attention interface.
 
@@ -199,16 +198,16 @@ class _Encoder(nn.Module):
             value: See query.
             bias: The place of the mask, which is made here; what a model passes in it is a bias.
             scaling: Factor of the products of query and key.
-            sliding_window: Tokens that are this far apart do not attend to each other.
+            options: `sliding_window`, if there is one: tokens that are this far apart do not attend to each other.
 
         Returns:
             [batch, seq, heads, head_dim], and None for the weights.
         """
-        windows = self.masks.windows
-        if sliding_window is not None:
-            if sliding_window not in windows:
-                windows[sliding_window] = _window_bias(query.shape[2], sliding_window)
-            bias = windows[sliding_window]
+        windows, window = self.masks.windows, options.get("sliding_window")
+        if window is not None:
+            if window not in windows:
+                windows[window] = _window_bias(query.shape[2], window)
+            bias = windows[window]
         heads, size = query.shape[1], query.shape[3]
         flat = [x.transpose(1, 2).flatten(2) for x in (query, key, value)]
         output = symbolic(
@@ -243,9 +242,8 @@ def _window_bias(length: Any, window: int) -> Tensor:
     return bias[None, None]
 
 
-def _is_rotary(module: nn.Module | type) -> bool:
-    kind = module if isinstance(module, type) else type(module)
-    return kind.__name__.endswith("RotaryEmbedding")
+def _is_rotary(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RotaryEmbedding")
 
 
 def _table_names(kind: str | None) -> tuple[str, str]:
@@ -263,16 +261,13 @@ def _decoder_attention(
     *,
     scaling: float,
     attend: Attend,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention [batch, seq, heads, size] of [batch, heads, seq, size], as transformers calls it."""
     attributes: dict[str, Any] = {"num_heads": query.shape[1], "scale": scaling}
-    if sliding_window is not None:
-        attributes["local_window_size"] = sliding_window
-    if softcap is not None:
-        attributes["softcap"] = softcap
+    for option, attribute in (("sliding_window", "local_window_size"), ("softcap", "softcap")):
+        if options.get(option) is not None:
+            attributes[attribute] = options[option]
     heads, size = query.shape[1], query.shape[3]
     query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
     layer: Any = module.layer_idx

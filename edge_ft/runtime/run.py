@@ -15,6 +15,7 @@ from edge_ft.errors import DataError, UsageError
 from edge_ft.progress import Progress, track
 from edge_ft.runtime import Classification, Conversation, Seq2SeqGenerator, TextGenerator, load
 from edge_ft.runtime.decode import TooLong
+from edge_ft.runtime.generative_bundle import GenerativeBundle
 from edge_ft.runtime.results import (
     EncoderBundle,
     EncoderInput,
@@ -26,8 +27,6 @@ from edge_ft.runtime.results import (
 )
 
 __all__ = ["run_chat", "run_file", "run_text"]
-
-AnyGenerator = TextGenerator | Seq2SeqGenerator
 
 
 def run_text(bundle: Path, text: str, config: RunConfig, stream: TextIO | None) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def run_text(bundle: Path, text: str, config: RunConfig, stream: TextIO | None) 
         UsageError: options that do not fit the bundle.
     """
     opened = _open(bundle, config)
-    if not isinstance(opened, AnyGenerator):
+    if not isinstance(opened, GenerativeBundle):
         _refuse_labels(opened, config)
         (result,) = predict(opened, [input_of_text(opened, text, config.text_pair)], config.top_k)
         lines = format_result(opened, result)
@@ -84,7 +83,7 @@ def run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress:
     started = time.monotonic()
     rows = read_rows(str(source))
     opened = _open(bundle, config)
-    if not isinstance(opened, AnyGenerator):
+    if not isinstance(opened, GenerativeBundle):
         _refuse_labels(opened, config)
         inputs = [_encoder_input(row, opened.rendering) for row in rows]
         results: Iterator[dict[str, Any]] = iter(predict(opened, inputs, config.top_k))
@@ -142,7 +141,9 @@ def _reply(conversation: Conversation, line: str, target: TextIO) -> None:
     target.write("\n")
 
 
-def _generate(opened: AnyGenerator, text: str, config: RunConfig, stream: TextIO | None) -> dict[str, Any]:
+def _generate(
+    opened: TextGenerator | Seq2SeqGenerator, text: str, config: RunConfig, stream: TextIO | None
+) -> dict[str, Any]:
     """Return a generated answer, written to `stream` piece by piece.
 
     Raises:
@@ -163,7 +164,9 @@ def _generate(opened: AnyGenerator, text: str, config: RunConfig, stream: TextIO
             stream.flush()
 
 
-def _result_or_error(opened: AnyGenerator, prompt: str | list[Message], config: RunConfig) -> dict[str, Any]:
+def _result_or_error(
+    opened: TextGenerator | Seq2SeqGenerator, prompt: str | list[Message], config: RunConfig
+) -> dict[str, Any]:
     """Return the answer to a row, or its error, so that one bad row does not stop the others."""
     try:
         return asdict(_classify(opened, [prompt], config)[0] if config.labels else opened.generate(prompt, config))
@@ -171,7 +174,9 @@ def _result_or_error(opened: AnyGenerator, prompt: str | list[Message], config: 
         return {"error": str(error)}
 
 
-def _classify(opened: AnyGenerator, prompts: Sequence[Any], config: RunConfig) -> list[Classification]:
+def _classify(
+    opened: TextGenerator | Seq2SeqGenerator, prompts: Sequence[Any], config: RunConfig
+) -> list[Classification]:
     """Return the likeliest of --labels for each prompt.
 
     Raises:
@@ -193,7 +198,7 @@ def _refuse_labels(opened: EncoderBundle, config: RunConfig) -> None:
         raise UsageError(f"--labels is for models that generate text; the labels of this one are fixed: {own}")
 
 
-def _open(bundle: Path, config: RunConfig) -> AnyGenerator | EncoderBundle:
+def _open(bundle: Path, config: RunConfig) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
     return load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edge_ft.artifacts import Bundle
 from edge_ft.config import RunConfig
-from edge_ft.data import Batch, Message, encode_prompt, stop_ids, target_mask
+from edge_ft.data import Batch, Message, encode_prompt, target_mask
 from edge_ft.errors import BundleError, UsageError
 from edge_ft.runtime.beam_search import beam_search
 from edge_ft.runtime.cache import CacheShape
@@ -18,15 +18,13 @@ from edge_ft.runtime.decode import (
     DEFAULT_NEW_TOKENS,
     GREEDY,
     Generation,
-    Timings,
     TimingsRecorder,
     TooLong,
     decode_tokens,
-    read_to_end,
     stream_text,
 )
 from edge_ft.runtime.detokenizer import StreamingDetokenizer
-from edge_ft.runtime.open_bundle import OpenBundle
+from edge_ft.runtime.generative_bundle import GenerativeBundle
 from edge_ft.runtime.sampling import Sampler
 from edge_ft.runtime.session import output_size
 from edge_ft.runtime.token_scores import score_targets
@@ -37,7 +35,7 @@ Graph = tuple[ort.InferenceSession, dict[str, NDArray[np.float32]]]
 """A session, and the values of its LoRA inputs."""
 
 
-class Seq2SeqGenerator(OpenBundle):
+class Seq2SeqGenerator(GenerativeBundle):
     """An open text2text-generation bundle; answers one text at a time, scores batches.
 
     Raises:
@@ -46,30 +44,12 @@ class Seq2SeqGenerator(OpenBundle):
 
     def __init__(self, bundle: Bundle, encoder: Graph, decoder: Graph) -> None:
         super().__init__(bundle)
-        self.max_length = int(bundle.manifest["max_length"])
-        self.stop_ids = stop_ids(self.rendering, self.tokenizer)
         start = bundle.manifest["tokenization"].get("decoder_start")
         if start is None:
             raise BundleError(f"{bundle.path}: its manifest has no decoder_start token; export it again")
         self._start = int(start)
         self._encoder, self._decoder = encoder, decoder
         self._shape = CacheShape(**bundle.manifest["cache"])
-
-    def generate(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generation:
-        """Answer a text.
-
-        Args:
-            prompt: The text; messages are refused.
-            config: Options of the answer; `threads`, `accuracy_level` and `adapter` belong to `load`.
-
-        Returns:
-            The text and how it was generated.
-
-        Raises:
-            TooLong: the text or the answer exceeds the model's limit.
-            UsageError: a stop string is empty, or the prompt or the options are those of a chat.
-        """
-        return read_to_end(self.stream(prompt, config))
 
     def stream(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generator[str, None, Generation]:
         """Answer a text piece by piece, as `generate` does; with beams, all at the end.
@@ -98,40 +78,6 @@ class Seq2SeqGenerator(OpenBundle):
         tokens = self._tokens(source, max_new_tokens, self.stop_ids, config, recorder)
         detokenizer = StreamingDetokenizer(self.tokenizer.decode, config.stop)
         return (yield from stream_text(tokens, self.stop_ids, detokenizer, recorder, len(source)))
-
-    def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        """Answer a tokenized source greedily.
-
-        Args:
-            prompt_ids: Token ids.
-            max_new_tokens: Fewer are generated where the model's limit is nearer.
-
-        Returns:
-            Token ids before the first stop token; none for a source that is empty or exceeds the model's limit.
-        """
-        if not 0 < len(prompt_ids) <= self.max_length:
-            return []
-        tokens = list(self._tokens(prompt_ids, min(max_new_tokens, self.max_length), self.stop_ids))
-        return tokens[:-1] if tokens[-1] in self.stop_ids else tokens
-
-    def time_decode(self, prompt_ids: list[int], new_tokens: int) -> Timings:
-        """Generate exactly `new_tokens` greedily, past any stop token, and time each.
-
-        Args:
-            prompt_ids: Token ids of the source, at least one.
-            new_tokens: At least 1.
-
-        Returns:
-            Seconds of the encoder and the first token together (`prefill_s`) and of each later token (`decode_s`).
-
-        Raises:
-            TooLong: the source or the answer exceeds the model's limit.
-        """
-        self._check_length(len(prompt_ids), new_tokens)
-        recorder = TimingsRecorder()
-        for _ in self._tokens(prompt_ids, new_tokens, frozenset(), recorder=recorder):
-            pass
-        return recorder.timings()
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Score the target tokens of a batch.
@@ -171,16 +117,23 @@ class Seq2SeqGenerator(OpenBundle):
         before = np.concatenate([np.full((len(labels), 1), self._start), labels[:, :-1]], axis=1)
         return self._encode(input_ids, attention_mask).extend(np.maximum(before, 0))
 
+    def _longest_answer(self, tokens: int) -> int:
+        return self.max_length if tokens <= self.max_length else 0
+
+    def _greedy(
+        self, prompt_ids: list[int], max_new_tokens: int, stops: frozenset[int], recorder: TimingsRecorder
+    ) -> Iterator[int]:
+        return self._tokens(prompt_ids, max_new_tokens, stops, GREEDY, recorder)
+
     def _tokens(
         self,
         source: list[int],
         max_new_tokens: int,
         stops: frozenset[int],
-        config: RunConfig = GREEDY,
-        recorder: TimingsRecorder | None = None,
+        config: RunConfig,
+        recorder: TimingsRecorder,
     ) -> Iterator[int]:
         """Yield the generated tokens, a stop token included."""
-        recorder = recorder or TimingsRecorder()
         ids = np.array([source] * config.num_beams)
         started = perf_counter()
         state = self._encode(ids, np.ones_like(ids))
@@ -227,13 +180,13 @@ class Seq2SeqGenerator(OpenBundle):
         session, extra = self._decoder
         return _DecoderState(session, fixed | {name: _value(array) for name, array in extra.items()}, self._shape)
 
-    def _check_length(self, source: int, target: int) -> None:
+    def _check_length(self, tokens: int, new_tokens: int) -> None:
         """Refuse what exceeds the model's limit.
 
         Raises:
-            TooLong: source or target does.
+            TooLong: source or answer does.
         """
-        for what, length in (("the text has", source), ("the answer may have", target)):
+        for what, length in (("the text has", tokens), ("the answer may have", new_tokens)):
             if length > self.max_length:
                 raise TooLong(f"{what} {length} tokens, but this model reads at most {self.max_length}: shorten it")
 

@@ -29,60 +29,32 @@ from edge_ft.runtime.decode import (
     DEFAULT_NEW_TOKENS,
     GREEDY,
     Generation,
-    Timings,
     TimingsRecorder,
     TooLong,
     decode_tokens,
-    read_to_end,
     stream_text,
 )
 from edge_ft.runtime.detokenizer import StreamingDetokenizer
-from edge_ft.runtime.open_bundle import OpenBundle
+from edge_ft.runtime.generative_bundle import GenerativeBundle
 from edge_ft.runtime.sampling import Sampler
 from edge_ft.runtime.token_scores import score_targets
 
 __all__ = ["TextGenerator"]
 
 
-class TextGenerator(OpenBundle):
+class TextGenerator(GenerativeBundle):
     """An open text-generation bundle; answers one prompt at a time, scores batches."""
 
     def __init__(
         self, bundle: Bundle, session: ort.InferenceSession, adapter_inputs: dict[str, NDArray[np.float32]]
     ) -> None:
         super().__init__(bundle)
-        self.max_length = int(bundle.manifest["max_length"])
-        self.stop_ids = stop_ids(self.rendering, self.tokenizer)
         self._session = session
         self._shape = CacheShape(**bundle.manifest["cache"])
         self._adapter_inputs = adapter_inputs
 
-    def generate(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generation:
-        """Answer a prompt.
-
-        Args:
-            prompt: Text, or the messages of a chat.
-            config: Options of the answer; `threads`, `accuracy_level` and `adapter` belong to `load`.
-
-        Returns:
-            The text and how it was generated.
-
-        Raises:
-            TooLong: prompt and answer together exceed the model's limit.
-            UsageError: a stop string is empty, or the chat template cannot render the messages.
-        """
-        return read_to_end(self.stream(prompt, config))
-
     def stream(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generator[str, None, Generation]:
-        """Answer a prompt piece by piece, as `generate` does.
-
-        Args:
-            prompt: As for `generate`.
-            config: As for `generate`.
-
-        Returns:
-            A generator of pieces of text that later tokens cannot change; its return value is the `Generation`.
-        """
+        """See `GenerativeBundle.stream`."""
         return self._stream(self.open_cache(), prompt, config)
 
     def chat(self, config: RunConfig = GREEDY) -> Conversation:
@@ -163,41 +135,6 @@ class TextGenerator(OpenBundle):
         """
         self._check_length(len(prompt_ids), max(map(len, answers)))
         return answer_nll(self.open_cache(), prompt_ids, answers)
-
-    def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        """Continue a tokenized prompt greedily.
-
-        Args:
-            prompt_ids: Token ids.
-            max_new_tokens: Fewer are generated where the model's limit is nearer.
-
-        Returns:
-            Token ids before the first stop token; none for an empty prompt or one that fills the model's limit.
-        """
-        max_new_tokens = min(max_new_tokens, self.max_length - len(prompt_ids))
-        if max_new_tokens < 1 or not prompt_ids:
-            return []
-        tokens = list(self._tokens(self.open_cache(), prompt_ids, max_new_tokens, self.stop_ids))
-        return tokens[:-1] if tokens[-1] in self.stop_ids else tokens
-
-    def time_decode(self, prompt_ids: list[int], new_tokens: int) -> Timings:
-        """Generate exactly `new_tokens` greedily, past any stop token, and time each.
-
-        Args:
-            prompt_ids: Token ids, at least one.
-            new_tokens: At least 1.
-
-        Returns:
-            Seconds of the prompt (`prefill_s`) and of each token after the first (`decode_s`).
-
-        Raises:
-            TooLong: prompt and answer together exceed the model's limit.
-        """
-        self._check_length(len(prompt_ids), new_tokens)
-        recorder = TimingsRecorder()
-        for _ in self._tokens(self.open_cache(), prompt_ids, new_tokens, frozenset(), recorder=recorder):
-            pass
-        return recorder.timings()
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Score the labelled tokens of a batch.
@@ -294,6 +231,14 @@ class TextGenerator(OpenBundle):
         fix = f"request at most {limit - tokens} new tokens" if tokens < limit else "shorten the prompt"
         raise TooLong(f"{what} more than the {limit} tokens that this model can read: {fix}")
 
+    def _longest_answer(self, tokens: int) -> int:
+        return self.max_length - tokens
+
+    def _greedy(
+        self, prompt_ids: list[int], max_new_tokens: int, stops: frozenset[int], recorder: TimingsRecorder
+    ) -> Iterator[int]:
+        return self._tokens(self.open_cache(), prompt_ids, max_new_tokens, stops, GREEDY, recorder)
+
     def _stream(
         self, cache: KVCache, prompt: str | list[Message], config: RunConfig
     ) -> Generator[str, None, Generation]:
@@ -316,7 +261,7 @@ class TextGenerator(OpenBundle):
             prompt = [{"role": "system", "content": config.system}, *turns]
         rendering = self._rendering(config)
         prompt_ids = self._encode(rendering, prompt)
-        default = max(min(DEFAULT_NEW_TOKENS, self.max_length - len(prompt_ids)), 1)
+        default = max(min(DEFAULT_NEW_TOKENS, self._longest_answer(len(prompt_ids))), 1)
         max_new_tokens = config.max_new_tokens or default
         self._check_length(len(prompt_ids), max_new_tokens)
         stops = stop_ids(rendering, self.tokenizer)
@@ -331,8 +276,8 @@ class TextGenerator(OpenBundle):
         prompt_ids: Sequence[int],
         max_new_tokens: int,
         stops: frozenset[int],
-        config: RunConfig = GREEDY,
-        recorder: TimingsRecorder | None = None,
+        config: RunConfig,
+        recorder: TimingsRecorder,
     ) -> Iterator[int]:
         """Return the generated tokens, a stop token included; see `decode_tokens`."""
         return decode_tokens(
@@ -341,5 +286,5 @@ class TextGenerator(OpenBundle):
             Sampler(config, prompt_ids, cache.vocabulary),
             max_new_tokens,
             stops,
-            recorder or TimingsRecorder(),
+            recorder,
         )
