@@ -27,6 +27,7 @@ from edge_ft.config import (
     VerifyConfig,
     as_plain,
     preset_file,
+    without_retired,
 )
 from edge_ft.errors import EdgeFTError, MissingExtra, UsageError, WillNotFit, require
 from edge_ft.progress import Lines, Progress, ProgressBars, Silent
@@ -384,11 +385,25 @@ def _with_config(
         flags override them.
     """
     files = [*([config] if config is not None else []), *([preset_file(preset)] if preset is not None else [])]
-    for file in files:
-        if not file.is_file():
-            raise UsageError(f"--config {file}: there is no such file")
-    app.config = [cyclopts.config.Yaml(file, use_commands_as_keys=False) for file in files]
+    app.config = [_settings_in(file) for file in files]
     return app(tokens, exit_on_error=False, print_error=False)
+
+
+def _settings_in(file: Path) -> cyclopts.config.Dict:
+    """The settings that a YAML file gives to any command."""
+    import yaml
+
+    if not file.is_file():
+        raise UsageError(f"--config {file}: there is no such file")
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {file} cannot be read as YAML: {error}") from error
+    if not isinstance(settings, dict | None):
+        raise UsageError(f"--config {file} must hold one `option: value` a line")
+    return cyclopts.config.Dict(
+        without_retired(settings or {}, file), source=str(file.absolute()), use_commands_as_keys=False
+    )
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from edge_ft.bench.studies.baseline import add_usual_lora, fit_trainer, held_out
 from edge_ft.config import TuneConfig
 from edge_ft.models.logging import silence_libraries
 from edge_ft.progress import Silent
-from edge_ft.tune.distributed import Ranks
+from edge_ft.tune.distributed import Processes
 from edge_ft.tune.job import Job, prepare_job
-from edge_ft.tune.loop import fit
+from edge_ft.tune.loop import Callbacks, TrainingRows, fit
 from edge_ft.tune.trainable_model import load_trainable_model
 
 __all__ = ["train"]
@@ -88,21 +88,27 @@ class _Meter:
         }
 
 
+class _MeteredSteps(Callbacks):
+    """Tells the meter of our loop's steps."""
+
+    def __init__(self, meter: _Meter) -> None:
+        self.meter = meter
+
+    def on_plan(self, steps: int) -> None:
+        self.meter.begin()
+
+    def on_metrics(self, line: dict[str, Any]) -> None:
+        if "loss" in line:
+            self.meter.step(line["step"])
+
+
 def _ours(job: Job, meter: _Meter) -> tuple[str, float, float]:
-    model = load_trainable_model(job, Ranks(meter.device), Silent())
+    model = load_trainable_model(job, Processes(meter.device), Silent())
     before = held_out_nll(model.peft_model, job)
-    fit(
-        model.backend,
-        job.prepared.examples["train"],
-        job.prepared.examples["validation"][: job.config.rows_at_once],  # the loop has to evaluate some rows
-        job.config,
-        task=job.prepared.task,
-        pad_id=job.tokenizer.pad_id,
-        progress=Silent(),
-        log=lambda line: meter.step(line["step"]) if "loss" in line else None,
-        on_best=lambda: None,
-        on_plan=lambda _: meter.begin(),
-    )
+    examples, task = job.prepared.examples, job.prepared.task
+    held_out = examples["validation"][: job.config.rows_at_once]  # the loop has to evaluate some rows
+    rows = TrainingRows(examples["train"], held_out, task, job.tokenizer.pad_id)
+    fit(model.backend, rows, job.config, Silent(), _MeteredSteps(meter))
     return model.compute, before, held_out_nll(model.peft_model, job)
 
 

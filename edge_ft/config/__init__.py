@@ -11,7 +11,7 @@ from edge_ft.config.fields import Group, as_plain
 from edge_ft.config.names import INT8_ACTIVATIONS, TEXT_TASKS, BaseFormat, Memory, Pooling, ProblemType, Task, Weights
 from edge_ft.config.rows import RowsConfig
 from edge_ft.config.run import RunConfig
-from edge_ft.config.tune import PlanConfig, TuneConfig, last_layers, preset_file
+from edge_ft.config.tune import PlanConfig, TuneConfig, last_layers, preset_file, without_retired
 
 __all__ = [
     "INT8_ACTIVATIONS",
@@ -34,4 +34,5 @@ __all__ = [
     "as_plain",
     "last_layers",
     "preset_file",
+    "without_retired",
 ]

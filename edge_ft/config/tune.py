@@ -1,5 +1,6 @@
 """Settings of `edge-ft tune` and `edge-ft plan`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -9,7 +10,11 @@ from edge_ft.config.names import BaseFormat, Memory, Task, Threads
 from edge_ft.config.rows import RowsConfig
 from edge_ft.errors import did_you_mean
 
-__all__ = ["PlanConfig", "TuneConfig", "last_layers", "preset_file"]
+__all__ = ["PlanConfig", "TuneConfig", "last_layers", "preset_file", "without_retired"]
+
+
+RETIRED: dict[str, Any] = {"loraplus_lr_ratio": 1.0}
+"""Options that no longer exist, and the default that settings saved by earlier versions name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +59,6 @@ class TuneConfig(RowsConfig):
     rounds to the nearest code."""
     learning_rate: Annotated[float | None, Group.TRAINING] = None
     """Peak learning rate of AdamW; default: 1e-3 for encoders, 2e-3 for others."""
-    loraplus_lr_ratio: Annotated[float, Group.TRAINING] = 1.0
-    """Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv:2402.12354)."""
     schedule: Annotated[Literal["cosine", "constant"], Group.TRAINING] = "cosine"
     """Learning rate after the warm-up: a cosine down to 0, or constant."""
     warmup: Annotated[float, Group.TRAINING] = 0.05
@@ -106,7 +109,7 @@ class TuneConfig(RowsConfig):
         check_minimum(self, 0, "calibration_rows", "weight_decay", "max_grad_norm", "checkpoint_minutes", "show")
         check_minimum(self, 1, "rank", "max_steps", "batch_size", "gradient_accumulation", "eval_steps", "patience")
         check_minimum(self, 1, "threads", "checkpoint_steps")
-        for name in ("alpha", "learning_rate", "loraplus_lr_ratio", "epochs", "max_minutes"):
+        for name in ("alpha", "learning_rate", "epochs", "max_minutes"):
             value = getattr(self, name)
             check(value is None or value > 0, f"--{name.replace('_', '-')} must be above 0")
         check(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
@@ -158,6 +161,29 @@ def last_layers(layers: str) -> int | None:
         f"--layers {layers}: give all, or last:K with K at least 1",
     )
     return int(count)
+
+
+def without_retired(settings: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Saved settings without the options that no longer exist.
+
+    Args:
+        settings: Plain values by the names of options.
+        where: The file that holds them, for the message.
+
+    Returns:
+        The settings that today's options know.
+
+    Raises:
+        UsageError: a retired option has another value than its default.
+    """
+    for name, default in RETIRED.items():
+        value = settings.get(name, default)
+        check(
+            value == default,
+            f"{where}: the option {name} no longer exists, and without it {value} cannot be reproduced: "
+            f"only its default {default} is accepted",
+        )
+    return {name: value for name, value in settings.items() if name not in RETIRED}
 
 
 def preset_file(name: str) -> Path:

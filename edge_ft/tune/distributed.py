@@ -1,7 +1,7 @@
-"""More than one process: each trains on its share of the rows of every batch, and all hold the same weights.
+"""Training in several processes: each computes its share of the rows of a batch, and all hold the same weights.
 
-Every process makes the same batches and decides the same; gradients and losses are summed. Only the first one
-writes and speaks.
+Every process makes the same batches and the same decisions; gradients and losses are summed. Only the main process
+writes files and messages.
 """
 
 import os
@@ -22,26 +22,35 @@ from edge_ft.families import Family
 from edge_ft.progress import Progress
 from edge_ft.tune.torch_backend import TorchBackend
 
-__all__ = ["RankedBackend", "Ranks"]
+__all__ = ["DistributedBackend", "Processes"]
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Which of how many processes this is."""
+class Processes:
+    """The processes of a training, seen from one of them."""
 
     device: torch.device
+    """Of this process."""
     rank: int = 0
-    world: int = 1
+    """Its number; 0 is the main process."""
+    count: int = 1
 
     @classmethod
-    def here(cls, progress: Progress) -> "Ranks":
-        """As a launcher (accelerate launch, torchrun) has set the environment; else one process."""
+    def from_environment(cls, progress: Progress) -> "Processes":
+        """Join the processes that a launcher (accelerate launch, torchrun) has started; without one, be the only one.
+
+        Args:
+            progress: Gets a warning if accelerate's CPU launcher ignored --num_processes.
+
+        Returns:
+            The processes, seen from this one.
+        """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            # Set where more than one was asked for, yet accelerate's CPU launcher starts one and numbers none.
+            # Set when more than one was requested, yet accelerate's CPU launcher starts one and numbers none.
             if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ:
                 progress.say(
-                    "accelerate launch --cpu has started one process, whatever --num_processes says: for more, "
+                    "accelerate launch --cpu starts one process and ignores --num_processes: to use several, run "
                     "accelerate launch --multi_gpu or torchrun --nproc-per-node N, on a CPU too"
                 )
             return cls(device)
@@ -51,72 +60,86 @@ class Ranks:
         return cls(state.device, state.process_index, state.num_processes)
 
     @property
-    def first(self) -> bool:
-        """Whether this process writes and speaks."""
+    def is_main(self) -> bool:
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     @contextmanager
-    def one_after_the_other(self) -> Iterator[None]:
-        """The first process does this block before the others."""
-        if not self.first:
+    def main_first(self) -> Iterator[None]:
+        """Run this block in the main process before it runs in the others."""
+        if not self.is_main:
             self.wait()
         try:
             yield
         finally:
-            if self.first:
+            if self.is_main:
                 self.wait()
 
     def wait(self) -> None:
-        """Until all processes are here."""
-        self.of_first(0.0)
+        """Wait until all processes are here."""
+        self.sum(0.0)
 
-    def of_first(self, value: float) -> float:
-        """The first process's value."""
-        return self.sum(value if self.first else 0.0)
+    def broadcast(self, value: float) -> float:
+        """Return the main process's value."""
+        return self.sum(value if self.is_main else 0.0)
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds in any process."""
+        """Return whether `flag` is set in any process."""
         return self.sum(float(flag)) > 0
 
     def sum(self, value: float) -> float:
-        """Over all processes."""
-        if self.world == 1:
+        """Return the sum over all processes."""
+        if self.count == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         distributed.all_reduce(total)
         return float(total)
 
 
-class RankedBackend(TorchBackend):
-    """One of several processes; the calls that are marked so must be made by all of them, in the same order."""
+class DistributedBackend(TorchBackend):
+    """The backend of one of the processes; of a single process, a plain `TorchBackend`.
 
-    def __init__(self, model: Any, family: Family, task: Task, config: TuneConfig, ranks: Ranks) -> None:
+    All processes must call `gradient`, `update` and `token_nll` in the same order.
+    """
+
+    def __init__(self, model: Any, family: Family, task: Task, config: TuneConfig, processes: Processes) -> None:
+        """Prepare the optimizer, as `TorchBackend` does.
+
+        Args:
+            model: A `peft.PeftModel`, on the device of this process.
+            family: Of the base.
+            task: What is trained.
+            config: Its compute, memory and weight decay count.
+            processes: Those that train together.
+        """
         super().__init__(model, family, task, config)
-        self.ranks = ranks
-        self.together = True
+        self.processes = processes
+        self.shared = processes.count > 1
+        """Whether batches are shared out now."""
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside this block the process works on whole batches by itself."""
-        self.together = False
+    def unshared(self) -> Iterator[None]:
+        """Work on whole batches in this process alone, inside this block."""
+        before, self.shared = self.shared, False
         try:
             yield
         finally:
-            self.together = True
+            self.shared = before
 
     def seed(self, seed: int) -> None:
-        super().seed(seed + self.ranks.rank)  # other rows, other dropout
+        """Seed the random numbers of dropout, differently in each process: each has other rows."""
+        super().seed(seed + self.processes.rank)
 
     def gradient(self, batch: Batch, targets: int) -> float:
-        """By all: the gradient of this process's rows, the loss of all rows."""
-        if not self.together:
+        """Accumulate the gradient of this process's rows; return the loss of all rows."""
+        if not self.shared:
             return super().gradient(batch, targets)
         own = self._own(batch)
-        return self.ranks.sum(super().gradient(own, targets) if own["rows"] else 0.0)
+        return self.processes.sum(super().gradient(own, targets) if own["rows"] else 0.0)
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
-        """By all: one step over the summed gradients."""
-        if self.together:
+        """Take one step over the summed gradients; return their norm before clipping."""
+        if self.shared:
             # A process whose share was empty has no gradient, and adds nothing.
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -127,13 +150,13 @@ class RankedBackend(TorchBackend):
         return super().update(learning_rate, max_grad_norm)
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """By all: each scores its rows, and gets those of all."""
-        if not self.together:
+        """Score this process's rows; return the scores of all rows."""
+        if not self.shared:
             return super().token_nll(batch)
         own = self._own(batch)
         nll, predicted = np.zeros(batch["labels"].shape, np.float32), np.zeros_like(batch["labels"])
         if own["rows"]:
-            nll[self.ranks.rank :: self.ranks.world], predicted[self.ranks.rank :: self.ranks.world] = (
+            nll[self.processes.rank :: self.processes.count], predicted[self.processes.rank :: self.processes.count] = (
                 super().token_nll(own)
             )
         for array in (nll, predicted):
@@ -143,10 +166,11 @@ class RankedBackend(TorchBackend):
         return nll, predicted
 
     def save(self, folder: Path) -> None:
-        if self.ranks.first:
+        """Write the current weights, in the main process alone."""
+        if self.processes.is_main:
             super().save(folder)
 
     def _own(self, batch: Batch) -> Batch:
         """This process's rows of a batch."""
-        share = slice(self.ranks.rank, None, self.ranks.world)
+        share = slice(self.processes.rank, None, self.processes.count)
         return cast(Batch, {name: values[share] for name, values in batch.items()})  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that the loop asks between two pieces of work."""
+"""Ctrl-C and SIGTERM, held back until the loop polls for them between two batches."""
 
 import signal
 import threading
@@ -13,32 +13,37 @@ __all__ = ["Interruption"]
 
 
 class Interruption:
-    """A signal is kept until `poll`, but a second Ctrl-C stops at once."""
+    """Holds a signal until `poll`; a second Ctrl-C stops at once."""
 
     def __init__(self, in_any: Callable[[bool], bool] = bool) -> None:
-        """`in_any`: whether a flag is set in any of several processes, which then stop at the same step."""
-        self.asked = False
+        """Start without a signal.
+
+        Args:
+            in_any: Returns whether a flag is set in any of several processes: all of them stop at the same step.
+        """
+        self.requested = False
         self.in_any = in_any
 
     def poll(self) -> None:
         """Raise KeyboardInterrupt if a signal has come."""
-        if self.in_any(self.asked):
+        if self.in_any(self.requested):
             raise KeyboardInterrupt
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        """Handle a signal as Python's `signal` module calls it."""
+        if self.requested and number == signal.SIGINT:
             raise StopAtOnce
-        self.asked = True
+        self.requested = True
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Take the signals inside this block; only Python's main thread can, elsewhere nothing changes."""
+        """Handle the signals inside this block; outside Python's main thread, which alone can, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before: dict[signal.Signals, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
-            # A job in the background of a script is started with SIGINT ignored, and stays so.
+            # A background job of a script is started with SIGINT ignored, and stays so.
             if signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, self.handle)
         try:

@@ -20,7 +20,7 @@ from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent
 from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory, resident_bytes, use_threads
 from edge_ft.tune.job import prepare_job
-from edge_ft.tune.loop import LOOKS, Backend, planned_steps
+from edge_ft.tune.loop import EVALUATIONS, Backend, planned_steps
 from edge_ft.tune.measure import Measured, batches_of, measure, padded
 from edge_ft.tune.prepare import SPLITS, Prepared
 from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS
@@ -67,7 +67,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, available: Availa
     """
     progress = progress or Silent()
     torch = import_libraries(progress, "peft")
-    from edge_ft.tune.distributed import Ranks
+    from edge_ft.tune.distributed import Processes
     from edge_ft.tune.trainable_model import load_trainable_model
 
     available = available or Available.here(config.out)
@@ -90,7 +90,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, available: Availa
             # The codes do not change what a step takes: they are chosen for the time and the memory that takes.
             chosen = option if option.memory not in most else replace(option, calibration_rows=0)
             try:
-                model = load_trainable_model(replace(job, config=chosen), Ranks(device), progress)
+                model = load_trainable_model(replace(job, config=chosen), Processes(device), progress)
             except UsageError:
                 if option.layers == config.layers:
                     raise
@@ -248,7 +248,7 @@ def _choice(
         )
 
     validation = prepared.examples["validation"]
-    looks = math.ceil(steps / (config.eval_steps or math.ceil(steps / LOOKS)))
+    looks = math.ceil(steps / (config.eval_steps or math.ceil(steps / EVALUATIONS)))
     loop = passes + (1 + looks) * look(validation)
     if config.max_minutes is not None:
         loop = min(loop, config.max_minutes * 60)

@@ -2,22 +2,27 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
+from edge_ft.artifacts import RunFolder
 from edge_ft.progress import Progress
 
 __all__ = ["plot_losses"]
 
 
-def plot_losses(metrics: Path, picture: Path, progress: Progress) -> None:
-    """Draw training and validation loss (nats per target token) over steps, if matplotlib is there."""
+def plot_losses(run: RunFolder, progress: Progress) -> None:
+    """Draw loss.png: training and validation loss (nats per target token) over steps.
+
+    Args:
+        run: Its metrics.jsonl is read.
+        progress: Gets a note if matplotlib is not installed; then nothing is drawn.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         progress.say("no loss.png: it needs pip install 'edge-ft[metrics]'")
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for key, style in (("loss", "-"), ("validation_nll", "o-")):
@@ -27,4 +32,4 @@ def plot_losses(metrics: Path, picture: Path, progress: Progress) -> None:
     axes.set_ylabel("nats per target token")
     axes.legend()
     axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(str(picture))
+    FigureCanvasAgg(figure).print_png(str(run.path / "loss.png"))

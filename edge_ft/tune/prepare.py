@@ -74,6 +74,11 @@ class Prepared:
     shown: list[str] = field(default_factory=list)
     """The first --show train rows as the model reads them."""
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of examples in each split."""
+        return {name: len(examples) for name, examples in self.examples.items()}
+
 
 def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress: Progress) -> Prepared:
     """Read, split, encode and audit the rows of a tune.

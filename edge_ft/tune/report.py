@@ -1,20 +1,22 @@
-"""What a run came to: losses, metrics, over-fitting, guards, and a few answers before and after."""
+"""The results of a run: losses, metrics, over-fitting, guards, and a few answers before and after."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_ft.config import TEXT_TASKS, TuneConfig
-from edge_ft.data import Example, Rendering, TextTokenizer, answer_ids
+from edge_ft.config import TEXT_TASKS
+from edge_ft.data import Example, TextTokenizer, answer_ids
 from edge_ft.evaluate.generation import Answer, Chooser, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.metrics import Metric
 from edge_ft.evaluate.scoring import Answerer, RowScores, prediction_text, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.system import release_memory
 from edge_ft.tune.loop import Fit
-from edge_ft.tune.prepare import Prepared
+
+if TYPE_CHECKING:
+    from edge_ft.tune.job import Job
 
 __all__ = ["results"]
 
@@ -28,81 +30,53 @@ PROMPT_TAIL = 400
 """Characters of a prompt that a sample shows: its end, where the question is."""
 OVERFITTING_ROWS = 256
 OVERFITTING_GAP = 0.25
-"""Share of the train loss by which the validation loss may lie above it before it is said."""
+"""The run is reported as over-fitted if the validation loss is above the train loss by more than this share of it."""
+
+Base = Callable[[], AbstractContextManager[Any]]
+"""Gives a context in which the tuned model answers as the untuned base."""
 
 
-def results(
-    scorer: Answerer,
-    base: Callable[[], AbstractContextManager[Any]],
-    fitted: Fit,
-    prepared: Prepared,
-    tokenizer: TextTokenizer,
-    model_limit: int,
-    config: TuneConfig,
-    progress: Progress,
-) -> dict[str, Any]:
-    """`nll`, `metrics`, `overfitting`, `guards`, `answers` and `samples` of report.json.
+def results(job: "Job", scorer: Answerer, base: Base, fitted: Fit, progress: Progress) -> dict[str, Any]:
+    """Score the tuned model and compare it with its base.
 
-    Validation rows chose the weights that `scorer` holds; test rows are read here, once. Of those that a model
-    answers in text, the answers to the first `ANSWERS` are scored (`answers`, else null).
+    The validation rows chose the weights that `scorer` holds; the test rows are read here, once.
 
     Args:
+        job: The resolved settings and the rows.
         scorer: The tuned model, in float32.
         base: Inside the context that this gives, `scorer` is the untuned base.
-        model_limit: Positions that the model has.
+        fitted: The loop's result.
+        progress: Gets over-fitting and sample answers.
+
+    Returns:
+        `nll`, `metrics`, `overfitting`, `guards`, `answers` and `samples` of report.json; `answers` scores the
+        answers to the first `ANSWERS` rows of a model that writes text, and is None for others.
     """
-
-    def scored(examples: Sequence[Example], stage: str) -> RowScores:
-        return score(
-            scorer,
-            examples,
-            task=prepared.task,
-            pad_id=tokenizer.pad_id,
-            batch_size=config.rows_at_once,
-            progress=progress,
-            stage=stage,
-        )
-
-    scores = {"validation_base": fitted.base, "validation": fitted.best}
-    embeds = prepared.task == "feature-extraction"  # a checkpoint keeps losses, not vectors
-    if config.compute == "bf16" or (embeds and None in (fitted.base.vectors, fitted.best.vectors)):
-        # The loop's own scores are in the numbers of its steps; reported is what export will be held to.
-        with base():
-            scores["validation_base"] = scored(prepared.examples["validation"], "validation rows, base, in float32")
-        scores["validation"] = scored(prepared.examples["validation"], "validation rows, best, in float32")
-    if prepared.examples["test"]:
-        with base():
-            scores["test_base"] = scored(prepared.examples["test"], "test rows, base")
-        scores["test"] = scored(prepared.examples["test"], "test rows, tuned")
-    metrics: dict[str, dict[str, Any]] = {}
-    for column, found in scores.items():
-        examples = prepared.examples[column.removesuffix("_base")]
-        for name, value in summary(found, examples, prepared.task, prepared.rendering.labels)["metrics"].items():
-            metrics.setdefault(name, {})[column] = value
-
-    train = prepared.examples["train"]
-    count = min(len(train), len(prepared.examples["validation"]), OVERFITTING_ROWS)
-    chosen = sorted(np.random.default_rng(config.seed).permutation(len(train))[:count].tolist())
-    train_nll = scored([train[index] for index in chosen], "train rows").mean_nll
-    overfitting = _overfitting(train_nll, scores["validation"].mean_nll, fitted, len(train), config, progress)
-
-    split = "test" if "test" in scores else "validation"
+    prepared, examples = job.prepared, job.prepared.examples
+    split = "test" if examples["test"] else "validation"
+    scores = _scores(job, scorer, base, fitted, progress)
+    overfitting = _overfitting(job, scorer, scores["validation"].mean_nll, fitted, progress)
     answers: dict[str, Any] | None = None
     if prepared.task in TEXT_TASKS:
-        examples = prepared.examples[split][:ANSWERS]
-        samples, answers = _answers(scorer, base, examples, tokenizer, prepared.rendering, model_limit, progress)
+        samples, answers = _answers(job, scorer, base, examples[split][:ANSWERS], progress)
         answers = None if answers is None else {"split": split, **answers}
     else:
-        examples = prepared.examples[split][:SAMPLES]
-        before, after = scores[f"{split}_base"], scores[split]
+        columns = {"base": scores[f"{split}_base"], "tuned": scores[split]}
         samples = [
             {
-                **_shown(example, tokenizer),
-                "base": prediction_text(before.predicted[index], prepared.rendering, tokenizer),
-                "tuned": prediction_text(after.predicted[index], prepared.rendering, tokenizer),
+                **_shown(example, job.tokenizer),
+                **{
+                    name: prediction_text(column.predicted[index], prepared.rendering, job.tokenizer)
+                    for name, column in columns.items()
+                },
             }
-            for index, example in enumerate(examples)
+            for index, example in enumerate(examples[split][:SAMPLES])
         ]
+    metrics: dict[str, dict[str, Any]] = {}
+    for column, found in scores.items():
+        rows = examples[column.removesuffix("_base")]
+        for name, value in summary(found, rows, prepared.task, prepared.rendering.labels)["metrics"].items():
+            metrics.setdefault(name, {})[column] = value
     return {
         "nll": {
             "base": scores["validation_base"].mean_nll,
@@ -118,16 +92,51 @@ def results(
     }
 
 
-def _overfitting(
-    train_nll: float, best: float, fitted: Fit, rows: int, config: TuneConfig, progress: Progress
-) -> dict[str, Any]:
-    """Train and validation loss of the best weights, said where they are far apart."""
+def _scores(job: "Job", scorer: Answerer, base: Base, fitted: Fit, progress: Progress) -> dict[str, RowScores]:
+    """`validation_base`, `validation`, and where there are test rows `test_base` and `test`."""
+    examples = job.prepared.examples
+    scores = {"validation_base": fitted.base, "validation": fitted.best}
+    embeds = job.prepared.task == "feature-extraction"  # a checkpoint keeps losses, not vectors
+    if job.config.compute == "bf16" or (embeds and None in (fitted.base.vectors, fitted.best.vectors)):
+        # The loop scored in the precision of its steps; the report has what export will be held to.
+        with base():
+            scores["validation_base"] = _score(
+                job, scorer, examples["validation"], progress, "validation rows, base, in float32"
+            )
+        scores["validation"] = _score(
+            job, scorer, examples["validation"], progress, "validation rows, best, in float32"
+        )
+    if examples["test"]:
+        with base():
+            scores["test_base"] = _score(job, scorer, examples["test"], progress, "test rows, base")
+        scores["test"] = _score(job, scorer, examples["test"], progress, "test rows, tuned")
+    return scores
+
+
+def _score(job: "Job", scorer: Answerer, examples: Sequence[Example], progress: Progress, stage: str) -> RowScores:
+    return score(
+        scorer,
+        examples,
+        task=job.prepared.task,
+        pad_id=job.tokenizer.pad_id,
+        batch_size=job.config.rows_at_once,
+        progress=progress,
+        stage=stage,
+    )
+
+
+def _overfitting(job: "Job", scorer: Answerer, best: float, fitted: Fit, progress: Progress) -> dict[str, Any]:
+    """Train and validation loss of the best weights; a message where they are far apart."""
+    train, config = job.prepared.examples["train"], job.config
+    count = min(len(train), len(job.prepared.examples["validation"]), OVERFITTING_ROWS)
+    chosen = sorted(np.random.default_rng(config.seed).permutation(len(train))[:count].tolist())
+    train_nll = _score(job, scorer, [train[index] for index in chosen], progress, "train rows").mean_nll
     gap = best - train_nll
-    epoch = fitted.best_step * config.rows_at_once * config.gradient_accumulation / rows
+    epoch = fitted.best_step * config.rows_at_once * config.gradient_accumulation / len(train)
     if gap > OVERFITTING_GAP * train_nll:
         progress.say(
-            f"over-fitted: at its best (epoch {epoch:.1f}) the train loss is {train_nll:.4f}, the validation loss "
-            f"{best:.4f}: more rows, a lower --rank or --dropout may help"
+            f"over-fitted: with the best weights (epoch {epoch:.1f}) the train loss is {train_nll:.4f} and the "
+            f"validation loss {best:.4f}: more rows, a lower --rank or --dropout may help"
         )
     if fitted.best_step < fitted.steps and fitted.last_nll > best:
         progress.say(f"the validation loss was best at epoch {epoch:.1f} and is {fitted.last_nll:.4f} at the end")
@@ -141,15 +150,10 @@ def _overfitting(
 
 
 def _answers(
-    scorer: Answerer,
-    base: Callable[[], AbstractContextManager[Any]],
-    examples: Sequence[Example],
-    tokenizer: TextTokenizer,
-    rendering: Rendering,
-    model_limit: int,
-    progress: Progress,
+    job: "Job", scorer: Answerer, base: Base, examples: Sequence[Example], progress: Progress
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Greedy answers of the base and of the tuned model: a few as samples, and the figures of all."""
+    """Greedy answers of the base and of the tuned model: a few as samples, and the metrics of all."""
+    tokenizer, rendering, model_limit = job.tokenizer, job.prepared.rendering, job.base.max_length
     examples = [example for example in examples if example.prompt_length and example.shared_positions < model_limit]
     if not examples:
         return [], None
@@ -163,7 +167,7 @@ def _answers(
             )
             if choices and isinstance(scorer, Chooser):
                 chosen[name] = choice_metrics(scorer, examples, choices, model_limit, progress, f"choices, {name}")
-    release_memory()  # ROUGE brings libraries of 160 MB, which would come on top of what answers took
+    release_memory()  # ROUGE imports libraries of 160 MB, on top of what the answers took
     metrics: dict[str, dict[str, Any]] = {}
     for name, texts in answers.items():
         found = answer_metrics(texts, progress if name == "base" else Silent()) | chosen.get(name, {})
@@ -174,12 +178,12 @@ def _answers(
         sample = {**_shown(example, tokenizer), **{name: texts[index].text for name, texts in answers.items()}}
         samples.append(sample)
         progress.say(
-            f"row {example.row}: {sample['reference']!r} is right; base {sample['base']!r}, tuned {sample['tuned']!r}"
+            f"row {example.row}: reference {sample['reference']!r}, base {sample['base']!r}, tuned {sample['tuned']!r}"
         )
     return samples, {"rows": len(examples), "max_new_tokens": SAMPLE_TOKENS, "metrics": metrics}
 
 
 def _shown(example: Example, tokenizer: TextTokenizer) -> dict[str, Any]:
-    """What was asked, and the right answer."""
+    """The prompt and the reference answer of a row."""
     prompt = tokenizer.decode(example.input_ids[: example.prompt_length], skip_special_tokens=False)
     return {"row": example.row, "prompt": prompt[-PROMPT_TAIL:], "reference": example.reference}

@@ -1,4 +1,4 @@
-"""The clock that training is reported by: what is not training is put aside."""
+"""The clock of a training, which can be paused."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,18 +8,19 @@ __all__ = ["Stopwatch"]
 
 
 class Stopwatch:
-    """Seconds of a run, and those of the training alone: not what is done under `paused`."""
+    """Seconds of a run, and those of the training alone: without what is done under `paused`."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
+        """Start at 0, measured by `clock` (wall seconds)."""
         self.clock = clock
         self.started = [clock(), time.process_time()]
-        self.aside = [0.0, 0.0]
+        self.excluded = [0.0, 0.0]
 
-    def go_on(self, elapsed: float, seconds: float, cpu_seconds: float) -> None:
-        """Count on from these, which it once gave."""
+    def resume(self, elapsed: float, seconds: float, cpu_seconds: float) -> None:
+        """Continue from these values, which an earlier stopwatch of the run gave."""
         self.started[0] -= elapsed
         self.started[1] -= cpu_seconds
-        self.aside[0] += elapsed - seconds
+        self.excluded[0] += elapsed - seconds
 
     @property
     def elapsed(self) -> float:
@@ -29,19 +30,19 @@ class Stopwatch:
     @property
     def seconds(self) -> float:
         """Wall seconds of the training."""
-        return self.elapsed - self.aside[0]
+        return self.elapsed - self.excluded[0]
 
     @property
     def cpu_seconds(self) -> float:
         """CPU seconds of the training, over all threads."""
-        return time.process_time() - self.started[1] - self.aside[1]
+        return time.process_time() - self.started[1] - self.excluded[1]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Looks at the validation rows and checkpoints are not training."""
+        """Exclude this block, an evaluation or a checkpoint, from the seconds of the training."""
         began = self.clock(), time.process_time()
         try:
             yield
         finally:
-            self.aside[0] += self.clock() - began[0]
-            self.aside[1] += time.process_time() - began[1]
+            self.excluded[0] += self.clock() - began[0]
+            self.excluded[1] += time.process_time() - began[1]

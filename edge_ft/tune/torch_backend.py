@@ -1,4 +1,4 @@
-"""The arithmetic of a training step in torch, on a GPU when there is one, else on the CPU."""
+"""The arithmetic of a training step in torch, on the GPU or the CPU."""
 
 import shutil
 from pathlib import Path
@@ -26,26 +26,33 @@ _AGREEMENT = 0.02
 class TorchBackend(TorchScorer):
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over the trainable parameters of a PEFT model.
 
-    Steps, and scores of `token_nll`, are computed as `config.compute` says; a `TorchScorer` of the same model
-    scores in float32.
+    Steps and `token_nll` compute in the precision of `config.compute`; a `TorchScorer` of the same model scores in
+    float32. The methods are those of `edge_ft.tune.loop.Backend`.
     """
 
     def __init__(self, model: Any, family: Family, task: Task, config: TuneConfig) -> None:
+        """Prepare the optimizer.
+
+        Args:
+            model: A `peft.PeftModel`, on its device.
+            family: Of the base.
+            task: What is trained.
+            config: Its compute, memory and weight decay count.
+        """
         super().__init__(model, task)
-        self._asked = config.compute
+        self._requested = config.compute
         narrow = config.compute == "bf16" or (config.compute == "auto" and has_bf16(self.device))
         self.dtype = torch.bfloat16 if narrow else torch.float32
         self.compute = Compute(model, family, self.dtype, config.memory or "normal")
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.parameters: list[nn.Parameter] = list(trained.values())
-        groups = [
-            {"params": [p for name, p in trained.items() if ("lora_B" in name) == second], "ratio": ratio}
-            for second, ratio in ((False, 1.0), (True, config.loraplus_lr_ratio))
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=True)
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.parameters: list[nn.Parameter] = [parameter for _, parameter in trained]
+        # The B matrices last: checkpoints number the moments in this order.
+        ordered = [parameter for _, parameter in sorted(trained, key=lambda pair: "lora_B" in pair[0])]
+        self.optimizer = torch.optim.AdamW(ordered, lr=0.0, weight_decay=config.weight_decay, fused=True)
         self.best: list[Tensor] = []
 
     def gradient(self, batch: Batch, targets: int) -> float:
+        """Accumulate the gradient of the batch's summed loss / `targets`; return that loss (nats)."""
         self.model.train()
         with self.compute:
             if self.task in HIDDEN:
@@ -60,8 +67,8 @@ class TorchBackend(TorchScorer):
         return float(loss.detach())
 
     def resolve(self, batch: Batch) -> Literal["fp32", "bf16"]:
-        """What `compute: auto` comes to: bf16 where the device has it and the loss of `batch` is float32's."""
-        if self._asked == "auto" and self.dtype == torch.bfloat16:
+        """Return what `compute: auto` becomes: bf16 if the device has it and its loss of `batch` is that of float32."""
+        if self._requested == "auto" and self.dtype == torch.bfloat16:
             narrow = float(self.token_nll(batch)[0].sum())
             wide = float(TorchScorer(self.model, self.task).token_nll(batch)[0].sum())
             if not abs(narrow - wide) <= _AGREEMENT * wide:  # NaN too
@@ -70,35 +77,40 @@ class TorchBackend(TorchScorer):
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Score in the precision of the steps, else as `TorchScorer.token_nll`."""
         with self.compute:
             return super().token_nll(batch)
 
     def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Embed in the precision of the steps, else as `TorchScorer.vectors`."""
         with self.compute:
             return super().vectors(batch)
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
+        """Clip (0: not) and take an AdamW step if the gradient is finite; return its norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or float("inf"))
         if torch.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate * group["ratio"]
+            self.optimizer.param_groups[0]["lr"] = learning_rate
             self.optimizer.step()
         self.discard()
         return float(norm)
 
     def discard(self) -> None:
+        """Drop the accumulated gradient."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def remember(self) -> None:
+    def keep_best(self) -> None:
+        """Store the current weights as the best so far."""
         self.best = [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()
-    def recall(self) -> None:
+    def restore_best(self) -> None:
+        """Set the weights to the best so far."""
         for parameter, best in zip(self.parameters, self.best, strict=True):
             parameter.copy_(best)
 
     def save(self, folder: Path) -> None:
-        """The weights as they are now, whole or not at all: written beside `folder`, which it then replaces."""
+        """Write the current weights beside `folder`, which they then replace: it is never half written."""
         neighbour = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(neighbour, ignore_errors=True)
         # The base is frozen and its codes are not PEFT's to save; "auto" would ask a hub for its config.
@@ -108,17 +120,20 @@ class TorchBackend(TorchScorer):
         neighbour.rename(folder)
 
     def seed(self, seed: int) -> None:
+        """Seed torch's random numbers, which dropout draws."""
         torch.manual_seed(seed)
 
-    def mend(self) -> bool:
+    def repair(self) -> bool:
+        """If a weight or a moment is not finite, restore the best weights and clear the moments; return whether."""
         moments = [value for entry in self.optimizer.state.values() for value in entry.values()]
         if all(bool(torch.isfinite(tensor).all()) for tensor in [*self.parameters, *moments]):
             return False
-        self.recall()
+        self.restore_best()
         self.optimizer.state.clear()
         return True
 
     def state(self) -> dict[str, NDArray[Any]]:
+        """Return `parameters.N`, `best.N` and `optimizer.N.NAME`; on a CPU they share memory with the originals."""
         tensors = {f"parameters.{index}": parameter.detach() for index, parameter in enumerate(self.parameters)}
         tensors |= {f"best.{index}": best for index, best in enumerate(self.best)}
         for index, entry in self.optimizer.state_dict()["state"].items():
@@ -127,6 +142,7 @@ class TorchBackend(TorchScorer):
 
     @torch.no_grad()
     def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        """Return to the moment at which `state` was taken."""
         # Copies: a view of what was read would share its memory with whoever holds it.
         tensors = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
         for index, parameter in enumerate(self.parameters):

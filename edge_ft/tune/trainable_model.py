@@ -1,6 +1,7 @@
 """The model that a tune trains: the frozen base, an adapter on top, and what trains and scores the two."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,9 @@ from edge_ft.models.lora import add_lora
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Progress
 from edge_ft.quant.calibration import Calibration, choose_rows
-from edge_ft.quant.layers import move
-from edge_ft.tune.distributed import RankedBackend, Ranks
+from edge_ft.quant.layers import codes_sha256, frozen_layers, move
+from edge_ft.tune.distributed import DistributedBackend, Processes
 from edge_ft.tune.job import Job
-from edge_ft.tune.torch_backend import TorchBackend
 
 __all__ = ["TrainableModel", "load_trainable_model"]
 
@@ -25,7 +25,7 @@ class TrainableModel:
 
     peft_model: Any
     """The `peft.PeftModel`, on its device."""
-    backend: TorchBackend
+    backend: DistributedBackend
     """Trains it, and scores it as the steps compute."""
     scorer: TorchScorer
     """Scores it in float32, and answers."""
@@ -34,13 +34,20 @@ class TrainableModel:
     calibration: Calibration | None
     """Rows over which the int4 codes were chosen; None where they were not chosen now."""
 
+    @cached_property
+    def codes_sha256(self) -> str | None:
+        """Hex sha256 of the rounded weights; None of a base in float32."""
+        return codes_sha256(self.peft_model) if frozen_layers(self.peft_model) else None
 
-def load_trainable_model(job: Job, ranks: Ranks, progress: Progress, codes: Path | None = None) -> TrainableModel:
+
+def load_trainable_model(
+    job: Job, processes: Processes, progress: Progress, codes: Path | None = None
+) -> TrainableModel:
     """Load the base of a job with an adapter on top, on the device of this process.
 
     Args:
         job: The settings, the base and its rows.
-        ranks: The processes that train together.
+        processes: Those that train together.
         progress: Gets the choosing of the codes.
         codes: File with int4 codes that were chosen before; else they are chosen over train rows.
 
@@ -60,13 +67,9 @@ def load_trainable_model(job: Job, ranks: Ranks, progress: Progress, codes: Path
     spec = ModelSpec.from_rendering(
         base, rendering, config.base_format, config.block_size, config.seed, codes or calibration
     )
-    peft_model = move(add_lora(load_model(spec), base.family, task, config), ranks.device)
+    peft_model = move(add_lora(load_model(spec), base.family, task, config), processes.device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
-    backend = (
-        TorchBackend(peft_model, base.family, task, config)
-        if ranks.world == 1
-        else RankedBackend(peft_model, base.family, task, config, ranks)
-    )
+    backend = DistributedBackend(peft_model, base.family, task, config, processes)
     compute = backend.resolve(collate(prepared.examples["validation"][: config.rows_at_once], pad_id, task))
     scorer = TorchScorer(peft_model, task, stop_ids(rendering, job.tokenizer))
     return TrainableModel(peft_model, backend, scorer, compute, calibration)

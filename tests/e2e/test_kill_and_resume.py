@@ -28,7 +28,7 @@ def test_the_printed_command_resumes_the_run(
     command = [sys.executable, "-m", "edge_ft", "tune", "--config", str(run / "config.yaml"), "--resume"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "going on from step 7" in done.stderr
+    assert "resuming from step 7" in done.stderr
     assert adapter(RunFolder.open(run)) == adapter(whole)
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
@@ -128,7 +128,7 @@ def test_a_file_size_limit_does_not_cost_the_older_checkpoint(
     plain = {**vars(config), "out": str(config.out), "split": list(config.split), "target_modules": ["all-linear"]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**plain, "allow": []}))
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "config.yaml")], capture_output=True, text=True)
-    assert "WillNotFit: the disk is full" in done.stderr  # the adapter of the look at step 4 is too large as well
+    assert "WillNotFit: the disk is full" in done.stderr  # the adapter of the evaluation at step 4 is too large as well
     found = read_checkpoint(config.out)
     assert found is not None
     assert found.step == 3

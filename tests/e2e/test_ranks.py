@@ -18,7 +18,7 @@ from edge_ft.config import TuneConfig
 from edge_ft.progress import Silent
 from edge_ft.tune import tune
 from edge_ft.tune.checkpoint import read_checkpoint
-from edge_ft.tune.distributed import Ranks
+from edge_ft.tune.distributed import Processes
 
 # Three rows a batch and three passes a step: shares of two rows and one; the last batch has one row for two processes.
 SETTINGS: dict[str, Any] = {
@@ -104,9 +104,9 @@ def test_what_accelerates_cpu_launcher_leaves_undone_is_said(monkeypatch: pytest
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    assert Ranks.here(RecordedProgress()).world == 1
+    assert Processes.from_environment(RecordedProgress()).count == 1
     assert "torchrun" in RecordedProgress.text
     monkeypatch.delenv("MASTER_PORT")
     RecordedProgress.text = ""
-    Ranks.here(RecordedProgress())
+    Processes.from_environment(RecordedProgress())
     assert RecordedProgress.text == ""

@@ -173,7 +173,7 @@ def test_another_tokenizer_is_refused(llama: Path, sums: Path, tmp_path: Path, m
     stopped_at(config, 3, monkeypatch)
     template = own / "chat_template.jinja"
     template.write_text("hello " + template.read_text())
-    with pytest.raises(UsageError, match="--data reads otherwise"):
+    with pytest.raises(UsageError, match="--data reads differently"):
         tune(replace(config, resume=True))
 
 

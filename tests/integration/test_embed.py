@@ -23,7 +23,7 @@ from edge_ft.progress import Silent
 from edge_ft.runtime import TextEmbedder, load
 from edge_ft.runtime.run import run_file
 from edge_ft.tune import tune
-from edge_ft.tune.distributed import Ranks
+from edge_ft.tune.distributed import Processes
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,10 @@ def test_texts_that_cannot_be_told_apart_are_refused(
         tune(TuneConfig(**settings, validation=str(one), split=(1.0, 0.0, 0.0), allow=("leak",)))
     with pytest.raises(UsageError, match=r"--batch-size 2 are needed, there are 6 and 1"):
         tune(TuneConfig(**settings, batch_size=1))
-    monkeypatch.setattr(Ranks, "here", classmethod(lambda cls, progress: cls(torch.device("cpu"), 0, 2)))
-    monkeypatch.setattr(Ranks, "sum", lambda self, value: value)
+    monkeypatch.setattr(
+        Processes, "from_environment", classmethod(lambda cls, progress: cls(torch.device("cpu"), 0, 2))
+    )
+    monkeypatch.setattr(Processes, "sum", lambda self, value: value)
     with pytest.raises(UsageError, match="in one process"):
         tune(TuneConfig(**settings))
     assert not (tmp_path / "run").exists()

@@ -105,7 +105,6 @@ def test_what_is_left_open_is_the_familys_recipe(family: Family) -> None:
         {"gradient_accumulation": 2},
         {"layers": "last:1"},
         {"learning_rate": 2e-2},
-        {"loraplus_lr_ratio": 4.0},
         {"max_grad_norm": 0.01},
         {"max_length": 40},
         {"max_steps": 2},

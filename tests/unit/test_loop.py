@@ -1,4 +1,4 @@
-"""The loop: schedule, gathered gradients, keep-best, and the three ways to end early."""
+"""The loop: schedule, accumulated gradients, best weights, and the three ways to end early."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.progress import Silent
-from edge_ft.tune.loop import Fit, fit, learning_rate_at, planned_steps
+from edge_ft.tune.loop import Callbacks, Fit, TrainingRows, fit, learning_rate_at, planned_steps
 from edge_ft.tune.torch_backend import TorchBackend
 
 TASK = "text-generation"
@@ -51,20 +51,14 @@ def train(
     settings: TuneConfig,
     clock: Callable[[], float] | None = None,
 ) -> tuple[Fit, list[dict[str, Any]]]:
+    class Recorded(Callbacks):
+        def on_metrics(self, line: dict[str, Any]) -> None:
+            lines.append(line)
+
     lines: list[dict[str, Any]] = []
     extra = {} if clock is None else {"clock": clock}
-    result = fit(
-        backend,
-        examples[:32],
-        examples[32:],
-        settings,
-        task=TASK,
-        pad_id=2,
-        progress=Silent(),
-        log=lines.append,
-        on_best=lambda: None,
-        **extra,
-    )
+    rows = TrainingRows(examples[:32], examples[32:], TASK, 2)
+    result = fit(backend, rows, settings, Silent(), Recorded(), **extra)
     return result, lines
 
 
@@ -95,15 +89,15 @@ def test_steps_follow_from_rows_and_epochs_unless_given(settings: dict[str, Any]
     assert planned_steps(40, config(**settings)) == steps
 
 
-def test_gathered_gradients_are_those_of_the_whole_batch(backend: TorchBackend, examples: list[Example]) -> None:
+def test_accumulated_gradients_are_those_of_the_whole_batch(backend: TorchBackend, examples: list[Example]) -> None:
     def gradient(sizes: list[int]) -> list[torch.Tensor]:
         start, targets = 0, sum(sum(label != -100 for label in example.labels) for example in examples[:8])
         for size in sizes:
             backend.gradient(collate(examples[start : start + size], 2, TASK), targets)
             start += size
-        gathered = [parameter.grad.clone() for parameter in backend.parameters if parameter.grad is not None]
+        accumulated = [parameter.grad.clone() for parameter in backend.parameters if parameter.grad is not None]
         backend.discard()
-        return gathered
+        return accumulated
 
     for whole, parts in zip(gradient([8]), gradient([3, 5]), strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
@@ -113,9 +107,9 @@ def test_training_lowers_the_loss_and_ends_with_the_best_weights(
     backend: TorchBackend, examples: list[Example]
 ) -> None:
     result, lines = train(backend, examples, config(max_steps=30, eval_steps=5))
-    looks = {line["step"]: line["validation_nll"] for line in lines if "validation_nll" in line}
-    assert result.best.mean_nll == min(looks.values()) < result.base.mean_nll - 1
-    assert looks[result.best_step] == result.best.mean_nll
+    evaluations = {line["step"]: line["validation_nll"] for line in lines if "validation_nll" in line}
+    assert result.best.mean_nll == min(evaluations.values()) < result.base.mean_nll - 1
+    assert evaluations[result.best_step] == result.best.mean_nll
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31))
     again = backend.token_nll(collate(examples[32:], 2, TASK))[0].sum() / result.best.tokens.sum()
     assert again == pytest.approx(result.best.mean_nll, rel=1e-4)
@@ -124,7 +118,7 @@ def test_training_lowers_the_loss_and_ends_with_the_best_weights(
 def test_the_last_weights_are_not_kept_when_they_are_worse(
     backend: TorchBackend, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every look is worse than the one before it."""
+    """Every evaluation is worse than the one before it."""
     before = [parameter.clone() for parameter in backend.parameters]
     score, calls = backend.token_nll, 0
 
@@ -136,8 +130,8 @@ def test_the_last_weights_are_not_kept_when_they_are_worse(
 
     monkeypatch.setattr(backend, "token_nll", worse)
     result, lines = train(backend, examples, config(max_steps=4, eval_steps=2))
-    looks = [line["validation_nll"] for line in lines if "validation_nll" in line]
-    assert result.last_nll == looks[-1] > result.best.mean_nll == min(looks)
+    evaluations = [line["validation_nll"] for line in lines if "validation_nll" in line]
+    assert result.last_nll == evaluations[-1] > result.best.mean_nll == min(evaluations)
     assert result.best_step == 0
     assert all(torch.equal(one, other) for one, other in zip(before, backend.parameters, strict=True))
 
@@ -291,12 +285,12 @@ def test_damaged_weights_are_replaced_by_the_best(
     monkeypatch.setattr(backend, "update", damaging)
     result, lines = train(backend, examples, config(max_steps=20, eval_steps=5))
     assert [line["step"] for line in lines if "skipped" in line] == [8]
-    looks = [line["validation_nll"] for line in lines if "validation_nll" in line]
-    assert result.best.mean_nll == min(looks) < result.base.mean_nll - 0.5
+    evaluations = [line["validation_nll"] for line in lines if "validation_nll" in line]
+    assert result.best.mean_nll == min(evaluations) < result.base.mean_nll - 0.5
     assert all(bool(torch.isfinite(parameter).all()) for parameter in backend.parameters)
 
 
-def test_a_look_that_is_no_number_is_not_the_best(
+def test_an_evaluation_that_is_no_number_is_not_the_best(
     backend: TorchBackend, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update, calls = backend.update, [0]
@@ -319,11 +313,11 @@ def test_a_look_that_is_no_number_is_not_the_best(
 def test_a_base_whose_loss_is_no_number_is_refused(backend: TorchBackend, examples: list[Example]) -> None:
     with torch.no_grad():
         backend.parameters[1].fill_(math.nan)
-    with pytest.raises(UsageError, match="untuned model's validation loss is not a number, at row 33"):
+    with pytest.raises(UsageError, match="untuned model's validation loss is not a number, first at row 33"):
         train(backend, examples, config(max_steps=3))
 
 
-def test_looks_tell_the_seconds_of_the_training_alone(
+def test_evaluations_report_the_seconds_of_the_training_alone(
     backend: TorchBackend, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = timed(backend, monkeypatch, 2.0)
@@ -335,10 +329,10 @@ def test_looks_tell_the_seconds_of_the_training_alone(
 
     monkeypatch.setattr(backend, "token_nll", slow)
     _, lines = train(backend, examples, config(max_steps=6, eval_steps=2), lambda: clock() + ticks[0])
-    looks = [line for line in lines if "validation_nll" in line]
-    assert [line["seconds"] for line in looks] == [0.0, 4.0, 8.0, 12.0]
-    assert [line["cpu_seconds"] for line in looks] == sorted(line["cpu_seconds"] for line in looks)
-    assert looks[0]["cpu_seconds"] < looks[-1]["cpu_seconds"]
+    evaluations = [line for line in lines if "validation_nll" in line]
+    assert [line["seconds"] for line in evaluations] == [0.0, 4.0, 8.0, 12.0]
+    assert [line["cpu_seconds"] for line in evaluations] == sorted(line["cpu_seconds"] for line in evaluations)
+    assert evaluations[0]["cpu_seconds"] < evaluations[-1]["cpu_seconds"]
 
 
 def test_clipping_bounds_the_step(backend: TorchBackend, examples: list[Example]) -> None:
