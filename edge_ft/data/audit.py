@@ -178,7 +178,7 @@ def _find_empty_texts(rows: _Rows) -> list[Finding]:
 
 
 def _find_repeated_rows(rows: _Rows) -> list[Finding]:
-    """Find rows that the model reads as an earlier one, and rows that differ from an earlier one only in the answer."""
+    """Return findings about rows that equal an earlier one, as the model reads them, or differ only in the answer."""
     answers_of: dict[str, set[str]] = {}
     repeated, contradicting = [], []
     for record in rows.records:

@@ -81,7 +81,11 @@ def exchange(prompt: str, answer: str) -> list[Message]:
 
 
 def _through_end_of_turn(template: str, messages: list[Message], tokenizer: TextTokenizer) -> str:
-    """Return the chat through the first special token after its last message, or through that message."""
+    """Return the chat through the first special token after its last message, or through that message.
+
+    Raises:
+        DataError: the template does not write each message exactly once.
+    """
     text = _render(template, messages, False, tokenizer)
     last = messages[-1]
     marked = [*messages[:-1], {**last, "content": last["content"] + MARK}]

@@ -211,7 +211,11 @@ def plain_rendering(
 
 
 def _chat_template(requested: str | None, columns: Columns, tokenizer: TextTokenizer) -> str | None:
-    """Return the text of the chat template for rows of these columns; None: plain text."""
+    """Return the text of the chat template for rows of these columns; None: plain text.
+
+    Raises:
+        DataError: rows of only a text, or no such file.
+    """
     if requested is None:
         requested = "auto" if columns.kind in ("messages", "prompt_completion", "instruction") else "none"
     elif requested != "none" and columns.kind == "text":

@@ -137,7 +137,11 @@ def bare_columns(task: Task, problem_type: ProblemType | None = None) -> Columns
 
 
 def _known_columns(names: Sequence[str]) -> Columns:
-    """Return the columns of a chat, a prompt with its completion, or a text, recognised by name."""
+    """Return the columns of a chat, a prompt with its completion, or a text, recognised by name.
+
+    Raises:
+        DataError: no known set of columns.
+    """
     if "messages" in names:
         return Columns("messages")
     if "prompt" in names and "completion" in names:

@@ -138,7 +138,11 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _read_conll(path: Path) -> list[Row]:
-    """Read CoNLL columns: per line a word, other columns, and the word's tag; blank lines separate sentences."""
+    """Return the sentences of CoNLL columns, separated by blank lines: per line a word, other columns, and its tag.
+
+    Raises:
+        DataError: a line has only one column.
+    """
     rows: list[Row] = []
     start, words, tags = 0, list[str](), list[str]()
     for number, line in enumerate([*_read_text(path).split("\n"), ""], start=1):
@@ -149,7 +153,7 @@ def _read_conll(path: Path) -> list[Row]:
             words, tags = [], []
             continue
         if len(parts) < 2:
-            raise DataError(f"{path} line {number} holds {line.strip()!r} alone: write a word and its tag on each line")
+            raise DataError(f"{path} line {number} holds only {line.strip()!r}: write a word and its tag on each line")
         start = start if words else number
         words.append(parts[0])
         tags.append(parts[-1])

@@ -1,4 +1,4 @@
-"""Solved train examples in front of a prompt: what a model does without tuning."""
+"""Few-shot prompts: solved training examples before a prompt."""
 
 from collections.abc import Sequence
 
@@ -12,33 +12,42 @@ __all__ = ["encode_few_shot"]
 def encode_few_shot(
     rendering: Rendering, tokenizer: TextTokenizer, rows: Sequence[Row], shots: Sequence[Row]
 ) -> list[Example]:
-    """Examples whose prompts start with the solved `shots`; only the row's own answer is scored.
+    """Encode rows with the solved `shots` before each prompt; only the row's own answer is scored.
+
+    Args:
+        rendering: How the rows are rendered.
+        tokenizer: Tokenizer of the model.
+        rows: Rows to score.
+        shots: Rows to put before each prompt, with the same columns.
+
+    Returns:
+        An example per row.
 
     Raises:
-        UsageError: the rows have no prompt to put anything before.
-        DataError: a row that cannot be used; the message names it.
+        UsageError: rows that have no prompt, or chats without a chat template.
+        DataError: a row cannot be used; the message names it.
     """
     if rendering.task != "text-generation":
-        raise UsageError("--shots is for text-generation")
+        raise UsageError(f"--shots is for text-generation, and the task is {rendering.task}: leave it out")
     if rendering.columns.kind != "messages" and not rendering.columns.prompt:
-        raise UsageError("--shots needs rows with a prompt: these are text alone")
+        raise UsageError("--shots needs rows with a prompt, and these have only a text: leave it out")
     solved = [record(row, rendering.columns) for row in shots]
     examples = []
     for row in rows:
-        asked = record(row, rendering.columns)
+        question = record(row, rendering.columns)
         if rendering.chat_template is not None:
-            own, before_it = _turns(asked), [turn for shot in solved for turn in _turns(shot)]
-            # One system message for all, the row's own if it has one: templates allow it at the start only.
-            system = [turn for turn in [*own, *before_it] if turn["role"] == "system"][:1]
-            solved_turns = [turn for turn in before_it if turn["role"] != "system"]
+            own, before = _turns(question), [turn for shot in solved for turn in _turns(shot)]
+            # Chat templates allow one system message at the start: the row's own, else that of the first shot with one.
+            system = [turn for turn in [*own, *before] if turn["role"] == "system"][:1]
+            solved_turns = [turn for turn in before if turn["role"] != "system"]
             rest = [turn for turn in own if turn not in system]
             combined = Record(row.number, [*system, *solved_turns, *rest], "", None, None)
-        elif asked.messages is None:
-            # Joined so that a template's own control tokens stay what they are.
-            before = [text for shot in solved for text in (shot.prompt, shot.completion or "", Filled(["\n\n"]))]
-            combined = Record(row.number, None, Filled.concat([*before, asked.prompt]), asked.completion, None)
+        elif question.messages is None:
+            # `concat` keeps control tokens of the template as control tokens.
+            texts = [text for shot in solved for text in (shot.prompt, shot.completion or "", Filled(["\n\n"]))]
+            combined = Record(row.number, None, Filled.concat([*texts, question.prompt]), question.completion, None)
         else:
-            raise UsageError("--shots needs a chat template for rows of messages")
+            raise UsageError("--shots needs a chat template for rows of messages: give one with --chat-template FILE")
         example = encode_example(rendering, tokenizer, combined)
         example.labels[: example.prompt_length] = [-100] * example.prompt_length
         examples.append(example)

@@ -1,9 +1,9 @@
-"""What an export may lose: the arithmetic of the gate, on scores of the same rows."""
+"""The gate: decides from scores of the same rows whether an export lost too much."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from edge_ft.evaluate.metrics import paired, paired_bootstrap
+from edge_ft.evaluate.metrics import interval, paired_bootstrap
 from edge_ft.evaluate.scoring import RowScores
 from edge_ft.evaluate.task_metric import ACCURACY, TaskMetric
 
@@ -12,19 +12,19 @@ __all__ = ["Limits", "Verdict", "evaluate_gate"]
 
 @dataclass(frozen=True)
 class Limits:
-    """When an export is refused."""
+    """What an export may lose before it is refused."""
 
     max_tax: float
-    """Nats per target token that shipping may cost."""
+    """Nats per target token that the shipped model may be worse than the trained one."""
     min_retained: float
-    """Share of what was learned that must be left."""
+    """Share of the learned gain (base - trained) that must be retained; usually 0 to 1."""
     max_metric_drop: float
-    """Drop of the task metric (0 to 1) that is allowed."""
+    """Largest drop of the task metric (0 to 1)."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Figures of the gate, and why it refuses (empty: it does not)."""
+    """Figures of the gate, and its reasons to refuse; none: it passes."""
 
     figures: dict[str, Any]
     reasons: tuple[str, ...]
@@ -40,10 +40,21 @@ def evaluate_gate(
 ) -> Verdict:
     """Compare the untuned base, the model as trained and the graph as shipped.
 
-    The quantization tax is shipped − trained; the retained gain (base − shipped) / (base − trained), both
-    in nats per target token. That something was learned is a paired bootstrap over rows: the lower end of
-    its 95% interval of base − trained must be above 0. The task's metric that fell by more than its limit refuses
-    only where the lower end of its paired interval is above 0 too: a few rows prove no fall.
+    The quantization tax is shipped - trained in nats per target token, and the retained gain is
+    (base - shipped) / (base - trained). The adapter has learned something if the 95% interval of base - trained, a
+    paired bootstrap over rows, is above 0. A drop of the task metric refuses only if its paired interval is above 0
+    too, since a difference on a few rows can be chance.
+
+    Args:
+        base: Scores of the base without the adapter.
+        trained: Scores of the model as trained, on the same rows.
+        shipped: Scores of the graph, on the same rows.
+        limits: What may be lost.
+        adapter_changes_logits: Whether the graph's logits differ from those of the base.
+        metric: The task metric.
+
+    Returns:
+        The figures for the manifest, and the reasons to refuse.
     """
     gain = base.mean_nll - trained.mean_nll
     gain_low, gain_high = paired_bootstrap(base.nll / base.tokens, trained.nll / trained.tokens, base.tokens)
@@ -51,7 +62,8 @@ def evaluate_gate(
     retained = (base.mean_nll - shipped.mean_nll) / gain if gain > 0 else None
     before, after = metric.value(trained), metric.value(shipped)
     drop = before - after
-    drop_low, drop_high = paired(metric.of(trained), metric.of(shipped), len(trained.nll))
+    before_of, after_of = metric.of(trained), metric.of(shipped)
+    drop_low, drop_high = interval(lambda rows: before_of(rows) - after_of(rows), len(trained.nll))
     reasons = []
     if not adapter_changes_logits:
         reasons.append("the adapter does not change the logits of the graph: what ships is the base")

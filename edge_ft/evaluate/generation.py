@@ -1,4 +1,4 @@
-"""What generated answers are worth: how near they are to the right ones, whether they end, how they repeat."""
+"""Generated answers and their metrics: similarity to the right answers, whether they end, how often they repeat."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,35 +17,35 @@ from edge_ft.progress import Progress, track
 __all__ = ["Answer", "Chooser", "answer_metrics", "choice_metrics", "generate_answers"]
 
 REPEATED = 4
-"""Words of a phrase whose return counts as repetition (seq-rep-4, arXiv:1908.04319)."""
+"""Words of a phrase that counts as a repetition when it occurs again (seq-rep-4, arXiv:1908.04319)."""
 BATCH = 16
-"""Prompts answered together; torch takes a third of a single answer's time for each."""
+"""Prompts answered together: torch needs a third of the time of single prompts."""
 
 
 @runtime_checkable
 class BatchAnswerer(Answerer, Protocol):
-    """What answers several prompts at once, at less than several times the cost."""
+    """A model that answers several prompts at once, faster than one after the other."""
 
     def answer_batch(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """As `answer`, for each of the prompts."""
+        """Return `answer` for each of the prompts."""
 
 
 @runtime_checkable
 class Chooser(Protocol):
-    """What choosing among given answers needs of a model."""
+    """A model that can choose among given answers."""
 
     def answer_nll(self, prompt_ids: list[int], answers: Sequence[list[int]]) -> NDArray[np.float64]:
-        """Negative log-likelihood (nats) of each whole answer, its end included."""
+        """Return the negative log-likelihood (nats) of each whole answer, including the token that ends it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model wrote, and what would have been right."""
+    """A generated answer and the right one."""
 
     text: str
     reference: str
     ended: bool
-    """It stopped by itself, before the longest answer that was asked for."""
+    """The model ended it with a stop token, before the longest answer allowed."""
 
 
 def generate_answers(
@@ -57,39 +57,51 @@ def generate_answers(
     progress: Progress,
     stage: str = "answer",
 ) -> list[Answer]:
-    """Greedy answers to the prompts of `examples`, in order; rows without a prompt, or with no room for an answer, have
-    none."""
-    rooms = [min(max_new_tokens, model_limit - example.shared_positions) for example in examples]
-    asked = [at for at, example in enumerate(examples) if example.prompt_length and rooms[at] > 0]
-    prompts = {at: examples[at].input_ids[: examples[at].prompt_length] for at in asked}
-    together: list[list[int]] = []
+    """Generate greedy answers to the prompts of `examples`.
+
+    Args:
+        answerer: The model.
+        decode: Token ids -> text.
+        examples: Rows; those without a prompt, or without a free position for an answer, are left out.
+        max_new_tokens: Longest answer in tokens.
+        model_limit: Number of positions of the model.
+        progress: Receives the state of the generation.
+        stage: Name of the stage for `progress`.
+
+    Returns:
+        The answers, in the order of `examples`.
+    """
+    longest = [min(max_new_tokens, model_limit - example.shared_positions) for example in examples]
+    prompted = [row for row, example in enumerate(examples) if example.prompt_length and longest[row] > 0]
+    prompts = {row: examples[row].input_ids[: examples[row].prompt_length] for row in prompted}
+    batches: list[list[int]] = []
     if isinstance(answerer, BatchAnswerer):
-        # Near the model's limit a row may write less than others: it goes alone.
-        free = [at for at in asked if rooms[at] == max_new_tokens]
-        chunks = eval_batches([len(prompts[at]) for at in free], BATCH)
-        together = [[free[place] for place in chunk] for chunk in chunks]
-    batched = {at for batch in together for at in batch}
-    batches = together + [[at] for at in asked if at not in batched]
+        # A row near the model's limit has a shorter longest answer than the others: it is answered alone.
+        free = [row for row in prompted if longest[row] == max_new_tokens]
+        chunks = eval_batches([len(prompts[row]) for row in free], BATCH)
+        batches = [[free[index] for index in chunk] for chunk in chunks]
+    batched = {row for batch in batches for row in batch}
+    batches += [[row] for row in prompted if row not in batched]
     found: dict[int, Answer] = {}
     for batch in track(progress, stage, batches, len(batches)):
         if len(batch) > 1 and isinstance(answerer, BatchAnswerer):
-            written = answerer.answer_batch([prompts[at] for at in batch], max_new_tokens)
+            written = answerer.answer_batch([prompts[row] for row in batch], max_new_tokens)
         else:
-            written = [answerer.answer(prompts[at], rooms[at]) for at in batch]
-        for at, ids in zip(batch, written, strict=True):
-            found[at] = Answer(decode(ids), examples[at].reference, len(ids) < rooms[at])
-    return [found[at] for at in asked]
+            written = [answerer.answer(prompts[row], longest[row]) for row in batch]
+        for row, ids in zip(batch, written, strict=True):
+            found[row] = Answer(decode(ids), examples[row].reference, len(ids) < longest[row])
+    return [found[row] for row in prompted]
 
 
 def answer_metrics(answers: Sequence[Answer], progress: Progress) -> dict[str, Metric]:
-    """Every figure of generated answers with its 95% interval over answers; all are from 0 to 1.
+    """Return the metrics of generated answers, each 0 to 1 with its 95% interval over answers.
 
-    - `exact_match` by what they say, `verbatim_match` to the letter, `token_f1` by their words (SQuAD);
-    - `rouge1`, `rouge2`, `rougeL` (F-measure, rouge-score without stemming) and `chrf` (sacrebleu, hundredths): means
-      over answers. Where `edge-ft[metrics]` is not installed they are left out, and that is said;
-    - `eos_rate`: share of answers that ended by themselves;
-    - `distinct_1`, `distinct_2`: share of an answer's words and pairs of words that are there for the first time,
-      `repetition_4` the share of its phrases of four words that are not: means over the answers that have any.
+    - `exact_match` compares the meaning, `verbatim_match` the exact text, `token_f1` the words (SQuAD).
+    - `rouge1`, `rouge2`, `rougeL` (F-measure, rouge-score without stemming) and `chrf` (sacrebleu, divided by 100) are
+      means over answers. Without `edge-ft[metrics]` they are left out, with a message to `progress`.
+    - `eos_rate` is the share of answers that ended by themselves.
+    - `distinct_1` and `distinct_2` are the shares of different words and pairs of words of an answer, `repetition_4`
+      is the share of its phrases of four words that occurred before: means over the answers that have any.
     """
     if not answers:
         return {}
@@ -119,16 +131,26 @@ def choice_metrics(
     progress: Progress,
     stage: str = "choose",
 ) -> dict[str, Metric]:
-    """`choice_accuracy` and `choice_macro_f1` of the likeliest of the `answers` that rows of these few may have.
+    """Return `choice_accuracy` and `choice_macro_f1` of the likeliest of the possible answers.
 
-    Rows whose prompt leaves no room for the longest answer are left out; a row with another answer than these is wrong.
+    Args:
+        chooser: The model.
+        examples: Rows; those whose prompt leaves too few positions for the longest answer are left out, and those
+            with another answer than `answers` count as wrong.
+        answers: Token ids of the possible answers, each with the token that ends it.
+        model_limit: Number of positions of the model.
+        progress: Receives the state of the scoring.
+        stage: Name of the stage for `progress`.
+
+    Returns:
+        The metrics; none if no row is left.
     """
-    room = model_limit - max(map(len, answers))
-    asked = [example for example in examples if 0 < example.prompt_length <= room]
-    if not asked:
+    longest_prompt = model_limit - max(map(len, answers))
+    prompted = [example for example in examples if 0 < example.prompt_length <= longest_prompt]
+    if not prompted:
         return {}
-    gold, predicted = np.full(len(asked), len(answers)), np.zeros(len(asked), np.int64)
-    for row, example in enumerate(track(progress, stage, asked, len(asked))):
+    gold, predicted = np.full(len(prompted), len(answers)), np.zeros(len(prompted), np.int64)
+    for row, example in enumerate(track(progress, stage, prompted, len(prompted))):
         right = [int(label) for label in example.labels[example.prompt_length :] if label != IGNORED]
         if right in answers:
             gold[row] = list(answers).index(right)
@@ -138,7 +160,7 @@ def choice_metrics(
 
 
 def _overlaps(pairs: Sequence[tuple[str, str]]) -> dict[str, Metric]:
-    """ROUGE and chrF of (answer, reference) pairs.
+    """Return ROUGE and chrF of (answer, reference) pairs.
 
     Raises:
         MissingExtra: rouge-score or sacrebleu is not installed.
@@ -153,7 +175,7 @@ def _overlaps(pairs: Sequence[tuple[str, str]]) -> dict[str, Metric]:
 
 
 def _distinct(text: str, size: int) -> float | None:
-    """Share of a text's phrases of `size` words that are different ones; None where it has no such phrase."""
+    """Return the share of different phrases among a text's phrases of `size` words; None if it has no such phrase."""
     words = text.split()
     phrases = [tuple(words[at : at + size]) for at in range(len(words) - size + 1)]
     return len(set(phrases)) / len(phrases) if phrases else None

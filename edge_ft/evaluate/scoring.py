@@ -1,4 +1,4 @@
-"""Score examples with anything that gives log-probabilities: torch or ONNX, the same arithmetic."""
+"""Score examples with any model that gives log-probabilities: the same arithmetic for torch and ONNX."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,47 +25,56 @@ from edge_ft.evaluate.metrics import (
 )
 from edge_ft.progress import Progress, track
 
-__all__ = ["Answerer", "Embedder", "RowScores", "Scorer", "counted", "prediction_text", "scorable", "score", "summary"]
+__all__ = [
+    "Answerer",
+    "Embedder",
+    "RowScores",
+    "Scorer",
+    "drop_unscorable",
+    "format_prediction",
+    "scorable",
+    "score",
+    "summary",
+]
 
 
 class Scorer(Protocol):
-    """What scoring needs of a model."""
+    """A model that can be scored."""
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """nll (nats) and the likeliest token or class, shaped as the labels; only `target_mask` of it counts."""
+        """Return nll (nats) and the likeliest token or class, both shaped as the labels; valid where `target_mask`."""
 
 
 @runtime_checkable
 class Answerer(Scorer, Protocol):
-    """What answering needs of a model."""
+    """A model that can generate answers."""
 
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation of one prompt, without its stop token."""
+        """Return the greedy continuation of one prompt, without its stop token."""
 
 
 @runtime_checkable
 class Embedder(Scorer, Protocol):
-    """What scoring needs of a model whose answers are vectors."""
+    """A model that embeds texts."""
 
     def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Vectors of length 1 of a batch's first and second texts [batch, hidden]."""
+        """Return the embeddings of a batch's first and second texts, [batch, hidden] each, of length 1."""
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """One entry a row, in the order of the examples."""
+    """One entry per row, in the order of the examples."""
 
     nll: NDArray[np.float64]
     """Summed over the row's targets, nats."""
     tokens: NDArray[np.int64]
-    """Targets in the row (classifier: 1)."""
+    """Targets of the row (classifier: 1)."""
     correct: NDArray[np.int64]
     """Targets whose likeliest token or class is the right one."""
     predicted: list[NDArray[Any]]
-    """Likeliest token or class of each target; whether each of several classes holds; a number; a text's rank."""
-
+    """Likeliest token or class of each target; 1 or 0 for each of several classes; a number; a rank."""
     vectors: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
-    """Of the rows' first and second texts [rows, hidden] (feature-extraction)."""
+    """Embeddings of the rows' first and second texts [rows, hidden] (feature-extraction)."""
 
     @property
     def mean_nll(self) -> float:
@@ -74,27 +83,37 @@ class RowScores:
 
     @property
     def accuracy(self) -> float:
-        """Share of targets that were the likeliest."""
+        """Share of targets that the model found likeliest."""
         return float(self.correct.sum() / self.tokens.sum())
 
     def agreement(self, other: "RowScores") -> float:
-        """Share of targets where both find the same likeliest token or class."""
+        """Return the share of targets for which both scores have the same likeliest token or class."""
         pairs = zip(self.predicted, other.predicted, strict=True)
         return float(sum(int((a == b).sum()) for a, b in pairs) / self.tokens.sum())
 
 
 def scorable(examples: Sequence[Example]) -> list[Example]:
-    """The examples that have a target: rows whose answer is empty, or cut off whole, have none."""
+    """Return the examples that have a target: an answer that is empty, or wholly cut off, has none."""
     return [example for example in examples if example.targets]
 
 
-def counted(
+def drop_unscorable(
     examples: Sequence[Example], where: str, max_length: int, progress: Progress
 ) -> tuple[list[Example], dict[str, int]]:
-    """The `scorable` of them, and how many are `rows`, `dropped` and `cut` by how many `cut_tokens`: also said.
+    """Keep the examples that have a target, and report those that were dropped or cut.
+
+    Args:
+        examples: Encoded rows.
+        where: Name of the data, for messages.
+        max_length: Tokens of the longest sequence, for messages.
+        progress: Receives the messages.
+
+    Returns:
+        The scorable examples, and their number as `rows`, the number of `dropped` and of `cut` ones, and the
+        `cut_tokens`.
 
     Raises:
-        AuditRefused: none is left.
+        AuditRefused: no example is left.
     """
     kept = scorable(examples)
     cut = [example.cut for example in examples if example.cut]
@@ -102,10 +121,10 @@ def counted(
     if cut:
         progress.say(f"{where}: {len(cut)} row(s) lose {sum(cut)} tokens beyond the longest sequence of {max_length}")
     if dropped:
-        progress.say(f"{where}: {dropped} row(s) are not scored: no answer, or none left of it")
+        progress.say(f"{where}: {dropped} row(s) are not scored: their answer is empty or wholly cut off")
     if not kept:
         raise AuditRefused(
-            f"{where}: no row has an answer to score: all are empty, or cut off by --max-length {max_length}"
+            f"{where}: no row has an answer to score: all are empty or wholly cut off by --max-length {max_length}"
         )
     return kept, {"rows": len(kept), "dropped": dropped, "cut": len(cut), "cut_tokens": sum(cut)}
 
@@ -120,7 +139,20 @@ def score(
     progress: Progress,
     stage: str,
 ) -> RowScores:
-    """Score every example, in batches of similar length."""
+    """Score every example, in batches of similar length.
+
+    Args:
+        scorer: The model; an `Embedder` for feature-extraction.
+        examples: Rows with at least one target each.
+        task: Task of the model.
+        pad_id: Token id of the padding.
+        batch_size: Rows per batch; feature-extraction always has `SCORED_TOGETHER`.
+        progress: Receives the state of the scoring.
+        stage: Name of the stage for `progress`.
+
+    Returns:
+        The scores, in the order of `examples`.
+    """
     count = len(examples)
     nll = np.zeros(count)
     tokens = np.zeros(count, np.int64)
@@ -157,18 +189,18 @@ def score(
 def tag_names(
     scores: RowScores, examples: Sequence[Example], labels: tuple[str, ...]
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """Tags of each row's words, by name: those found, and the right ones."""
+    """Return the names of the tags of each row's words: the predicted and the right ones."""
     right = [[labels[int(label)] for label in example.labels if label != IGNORED] for example in examples]
     return [[labels[index] for index in row] for row in scores.predicted], right
 
 
-def prediction_text(predicted: NDArray[Any], rendering: Rendering, tokenizer: TextTokenizer) -> str:
-    """What `RowScores.predicted` means for a row of an encoder, as a person would write it."""
+def format_prediction(predicted: NDArray[Any], rendering: Rendering, tokenizer: TextTokenizer) -> str:
+    """Return the prediction of one row of an encoder, an entry of `RowScores.predicted`, as text."""
     labels = rendering.labels
     if rendering.task == "fill-mask":
         return tokenizer.decode([int(token) for token in predicted])
     if rendering.task == "feature-extraction":
-        return f"found at place {int(predicted[0]) + 1}"
+        return f"rank {int(predicted[0]) + 1}"
     if rendering.problem_type == "regression":
         return f"{float(predicted[0]):.4g}"
     if rendering.problem_type == "multi_label_classification":
@@ -177,12 +209,20 @@ def prediction_text(predicted: NDArray[Any], rendering: Rendering, tokenizer: Te
 
 
 def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: tuple[str, ...]) -> dict[str, Any]:
-    """`nll` (nats per target token), `perplexity` and `metrics`, each with its 95% interval over rows.
+    """Return the loss and the task metrics of scored rows, each with its 95% interval over rows.
 
-    Numbers and vectors have no perplexity: it and its interval are None.
+    Args:
+        scores: Scores of `examples`.
+        examples: The rows.
+        task: Task of the model.
+        labels: Classes or tags in the order of the logits.
+
+    Returns:
+        `nll` (nats per target token), `perplexity` and their intervals, and `metrics`. For regression and
+        feature-extraction the perplexity and its interval are None.
     """
     right = scores.correct / scores.tokens
-    numbers = task == "feature-extraction"  # its loss grows with the rows of a batch
+    has_perplexity = task != "feature-extraction"  # its loss grows with the number of rows in a batch
     if task in TEXT_TASKS or task == "fill-mask":
         metrics = {"token_accuracy": mean(right, scores.tokens)}
     elif task == "feature-extraction":
@@ -193,8 +233,11 @@ def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: t
     elif isinstance(examples[0].labels[0], float):
         gold = np.array([example.labels for example in examples])
         predicted = np.stack(scores.predicted)
-        numbers = len(labels) == 1
-        metrics = number_metrics(predicted[:, 0], gold[:, 0]) if numbers else multi_label_f1(predicted > 0, gold > 0)
+        has_perplexity = len(labels) > 1
+        if has_perplexity:
+            metrics = multi_label_f1(predicted > 0, gold > 0)
+        else:
+            metrics = number_metrics(predicted[:, 0], gold[:, 0])
     else:
         gold = np.array([example.labels[0] for example in examples])
         predicted = np.array([int(classes[0]) for classes in scores.predicted])
@@ -203,7 +246,7 @@ def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: t
     return {
         "nll": scores.mean_nll,
         "nll_interval": list(interval),
-        "perplexity": None if numbers else perplexity(scores.mean_nll),
-        "perplexity_interval": None if numbers else [perplexity(nll) for nll in interval],
+        "perplexity": perplexity(scores.mean_nll) if has_perplexity else None,
+        "perplexity_interval": [perplexity(nll) for nll in interval] if has_perplexity else None,
         "metrics": metrics,
     }

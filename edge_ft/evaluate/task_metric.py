@@ -1,4 +1,4 @@
-"""The one figure that a task is judged by, of any choice of rows: what the gate compares before and after shipping."""
+"""The task metric: the one figure by which the gate compares the trained and the shipped model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ __all__ = ["ACCURACY", "TaskMetric", "task_metric_for"]
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """A metric, 0 (or -1, a correlation) to 1 and the higher the better."""
+    """A metric of 0 (a correlation: -1) to 1; higher is better."""
 
     name: str
     of: Callable[[RowScores], Statistic]
-    """The scores of some rows -> a function of row numbers [samples, rows] that gives a value for each sample."""
+    """Scores of rows -> their metric as a statistic: row numbers [samples, rows] -> [samples]."""
 
     def value(self, scores: RowScores) -> float:
-        """Of all rows."""
+        """Return the metric over all rows."""
         return float(self.of(scores)(np.arange(len(scores.nll))[None])[0])
 
 
@@ -33,10 +33,11 @@ ACCURACY = TaskMetric("accuracy", lambda scores: ratio(scores.correct, scores.to
 
 
 def task_metric_for(examples: Sequence[Example], task: str, labels: tuple[str, ...]) -> TaskMetric:
-    """The metric of a task, on the rows that `examples` are.
+    """Return the metric of a task for scores of `examples`.
 
-    Single labels: accuracy. Several labels: micro F1. Numbers: Spearman's correlation (Pearson's without scipy). Tags:
-    span F1 where they are spans and seqeval is installed, else accuracy. Text: token accuracy. All others: accuracy.
+    One class per row: accuracy. Several classes: micro F1. Regression: Spearman's correlation, without scipy Pearson's.
+    Tags: span F1 where they mark spans and seqeval is installed, else accuracy. Generated text: token accuracy. Any
+    other task: accuracy.
     """
     spans = any(label[:2] in ("B-", "I-") for label in labels) and find_spec("seqeval") is not None
     if task == "token-classification" and spans:
@@ -46,14 +47,14 @@ def task_metric_for(examples: Sequence[Example], task: str, labels: tuple[str, .
         if len(labels) == 1:
             name = "spearman" if find_spec("scipy") is not None else "pearson"
             return TaskMetric(name, lambda scores: correlation(np.stack(scores.predicted)[:, 0], gold[:, 0], name))
-        return TaskMetric("micro_f1", lambda scores: ratio(*_several(np.stack(scores.predicted) > 0, gold > 0)))
+        return TaskMetric("micro_f1", lambda scores: ratio(*_micro_f1_counts(np.stack(scores.predicted) > 0, gold > 0)))
     return TaskMetric("token_accuracy", ACCURACY.of) if task in TEXT_TASKS else ACCURACY
 
 
-def _several(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _micro_f1_counts(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
     return 2 * (predicted & gold).sum(1), predicted.sum(1) + gold.sum(1)
 
 
 def _span_f1(scores: RowScores, examples: Sequence[Example], labels: tuple[str, ...]) -> Statistic:
     counts = span_counts(*tag_names(scores, examples, labels))
-    return ACCURACY.of(scores) if counts is None else ratio(*counts)  # these rows have no span at all
+    return ACCURACY.of(scores) if counts is None else ratio(*counts)  # no row has a span

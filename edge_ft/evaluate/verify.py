@@ -1,7 +1,7 @@
-"""The half of a verification that needs no torch: a bundle's graphs scored again, on any device."""
+"""Verify a bundle without torch: check its files, and score its graphs again on this machine."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from edge_ft.data import (
 from edge_ft.data.seq2seq import encode_pair
 from edge_ft.errors import GateRefused
 from edge_ft.evaluate.metrics import paired_bootstrap
-from edge_ft.evaluate.scoring import RowScores, Scorer, counted, score, summary
+from edge_ft.evaluate.scoring import RowScores, Scorer, drop_unscorable, score, summary
 from edge_ft.families import CLASSIFIERS
 from edge_ft.progress import Progress, Silent
 from edge_ft.runtime import load
@@ -31,10 +31,10 @@ from edge_ft.runtime import load
 __all__ = ["SAME", "VERIFY_ROWS", "largest_difference", "probe_examples", "score_examples", "verify"]
 
 VERIFY_ROWS = 512
-"""Validation rows that verification reads at most: enough for an interval of ±0.01 nats on most data."""
+"""Most validation rows that verification reads: enough for an interval of ±0.01 nats on most data."""
 
 SAME = 1e-3
-"""Nats per target token within which two runs of the same weights agree, and which an adapter must exceed."""
+"""Nats per target token: two runs of the same weights differ by less, an adapter must change the scores by more."""
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -42,90 +42,142 @@ PROBES = (
     "The patient was admitted with acute chest pain and shortness of breath.",
     "Interest rates rose again, and the bank lowered its forecast for the year.",
 )
-"""Texts of ours: any device can compare itself with the machine that exported, without a user's row."""
+"""Texts of this project: any device can compare its scores with those of the export, without the user's rows."""
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """The graphs of a bundle on this machine, and how much they may lose."""
+
+    bundle: Bundle
+    tokenizer: TextTokenizer
+    rendering: Rendering
+    """As the export rendered rows."""
+    max_tax: float
+    """Nats per target token."""
+    threads: int | None
+    progress: Progress
+
+    @property
+    def levels(self) -> list[str]:
+        return sorted(self.bundle.manifest["graphs"])
+
+    def score(self, level: str, examples: Sequence[Example], stage: str, adapter: str | None = None) -> RowScores:
+        scorer = load(self.bundle, accuracy_level=int(level), threads=self.threads, adapter=adapter)  # type: ignore[arg-type]
+        return score_examples(scorer, examples, self.tokenizer, self.rendering, self.progress, stage)
+
+    def tolerance(self, level: str) -> float:
+        """Return by how many nats per token scores of one level may differ between machines."""
+        # The int8 kernels of level 4 round differently on different processors, so the tax is its only limit.
+        return SAME if level == "1" else self.max_tax
 
 
 def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Check a bundle's files, its graphs on this machine, and with `config.data` its scores.
 
-    What its export refused is refused. The probe texts must score as they did where the bundle was written.
-    Rows whose first `VERIFY_ROWS` are the export's validation rows, read as they were then, must too: those
-    alone are scored, and `config.max_tax` (default the export's own) limits the tax again. Any other rows are
-    only scored; in the adapter lane the adapter must beat its base on them, in the others nothing is judged.
+    - A bundle that its export refused is refused.
+    - The probe texts must score as they did at the export.
+    - If the first `VERIFY_ROWS` rows are the export's validation rows, rendered in the same way, only those are
+      scored. They must score as they did, and the quantization tax must be within `config.max_tax` (default the
+      export's own limit).
+    - Any other rows are only scored; in the adapter lane the adapter must be better on them than its base.
+
+    Args:
+        path: Folder of the bundle.
+        config: Rows, limit and threads.
+        progress: Receives the steps.
 
     Returns:
         `bundle`, `files`, `probe_difference` (by accuracy level, nats per token), and with rows `same_rows`,
-        `rows`, `dropped`, `cut`, `cut_tokens` (see `counted`), `nll`, `perplexity`, `metrics`.
+        `rows`, `dropped`, `cut`, `cut_tokens` (see `drop_unscorable`), `nll`, `perplexity`, `metrics`.
 
     Raises:
         BundleError: the bundle cannot be opened.
-        GateRefused: its export was refused, it does not score here as it did, or it lost too much.
+        GateRefused: the export was refused, the bundle scores differently here, or it lost too much.
         AuditRefused: no row has an answer to score.
     """
-    progress = progress or Silent()
     bundle = Bundle.open(path)
     recorded = bundle.manifest["verification"]
-    tokenizer = TextTokenizer.load(path)
-    rendering = Rendering.from_dict(bundle.manifest["rendering"])
-    max_tax = recorded["limits"]["max_tax"] if config.max_tax is None else config.max_tax
     if refused := recorded.get("refused"):
         raise GateRefused(f"{path}: its export was refused: {'; '.join(refused)}")
-    reasons: list[str] = []
-    differences = {}
-    for level in bundle.manifest["graphs"]:
-        scorer = load(bundle, accuracy_level=int(level), threads=config.threads)
-        probe = score_examples(scorer, probe_examples(tokenizer, rendering), tokenizer, rendering, progress, "probe")
-        there = np.array(recorded["by_accuracy_level"][level]["probe_nll"])
-        differences[level] = float((np.abs(probe.nll - there) / probe.tokens).max())
-        # Level 4's int8 kernels round differently from processor to processor: it is held to the tax instead.
-        if differences[level] > (SAME if level == "1" else max_tax):
-            reasons.append(
-                f"level {level} scores the probe texts {differences[level]:.4f} nats per token off its export"
-            )
+    graphs = _Graphs(
+        bundle,
+        TextTokenizer.load(path),
+        Rendering.from_dict(bundle.manifest["rendering"]),
+        recorded["limits"]["max_tax"] if config.max_tax is None else config.max_tax,
+        config.threads,
+        progress or Silent(),
+    )
+    differences = _probe_differences(graphs)
+    reasons = [
+        f"level {level} scores the probe texts {difference:.4f} nats per token off its export"
+        for level, difference in differences.items()
+        if difference > graphs.tolerance(level)
+    ]
     result: dict[str, Any] = {
         "bundle": str(path),
         "files": len(bundle.manifest["files"]),
         "probe_difference": differences,
     }
     if config.data is not None:
-        rows = read_rows(config.data)
-        exported = rendering
-        rendering = trained_rendering(exported, config, rows, tokenizer, int(bundle.manifest["max_length"]))
-        # Cut or written otherwise than then, the same rows have another score.
-        same = rendering == exported and fingerprint(rows[:VERIFY_ROWS]) == recorded["rows_sha256"]
-        encoded = encode_rows(rendering, tokenizer, rows[:VERIFY_ROWS] if same else rows)
-        examples, counts = counted(encoded, config.data, rendering.max_length, progress)
-        # Where level 4 is the default, it is too different from machine to machine to compare with.
-        level = min(bundle.manifest["graphs"])
-        scorer = load(bundle, accuracy_level=int(level), threads=config.threads)
-        exact = recorded["by_accuracy_level"][level].get("nll")
-        scores = score_examples(scorer, examples, tokenizer, rendering, progress, "rows")
-        result |= {
-            "same_rows": same,
-            **counts,
-            **summary(scores, examples, rendering.task, rendering.labels),
-        }
-        trained = recorded["nll"]["trained"]
-        if same and abs(scores.mean_nll - exact) > (SAME if level == "1" else max_tax):
-            reasons.append(f"the export's rows score {scores.mean_nll:.4f} here and {exact:.4f} there")
-        if same and trained is not None and scores.mean_nll - trained > max_tax:
-            reasons.append(f"quantization tax {scores.mean_nll - trained:+.4f} is above --max-tax {max_tax:g}")
-        if not same and bundle.manifest["lane"] == "adapter":
-            without = load(bundle, accuracy_level=1, threads=config.threads, adapter="none")
-            base = score_examples(without, examples, tokenizer, rendering, progress, "rows, base")
-            result["base_nll"] = base.mean_nll
-            low, _ = paired_bootstrap(base.nll / base.tokens, scores.nll / scores.tokens, base.tokens)
-            if low <= 0:
-                reasons.append(
-                    f"on these rows the adapter is no better than its base: {scores.mean_nll:.4f} nats per token"
-                )
+        found, more_reasons = _verify_rows(graphs, config.data, config)
+        result |= found
+        reasons += more_reasons
     if reasons:
         raise GateRefused(f"{path}: {'; '.join(reasons)}")
     return result
 
 
+def _probe_differences(graphs: _Graphs) -> dict[str, float]:
+    """Return by accuracy level the largest difference of a probe text's score from the export's, in nats per token."""
+    probes = probe_examples(graphs.tokenizer, graphs.rendering)
+    differences = {}
+    for level in graphs.levels:
+        scores = graphs.score(level, probes, "probe")
+        exported = np.array(graphs.bundle.manifest["verification"]["by_accuracy_level"][level]["probe_nll"])
+        differences[level] = float((np.abs(scores.nll - exported) / scores.tokens).max())
+    return differences
+
+
+def _verify_rows(graphs: _Graphs, data: str, config: VerifyConfig) -> tuple[dict[str, Any], list[str]]:
+    """Return the scores of the user's rows, and the reasons to refuse the bundle."""
+    manifest = graphs.bundle.manifest
+    rows = read_rows(data)
+    rendering = trained_rendering(graphs.rendering, config, rows, graphs.tokenizer, int(manifest["max_length"]))
+    # The same rows, rendered differently, have other scores.
+    is_export = fingerprint(rows[:VERIFY_ROWS]) == manifest["verification"]["rows_sha256"]
+    same = is_export and rendering == graphs.rendering
+    encoded = encode_rows(rendering, graphs.tokenizer, rows[:VERIFY_ROWS] if same else rows)
+    examples, counts = drop_unscorable(encoded, data, rendering.max_length, graphs.progress)
+    level = graphs.levels[0]  # the most exact: level 4 differs too much between machines to compare with
+    scores = graphs.score(level, examples, "rows")
+    result = {"same_rows": same, **counts, **summary(scores, examples, rendering.task, rendering.labels)}
+    if same:
+        return result, _differences_from_export(graphs, level, scores)
+    if manifest["lane"] != "adapter":
+        return result, []
+    base = graphs.score("1", examples, "rows, base", adapter="none")
+    low, _ = paired_bootstrap(base.nll / base.tokens, scores.nll / scores.tokens, base.tokens)
+    reason = f"on these rows the adapter is no better than its base: {scores.mean_nll:.4f} nats per token"
+    return {**result, "base_nll": base.mean_nll}, [reason] if low <= 0 else []
+
+
+def _differences_from_export(graphs: _Graphs, level: str, scores: RowScores) -> list[str]:
+    """Return in what respect the export's validation rows score differently, or lost too much."""
+    recorded = graphs.bundle.manifest["verification"]
+    exported, trained = recorded["by_accuracy_level"][level].get("nll"), recorded["nll"]["trained"]
+    reasons = []
+    if abs(scores.mean_nll - exported) > graphs.tolerance(level):
+        reasons.append(f"the export's rows score {scores.mean_nll:.4f} here and {exported:.4f} there")
+    if trained is not None and scores.mean_nll - trained > graphs.max_tax:
+        reasons.append(
+            f"quantization tax {scores.mean_nll - trained:+.4f} nats per token is above --max-tax {graphs.max_tax:g}"
+        )
+    return reasons
+
+
 def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Example]:
-    """The probe texts as examples; a classifier's are all of its first class, which need not be right."""
+    """Return the probe texts as examples; for a classifier all have its first class, whether right or not."""
     if rendering.task in CLASSIFIERS:
         framed = [tokenizer.encode_classifier(text, rendering.max_length) for text in PROBES]
         labels: list[int] | list[float] = [0]
@@ -135,7 +187,7 @@ def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Examp
             Example(
                 row,
                 text.ids,
-                # The first tag everywhere: that of the tokens around a text, too.
+                # The first tag at every position, special tokens included.
                 [0] * len(text.ids) if rendering.task == "token-classification" else labels,
                 0,
                 "",
@@ -144,7 +196,7 @@ def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Examp
             for row, text in enumerate(framed, 1)
         ]
     if rendering.task == "text2text-generation":
-        # Each is to be answered by the next one.
+        # The answer to each text is the next one.
         assert rendering.appended_eos is not None
         pairs = [
             encode_pair(tokenizer, text, answer, rendering.appended_eos, rendering.max_length)
@@ -152,10 +204,10 @@ def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Examp
         ]
         return [Example(row, pair.source, pair.target, 0, "", 0) for row, pair in enumerate(pairs, 1)]
     if rendering.task in ("fill-mask", "feature-extraction"):
-        asked = replace(rendering, columns=bare_columns(rendering.task))
-        related = zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True)  # not alike: their loss is large, and moves
-        rows = [Row(row, {"text": text, "positive": other}) for row, (text, other) in enumerate(related, 1)]
-        return encode_rows(asked, tokenizer, rows)
+        # Pairs of unlike texts: their loss is large, and sensitive to changes of the weights.
+        pairs_of_texts = enumerate(zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True), 1)
+        rows = [Row(row, {"text": text, "positive": other}) for row, (text, other) in pairs_of_texts]
+        return encode_rows(replace(rendering, columns=bare_columns(rendering.task)), tokenizer, rows)
     encoded = [tokenizer.encode(text)[: rendering.max_length] for text in PROBES]
     return [Example(row, ids, list(ids), 1, "", 0) for row, ids in enumerate(encoded, 1)]
 
@@ -168,12 +220,12 @@ def score_examples(
     progress: Progress,
     stage: str,
 ) -> RowScores:
-    """`score` as all of verification does it."""
+    """Return the scores of examples of a verification, see `score`."""
     return score(
         scorer, examples, task=rendering.task, pad_id=tokenizer.pad_id, batch_size=8, progress=progress, stage=stage
     )
 
 
 def largest_difference(first: RowScores, second: RowScores) -> float:
-    """The largest difference of any row, nats per target token."""
+    """Return the largest difference of any row, in nats per target token."""
     return float((np.abs(first.nll - second.nll) / first.tokens).max())

@@ -10,7 +10,7 @@ from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Example, TextTokenizer, answer_ids
 from edge_ft.evaluate.generation import Answer, Chooser, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.metrics import Metric
-from edge_ft.evaluate.scoring import Answerer, RowScores, prediction_text, score, summary
+from edge_ft.evaluate.scoring import Answerer, RowScores, format_prediction, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.system import release_memory
 from edge_ft.tune.loop import Fit
@@ -66,7 +66,7 @@ def results(job: "Job", scorer: Answerer, base: Base, fitted: Fit, progress: Pro
             {
                 **_shown(example, job.tokenizer),
                 **{
-                    name: prediction_text(column.predicted[index], prepared.rendering, job.tokenizer)
+                    name: format_prediction(column.predicted[index], prepared.rendering, job.tokenizer)
                     for name, column in columns.items()
                 },
             }
