@@ -44,7 +44,7 @@ def operators(bundle: Bundle) -> Counter[str]:
 
 
 @pytest.mark.parametrize("weights", KINDS)
-def test_it_answers_nearly_as_the_float_graph_and_not_exactly(weights: str, bundles: dict[str, Bundle]) -> None:
+def test_int8_activations_are_close_to_the_float_graph_but_not_equal(weights: str, bundles: dict[str, Bundle]) -> None:
     exact, rounded = logits(bundles["fp32"]), logits(bundles[weights])
     difference = np.abs(exact - rounded).max()
     assert 1e-5 < difference < 0.15 * np.abs(exact).max()
@@ -52,7 +52,7 @@ def test_it_answers_nearly_as_the_float_graph_and_not_exactly(weights: str, bund
 
 
 @pytest.mark.parametrize("weights", KINDS)
-def test_every_layer_but_the_head_is_integers(weights: str, bundles: dict[str, Bundle]) -> None:
+def test_every_layer_except_the_head_is_int8(weights: str, bundles: dict[str, Bundle]) -> None:
     found = operators(bundles[weights])
     integer = {"int8-dynamic": "MatMulInteger", "int8-static": "QuantizeLinear"}[weights]
     layers = 2 * 6
@@ -70,7 +70,7 @@ def test_every_layer_but_the_head_is_integers(weights: str, bundles: dict[str, B
 
 
 @pytest.mark.parametrize("weights", KINDS)
-def test_the_manifest_says_how_and_the_float_graph_is_not_in_the_bundle(
+def test_the_manifest_names_the_method_and_the_bundle_has_no_float_graph(
     weights: str, bundles: dict[str, Bundle]
 ) -> None:
     manifest = bundles[weights].manifest
@@ -91,7 +91,7 @@ def test_the_manifest_says_how_and_the_float_graph_is_not_in_the_bundle(
 
 
 @pytest.mark.parametrize("weights", KINDS)
-def test_it_is_verified_and_scored_like_any_bundle(
+def test_a_bundle_with_int8_activations_can_be_verified_and_evaluated(
     weights: str, bundles: dict[str, Bundle], bert_run: RunFolder
 ) -> None:
     rows = str(bert_run.split("validation"))
@@ -103,14 +103,14 @@ def test_it_is_verified_and_scored_like_any_bundle(
 
 
 @pytest.mark.parametrize("weights", KINDS)
-def test_the_gate_holds(weights: Any, bert_run: RunFolder, tmp_path: Path) -> None:
+def test_the_gate_refuses_a_bundle_with_int8_activations(weights: Any, bert_run: RunFolder, tmp_path: Path) -> None:
     config = ExportConfig(out=tmp_path / "bundle", weights=weights, max_tax=0.0, min_retained=1.5)
     with pytest.raises(GateRefused, match="--min-retained"):
         export(str(bert_run.path), config)
     assert list(Bundle.open(tmp_path / "bundle.rejected").manifest["graphs"]) == ["4"]
 
 
-def test_static_ranges_are_those_of_the_rows(bert_run: RunFolder, bert_bundle: Bundle, tmp_path: Path) -> None:
+def test_static_ranges_come_from_the_calibration_rows(bert_run: RunFolder, bert_bundle: Bundle, tmp_path: Path) -> None:
     """A base calibrated on one short row has other ranges than one calibrated on all of them."""
     merged = tmp_path / "model"
     _write_with_head(bert_run, merged)
@@ -133,7 +133,7 @@ def test_static_ranges_are_those_of_the_rows(bert_run: RunFolder, bert_bundle: B
     assert sum(scales[1][name] > scales[0][name] for name in scales[0]) > len(scales[0]) / 2
 
 
-def test_what_cannot_hold_it_is_refused_by_name(
+def test_models_and_lanes_without_int8_activations_are_refused(
     llama: Path, llama_run: RunFolder, bert_run: RunFolder, bert: Path, tmp_path: Path
 ) -> None:
     for weights in KINDS:
@@ -145,9 +145,7 @@ def test_what_cannot_hold_it_is_refused_by_name(
             export(str(bert_run.path), ExportConfig(**config, lane="adapter"))
     merged = tmp_path / "model"
     _write_with_head(bert_run, merged)
-    with pytest.raises(
-        UsageError, match="int8-static measures its ranges on rows, and a model brings none: give --data"
-    ):
+    with pytest.raises(UsageError, match="int8-static measures ranges of activations on rows: give --data"):
         export(str(merged), ExportConfig(out=tmp_path / "bundle", weights="int8-static"))
     export(str(merged), ExportConfig(out=tmp_path / "bundle", weights="int8-dynamic"))
 

@@ -52,7 +52,7 @@ def bundle(run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export(str(run.path), ExportConfig(out=out, max_tax=1, min_retained=0.3, max_metric_drop=1))
 
 
-def test_an_embedder_learns_and_ships(run: RunFolder, bundle: Bundle) -> None:
+def test_an_embedder_is_trained_and_exported(run: RunFolder, bundle: Bundle) -> None:
     report = run.report()
     assert report["task"] == "feature-extraction"
     assert report["nll"]["best"] < report["nll"]["base"]
@@ -65,7 +65,7 @@ def test_an_embedder_learns_and_ships(run: RunFolder, bundle: Bundle) -> None:
     assert scored["metrics"]["recall_at_1"] == found["test"]["metrics"]["recall_at_1"]["shipped"]
 
 
-def test_a_run_that_is_gone_on_with_ends_as_one_that_was_not_stopped(
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
     bert: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {"max_steps": 4, "eval_steps": 2, "checkpoint_steps": 1, "compute": "fp32"}
@@ -84,7 +84,7 @@ def test_a_run_that_is_gone_on_with_ends_as_one_that_was_not_stopped(
     assert again.report()["metrics"] == whole.report()["metrics"]
 
 
-def test_texts_that_cannot_be_told_apart_are_refused(
+def test_rows_whose_second_texts_are_all_alike_are_refused(
     bert: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = rows.read_text().splitlines(keepends=True)
@@ -104,7 +104,7 @@ def test_texts_that_cannot_be_told_apart_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_base_as_it_is_embeds_as_torch_does(bert: Path, tmp_path: Path) -> None:
+def test_a_base_without_an_adapter_embeds_as_torch(bert: Path, tmp_path: Path) -> None:
     bundle = export(str(bert), ExportConfig(out=tmp_path / "b", weights="fp32"))
     assert bundle.task == "feature-extraction"
     opened = load(bundle)
@@ -122,7 +122,7 @@ def test_a_base_as_it_is_embeds_as_torch_does(bert: Path, tmp_path: Path) -> Non
     assert opened.embed([]).shape[0] == 0
 
 
-def test_the_models_own_files_say_how_to_pool_and_the_option_overrides(bert: Path, tmp_path: Path) -> None:
+def test_pooling_comes_from_the_models_files_unless_the_option_is_given(bert: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(bert, folder)
     assert find_base(str(folder)).pooling == ("mean", True)
@@ -156,7 +156,7 @@ def test_pooling_is_for_embedders(bert: Path, reviews: Path, bundle: Bundle, row
         evaluate(str(bundle.path), EvalConfig(data=str(rows), pooling="cls"))
 
 
-def test_texts_together_are_as_each_alone(bundle: Bundle) -> None:
+def test_a_batch_of_texts_equals_single_texts(bundle: Bundle) -> None:
     opened = load(bundle)
     assert isinstance(opened, TextEmbedder)
     texts = ["good", "the film was very very good", "not a"]
@@ -164,14 +164,14 @@ def test_texts_together_are_as_each_alone(bundle: Bundle) -> None:
         np.testing.assert_allclose(vector, opened.embed([text])[0], atol=1e-5)
 
 
-def test_a_row_out_for_each_row_in(bundle: Bundle, rows: Path, tmp_path: Path) -> None:
+def test_run_writes_a_row_for_each_row(bundle: Bundle, rows: Path, tmp_path: Path) -> None:
     run_file(bundle.path, rows, tmp_path / "out.jsonl", RunConfig(), Silent())
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(answers) == 60
     assert {len(answer["embedding"]) for answer in answers} == {64}
 
 
-def test_a_second_text_that_is_right_for_two_rows_is_no_mistake_for_either() -> None:
+def test_a_second_text_shared_by_two_rows_is_right_for_both() -> None:
     ids = np.array([[1, 2], [1, 3], [1, 4]])
     batch: Any = {"input_ids": ids, "pair_input_ids": np.array([[7], [7], [8]]), "rows": [1, 2, 3]}
     assert duplicate_texts(batch).tolist() == [[False, True, False], [True, False, False], [False] * 3]
@@ -181,7 +181,7 @@ def test_a_second_text_that_is_right_for_two_rows_is_no_mistake_for_either() -> 
     assert nll[0, 0] == pytest.approx(np.log1p(np.exp(-20)), abs=1e-6)
 
 
-def test_recall_counts_a_text_that_stands_twice_once() -> None:
+def test_recall_counts_a_repeated_text_once() -> None:
     first = np.eye(3, dtype=np.float32)
     second = np.array([[1, 0, 0], [1, 0, 0], [0, 0, 1]], np.float32)
     found = recall(first, second, ["a", "a", "c"])

@@ -1,4 +1,4 @@
-"""An encoder bundle's graph in runtimes that know nothing of edge-ft: plain ONNX Runtime, and OpenVINO."""
+"""An encoder bundle's graph in plain ONNX Runtime and in OpenVINO, without edge-ft."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +45,9 @@ def answers(bundle: Path) -> tuple[Feed, NDArray[np.float32]]:
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_plain_onnxruntime_takes_the_models_own_inputs(name: str, bundle_of: Callable[[str, str], Path]) -> None:
+def test_plain_onnxruntime_runs_the_graph_on_the_models_own_inputs(
+    name: str, bundle_of: Callable[[str, str], Path]
+) -> None:
     bundle = bundle_of(name, "fp32")
     feed, expected = answers(bundle)
     session = ort.InferenceSession(bundle / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])

@@ -66,7 +66,7 @@ def batch_of(classifier: TextClassifier, run: RunFolder) -> Batch:
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_the_adapter_lane_computes_what_torch_does_in_padded_batches_and_alone(
+def test_the_adapter_lane_equals_torch_with_and_without_padding(
     name: str, run_of: Callable[[str], RunFolder], tmp_path: Path
 ) -> None:
     run = run_of(name)
@@ -148,7 +148,7 @@ def test_a_step_has_the_gradient_of_plain_peft(name: str, tmp_path: Path) -> Non
         )
 
 
-def test_positions_that_are_never_used_are_no_length(tmp_path: Path) -> None:
+def test_unused_positions_do_not_count_as_length(tmp_path: Path) -> None:
     """RoBERTa and MPNet number positions from the pad token's id + 1 on."""
     for name, length in (("roberta", 62), ("mpnet", 62), ("distilbert", 64)):
         folder = write_encoder(tmp_path / name, tiny_encoder_config(name))
@@ -158,21 +158,21 @@ def test_positions_that_are_never_used_are_no_length(tmp_path: Path) -> None:
         tune(TuneConfig(model=str(tmp_path / "roberta"), data=str(rows), out=tmp_path / "run", max_length=64))
 
 
-def test_shared_layers_have_no_last_ones(tmp_path: Path) -> None:
+def test_layers_last_k_is_refused_for_shared_layers(tmp_path: Path) -> None:
     folder = write_encoder(tmp_path / "albert", tiny_encoder_config("albert"))
     rows = write_reviews(tmp_path / "rows.jsonl")
     with pytest.raises(UsageError, match=r"--layers last:1: this model runs the same 1 layer\(s\) 3 times"):
         tune(TuneConfig(model=str(folder), data=str(rows), out=tmp_path / "run", layers="last:1"))
 
 
-def test_an_encoder_that_was_made_a_decoder_is_refused(tmp_path: Path) -> None:
+def test_an_encoder_configured_as_a_decoder_is_refused(tmp_path: Path) -> None:
     config = tiny_encoder_config("roberta")
     config.is_decoder = True
     with pytest.raises(ModelError, match="made a decoder"):
         find_base(str(write_encoder(tmp_path / "model", config)))
 
 
-def test_a_head_of_two_layers_names_its_classes_and_makes_room_for_others(tmp_path: Path) -> None:
+def test_a_head_of_two_layers_has_class_names_and_can_be_replaced(tmp_path: Path) -> None:
     """RoBERTa's has the classes in its last layer, `classifier.out_proj`."""
     folder = write_encoder(tmp_path / "model", tiny_encoder_config("roberta"))
     own = {0: "low", 1: "middle", 2: "high"}
@@ -190,7 +190,7 @@ def test_a_head_of_two_layers_names_its_classes_and_makes_room_for_others(tmp_pa
 
 @pytest.mark.parametrize("task", ["token-classification", "fill-mask", "feature-extraction"])
 @pytest.mark.parametrize("name", ENCODERS)
-def test_the_graph_of_every_other_task_is_the_model(name: str, task: Task, tmp_path: Path) -> None:
+def test_the_graphs_of_the_other_tasks_equal_the_model(name: str, task: Task, tmp_path: Path) -> None:
     """Over int4 codes, of which a head over the vocabulary shares the embedding's."""
     config = tiny_encoder_config(name)
     folder = write_encoder(tmp_path / "model", config)

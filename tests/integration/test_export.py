@@ -1,4 +1,4 @@
-"""A bundle ships what was trained, says what that cost, and is refused when it cost too much."""
+"""A bundle holds what was trained, reports the quantization tax, and is refused above the limits."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def test_the_adapter_lane_is_exact(bundle_name: str, request: pytest.FixtureRequ
     assert found["adapter_changes_logits"] is True
 
 
-def test_the_manifest_says_what_scripts_rely_on(llama_bundle: Bundle) -> None:
+def test_the_manifest_has_the_keys_that_scripts_rely_on(llama_bundle: Bundle) -> None:
     manifest = llama_bundle.manifest
     assert {"format_version", "task", "family", "model", "quantization", "lane", "files", "verification"} <= set(
         manifest
@@ -85,7 +85,7 @@ def test_no_row_of_the_users_data_is_in_a_bundle(llama_bundle: Bundle, bert_bund
 @pytest.mark.parametrize("weights", ["int4", "fp32"])
 @pytest.mark.parametrize("lane", ["merged", "adapter"])
 @pytest.mark.parametrize("run_name", ["llama_run", "bert_run"])
-def test_the_graph_scores_as_torch_does(
+def test_the_graph_scores_as_torch(
     run_name: str, lane: Any, weights: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     run: RunFolder = request.getfixturevalue(run_name)
@@ -95,7 +95,7 @@ def test_the_graph_scores_as_torch_does(
     assert bundle.manifest["quantization"]["bits"] == {"int4": 4, "fp32": 32}[weights]
 
 
-def test_padded_batches_answer_as_single_rows_do(llama_bundle: Bundle, llama_run: RunFolder) -> None:
+def test_a_padded_batch_scores_as_single_rows(llama_bundle: Bundle, llama_run: RunFolder) -> None:
     rendering = Rendering.from_dict(llama_bundle.manifest["rendering"])
     tokenizer = TextTokenizer.load(llama_bundle.path)
     examples = encode_rows(rendering, tokenizer, read_rows(str(llama_run.split("train"))))[:6]
@@ -107,7 +107,7 @@ def test_padded_batches_answer_as_single_rows_do(llama_bundle: Bundle, llama_run
         np.testing.assert_allclose(together[row, : alone.shape[1]], alone[0], atol=1e-4)
 
 
-def test_greedy_answers_are_those_of_torch(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
+def test_greedy_answers_equal_torch(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
     model, _base = open_run_model(llama_run)
     generator = load(llama_adapter_bundle)
     scorer = TorchScorer(model, "text-generation", generator.stop_ids)
@@ -117,14 +117,14 @@ def test_greedy_answers_are_those_of_torch(llama_run: RunFolder, llama_adapter_b
         assert generator.answer(prompt, 12) == scorer.answer(prompt, 12)
 
 
-def test_an_untied_head_and_another_block_size_ship_too(sums: Path, tmp_path: Path) -> None:
+def test_an_untied_head_and_another_block_size_can_be_exported(sums: Path, tmp_path: Path) -> None:
     model = write_llama(tmp_path / "untied", tie=False)
     bundle = export(str(model), ExportConfig(out=tmp_path / "bundle", data=str(sums), block_size=16))
     assert bundle.manifest["quantization"]["block_size"] == 16
     assert bundle.manifest["verification"]["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-4
 
 
-def test_a_base_as_it_is_has_scores_but_no_gate(llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_a_base_without_an_adapter_has_scores_but_no_gate(llama: Path, sums: Path, tmp_path: Path) -> None:
     bundle = export(str(llama), ExportConfig(out=tmp_path / "bundle", data=str(sums)))
     found = bundle.manifest["verification"]
     assert bundle.manifest["lane"] == "base"
@@ -160,7 +160,7 @@ def foreign_adapter(llama: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("lane", ["merged", "adapter"])
-def test_an_adapter_trained_anywhere_ships_with_its_patterns(
+def test_an_adapter_trained_with_plain_peft_keeps_its_rank_and_alpha_patterns(
     llama: Path, foreign_adapter: Path, tmp_path: Path, lane: Any
 ) -> None:
     bundle = export(
@@ -206,14 +206,16 @@ def assert_refused(run: RunFolder, config: ExportConfig, message: str) -> None:
 
 
 @pytest.mark.usefixtures("bad_rounding")
-def test_a_tax_above_the_limit_refuses_and_keeps_the_bundle_aside(llama_run: RunFolder, tmp_path: Path) -> None:
+def test_a_tax_above_the_limit_refuses_the_bundle_and_keeps_it_as_rejected(
+    llama_run: RunFolder, tmp_path: Path
+) -> None:
     config = ExportConfig(out=tmp_path / "bundle", max_tax=0.0, min_retained=-100.0, max_metric_drop=1.0)
     message = "--max-tax 0.* --lane adapter ships the codes that were trained over"
     assert_refused(llama_run, config, message)
     assert Bundle.open(tmp_path / "bundle.rejected").manifest["verification"]["quantization_tax"] > 0
 
 
-def test_a_retained_gain_below_the_limit_refuses_and_keeps_the_bundle_aside(
+def test_a_retained_gain_below_the_limit_refuses_the_bundle_and_keeps_it_as_rejected(
     llama_run: RunFolder, tmp_path: Path
 ) -> None:
     config = ExportConfig(out=tmp_path / "bundle", **{**LOOSE, "min_retained": 1.5})
@@ -221,7 +223,7 @@ def test_a_retained_gain_below_the_limit_refuses_and_keeps_the_bundle_aside(
 
 
 @pytest.mark.usefixtures("bad_rounding")
-def test_a_fallen_metric_refuses(llama_run: RunFolder, tmp_path: Path) -> None:
+def test_a_metric_drop_above_the_limit_refuses_the_bundle(llama_run: RunFolder, tmp_path: Path) -> None:
     config = ExportConfig(out=tmp_path / "bundle", max_tax=100.0, min_retained=-100.0)
     assert_refused(llama_run, config, r"--max-metric-drop 0\.02")
 
@@ -246,7 +248,7 @@ def test_an_interrupted_export_leaves_nothing(llama_run: RunFolder, tmp_path: Pa
     [{"adapter": Path("x")}, {"data": "x"}, {"task": "text-generation"}],
     ids=lambda option: next(iter(option)),
 )
-def test_a_run_brings_its_own_adapter_rows_and_task(
+def test_options_of_a_model_are_refused_for_a_run(
     llama_run: RunFolder, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     with pytest.raises(UsageError, match=f"--{next(iter(options))} is for a model"):
@@ -254,7 +256,7 @@ def test_a_run_brings_its_own_adapter_rows_and_task(
 
 
 def test_a_bundle_is_not_exported_again(llama_bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="bundle already"):
+    with pytest.raises(UsageError, match="already a bundle"):
         export(str(llama_bundle.path), ExportConfig(out=tmp_path / "bundle"))
 
 
@@ -266,12 +268,12 @@ def test_a_base_that_changed_since_the_run_is_refused(llama: Path, llama_run: Ru
         export(str(tmp_path / "run"), ExportConfig(out=tmp_path / "bundle"))
 
 
-def test_a_float_base_is_read_as_float(llama: Path) -> None:
+def test_a_float_base_is_loaded_as_float(llama: Path) -> None:
     model = load_model(ModelSpec(find_base(str(llama)), "text-generation", "fp32"))
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_layers_of_different_rank_share_a_graph(llama: Path, tmp_path: Path) -> None:
+def test_layers_of_different_rank_work_in_one_graph(llama: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"r": 8, "target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 4}}
     model = get_peft_model(
@@ -291,13 +293,13 @@ def test_a_refusal_is_recorded_and_may_be_replaced(llama_run: RunFolder, tmp_pat
     assert "--min-retained" in Bundle.open(tmp_path / "bundle.rejected").manifest["verification"]["refused"][0]
 
 
-def test_a_folder_that_is_not_ours_is_not_replaced_by_a_refused_bundle(llama_run: RunFolder, tmp_path: Path) -> None:
+def test_a_refused_bundle_does_not_replace_a_users_folder(llama_run: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "bundle.rejected").mkdir()
     with pytest.raises(UsageError, match="exists already"):
         export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle"))
 
 
-def test_a_classifier_adapter_brings_its_head(bert: Path, reviews: Path, tmp_path: Path) -> None:
+def test_a_classifiers_adapter_has_its_own_head(bert: Path, reviews: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = get_peft_model(
         AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2),

@@ -1,4 +1,4 @@
-"""Every decoder family goes the whole way: tune, export in both lanes, and the tokens are those of torch."""
+"""Every decoder family is tuned and exported in both lanes, and the bundle generates torch's tokens."""
 
 import json
 from functools import cached_property, partial
@@ -119,7 +119,7 @@ def padded_batch(lengths: tuple[int, ...] = (30, 11, 3)) -> Batch:
     )
 
 
-def test_a_step_is_that_of_plain_peft_on_the_plain_model(family: Family, tmp_path: Path) -> None:
+def test_a_step_equals_plain_peft_on_the_plain_model(family: Family, tmp_path: Path) -> None:
     """The adapter is saved here and read there, so that the file fits the plain model too."""
     settings = TuneConfig(model="", data="", out=tmp_path, compute="fp32")
     base = find_base(str(family.model))
@@ -149,16 +149,14 @@ def test_a_step_is_that_of_plain_peft_on_the_plain_model(family: Family, tmp_pat
         )
 
 
-def test_it_learns(family: Family) -> None:
+def test_the_loss_falls(family: Family) -> None:
     nll = family.run.report()["nll"]
     assert nll["best"] < nll["base"]
     record(family.name, tune=f"{nll['base']:.2f} → {nll['best']:.2f}")
 
 
 @pytest.mark.parametrize("lane", ["merged", "adapter"])
-def test_the_bundle_answers_with_the_tokens_of_torch(
-    family: Family, lane: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bundle_generates_torchs_tokens(family: Family, lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a prompt longer than the window is read in parts."""
     bundle = family.bundle(lane)
     assert bundle.manifest["verification"]["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-4
@@ -176,20 +174,20 @@ def test_the_bundle_answers_with_the_tokens_of_torch(
 
 
 @pytest.mark.parametrize("lane", ["merged", "adapter"])
-def test_onnxruntime_genai_gives_the_same_tokens(family: Family, lane: str) -> None:
+def test_onnxruntime_genai_generates_the_same_tokens(family: Family, lane: str) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     generator = load(family.bundle(lane), accuracy_level=1)
     generator.stop_ids = frozenset()
     prompt = generator.tokenizer.encode("hello world, the answer 3 is seven hello world")
     params = genai.GeneratorParams(model := genai.Model(str(family.bundle(lane).path)))
     params.set_search_options(max_length=len(prompt) + 8)
-    stranger = genai.Generator(model, params)
-    stranger.append_tokens(prompt)
+    genai_generator = genai.Generator(model, params)
+    genai_generator.append_tokens(prompt)
     tokens = []
-    while not stranger.is_done():
-        stranger.generate_next_token()
-        tokens.append(int(stranger.get_next_tokens()[0]))
-    ours = generator.answer(prompt, 8)
+    while not genai_generator.is_done():
+        genai_generator.generate_next_token()
+        tokens.append(int(genai_generator.get_next_tokens()[0]))
+    ours = genai_generator.answer(prompt, 8)
     assert tokens == ours[: len(tokens)]
     assert len(tokens) == 8 or tokens[-1] in generator.tokenizer.stop_ids
     record(family.name, genai="same tokens")
@@ -197,7 +195,7 @@ def test_onnxruntime_genai_gives_the_same_tokens(family: Family, lane: str) -> N
     record_client(family.name, "text-generation", f"int4 {lane}", client, "the same greedy tokens")
 
 
-def test_openvino_scores_as_onnxruntime_does(family: Family) -> None:
+def test_openvino_scores_as_onnxruntime(family: Family) -> None:
     core = pytest.importorskip("openvino").Core()
     bundle = family.bundle("merged")
     client, held = f"OpenVINO {release('openvino')}, ONNX frontend", "the same logits within 0.002"
@@ -223,7 +221,7 @@ def test_openvino_scores_as_onnxruntime_does(family: Family) -> None:
     seen()
 
 
-def test_a_padded_batch_scores_as_its_rows_do(family: Family) -> None:
+def test_a_padded_batch_scores_as_its_single_rows(family: Family) -> None:
     batch = padded_batch()
     generator = load(family.bundle("merged"), accuracy_level=1)
     together, _ = generator.token_nll(batch)
@@ -239,19 +237,19 @@ def test_a_padded_batch_scores_as_its_rows_do(family: Family) -> None:
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_cannot_be_exported_is_refused_by_name_before_training(reason: str, tmp_path: Path) -> None:
-    name, changes, says = REFUSED[reason]
+def test_a_model_that_cannot_be_exported_is_refused_before_training(reason: str, tmp_path: Path) -> None:
+    name, changes, message = REFUSED[reason]
     model = write_decoder(tmp_path / "model", name)
     file = model / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes), encoding="utf-8")
     config = TuneConfig(model=str(model), data=str(write_sums(tmp_path / "rows.jsonl")), out=tmp_path / "run")
     for command in (tune, plan):
-        with pytest.raises(ModelError, match=says):
+        with pytest.raises(ModelError, match=message):
             command(config)
     assert not (tmp_path / "run").exists()
 
 
-def test_longrope_reads_as_far_as_its_short_table_goes(tmp_path: Path) -> None:
+def test_longrope_is_limited_to_its_short_table(tmp_path: Path) -> None:
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
     family = Family("llama", tmp_path, rope_parameters=rope)

@@ -54,7 +54,7 @@ def filler(bundle: Bundle) -> MaskFiller:
 
 
 @given(st.lists(st.integers(min_value=4, max_value=30_000), max_size=80))
-def test_fifteen_percent_of_the_texts_own_tokens_are_hidden_and_learned(body: list[int]) -> None:
+def test_fifteen_percent_of_a_texts_tokens_are_masked(body: list[int]) -> None:
     ids = [2, *body, 3]
     masked, labels = mask_tokens(ids, 1, 1 + len(body), 1)
     assert (masked, labels) == mask_tokens(ids, 1, 1 + len(body), 1), "whenever the row is read"
@@ -65,7 +65,7 @@ def test_fifteen_percent_of_the_texts_own_tokens_are_hidden_and_learned(body: li
         assert (hidden, label) == ((1, token) if place in places else (token, -100))
 
 
-def test_a_filler_learns_and_ships(run: RunFolder, bundle: Bundle) -> None:
+def test_a_mask_filler_is_trained_and_exported(run: RunFolder, bundle: Bundle) -> None:
     report = run.report()
     assert report["nll"]["best"] < 0.7 * report["nll"]["base"]
     found = bundle.manifest["verification"]
@@ -82,7 +82,7 @@ def test_a_checkpoint_without_a_head_is_refused_before_training(bert: Path, text
         tune(TuneConfig(model=str(bert), data=str(texts), out=tmp_path / "run"))
 
 
-def test_a_mask_gets_its_likeliest_tokens(filler: MaskFiller) -> None:
+def test_fill_returns_the_likeliest_tokens_of_each_mask(filler: MaskFiller) -> None:
     one, two = filler.fill(["the [MASK] was good", "the [MASK] was [MASK]"], top_k=3)
     assert one.fills[0][0].token == "film"
     assert one.text == "the film was good"
@@ -92,7 +92,7 @@ def test_a_mask_gets_its_likeliest_tokens(filler: MaskFiller) -> None:
     assert [len(fills) for fills in two.fills] == [3, 3]
 
 
-def test_padded_rows_are_filled_as_alone(filler: MaskFiller, run: RunFolder) -> None:
+def test_a_padded_batch_is_filled_as_single_rows(filler: MaskFiller, run: RunFolder) -> None:
     examples = encode_rows(filler.rendering, filler.tokenizer, read_rows(str(run.split("train"))))[:8]
     together, _ = filler.token_nll(collate(examples, filler.tokenizer.pad_id, "fill-mask"))
     for row, example in enumerate(examples):
@@ -101,7 +101,7 @@ def test_padded_rows_are_filled_as_alone(filler: MaskFiller, run: RunFolder) -> 
 
 
 @pytest.mark.parametrize(("text", "why"), [("the film", "is missing"), ("a " * 80 + "[MASK]", "beyond the")])
-def test_a_text_needs_a_mask_that_is_read(filler: MaskFiller, text: str, why: str) -> None:
+def test_a_text_needs_a_mask_within_max_length(filler: MaskFiller, text: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         filler.fill([text])
 

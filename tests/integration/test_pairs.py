@@ -36,7 +36,7 @@ def bundle(run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export(str(run.path), ExportConfig(out=out, max_tax=1, min_retained=0.5, max_metric_drop=1))
 
 
-def test_a_pair_is_learned_shipped_and_scored(run: RunFolder, bundle: Bundle) -> None:
+def test_a_pair_classifier_is_trained_exported_and_scored(run: RunFolder, bundle: Bundle) -> None:
     report = run.report()
     assert report["metrics"]["accuracy"]["test"]["value"] == 1
     found = bundle.manifest["verification"]
@@ -57,7 +57,7 @@ def test_token_types_reach_torch_and_the_graph(run: RunFolder, bundle: Bundle) -
     assert np.abs(told - untold).max() > 1e-4
 
 
-def test_padded_pairs_answer_as_alone(bundle: Bundle) -> None:
+def test_a_padded_batch_of_pairs_equals_single_pairs(bundle: Bundle) -> None:
     opened = load(bundle)
     assert isinstance(opened, TextClassifier)
     pairs = [("the film was", "not a bad"), ("the", "good"), ("the film was very very", "not a not a good")]
@@ -66,7 +66,7 @@ def test_padded_pairs_answer_as_alone(bundle: Bundle) -> None:
     assert [found.label for found in opened.classify(pairs)] == ["blame", "praise", "praise"]
 
 
-def test_a_model_of_pairs_wants_pairs(bundle: Bundle, run: RunFolder, tmp_path: Path) -> None:
+def test_a_model_trained_on_pairs_requires_pairs(bundle: Bundle, run: RunFolder, tmp_path: Path) -> None:
     opened = load(bundle)
     with pytest.raises(UsageError, match="was trained on pairs of texts"):
         opened.classify(["the film was good"])

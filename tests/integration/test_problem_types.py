@@ -40,7 +40,7 @@ def shipped(model: Path, data: Path, out: Path, **settings: Any) -> tuple[TextCl
     return opened, run.report(), run.split("test")
 
 
-def test_a_number_is_learned_and_shipped(bert: Path, tmp_path: Path) -> None:
+def test_a_regression_is_trained_and_exported(bert: Path, tmp_path: Path) -> None:
     lines = [
         {
             "text": " ".join(["the film was", *["very"] * (n % 4), ["good", "bad"][n // 4 % 2], *["a"] * (n // 8)]),
@@ -61,7 +61,7 @@ def test_a_number_is_learned_and_shipped(bert: Path, tmp_path: Path) -> None:
     assert nll[:, 0] == pytest.approx((numbers[:, 0] - gold) ** 2 / 2, rel=1e-4), "half the squared error"
 
 
-def test_several_classes_are_learned_and_shipped(bert: Path, tmp_path: Path) -> None:
+def test_a_multi_label_classifier_is_trained_and_exported(bert: Path, tmp_path: Path) -> None:
     lines = [
         {
             "text": " ".join(["the", *["good"] * (n % 2), *["bad"] * (n // 2 % 2), *["was"] * (n // 4)]),
@@ -77,7 +77,7 @@ def test_several_classes_are_learned_and_shipped(bert: Path, tmp_path: Path) -> 
     assert all(0 <= score <= 1 for score in both.scores.values())
 
 
-def test_the_option_wins_over_the_values(bert: Path, tmp_path: Path) -> None:
+def test_the_option_overrides_the_values(bert: Path, tmp_path: Path) -> None:
     lines = [{"text": f"the film {'very ' * (n // 2)}{['good', 'bad'][n % 2]}", "label": n % 2} for n in range(40)]
     data = write(tmp_path / "rows.jsonl", lines)
     run = tune(

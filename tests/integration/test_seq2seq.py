@@ -74,7 +74,7 @@ def held_out(tuned: RunFolder, generator: Seq2SeqGenerator) -> list[list[int]]:
     return [*sources, long]
 
 
-def test_a_run_has_learned_and_its_adapter_loads_with_plain_peft(tuned: RunFolder) -> None:
+def test_a_run_learns_and_its_adapter_loads_with_plain_peft(tuned: RunFolder) -> None:
     report = tuned.report()
     assert report["task"] == TASK
     assert report["nll"]["best"] < 0.5 * report["nll"]["base"]
@@ -87,7 +87,7 @@ def test_a_run_has_learned_and_its_adapter_loads_with_plain_peft(tuned: RunFolde
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8", "fp16", "fp32"])
-def test_every_form_of_weights_ships_merged(weights: Any, tuned: RunFolder, tmp_path: Path) -> None:
+def test_the_merged_lane_ships_in_every_format(weights: Any, tuned: RunFolder, tmp_path: Path) -> None:
     if tuned.base()["model_type"] == "mt5" and weights in ("int8", "fp16"):
         pytest.skip("one shape shows it")
     bundle = export(str(tuned.path), ExportConfig(out=tmp_path / "bundle", weights=weights, **LOOSE))
@@ -104,12 +104,12 @@ def test_every_form_of_weights_ships_merged(weights: Any, tuned: RunFolder, tmp_
     }
 
 
-def test_a_model_without_a_run_ships_too(t5: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_model_without_a_run_can_be_exported(t5: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = export(str(t5("t5, relu, tied")), ExportConfig(out=tmp_path / "bundle"))
     assert (bundle.task, bundle.manifest["lane"]) == (TASK, "base")
 
 
-def test_the_adapter_lane_is_exact_and_its_base_can_be_asked(adapter_bundle: Bundle, held_out: list[list[int]]) -> None:
+def test_the_adapter_lane_is_exact_and_can_run_its_base(adapter_bundle: Bundle, held_out: list[list[int]]) -> None:
     found = adapter_bundle.manifest["verification"]
     assert abs(found["quantization_tax"]) < 1e-3
     assert found["adapter_changes_logits"] is True
@@ -119,7 +119,7 @@ def test_the_adapter_lane_is_exact_and_its_base_can_be_asked(adapter_bundle: Bun
     assert [tuned.answer(ids, 8) for ids in held_out] != [base.answer(ids, 8) for ids in held_out]
 
 
-def test_the_graph_of_the_first_tokens_needs_the_encoders_hidden_states_alone(adapter_bundle: Bundle) -> None:
+def test_the_graph_of_the_first_tokens_needs_only_the_encoders_hidden_states(adapter_bundle: Bundle) -> None:
     """Its logits, keys and values are those of the two graphs that our runtime uses."""
 
     def ran(part: str, **feed: Any) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def test_the_graph_of_the_first_tokens_needs_the_encoders_hidden_states_alone(ad
         np.testing.assert_allclose(value, (second | read)[name], atol=1e-6, err_msg=name)
 
 
-def test_the_model_is_as_it_was_after_the_trace(t5: Callable[[str], Path]) -> None:
+def test_tracing_does_not_change_the_model(t5: Callable[[str], Path]) -> None:
     model: Any = load_model(ModelSpec(find_base(str(t5("t5, relu, tied"))), TASK))
     kind = type(model.encoder.block[0].layer[0].SelfAttention)
     bias, attention = kind.compute_bias, model.config._attn_implementation
@@ -158,7 +158,7 @@ def torch_model(run: RunFolder) -> Any:
     return open_run_model(run)[0].get_base_model()
 
 
-def test_greedy_answers_are_those_of_torchs_generate(
+def test_greedy_answers_equal_transformers_generate(
     tuned: RunFolder, generator: Seq2SeqGenerator, held_out: list[list[int]]
 ) -> None:
     model = torch_model(tuned)
@@ -178,7 +178,7 @@ def test_greedy_answers_are_those_of_torchs_generate(
 
 
 @pytest.mark.parametrize(("beams", "length_penalty"), [(4, 1.0), (2, 0.0), (3, 2.5)])
-def test_beams_are_those_of_torchs_generate(
+def test_beam_search_equals_transformers_generate(
     beams: int, length_penalty: float, tuned: RunFolder, generator: Seq2SeqGenerator, held_out: list[list[int]]
 ) -> None:
     model = torch_model(tuned)
@@ -193,7 +193,7 @@ def test_beams_are_those_of_torchs_generate(
     record(tuned.base()["model_type"], beams="same answers")
 
 
-def test_scores_are_those_of_torch_padded_or_not(tuned: RunFolder, generator: Seq2SeqGenerator) -> None:
+def test_scores_equal_torch_with_and_without_padding(tuned: RunFolder, generator: Seq2SeqGenerator) -> None:
     rows = read_rows(str(tuned.split("test")))
     examples = encode_rows(generator.rendering, generator.tokenizer, rows)
     scorer = TorchScorer(torch_model(tuned), TASK)
@@ -210,7 +210,7 @@ def test_scores_are_those_of_torch_padded_or_not(tuned: RunFolder, generator: Se
     record(tuned.base()["model_type"], padded=f"{worst:.0e}")
 
 
-def test_a_stream_gives_what_generate_does_and_the_seed_decides_a_sample(generator: Seq2SeqGenerator) -> None:
+def test_a_stream_equals_generate_and_the_seed_decides_a_sample(generator: Seq2SeqGenerator) -> None:
     config = RunConfig(temperature=1.5, max_new_tokens=12)
     pieces = "".join(generator.stream("hello 3 the answer", config))
     assert pieces == generator.generate("hello 3 the answer", config).text
@@ -221,7 +221,7 @@ def test_a_stream_gives_what_generate_does_and_the_seed_decides_a_sample(generat
     assert len(others) > 1
 
 
-def test_timed_decoding_does_not_stop(generator: Seq2SeqGenerator) -> None:
+def test_time_decode_ignores_stop_tokens(generator: Seq2SeqGenerator) -> None:
     timings = generator.time_decode([5, 6, 1], 9)
     assert len(timings.decode_s) == 8
     assert 0 < timings.prefill_s <= timings.ttft_s
@@ -237,14 +237,14 @@ def test_timed_decoding_does_not_stop(generator: Seq2SeqGenerator) -> None:
         ("hello", {"stop": ("",)}, "--stop"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(
+def test_options_that_do_not_fit_are_refused(
     prompt: str, config: dict[str, Any], message: str, generator: Seq2SeqGenerator
 ) -> None:
     with pytest.raises(UsageError, match=message):
         generator.generate(prompt, RunConfig(**config))
 
 
-def test_a_bundle_is_evaluated_as_its_run_is(tuned: RunFolder, adapter_bundle: Bundle) -> None:
+def test_a_bundle_and_its_run_have_the_same_evaluation(tuned: RunFolder, adapter_bundle: Bundle) -> None:
     data = str(tuned.split("test"))
     run, bundle = (evaluate(str(path), EvalConfig(data=data)) for path in (tuned.path, adapter_bundle.path))
     assert run["nll"] == pytest.approx(bundle["nll"], abs=1e-3)
@@ -253,7 +253,7 @@ def test_a_bundle_is_evaluated_as_its_run_is(tuned: RunFolder, adapter_bundle: B
 
 
 @pytest.mark.parametrize("peer", ["torch", "ctranslate2"])
-def test_the_bench_measures_it_beside_its_peers(
+def test_the_bench_measures_an_encoder_decoder_and_its_peers(
     peer: str, adapter_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "mt5" in adapter_bundle.manifest["family"]:
@@ -273,7 +273,7 @@ def test_the_bench_measures_it_beside_its_peers(
         assert figures["size_bytes"] > 0
 
 
-def test_ctranslate2_is_no_peer_of_a_decoder(tmp_path: Path) -> None:
+def test_ctranslate2_is_refused_for_a_decoder(tmp_path: Path) -> None:
     decoder = write_decoder(tmp_path / "decoder")
     with pytest.raises(UsageError, match="--peers ctranslate2 is for text2text-generation"):
         bench([str(decoder)], BenchConfig(peers=("ctranslate2",)))

@@ -52,7 +52,7 @@ def tagger(bundle: Bundle) -> TextTagger:
     return opened
 
 
-def test_one_tag_alone_is_nothing_to_learn(bert: Path, tmp_path: Path) -> None:
+def test_rows_with_a_single_tag_are_refused(bert: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     lines = [{"tokens": ["the", "film", *["very"] * n], "tags": ["O", "O", *["O"] * n]} for n in range(20)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -64,7 +64,7 @@ def test_one_tag_alone_is_nothing_to_learn(bert: Path, tmp_path: Path) -> None:
         tune(TuneConfig(model=str(bert), data=str(data), validation=str(held), out=tmp_path / "run"))
 
 
-def test_a_tagger_learns_and_says_so_in_spans(run: RunFolder) -> None:
+def test_a_tagger_learns_and_reports_span_f1(run: RunFolder) -> None:
     report = run.report()
     assert report["task"] == "token-classification"
     assert report["nll"]["test"] < 0.1 * report["nll"]["test_base"]
@@ -73,20 +73,20 @@ def test_a_tagger_learns_and_says_so_in_spans(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(("lane", "weights"), [("merged", "fp32"), ("adapter", "int4"), ("merged", "int8")])
-def test_a_tagger_ships_in_every_lane(run: RunFolder, lane: Any, weights: Any, tmp_path: Path) -> None:
+def test_a_tagger_can_be_exported_in_every_lane(run: RunFolder, lane: Any, weights: Any, tmp_path: Path) -> None:
     config = ExportConfig(out=tmp_path / "b", lane=lane, weights=weights, max_tax=1, min_retained=0.5)
     shipped = export(str(run.path), config).manifest
     assert shipped["verification"]["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-4
     assert shipped["verification"]["test"]["metrics"]["span_f1"]["shipped"]["value"] == 1
 
 
-def test_eval_and_verify_need_the_bundle_alone(bundle: Bundle, run: RunFolder) -> None:
+def test_eval_and_verify_need_only_the_bundle(bundle: Bundle, run: RunFolder) -> None:
     found = evaluate(str(bundle.path), EvalConfig(data=str(run.split("test"))))
     assert found["metrics"]["span_f1"]["value"] == 1
     assert verify(bundle.path, VerifyConfig(data=str(run.split("validation"))))["same_rows"]
 
 
-def test_padded_rows_are_tagged_as_alone(tagger: TextTagger, run: RunFolder) -> None:
+def test_a_padded_batch_is_tagged_as_single_rows(tagger: TextTagger, run: RunFolder) -> None:
     examples = encode_rows(tagger.rendering, tagger.tokenizer, read_rows(str(run.split("train"))))[:8]
     assert len({len(example.input_ids) for example in examples}) > 1
     together, _ = tagger.token_nll(collate(examples, tagger.tokenizer.pad_id, "token-classification"))
@@ -95,7 +95,7 @@ def test_padded_rows_are_tagged_as_alone(tagger: TextTagger, run: RunFolder) -> 
         np.testing.assert_allclose(together[row, : alone.shape[1]], alone[0], atol=1e-4)
 
 
-def test_words_come_back_with_their_place_tag_and_score(tagger: TextTagger) -> None:
+def test_each_word_has_its_position_tag_and_score(tagger: TextTagger) -> None:
     text = "the film, was bad"
     [found] = tagger.tag([text])
     assert [text[word.start : word.end] for word in found.words] == [word.text for word in found.words]
@@ -106,14 +106,14 @@ def test_words_come_back_with_their_place_tag_and_score(tagger: TextTagger) -> N
     assert [(word.start, word.end) for word in listed.words] == [(0, 3), (4, 8), (9, 12), (13, 16)]
 
 
-def test_what_is_too_long_is_said_and_has_no_tag(tagger: TextTagger) -> None:
+def test_words_beyond_max_length_are_reported_and_have_no_tag(tagger: TextTagger) -> None:
     [found] = tagger.tag([["good"] * 100])
     assert (found.prompt_tokens, found.cut) == (64, 38)
     assert found.tags[61] is not None
     assert found.tags[62:] == [None] * 38
 
 
-def test_another_question_is_refused_by_the_task(tagger: TextTagger) -> None:
+def test_methods_of_other_tasks_are_refused(tagger: TextTagger) -> None:
     for call in ("classify", "generate", "embed", "fill"):
         with pytest.raises(UsageError, match="is a token-classification bundle"):
             getattr(tagger, call)(["the film"])

@@ -143,7 +143,7 @@ def past(outputs: dict[str, Array]) -> dict[str, Array]:
 ALL = np.array(0)
 
 
-def test_decoder_scores_right_padded_rows_as_torch_does(decoder: tuple[PreTrainedModel, Graph]) -> None:
+def test_a_decoder_scores_right_padded_rows_as_torch(decoder: tuple[PreTrainedModel, Graph]) -> None:
     model, graph = decoder
     ids, mask = padded_rows()
     logits = graph(input_ids=ids, attention_mask=mask, num_logits_to_keep=ALL)["logits"]
@@ -153,7 +153,7 @@ def test_decoder_scores_right_padded_rows_as_torch_does(decoder: tuple[PreTraine
     np.testing.assert_allclose(logits[mask == 1], expected[mask == 1], atol=TOLERANCE)
 
 
-def test_decoder_gives_the_last_position_to_a_client_that_asks_for_nothing(
+def test_a_decoder_returns_the_last_position_by_default(
     decoder: tuple[PreTrainedModel, Graph],
 ) -> None:
     _, graph = decoder
@@ -165,7 +165,7 @@ def test_decoder_gives_the_last_position_to_a_client_that_asks_for_nothing(
     assert "num_logits_to_keep" not in graph.inputs
 
 
-def test_decoding_from_a_cache_is_the_same_as_reading_the_whole_text(decoder: tuple[PreTrainedModel, Graph]) -> None:
+def test_decoding_with_a_cache_equals_reading_the_whole_text(decoder: tuple[PreTrainedModel, Graph]) -> None:
     model, graph = decoder
     ids, mask = padded_rows((24,))
     expected = torch_logits(model, ids, mask)
@@ -178,7 +178,7 @@ def test_decoding_from_a_cache_is_the_same_as_reading_the_whole_text(decoder: tu
     np.testing.assert_allclose(continued["logits"][:, 0], expected[:, -1], atol=TOLERANCE)
 
 
-def test_rows_of_different_lengths_decode_together(decoder: tuple[PreTrainedModel, Graph]) -> None:
+def test_rows_of_different_lengths_decode_in_one_batch(decoder: tuple[PreTrainedModel, Graph]) -> None:
     model, graph = decoder
     ids, mask = padded_rows()
     outputs = graph(input_ids=ids, attention_mask=mask)
@@ -213,7 +213,7 @@ def test_past_and_present_may_be_one_buffer(decoder: tuple[PreTrainedModel, Grap
         np.testing.assert_allclose(logits[:, 0], expected[:, end - 1], atol=TOLERANCE)
 
 
-def test_decoder_has_the_names_that_its_clients_look_for(decoder: tuple[PreTrainedModel, Graph]) -> None:
+def test_a_decoder_has_the_names_that_clients_expect(decoder: tuple[PreTrainedModel, Graph]) -> None:
     _, graph = decoder
     assert graph.inputs["input_ids"] == ["batch_size", "sequence_length"]
     assert graph.inputs["attention_mask"] == ["batch_size", "total_sequence_length"]
@@ -226,7 +226,7 @@ def test_decoder_has_the_names_that_its_clients_look_for(decoder: tuple[PreTrain
         assert graph.outputs[f"present.1.{part}"] == ["batch_size", 2, "total_sequence_length", 16]
 
 
-def test_encoder_classifies_right_padded_rows_as_torch_does(encoder: tuple[PreTrainedModel, Graph]) -> None:
+def test_an_encoder_classifies_right_padded_rows_as_torch(encoder: tuple[PreTrainedModel, Graph]) -> None:
     model, graph = encoder
     ids, mask = padded_rows((32, 9, 1))
     types = np.zeros_like(ids)
@@ -238,7 +238,7 @@ def test_encoder_classifies_right_padded_rows_as_torch_does(encoder: tuple[PreTr
         np.testing.assert_allclose(single[0], logits[row], atol=TOLERANCE)
 
 
-def test_encoder_has_the_names_that_its_clients_look_for(encoder: tuple[PreTrainedModel, Graph]) -> None:
+def test_an_encoder_has_the_names_that_clients_expect(encoder: tuple[PreTrainedModel, Graph]) -> None:
     _, graph = encoder
     dims = ["batch_size", "sequence_length"]
     assert graph.inputs == {"input_ids": dims, "attention_mask": dims, "token_type_ids": dims}
@@ -246,7 +246,7 @@ def test_encoder_has_the_names_that_its_clients_look_for(encoder: tuple[PreTrain
 
 
 @pytest.mark.parametrize(("make", "block_size"), [(make_decoder, 32), (make_decoder, None), (make_encoder, 32)])
-def test_adapter_beside_the_base(make: Any, block_size: int | None, tmp_path: Path) -> None:
+def test_lora_inputs_beside_the_base(make: Any, block_size: int | None, tmp_path: Path) -> None:
     base = make(block_size)
     tuned = get_peft_model(base, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", init_lora_weights=False))
     layers = {
@@ -286,7 +286,7 @@ def test_adapter_beside_the_base(make: Any, block_size: int | None, tmp_path: Pa
         np.testing.assert_allclose(graph(**feeds, **zeros)["logits"], without, atol=TOLERANCE)
 
 
-def test_an_adapter_for_a_layer_that_is_not_there_is_refused() -> None:
+def test_an_adapter_for_a_missing_layer_is_refused() -> None:
     model = make_decoder(32)
     graph = trace(model, family_of("llama"))
     with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj"):
@@ -304,7 +304,7 @@ def test_an_adapter_may_reach_the_head(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits, torch_logits(model, ids, mask), atol=1e-3)
 
 
-def test_codes_in_the_graph_are_those_of_the_model() -> None:
+def test_the_graph_has_the_models_codes() -> None:
     model = make_decoder(32, tie_word_embeddings=True)
     graph = trace(model, family_of("llama"))
     lower(graph)
@@ -327,7 +327,7 @@ def test_codes_in_the_graph_are_those_of_the_model() -> None:
     assert tensor("model.embed_tokens.qweight") == tensor("lm_head.qweight")
 
 
-def test_a_block_is_as_few_operators_as_one_written_by_hand() -> None:
+def test_a_block_has_as_few_operators_as_one_written_by_hand() -> None:
     operators = []
     for layers in (1, 2):
         graph = trace(make_decoder(32, num_hidden_layers=layers), family_of("llama"))
@@ -355,7 +355,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [make_decoder, make_encoder])
-def test_the_model_is_as_it_was_afterwards(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_does_not_change_the_model(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     ids, mask = padded_rows((11,))
     before = torch_logits(model, ids, mask)
@@ -374,7 +374,7 @@ def test_the_model_is_as_it_was_afterwards(make: Any, monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(torch_logits(model, ids, mask), before)
 
 
-def test_the_exporters_say_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_exporters_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     level = logging.getLogger("torch.onnx").level
     graph = trace(make_decoder(32), family_of("llama"))
     lower(graph)
@@ -382,6 +382,6 @@ def test_the_exporters_say_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert logging.getLogger("torch.onnx").level == level
 
 
-def test_a_head_size_that_onnxruntime_does_not_take_is_refused() -> None:
+def test_a_head_size_that_onnxruntime_does_not_support_is_refused() -> None:
     with pytest.raises(ModelError, match="size 8"):
         trace(make_decoder(head_dim=8), family_of("llama"))

@@ -29,7 +29,7 @@ def test_a_text_gets_the_likeliest_label_and_the_probability_of_each(classifier:
     assert classifier.labels[int(logits.argmax())] == found.label
 
 
-def test_texts_together_are_as_each_alone_and_in_order(classifier: TextClassifier) -> None:
+def test_a_batch_of_texts_equals_single_texts_in_order(classifier: TextClassifier) -> None:
     for together, text in zip(classifier.classify(TEXTS), TEXTS, strict=True):
         [alone] = classifier.classify([text])
         assert together.scores == pytest.approx(alone.scores, abs=1e-6)
@@ -40,18 +40,18 @@ def test_different_texts_get_different_scores(classifier: TextClassifier) -> Non
     assert len({found.scores["yes"] for found in classifier.classify(TEXTS)}) == len(TEXTS)
 
 
-def test_a_long_text_is_cut_and_says_so(classifier: TextClassifier) -> None:
+def test_a_long_text_is_cut_and_the_result_reports_it(classifier: TextClassifier) -> None:
     cut, short = classifier.classify(["a" * 20, "a" * 14])
     assert (cut.prompt_tokens, cut.cut) == (16, 6)
     assert (short.prompt_tokens, short.cut) == (16, 0)
     assert cut.scores == pytest.approx(short.scores)
 
 
-def test_no_texts_no_labels(classifier: TextClassifier) -> None:
+def test_no_texts_give_no_results(classifier: TextClassifier) -> None:
     assert classifier.classify([]) == []
 
 
-def test_the_loss_is_that_of_the_right_class(classifier: TextClassifier) -> None:
+def test_the_loss_is_the_nll_of_the_right_class(classifier: TextClassifier) -> None:
     rows = [classifier.tokenizer.encode_classifier(text, 16).ids for text in ("abc", "xyz")]
     nll, predicted = classifier.token_nll(
         {

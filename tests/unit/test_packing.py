@@ -1,4 +1,4 @@
-"""Graphs that share one file of weights in which no byte is stored twice."""
+"""Graphs that share one file of weights, in which each tensor is stored once."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def quantized_model() -> ir.Model:
 
 
 def external(path: Path) -> dict[str, dict[str, str]]:
-    """By name, where each tensor that is not in the graph file lies."""
+    """The place of each tensor that is not in the graph file, by name."""
     proto = onnx.load(path, load_external_data=False)
     return {
         tensor.name: {entry.key: entry.value for entry in tensor.external_data}
@@ -54,7 +54,9 @@ def external(path: Path) -> dict[str, dict[str, str]]:
 
 @settings(max_examples=10, deadline=None)
 @given(st.lists(arrays(np.float32, st.integers(0, 600), elements=st.sampled_from([0.0, 1.0])), min_size=1, max_size=5))
-def test_a_runtime_reads_back_every_weight(tmp_path_factory: pytest.TempPathFactory, weights: list[np.ndarray]) -> None:
+def test_onnxruntime_reads_back_every_weight(
+    tmp_path_factory: pytest.TempPathFactory, weights: list[np.ndarray]
+) -> None:
     folder = tmp_path_factory.mktemp("packed")
     paths = write_graph(model_of(*weights), folder, "model", (1,))
     session = ort.InferenceSession(str(folder / paths[1]), providers=["CPUExecutionProvider"])
@@ -80,7 +82,7 @@ def test_tensors_start_on_cache_lines_and_small_ones_stay_in_the_graph(tmp_path:
     assert all(int(place["offset"]) % 64 == 0 for place in places.values())
 
 
-def test_variants_differ_in_the_accuracy_level_alone(tmp_path: Path) -> None:
+def test_variants_differ_only_in_the_accuracy_level(tmp_path: Path) -> None:
     model = quantized_model()
     assert write_graph(model, tmp_path, "model_q4") == {1: "onnx/model_q4.onnx", 4: "onnx/model_q4_a4.onnx"}
     exact, fast = (onnx.load(tmp_path / "onnx" / name) for name in ("model_q4.onnx", "model_q4_a4.onnx"))
@@ -98,7 +100,7 @@ def test_variants_differ_in_the_accuracy_level_alone(tmp_path: Path) -> None:
     }
 
 
-def test_the_model_that_is_written_stays_in_memory_and_unchanged(tmp_path: Path) -> None:
+def test_writing_a_model_does_not_change_it(tmp_path: Path) -> None:
     model = quantized_model()
     write_graph(model, tmp_path, "model_q4")
     assert not any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())

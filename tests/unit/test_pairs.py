@@ -50,12 +50,14 @@ def test_a_control_token_in_a_text_stays_text(folder: Path) -> None:
         (["text", "text_pair", "label"], {"prompt": "{text}"}, ("{text}", None)),
     ],
 )
-def test_two_texts_are_recognised_or_named(names: list[str], config: dict[str, Any], texts: tuple[str, Any]) -> None:
+def test_columns_of_two_texts_are_recognised_or_named(
+    names: list[str], config: dict[str, Any], texts: tuple[str, Any]
+) -> None:
     columns = find_columns(names, RowsConfig(**config), "text-classification")
     assert (columns.prompt, columns.pair) == texts
 
 
-def test_a_second_text_is_for_classification() -> None:
+def test_a_second_text_is_only_for_classification() -> None:
     with pytest.raises(DataError, match="--text-pair is for text-classification"):
         find_columns(["a", "b"], RowsConfig(prompt="{a}", text_pair="{b}"), "text-generation")
     with pytest.raises(UsageError, match="--text-pair needs --prompt"):

@@ -25,7 +25,7 @@ from edge_ft.evaluate.metrics import multi_label_f1, number_metrics
         ([True, False], "single_label_classification"),
     ],
 )
-def test_the_values_say_what_they_are(values: list[Any], problem: str) -> None:
+def test_the_problem_type_is_inferred_from_the_values(values: list[Any], problem: str) -> None:
     assert guess_problem([Row(n, {"label": value}) for n, value in enumerate(values)], "label") == problem
 
 
@@ -54,7 +54,7 @@ def test_other_values_are_refused(value: Any, problem: Any, message: str) -> Non
         read_classes(value, problem, "row 7")
 
 
-def test_the_metrics_are_the_libraries() -> None:
+def test_the_metrics_equal_those_of_libraries() -> None:
     random = np.random.default_rng(0)
     ours, right = random.random((60, 4)) > 0.6, random.random((60, 4)) > 0.5
     found = multi_label_f1(ours, right)

@@ -28,7 +28,7 @@ def tokenizer_and_rendering(folder: Path, rows: RowsConfig = RowsConfig(), **lim
     return tokenizer, make_rendering(rows, columns, TASK, tokenizer, limits.get("max_length", 64))
 
 
-def test_a_row_is_two_sequences_each_with_its_end(t5: Callable[[str], Path]) -> None:
+def test_a_row_becomes_two_sequences_with_an_end_token_each(t5: Callable[[str], Path]) -> None:
     tokenizer, rendering = tokenizer_and_rendering(t5("t5, relu, tied"))
     rows = [Row(1, {"prompt": "hello", "completion": "seven"}), Row(2, {"prompt": "hello world", "completion": "the"})]
     first, second = encode_rows(rendering, tokenizer, rows)
@@ -41,7 +41,7 @@ def test_a_row_is_two_sequences_each_with_its_end(t5: Callable[[str], Path]) -> 
     assert batch["labels"][0].tolist()[: len(first.labels)] == first.labels
 
 
-def test_source_and_target_are_cut_each_and_said(t5: Callable[[str], Path]) -> None:
+def test_source_and_target_are_cut_separately_and_reported(t5: Callable[[str], Path]) -> None:
     tokenizer, rendering = tokenizer_and_rendering(t5("t5, relu, tied"), max_length=8)
     row = Row(1, {"prompt": "hello world " * 9, "completion": "seven " * 20})
     (example,) = encode_rows(rendering, tokenizer, [row])
@@ -62,7 +62,7 @@ def test_source_and_target_are_cut_each_and_said(t5: Callable[[str], Path]) -> N
         (["text", "label"], {"label": "label"}, "--label label is for text-classification"),
     ],
 )
-def test_rows_that_are_no_pairs_are_refused(
+def test_rows_without_two_texts_are_refused(
     columns: list[str], settings: dict[str, Any], message: str, t5: Callable[[str], Path]
 ) -> None:
     tokenizer = TextTokenizer.load(t5("t5, relu, tied"))
@@ -71,7 +71,7 @@ def test_rows_that_are_no_pairs_are_refused(
         make_rendering(config, find_columns(columns, config, TASK), TASK, tokenizer, 64)
 
 
-def test_a_model_that_does_not_say_where_an_answer_begins_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_a_decoder_start_token_is_refused(tmp_path: Path) -> None:
     folder = write_t5(tmp_path / "t5")
     config = json.loads((folder / "config.json").read_text())
     del config["decoder_start_token_id"]
@@ -101,7 +101,7 @@ def test_both_stacks_are_rounded_and_share_one_embedding(
         assert same == head_is_tied
 
 
-def test_a_head_that_is_in_the_file_is_not_tied_whatever_the_config_says(t5: Callable[[str], Path]) -> None:
+def test_a_head_in_the_checkpoint_is_never_tied(t5: Callable[[str], Path]) -> None:
     base = find_base(str(t5("mt5, gated, untied")))
     whole: Any = load_model(ModelSpec(base, TASK, "fp32"))
     rounded: Any = load_model(ModelSpec(base, TASK, "int8"))
@@ -109,7 +109,7 @@ def test_a_head_that_is_in_the_file_is_not_tied_whatever_the_config_says(t5: Cal
     torch.testing.assert_close(rounded.lm_head.dequantize().T, whole.lm_head.weight, atol=0.01, rtol=0)
 
 
-def test_last_k_layers_are_those_of_each_stack(t5: Callable[[str], Path]) -> None:
+def test_layers_last_k_applies_to_each_stack(t5: Callable[[str], Path]) -> None:
     base = find_base(str(t5("t5, relu, tied")))
     settings: dict[str, Any] = {"model": "-", "data": "-", "out": "-"}
 
@@ -123,7 +123,7 @@ def test_last_k_layers_are_those_of_each_stack(t5: Callable[[str], Path]) -> Non
         adapted("last:3")
 
 
-def test_a_fused_step_gives_the_loss_and_the_gradient_of_a_plain_one(t5: Callable[[str], Path]) -> None:
+def test_a_fused_step_has_the_loss_and_the_gradient_of_a_plain_one(t5: Callable[[str], Path]) -> None:
     base = find_base(str(t5("mt5, gated, untied")))
     tokenizer, rendering = tokenizer_and_rendering(base.path)
     rows = [Row(1, {"prompt": "hello", "completion": "seven"}), Row(2, {"prompt": "hello world", "completion": "the"})]
@@ -152,7 +152,7 @@ def test_a_fused_step_gives_the_loss_and_the_gradient_of_a_plain_one(t5: Callabl
             torch.testing.assert_close(gradient, plain, atol=1e-4, rtol=1e-3)
 
 
-def test_rows_are_shown_as_they_are_read(t5: Callable[[str], Path], tmp_path: Path) -> None:
+def test_plan_shows_rows_as_the_model_reads_them(t5: Callable[[str], Path], tmp_path: Path) -> None:
     base = find_base(str(t5("t5, relu, tied")))
     data = write_sums(tmp_path / "sums.jsonl")
     config = TuneConfig(model=str(base.path), data=str(data), out=tmp_path / "run", show=1)
@@ -169,6 +169,6 @@ def test_rows_are_shown_as_they_are_read(t5: Callable[[str], Path], tmp_path: Pa
         ({"length_penalty": 2.0}, "give --num-beams above 1"),
     ],
 )
-def test_beams_go_with_nothing_that_would_be_ignored(settings: dict[str, Any], message: str) -> None:
+def test_options_that_beams_would_ignore_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RunConfig(**settings)

@@ -42,7 +42,7 @@ def tagging(max_length: int = 64) -> Rendering:
     st.integers(min_value=2, max_value=24),
     st.randoms(use_true_random=False),
 )
-def test_each_tag_is_at_its_words_first_token_and_nowhere_else(
+def test_each_tag_is_only_at_its_words_first_token(
     tokenizer: TextTokenizer, words: list[str], max_length: int, random: Any
 ) -> None:
     tags = [random.choice(TAGS) for _ in words]
@@ -61,7 +61,7 @@ def test_each_tag_is_at_its_words_first_token_and_nowhere_else(
     assert example.labels == expected
 
 
-def test_a_word_with_no_token_or_no_room_has_no_place(tokenizer: TextTokenizer) -> None:
+def test_a_word_without_tokens_or_beyond_max_length_has_no_position(tokenizer: TextTokenizer) -> None:
     found = encode_words(tokenizer, ["good", "\u200b", "film", "was"], 4)
     assert found.starts == [1, None, 2, None]
     assert found.cut == 1
@@ -75,14 +75,14 @@ def test_a_text_is_split_as_annotators_do() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"tokens": ["a"], "tags": ["O"]}, {"words": ["a"], "ner_tags": [1], "id": 3}])
-def test_words_and_tags_are_recognised(fields: dict[str, Any]) -> None:
+def test_columns_of_words_and_tags_are_recognised(fields: dict[str, Any]) -> None:
     names = list(fields)
     assert guess_task(names, RowsConfig(), "encoder") == "token-classification"
     columns = find_columns(names, RowsConfig(), "token-classification")
     assert (columns.prompt, columns.label) == ("{" + names[0] + "}", names[1])
 
 
-def test_words_and_tags_may_be_named() -> None:
+def test_columns_of_words_and_tags_may_be_named() -> None:
     config = RowsConfig(prompt="{sentence}", label="marks")
     columns = find_columns(["sentence", "marks"], config, "token-classification")
     assert (columns.prompt, columns.label) == ("{sentence}", "marks")
@@ -101,7 +101,9 @@ def test_words_and_tags_may_be_named() -> None:
         ({"tokens": ["a"], "tags": None}, "row 5: column 'tags' is null"),
     ],
 )
-def test_rows_that_cannot_be_tagged_are_named(tokenizer: TextTokenizer, fields: dict[str, Any], message: str) -> None:
+def test_rows_without_valid_words_and_tags_are_reported(
+    tokenizer: TextTokenizer, fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         encode_rows(tagging(), tokenizer, [Row(5, fields)])
 
@@ -118,7 +120,7 @@ def test_conll_files_are_read_sentence_by_sentence(tmp_path: Path) -> None:
         read_rows(str(file))
 
 
-def test_span_f1_is_seqevals() -> None:
+def test_span_f1_equals_seqevals() -> None:
     from seqeval.metrics import f1_score
 
     gold = [["B-a", "I-a", "O"], ["B-b", "O", "B-a"], ["O", "O", "O"]]
