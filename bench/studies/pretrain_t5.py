@@ -66,7 +66,7 @@ def write_t5_tokenizer(folder: Path, texts: Sequence[str], vocabulary: int) -> N
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    # As it is in tokenizer.json: T5's own class would add a hundred sentinels to it.
+    # The class that reads tokenizer.json unchanged: T5's own would add a hundred sentinel tokens.
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
     write_json(folder / "tokenizer_config.json", names)
 

@@ -1,4 +1,4 @@
-"""Benches that are really run: fresh processes over tiny bundles, runs and models."""
+"""Benches in fresh processes over tiny bundles, runs and models."""
 
 import json
 import subprocess
@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.bench import bench
+from edge_ft.bench.meters import machine
 from edge_ft.bench.record import DECODER_UNITS, units_of
 from edge_ft.bench.report import table
 from edge_ft.bench.subprocess_job import run_worker
@@ -44,6 +45,12 @@ def check_decoder(found: dict[str, Any], repeats: int) -> None:
         assert cold > load
 
 
+def test_the_machine_is_described() -> None:
+    here = machine()
+    assert here["cpu"] and here["os"] and here["python"]
+    assert int(here["cores"] or 0) >= 1
+
+
 def test_bundles_of_both_tasks(tmp_path: Path) -> None:
     decoder, classifier = write_decoder(tmp_path / "decoder"), write_classifier(tmp_path / "classifier")
     records = bench([str(decoder), str(classifier)], SHORT)
@@ -59,7 +66,7 @@ def test_bundles_of_both_tasks(tmp_path: Path) -> None:
     json.dumps(records, allow_nan=False)
 
 
-def test_peak_memory_is_the_childs_own(tmp_path: Path) -> None:
+def test_peak_memory_is_that_of_the_measuring_process(tmp_path: Path) -> None:
     ballast = bytearray(b"x") * 400_000_000  # resident here, where the child is forked
     result = run_worker(_bundle_job(write_decoder(tmp_path / "decoder")), "a bundle", 1)
     assert len(ballast) > 3 * result["peak_rss_bytes"]
@@ -82,7 +89,7 @@ def test_a_file_of_the_users_named_like_a_library_is_not_imported(
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="a limit needs /proc")
-def test_not_fitting_is_a_result_and_is_shown_once(tmp_path: Path) -> None:
+def test_not_fitting_is_a_result_and_is_reported_once(tmp_path: Path) -> None:
     news: list[str] = []
 
     class Listener:
@@ -103,7 +110,7 @@ def test_not_fitting_is_a_result_and_is_shown_once(tmp_path: Path) -> None:
     check_decoder(by_metric(bench([str(tmp_path / "b")], roomy), "edge-ft", "b"), 1)
 
 
-def test_a_child_that_dies_is_one_clear_error() -> None:
+def test_a_process_that_dies_is_one_clear_error() -> None:
     with pytest.raises(EdgeFTError, match="the look at it ended with exit code 1: KeyError: 'bundle'"):
         run_worker({"do": "bundle"}, "the look at it", 1)
 
@@ -166,7 +173,7 @@ def test_openvino_measures_the_graph_of_each_encoder_bundle(bert_bundle: Bundle)
     assert found["load_s"]["environment"]["openvino"] in openvino.__version__
 
 
-def test_openvino_says_what_it_is_not_for(
+def test_openvino_refuses_what_it_does_not_measure(
     llama_bundle: Bundle, bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match=r"--peers openvino measures classifiers, and .* is for text-generation"):
@@ -180,7 +187,7 @@ def test_openvino_says_what_it_is_not_for(
         BenchConfig(peers=("openvine",))
 
 
-def test_a_peer_that_is_not_the_bundles_base_any_more_is_refused(
+def test_a_peer_that_is_no_longer_the_bundles_base_is_refused(
     tmp_path: Path, llama_bundle: Bundle, llama: Path
 ) -> None:
     manifest = json.loads(json.dumps(llama_bundle.manifest))
@@ -215,7 +222,7 @@ def _bundle_job(bundle: Path) -> dict[str, Any]:
     return {"do": "bundle", "bundle": str(bundle), "task": "text-generation", "accuracy_level": None, **asked}
 
 
-def test_quality_stands_beside_speed_in_the_same_run(
+def test_quality_is_recorded_beside_speed(
     llama_bundle: Bundle, llama_run: RunFolder, bert_bundle: Bundle, bert_run: RunFolder
 ) -> None:
     data = str(llama_run.split("test"))

@@ -1,7 +1,6 @@
-"""The race of two trainers: what its figures mean, and that it is run as it says, on tiny models."""
+"""The race of two trainers on tiny models."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,12 @@ import pytest
 from tiny_models import write_decoder
 
 from edge_ft.bench.studies import kept_jobs, race_worker, training
-from edge_ft.bench.studies.curves import best_nll, compare, interval, largest_difference, text_of, time_to
+from edge_ft.bench.studies.curves import text_of
 from edge_ft.bench.studies.kept_jobs import KeptJobs
 from edge_ft.bench.studies.training import LIBRARY_RATE, Race, Trainings, main, run
 from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.errors import BudgetFailed, UsageError
 
-WORK = {"flops_per_token": 1e6, "sgemm_gflops": 10.0}
 RATIOS = {"time_to_baseline_best", "cpu_time_to_baseline_best", "peak_rss", "same_recipe_speed"}
 RUN = {
     *(
@@ -29,22 +27,6 @@ RUN = {
     ),
     *("peak_rss_bytes", "tokens_per_second", "percent_of_sgemm", "process_seconds", "seconds_to_50%_of_gain"),
 }
-
-
-def curve(*nlls: float | None, pace: float = 10.0) -> list[dict[str, Any]]:
-    return [{"step": n, "seconds": pace * n, "cpu_seconds": 2 * pace * n, "nll": nll} for n, nll in enumerate(nlls)]
-
-
-def result(points: list[dict[str, Any]], seed: int = 0, peak: int = 10**9) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        "learning_rate": 1e-3,
-        "curve": points,
-        "steps": points[-1]["step"],
-        "tokens": 1000,
-        "peak_rss_bytes": peak,
-        "process_seconds": 50.0,
-    }
 
 
 @pytest.fixture
@@ -64,63 +46,6 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def trained(jobs: list[dict[str, Any]]) -> list[tuple[str, int, float | None]]:
     return [(job["do"], job["seed"], job.get("learning_rate")) for job in jobs if job["do"] in ("baseline", "ours")]
-
-
-def test_the_time_to_a_loss_lies_between_two_evaluations() -> None:
-    points = curve(4.0, 2.0, 3.0, 1.0)
-    assert time_to(points, 3.0, "seconds") == 5.0
-    assert time_to(points, 3.0, "cpu_seconds") == 10.0
-    assert time_to(points, 2.0, "seconds") == 10.0  # the first time, though it rose again
-    assert time_to(points, 1.5, "seconds") == 27.5
-    assert time_to(points, 0.9, "seconds") is None
-    assert time_to(points, 5.0, "seconds") == 0.0
-
-
-def test_a_loss_that_is_no_number_is_never_a_best_nor_reached_by_interpolation() -> None:
-    points = curve(4.0, None, 2.0)
-    assert best_nll(points) == 2.0
-    assert time_to(points, 3.0, "seconds") == 20.0
-
-
-def test_curves_are_compared_at_the_same_steps_only() -> None:
-    assert largest_difference(curve(4.0, 2.0), curve(4.5, 2.25)) == 0.5
-    assert largest_difference(curve(4.0, 2.0), curve(4.0)) == math.inf
-    assert largest_difference(curve(4.0, 2.0), curve(4.0, None)) == math.inf
-
-
-def test_the_interval_is_students() -> None:
-    assert interval([2.0]) is None
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
-
-
-def test_ratios_are_ours_over_the_baselines_with_each_seeds_own_target() -> None:
-    baseline = [result(curve(4.0, 2.0), peak=3 * 10**9), result(curve(4.0, 3.0), seed=1, peak=3 * 10**9)]
-    ours = [result(curve(4.0, 2.0, pace=5.0)), result(curve(4.0, 2.0, pace=5.0), seed=1)]
-    report = compare(baseline, [], ours, WORK)
-    assert report["ratio_per_seed"]["time_to_baseline_best"] == [0.5, 0.25]
-    assert report["ratio"]["time_to_baseline_best"] == 0.375
-    assert report["ratio"]["peak_rss"] == pytest.approx(1 / 3)
-    assert report["ratio"]["speed"] == report["ratio"]["cpu_speed"] == 2.0
-    assert report["ratio"]["same_recipe_speed"] is None
-    low, high = report["ratio_interval"]["time_to_baseline_best"]
-    assert low < 0.375 < high
-    assert report["ours"][0]["tokens_per_second"] == 200
-    assert report["ours"][0]["percent_of_sgemm"] == pytest.approx(2.0)  # 200 of 10 GFLOP/s / 1 MFLOP
-    assert report["ours"][1]["seconds_to_50%_of_gain"] == 1.25  # 3.5 nats
-
-
-def test_a_target_that_was_not_reached_has_no_time_and_no_ratio() -> None:
-    baseline = [result(curve(4.0, 2.0)), result(curve(4.0, 2.0), seed=1)]
-    ours = [result(curve(4.0, 1.0)), result(curve(4.0, 2.5), seed=1)]
-    report = compare(baseline, [], ours, WORK)
-    assert report["ours"][1]["seconds_to_baseline_best"] is None
-    assert report["ratio"]["time_to_baseline_best"] is None
-    assert report["ratio_interval"]["time_to_baseline_best"] is None
-    assert report["ratio_per_seed"]["time_to_baseline_best"] == [pytest.approx(2 / 3), None]
-    assert report["ratio"]["time_to_50%_of_gain"] is not None
-    report |= {"sweep": [], "sweep_at_edge": False, "same_recipe": None, "case": {"flops_per_token": 1e6}}
-    report["machine"] = {"sgemm_gflops": 10.0, "threads": 1, "sgemm_shape": "1x1x1"}
-    assert "time_to_baseline_best: not reached by 1 of 2 seeds" in text_of(report)
 
 
 def test_a_race_sweeps_the_baseline_and_does_only_what_is_missing(
@@ -190,7 +115,7 @@ def test_the_same_recipe_gives_the_same_curve(
     assert report["ratio"]["time_to_baseline_best"] is None
 
 
-def test_the_same_recipe_of_a_classifier_drops_nothing_out(
+def test_the_same_recipe_of_a_classifier_is_without_dropout(
     jobs: list[dict[str, Any]], bert: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(training.SAME_RECIPE, "compute", "fp32")
@@ -204,7 +129,7 @@ def test_the_same_recipe_of_a_classifier_drops_nothing_out(
     assert case["flops_per_token"] == pytest.approx(4 * (2 * layer + head))
 
 
-def test_curves_that_part_are_refused(
+def test_curves_that_differ_are_refused(
     jobs: list[dict[str, Any]], llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "AGREEMENT", -1.0)
@@ -219,7 +144,7 @@ def test_curves_that_part_are_refused(
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_the_baseline_does_not_learn_is_refused(bert: Path, tmp_path: Path) -> None:
+def test_a_task_that_the_baseline_does_not_learn_is_refused(bert: Path, tmp_path: Path) -> None:
     rows = tmp_path / "stars.jsonl"
     rows.write_text("".join(json.dumps({"text": f"the film was {n}", "label": n / 7}) + "\n" for n in range(40)))
     job = {"tune": {"model": str(bert)}, "data": str(rows), "validation": None, "train_rows": 20, "eval_rows": 5}

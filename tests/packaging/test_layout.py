@@ -42,7 +42,7 @@ def test_the_wheel_holds_every_module_under_one_name(tmp_path: Path) -> None:
     assert presets == {name for name in names if name.startswith("edge_ft/presets/")} != set()
 
 
-def test_the_version_is_written_once_in_spirit() -> None:
+def test_the_version_is_that_of_the_project() -> None:
     import edge_ft
 
     assert edge_ft.__version__ == PROJECT["project"]["version"]

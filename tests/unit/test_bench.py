@@ -11,7 +11,7 @@ from small_tokenizers import write_bpe
 from tiny_bundle import write_classifier
 
 from edge_ft.bench import bench
-from edge_ft.bench.meters import MemoryLimit, group_parents, machine
+from edge_ft.bench.meters import MemoryLimit, group_parents
 from edge_ft.bench.record import DECODER_UNITS, classifier_lengths, records_of, units_of
 from edge_ft.bench.report import budget_failures, markdown_table, table
 from edge_ft.bench.subjects import Subject, short_names
@@ -113,7 +113,7 @@ def test_budgets_are_for_bundles_and_not_for_peers() -> None:
     assert len(budget_failures(slow_peer, budget)) == 1
 
 
-def test_a_budget_that_nothing_was_measured_for_has_not_held() -> None:
+def test_a_budget_that_nothing_was_measured_for_fails() -> None:
     budget = BenchConfig(max_rss_mb=1000)
     assert budget_failures(decoder_records(note="does not fit into 100 MB"), budget) == [
         "--max-rss-mb 1000: edge-ft b does not fit into 100 MB"
@@ -137,7 +137,7 @@ def test_names_are_unique(sources: list[str]) -> None:
 
 @pytest.mark.parametrize("length", [1, 7, 128, 1000])
 @pytest.mark.parametrize("bos", [None, "<|im_start|>"])
-def test_every_subject_reads_the_same_prompt_of_exactly_the_asked_length(
+def test_every_subject_reads_the_same_prompt_of_exactly_the_requested_length(
     tmp_path: Path, length: int, bos: str | None
 ) -> None:
     tokenizer = TextTokenizer.load(write_bpe(tmp_path, bos=bos))
@@ -147,7 +147,7 @@ def test_every_subject_reads_the_same_prompt_of_exactly_the_asked_length(
     assert (ids[0] == tokenizer.bos_id) == (bos is not None)
 
 
-def test_a_classifiers_text_keeps_the_models_frame(tmp_path: Path) -> None:
+def test_a_classifiers_text_keeps_the_tokens_around_it(tmp_path: Path) -> None:
     tokenizer = TextTokenizer.load(write_classifier(tmp_path / "classifier"))
     ids = classifier_ids(tokenizer, 2000)
     assert len(ids) == 2000
@@ -159,12 +159,6 @@ def test_a_classifiers_text_keeps_the_models_frame(tmp_path: Path) -> None:
 def test_no_subject_is_refused() -> None:
     with pytest.raises(UsageError, match="at least one"):
         bench([], BenchConfig())
-
-
-def test_the_machine_is_described() -> None:
-    here = machine()
-    assert here["cpu"] and here["os"] and here["python"]
-    assert int(here["cores"] or 0) >= 1
 
 
 @pytest.mark.parametrize(
@@ -185,7 +179,7 @@ def test_where_a_cgroup_may_be_made(tmp_path: Path, own: str, metered: list[str]
     assert group_parents(tmp_path / "own", tmp_path) == [tmp_path / folder for folder in expected]
 
 
-def test_a_cgroup_carries_the_limit_and_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cgroup_has_the_limit_and_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "rmdir", lambda folder: shutil.rmtree(folder))  # the kernel's files go with the group
     limit = MemoryLimit(5 * 10**6, tmp_path)
     with limit.group() as group:

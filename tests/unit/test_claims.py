@@ -1,4 +1,4 @@
-"""`make claims` keeps every result, goes on where it was stopped, and says nothing that was not measured."""
+"""`make claims` keeps every result, resumes where it was stopped, and writes only figures that were measured."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from edge_ft.errors import EdgeFTError, UsageError
 
 
 class EdgeFT:
-    """Commands that take no time: they remember what they were given and leave what real ones would."""
+    """Commands that take no time: they record their arguments and write the files of real ones."""
 
     def __init__(self) -> None:
         self.given: list[tuple[str, ...]] = []
@@ -62,7 +62,7 @@ def case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Case:
 STAGES = ["tune", "export", "export", "eval", "eval", "eval"]
 
 
-def test_a_case_is_trained_exported_and_asked(case: Case, tmp_path: Path) -> None:
+def test_a_case_is_trained_exported_and_scored(case: Case, tmp_path: Path) -> None:
     command = EdgeFT()
     claims.run_case(case, tmp_path / "case", command)
     assert command.commands == STAGES
@@ -84,7 +84,7 @@ def test_what_is_done_is_not_done_again(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("died", ["tune", "export", "eval"])
-def test_a_stopped_case_goes_on_with_the_stage_that_it_was_in(case: Case, tmp_path: Path, died: str) -> None:
+def test_a_stopped_case_resumes_with_its_unfinished_stage(case: Case, tmp_path: Path, died: str) -> None:
     command = EdgeFT()
     command.dies_at = died
     with pytest.raises(EdgeFTError, match=f"edge-ft {died} ended with exit code 70"):
@@ -97,14 +97,14 @@ def test_a_stopped_case_goes_on_with_the_stage_that_it_was_in(case: Case, tmp_pa
         assert again.given[0][-3] == "--resume", "from its checkpoint"
 
 
-def test_a_result_that_was_being_written_is_nobodys(case: Case, tmp_path: Path) -> None:
+def test_a_partly_written_result_is_not_used(case: Case, tmp_path: Path) -> None:
     write_text(tmp_path / "case" / ".tune.json", "{")
     command = EdgeFT()
     claims.run_case(case, tmp_path / "case", command)
     assert command.commands == STAGES
 
 
-def test_a_refused_export_is_a_result_and_is_not_asked(case: Case, tmp_path: Path) -> None:
+def test_a_refused_export_is_a_result_and_is_not_scored_on_answers(case: Case, tmp_path: Path) -> None:
     command = EdgeFT()
     command.refuses = True
     claims.run_case(case, tmp_path / "case", command)
@@ -167,7 +167,7 @@ def test_without_results_no_number_is_written() -> None:
             assert not [cell for cell in row if re.fullmatch(r"[+-]?\d+\.\d+.*", cell)], row
 
 
-def test_figures_are_those_that_were_kept() -> None:
+def test_figures_are_those_of_the_kept_results() -> None:
     test = {
         "nll": {"base": 2.8, "trained": 1.5, "shipped": 1.6},
         "metrics": {
@@ -198,7 +198,7 @@ def test_figures_are_those_that_were_kept() -> None:
     assert found["understanding"][0][-1] == "better, but refused by the gate"
 
 
-def test_a_lower_loss_is_better_and_a_metric_without_phrases_is_no_gap() -> None:
+def test_a_lower_loss_is_better_and_a_metric_without_phrases_is_a_dash() -> None:
     def answers(nll: float, **metrics: dict[str, float]) -> dict[str, Any]:
         return {"nll": nll, "nll_interval": [nll - 0.1, nll + 0.1], "metrics": metrics}
 

@@ -57,7 +57,7 @@ def test_a_model_that_is_refused_is_named_with_its_reason() -> None:
     assert "| llama | int4 | other 1.2 | same tokens; not phi3 and gemma2: no cache; not opt: no table |" in line
 
 
-def test_all_of_a_kind_have_a_word_and_what_is_special_stays_named() -> None:
+def test_all_models_of_a_kind_are_named_together_and_others_by_name() -> None:
     (line,) = lines(render_clients([*map(seen, DECODERS), seen("opt-350m"), seen("phi3 with more keys")]))
     assert "| every decoder, phi3 with more keys |" in line
     (line,) = lines(render_clients([seen("t5"), seen("mt5")]))

@@ -1,4 +1,4 @@
-"""A small GPT-2 is made from real text by a script, with GPT-2's own tokens."""
+"""The pretraining of a small GPT-2 on real text, with GPT-2's own tokens."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_the_tokenizer_is_gpt2s(tmp_path: Path) -> None:
     assert tokenizer.stop_ids == {50256}
 
 
-def test_its_first_tokens_are_a_tokenizer_of_their_own(tmp_path: Path) -> None:
+def test_a_tokenizer_of_the_first_tokens(tmp_path: Path) -> None:
     write_gpt2_tokenizer(tmp_path, 1024)
     tokenizer = TextTokenizer.load(tmp_path)
     ids = tokenizer.encode("Hello world, don't panic!")
