@@ -1,8 +1,9 @@
-"""What training on a few batches takes: seconds and bytes by the padded tokens of a batch.
+"""Measure training on a few batches: seconds and bytes, by the tokens of a batch with its padding.
 
-A few rows, a typical batch and the longest batch of the run's own are trained on and forgotten. Time and memory grow
-about evenly with the padded tokens of a batch (attention is computed in tiles, logits where there is a label), so
-these sizes give both for every batch of the run; where the longest would not fit, it is foreseen from the others.
+A few rows, a typical batch and the longest batch of the run are trained on, and the gradients discarded. Time and
+memory grow about linearly with the tokens of a batch (attention is computed in tiles, logits only where there is a
+label), so these points give both for every batch of the run. If the longest batch would not fit, its needs are
+extrapolated.
 """
 
 import time
@@ -12,25 +13,26 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_ft.config import TEXT_TASKS, Task, TuneConfig
-from edge_ft.data import Batch, Example, collate, train_batches
-from edge_ft.evaluate.scoring import Answerer
+from edge_ft.data import Example, collate, train_batches
 from edge_ft.system import Available, PeakMemory, release_memory, resident_bytes
-from edge_ft.tune.loop import Backend, planned_steps
-from edge_ft.tune.prepare import Prepared
+from edge_ft.tune.job import Job
+from edge_ft.tune.loop import planned_steps
+from edge_ft.tune.trainable_model import TrainableModel
 
-__all__ = ["Curve", "Measured", "batches_of", "measure", "padded"]
+__all__ = ["Curve", "Measured", "batch_tokens", "measure", "training_batches"]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Something that grows with the padded tokens of a batch: measured at some sizes, straight between and beyond."""
+    """A quantity that grows with the tokens of a batch: linear between the measured points, and beyond the last."""
 
-    sizes: list[int]
-    """Tokens, growing."""
+    tokens: list[int]
+    """Sizes that were measured, ascending."""
     values: list[float]
 
     def at(self, tokens: float) -> float:
-        sizes, values = self.sizes, self.values
+        """The quantity at a number of tokens."""
+        sizes, values = self.tokens, self.values
         if tokens <= sizes[0]:
             return values[0]
         if tokens <= sizes[-1]:
@@ -41,28 +43,39 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found out about one setting on this machine."""
+    """What one setting takes on this machine."""
 
     step: Curve
-    """Seconds of forward and backward over a batch."""
-    look: Curve
-    """Seconds of a forward pass that scores a batch."""
+    """Seconds of the forward and backward pass of a batch."""
+    evaluation: Curve
+    """Seconds to score a batch, as during the training."""
     report: float
-    """How many times as long as that the report takes over it, in float32."""
+    """Seconds to score a batch for the report, in float32, over those during the training."""
     token: float
     """Seconds of a generated token."""
     memory: Curve
-    """Resident bytes at the peak of a step."""
-    held: int
-    """The most resident bytes before the first step: where loading takes more than training."""
+    """Resident bytes at the peak of a step; at 0 tokens, those before it."""
+    loading: int
+    """Peak of the resident bytes before the first step."""
     answering: int
-    """Bytes that scoring and answering for the report come to, on top of what is held then."""
+    """Bytes that scoring and generating for the report need besides those before a step."""
     trainable: int
-    """Parameters."""
+    """Number of trainable parameters."""
 
 
-def batches_of(config: TuneConfig, train: Sequence[Example]) -> list[list[int]]:
-    """The batches that the run will train on, those of at most three epochs: later ones are like them."""
+@dataclass(frozen=True)
+class _Point:
+    """A batch that was measured."""
+
+    rows: list[int]
+    tokens: int
+    step_seconds: float
+    evaluation_seconds: float
+    peak_bytes: int
+
+
+def training_batches(config: TuneConfig, train: Sequence[Example]) -> list[list[int]]:
+    """The batches of the first three epochs of the run, as indices of train rows; those of later epochs are alike."""
     lengths = [len(example.input_ids) for example in train]
     count = planned_steps(len(train), config) * config.gradient_accumulation
     found: list[list[int]] = []
@@ -72,8 +85,8 @@ def batches_of(config: TuneConfig, train: Sequence[Example]) -> list[list[int]]:
     return found[:count]
 
 
-def padded(batch: Sequence[int], examples: Sequence[Example], task: Task) -> int:
-    """Tokens of a batch with its padding: of both texts, or of what is read and what is answered to it."""
+def batch_tokens(batch: Sequence[int], examples: Sequence[Example], task: Task) -> int:
+    """Tokens of a batch with its padding, those of a second text or of an encoder-decoder's answer included."""
     rows = [examples[index] for index in batch]
     longest = max(len(row.input_ids) for row in rows) + max(len(row.pair_ids) for row in rows)
     if task == "text2text-generation":
@@ -81,79 +94,96 @@ def padded(batch: Sequence[int], examples: Sequence[Example], task: Task) -> int
     return len(batch) * longest
 
 
-def measure(
-    backend: Backend,
-    scorer: Answerer,
-    prepared: Prepared,
-    config: TuneConfig,
-    pad_id: int,
-    available: Available,
-    held: int,
-) -> Measured:
-    """Train on a few short rows, a typical batch and the longest, or as much of them as surely fits, and forget it."""
-    train = prepared.examples["train"]
+def measure(job: Job, model: TrainableModel, available: Available, loading: int) -> Measured:
+    """Train and score a few batches of the run; the weights and the optimizer stay as they were.
 
-    def size(indices: Sequence[int]) -> int:
-        return padded(indices, train, prepared.task)
+    Args:
+        job: The settings and the rows.
+        model: What they train.
+        available: A batch that would need more memory is cut to fewer rows.
+        loading: Peak of the resident bytes so far.
 
-    batches = sorted(batches_of(config, train), key=size)
+    Returns:
+        The measurements.
+    """
+    train, task = job.prepared.examples["train"], job.prepared.task
+    batches = sorted(training_batches(job.config, train), key=lambda batch: batch_tokens(batch, train, task))
     few, typical, longest = batches[0][: max(1, len(batches[0]) // 4)], batches[len(batches) // 2], batches[-1]
-
-    def collated(indices: Sequence[int]) -> Batch:
-        return collate([train[index] for index in indices], pad_id, prepared.task)
-
-    def timed(work: Callable[[], object]) -> tuple[float, int]:
-        """Seconds, and the bytes that were held in between on top of what was held before."""
-        before = resident_bytes()
-        with PeakMemory() as peak:
-            began = time.perf_counter()
-            work()
-            seconds = time.perf_counter() - began
-        return seconds, peak.bytes - before
-
-    def trained(batch: Batch) -> tuple[float, int]:
-        before = resident_bytes()
-        seconds, more = timed(lambda: backend.gradient(batch, 1))
-        backend.discard()
-        return seconds, before + more
-
-    trained(collated(few))  # the first pass also pays for what is set up once, and dequantizes what is kept
+    _train_on(few, job, model)  # the first pass also pays for what later ones find ready
     release_memory()
     idle = resident_bytes()
-    taken: list[Batch] = []
-    sizes, steps, looks, memory = [0], [0.0], [0.0], [float(idle)]
-    for indices in (few, typical, longest):
-        if len(sizes) > 1:
-            # No more rows than would fit if all that was taken so far were due to the tokens.
-            tokens = sizes[-1] * (available.memory_bytes - idle) / max(memory[-1] - idle, 1)
-            indices = indices[: max(int(tokens * len(indices) / size(indices)), 0)]
-            if not indices or size(indices) <= sizes[-1]:
+    points: list[_Point] = []
+    for batch in (few, typical, longest):
+        if points:
+            batch = _rows_that_fit(batch, batch_tokens(batch, train, task), points[-1], available.memory_bytes, idle)
+            if not batch or batch_tokens(batch, train, task) <= points[-1].tokens:
                 continue
-        batch = collated(indices)
-        seconds, most = trained(batch)
-        sizes.append(size(indices))
-        steps.append(seconds)
-        memory.append(most)
-        looks.append(timed(lambda scored=batch: backend.token_nll(scored))[0])  # type: ignore[misc]
-        taken.append(batch)
-    scorer.token_nll(taken[0])
-    seconds, answering = timed(lambda: scorer.token_nll(taken[len(taken) // 2]))
-    report, token = seconds / looks[1 + len(taken) // 2], 0.0
-    if prepared.task in TEXT_TASKS:
-        example = train[few[0]]
-        answers: list[list[int]] = []
-        prompt = example.input_ids[: example.prompt_length]
-        seconds, more = timed(lambda: answers.append(scorer.answer(prompt, 4)))
-        token, answering = seconds / (len(answers[0]) + 1), max(answering, more)
-    trainable = sum(array.size for name, array in backend.state().items() if name.startswith("parameters."))
-    first = 1 if len(sizes) > 2 else 0  # of no tokens only memory is known; it takes the place of a second size
+        points.append(_measure_batch(batch, job, model))
+    report, token, answering = _measure_report(points, job, model)
+    sizes = [0, *(point.tokens for point in points)]
+    steps = [0.0, *(point.step_seconds for point in points)]
+    evaluations = [0.0, *(point.evaluation_seconds for point in points)]
+    memory = [float(idle), *(float(point.peak_bytes) for point in points)]
+    first = 1 if len(points) > 1 else 0  # a single point needs another one: no tokens take no time
     return Measured(
         Curve(sizes[first:], steps[first:]),
-        Curve(sizes[first:], looks[first:]),
+        Curve(sizes[first:], evaluations[first:]),
         report,
         token,
         Curve(sizes, memory),
-        held,
+        loading,
         answering,
-        trainable,
+        sum(array.size for name, array in model.backend.state().items() if name.startswith("parameters.")),
     )
+
+
+def _rows_that_fit(batch: list[int], tokens: int, last: _Point, memory: int, idle: int) -> list[int]:
+    """The first rows of a batch that fit even if all memory of the last point was due to its tokens."""
+    fitting = last.tokens * (memory - idle) / max(last.peak_bytes - idle, 1)
+    return batch[: max(int(fitting * len(batch) / tokens), 0)]
+
+
+def _measure_batch(batch: list[int], job: Job, model: TrainableModel) -> _Point:
+    """Train on a batch and score it."""
+    train, task = job.prepared.examples["train"], job.prepared.task
+    before = resident_bytes()
+    seconds, extra = _train_on(batch, job, model)
+    collated = collate([train[index] for index in batch], job.tokenizer.pad_id, task)
+    evaluation, _ = _timed(lambda: model.backend.token_nll(collated))
+    return _Point(batch, batch_tokens(batch, train, task), seconds, evaluation, before + extra)
+
+
+def _train_on(batch: list[int], job: Job, model: TrainableModel) -> tuple[float, int]:
+    """Seconds and extra resident bytes of a forward and backward pass, whose gradients are discarded."""
+    train = job.prepared.examples["train"]
+    collated = collate([train[index] for index in batch], job.tokenizer.pad_id, job.prepared.task)
+    measured = _timed(lambda: model.backend.gradient(collated, 1))
+    model.backend.discard()
+    return measured
+
+
+def _measure_report(points: list[_Point], job: Job, model: TrainableModel) -> tuple[float, float, int]:
+    """`report`, `token` and `answering` of `Measured`."""
+    train, task, pad_id = job.prepared.examples["train"], job.prepared.task, job.tokenizer.pad_id
+    middle = points[len(points) // 2]
+    smallest, batch = (collate([train[at] for at in point.rows], pad_id, task) for point in (points[0], middle))
+    model.scorer.token_nll(smallest)  # the first pass also pays for what later ones find ready
+    seconds, answering = _timed(lambda: model.scorer.token_nll(batch))
+    report, token = seconds / middle.evaluation_seconds, 0.0
+    if task in TEXT_TASKS:
+        example = train[points[0].rows[0]]
+        answers: list[list[int]] = []
+        prompt = example.input_ids[: example.prompt_length]
+        seconds, extra = _timed(lambda: answers.append(model.scorer.answer(prompt, 4)))
+        token, answering = seconds / (len(answers[0]) + 1), max(answering, extra)
+    return report, token, answering
+
+
+def _timed(work: Callable[[], object]) -> tuple[float, int]:
+    """Seconds of `work`, and the resident bytes at its peak on top of those before it."""
+    before = resident_bytes()
+    with PeakMemory() as peak:
+        began = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - began
+    return seconds, peak.bytes - before

@@ -1,4 +1,4 @@
-"""What a tune will take, found out before its first step: time, memory and disk, from a few steps that are measured."""
+"""Estimate time, memory and disk of a training before its first step, from a few measured batches."""
 
 import json
 import math
@@ -13,52 +13,54 @@ from safetensors import safe_open
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import TEXT_TASKS, Memory, TuneConfig, last_layers
-from edge_ft.data import Example, TextTokenizer, eval_batches
+from edge_ft.data import Example, eval_batches
 from edge_ft.errors import UsageError, WillNotFit
-from edge_ft.evaluate.scoring import Answerer
 from edge_ft.models.libraries import import_libraries
-from edge_ft.progress import Progress, Silent
+from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory, resident_bytes, use_threads
-from edge_ft.tune.job import prepare_job
-from edge_ft.tune.loop import EVALUATIONS, Backend, planned_steps
-from edge_ft.tune.measure import Measured, batches_of, measure, padded
-from edge_ft.tune.prepare import SPLITS, Prepared
+from edge_ft.tune.job import Job, prepare_job
+from edge_ft.tune.loop import EVALUATIONS, planned_steps
+from edge_ft.tune.measure import Measured, batch_tokens, measure, training_batches
+from edge_ft.tune.prepare import SPLITS
 from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS
 
 if TYPE_CHECKING:
     import torch
 
     from edge_ft.models.base_model import Base
+    from edge_ft.tune.trainable_model import TrainableModel
 
-__all__ = ["make_plan", "plan", "refuse_at_sight", "resolve_memory"]
+__all__ = ["make_plan", "plan", "refuse_large_base", "resolve_memory"]
 
-SHORT_STEP = 512
-"""Padded tokens of a step up to which keeping the frozen weights in bfloat16 saves a sixth of its time and more."""
-PLENTY = 1 / 8
-"""Share of the memory that they may take for it without being asked for."""
-MARGIN = 0.9
-"""Share of the free memory and disk that a run may take."""
+SHORT_STEP_TOKENS = 512
+"""Up to this many tokens a step, keeping the dequantized weights in bfloat16 saves at least a sixth of its time."""
+HIGH_MEMORY_SHARE = 1 / 8
+"""Share of the available memory that these weights may take unless --memory high is given."""
+USABLE_SHARE = 0.9
+"""Share of the available memory and disk that a run may take."""
 BYTES_PER_WEIGHT = {"int4": 0.65, "nf4": 1.3, "int8": 1.15, "bf16": 2.05, "fp32": 4.0}
-"""What a frozen weight takes in memory, with its scale and zero point at blocks of 32."""
-CHECKPOINT = 4
-"""A checkpoint's size in adapters: the weights, the best ones, and AdamW's two moments."""
-PIECES = 1.08
-"""Memory that stays with the process because batches of other sizes leave it in pieces: 3 to 18% were seen."""
-LAST_SECONDS = 1.5
-"""The plot and the report."""
+"""Memory of a frozen weight, with its scale and zero point at a block size of 32."""
+CHECKPOINT_STATES = 4
+"""What a checkpoint holds, in sizes of the trained weights: these, the best ones, and the two moments of AdamW."""
+FRAGMENTATION = 1.08
+"""Resident memory over that in use, because batches have many sizes; 1.03 to 1.18 were measured."""
+FINAL_SECONDS = 1.5
+"""Seconds for the plot and the report."""
 
 
 def plan(config: TuneConfig, progress: Progress | None = None, available: Available | None = None) -> dict[str, Any]:
-    """What tuning with these settings would take, and what the few others worth choosing between would.
+    """Estimate a training with these settings, and with fewer layers or less memory.
 
     Args:
-        available: What there is, in place of what this machine has free.
+        config: The settings of the training.
+        progress: Receives the steps; None is silent.
+        available: Memory and disk to plan for; None is what this machine has free.
 
     Returns:
         `rows` of each split; `tokens` of the train rows (`p50`, `p95`, `max`, `total`); `trainable_parameters`;
         `steps`; the audit's `findings`; `available` memory and disk; `choices` with `layers`, `memory`, `seconds`,
-        `peak_rss_bytes`, `disk_bytes` and whether it `fits`; the `recommended` one of them and the `reason`; the
-        rows `shown` as --show asks.
+        `peak_rss_bytes`, `disk_bytes` and whether it `fits`; the `recommended` choice and the `reason`; the rows
+        `shown` for --show.
 
     Raises:
         UsageError: a model, rows or options that cannot be used.
@@ -67,135 +69,106 @@ def plan(config: TuneConfig, progress: Progress | None = None, available: Availa
     """
     progress = progress or Silent()
     torch = import_libraries(progress, "peft")
-    from edge_ft.tune.distributed import Processes
-    from edge_ft.tune.trainable_model import load_trainable_model
-
     available = available or Available.here(config.out)
     started = time.monotonic()
     use_threads(config.threads)
     job = prepare_job(config, progress)
-    base, tokenizer, prepared = job.base, job.tokenizer, job.prepared
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = resolve_memory(base, job.config, prepared, available, device)
-    ready = time.monotonic() - started
-    weights = _weights(base)
-    choices: list[dict[str, Any]] = []
-    loaded: list[float] = []
-    most: dict[Memory | None, int] = {}
-    for option in _options(config, base):
-        refuse_at_sight(base, option, available)
-        progress.say(f"measuring layers {option.layers}, memory {option.memory}")
-        began = time.monotonic()
-        with PeakMemory() as loading:
-            # The codes do not change what a step takes: they are chosen for the time and the memory that takes.
-            chosen = option if option.memory not in most else replace(option, calibration_rows=0)
-            try:
-                model = load_trainable_model(replace(job, config=chosen), Processes(device), progress)
-            except UsageError:
-                if option.layers == config.layers:
-                    raise
-                continue  # --target-modules names no layer of so few
-        most[option.memory] = max(most.get(option.memory, 0), loading.bytes)
-        loaded.append(time.monotonic() - began)
-        option = replace(option, compute=model.compute)
-        held = most[option.memory]
-        measured = measure(model.backend, model.scorer, prepared, option, tokenizer.pad_id, available, held)
-        # The first time is also that of what a tune imports.
-        before = ready + loaded[0] + time.monotonic() - began - loaded[-1]
-        kept = int(weights * BYTES_PER_WEIGHT["int4"]) if option.base_calibration_rows else 0
-        choices.append(_choice(option, prepared, measured, tokenizer, before, kept, available))
-        del model
-        release_memory()
+    job = replace(job, config=resolve_memory(job, available, device))
+    choices = _measure_choices(job, device, available, time.monotonic() - started, progress)
     recommended = next((choice for choice in choices if choice["fits"]), None)
     if recommended is None:
-        raise WillNotFit(_too_much(min(choices, key=lambda choice: choice["peak_rss_bytes"]), available))
-    return _result(config, prepared, available, choices, recommended)
+        raise WillNotFit(_does_not_fit(min(choices, key=lambda choice: choice["peak_rss_bytes"]), available))
+    return _result(job, available, choices, recommended)
 
 
 def make_plan(
-    config: TuneConfig,
-    prepared: Prepared,
-    backend: Backend,
-    scorer: Answerer,
-    tokenizer: TextTokenizer,
-    progress: Progress,
-    before: float,
-    available: Available | None = None,
+    job: Job, model: "TrainableModel", progress: Progress, before: float, available: Available | None = None
 ) -> dict[str, Any]:
-    """The plan of the one setting that a tune is about to train with, as `plan` returns it; also said.
-
-    `backend` is left as it was: gradients are forgotten, and every step of a run seeds its own random numbers.
+    """Estimate the training that `tune` is about to begin, and report the estimate.
 
     Args:
-        before: Seconds that the tune has been going on.
+        job: The training.
+        model: Its weights and optimizer stay as they are; each step of a run seeds its own random numbers.
+        progress: Receives the plan.
+        before: Seconds that the tune has run so far.
+        available: Memory and disk to plan for; None is what this machine has free.
+
+    Returns:
+        As `plan` does, with one choice.
 
     Raises:
-        WillNotFit: it takes more memory or disk than there is.
+        WillNotFit: it takes more memory or disk than is available.
     """
-    available, began = available or Available.here(config.out), time.monotonic()
-    measured = measure(backend, scorer, prepared, config, tokenizer.pad_id, available, peak_rss_bytes())
+    available, began = available or Available.here(job.config.out), time.monotonic()
+    with heartbeat(progress, "measuring a few batches"):
+        measured = measure(job, model, available, peak_rss_bytes())
     before += time.monotonic() - began
-    codes = RunFolder(config.out).codes
-    kept = codes.stat().st_size if codes.is_file() else 0
-    choice = _choice(config, prepared, measured, tokenizer, before, kept, available)
-    for text in prepared.shown:
+    codes = RunFolder(job.config.out).codes
+    choice = _choice(job, measured, before, codes.stat().st_size if codes.is_file() else 0, available)
+    for text in job.prepared.shown:
         progress.say(text)
-    result = _result(config, prepared, available, [choice], choice)
+    result = _result(job, available, [choice], choice)
     tokens = result["tokens"]
     progress.say(
-        f"plan: {tokens['total']} tokens in {result['rows']['train']} train rows (half have up to {tokens['p50']}, the "
+        f"plan: {tokens['total']} tokens in {result['rows']['train']} train rows (median {tokens['p50']}, "
         f"longest {tokens['max']}), {result['trainable_parameters'] / 1e6:.2f} M trainable parameters, "
         f"{result['steps']} steps; about {duration(choice['seconds'])}, {megabytes(choice['peak_rss_bytes'])} "
         f"of memory, {megabytes(choice['disk_bytes'])} of disk"
     )
     if not choice["fits"]:
-        raise WillNotFit(_too_much(choice, available))
+        raise WillNotFit(_does_not_fit(choice, available))
     return result
 
 
-def resolve_memory(
-    base: "Base",
-    config: TuneConfig,
-    prepared: Prepared,
-    available: Available,
-    device: "torch.device",
-    processes: int = 1,
-) -> TuneConfig:
-    """`config` with what memory is used for, where it leaves that open; each of the processes has its own weights."""
+def resolve_memory(job: Job, available: Available, device: "torch.device", processes: int = 1) -> TuneConfig:
+    """The settings with --memory chosen if the user left it open.
+
+    It becomes high if steps are short, so that dequantizing takes much of their time, and if the dequantized weights
+    take little of the available memory.
+
+    Args:
+        job: Its settings leave nothing else open.
+        available: Shared by the processes.
+        device: Where the training runs.
+        processes: How many train together; each holds all weights.
+
+    Returns:
+        The settings.
+    """
     from edge_ft.quant.bf16 import has_bf16
 
+    config, train, task = job.config, job.prepared.examples["train"], job.prepared.task
     if config.memory is not None:
         return config
-    train = prepared.examples["train"]
-    tokens = statistics.fmean(padded(batch, train, prepared.task) for batch in batches_of(config, train))
-    narrow = device.type == "cpu" and config.compute != "fp32" and has_bf16(device)
-    saves = narrow and config.base_format in ("int4", "int8", "nf4")
-    fits = 2 * _weights(base) * processes <= PLENTY * available.memory_bytes
-    return replace(config, memory="high" if saves and fits and tokens <= SHORT_STEP else "normal")
+    tokens = statistics.fmean(batch_tokens(batch, train, task) for batch in training_batches(config, train))
+    bf16 = device.type == "cpu" and config.compute != "fp32" and has_bf16(device)
+    saves_time = bf16 and config.base_format in ("int4", "int8", "nf4") and tokens <= SHORT_STEP_TOKENS
+    fits = 2 * _count_weights(job.base) * processes <= HIGH_MEMORY_SHARE * available.memory_bytes
+    return replace(config, memory="high" if saves_time and fits else "normal")
 
 
-def refuse_at_sight(base: "Base", config: TuneConfig, available: Available) -> None:
-    """Refuse a base whose weights alone are more than there is, before they are loaded.
+def refuse_large_base(base: "Base", config: TuneConfig, available: Available) -> None:
+    """Refuse a base whose weights alone exceed the available memory, before they are loaded.
 
     Raises:
-        WillNotFit: so it is.
+        WillNotFit: they do.
     """
-    weights = _weights(base)
-    size, less = BYTES_PER_WEIGHT[config.base_format], ""
+    weights = _count_weights(base)
+    size, held, advice = BYTES_PER_WEIGHT[config.base_format], str(config.base_format), "take a smaller model"
     if config.memory == "high":
         size += BYTES_PER_WEIGHT["fp32" if config.compute == "fp32" else "bf16"]
-        less = "give --memory normal, or "
+        held, advice = f"{held} and dequantized", f"give --memory normal, or {advice}"
     needed = int(weights * size) + resident_bytes()
-    if needed > MARGIN * available.memory_bytes:
+    if needed > USABLE_SHARE * available.memory_bytes:
         raise WillNotFit(
-            f"{base.name} has {weights / 1e6:.0f} M weights, which take {megabytes(needed)} of memory as "
-            f"{config.base_format}{' beside floats' if less else ''}: {megabytes(available.memory_bytes)} are free; "
-            f"{less}take a smaller model"
+            f"{base.name} has {weights / 1e6:.0f} M weights, which take {megabytes(needed)} of memory as {held}: "
+            f"{megabytes(available.memory_bytes)} are available; {advice}"
         )
 
 
-def _weights(base: "Base") -> int:
-    """How many weights the files of a base hold."""
+def _count_weights(base: "Base") -> int:
+    """Number of weights in the files of a base."""
     weights = 0
     for file in base.path.glob("*.safetensors"):
         with safe_open(file, "np") as tensors:
@@ -216,85 +189,131 @@ def megabytes(size: float) -> str:
 
 
 def _options(config: TuneConfig, base: "Base") -> list[TuneConfig]:
-    """The settings worth choosing between, the best first: fewer layers learn less, less memory only costs time."""
+    """The settings to choose from, the best first: fewer layers learn less, less memory only takes more time."""
     layers = base.dims.layers
     own = min(last_layers(config.layers) or layers, layers)
     counts = [own] if base.dims.repeats_layers else sorted({layers, max(layers // 2, 1), own}, reverse=True)
     named = [config.layers if count == own else "all" if count == layers else f"last:{count}" for count in counts]
-    uses: tuple[Memory, ...] = ("high" if config.memory == "high" else "normal", "low")
-    return [replace(config, layers=name, memory=memory) for name in named for memory in uses]
+    modes: tuple[Memory, ...] = ("high" if config.memory == "high" else "normal", "low")
+    return [replace(config, layers=name, memory=memory) for name in named for memory in modes]
 
 
-def _choice(
-    config: TuneConfig,
-    prepared: Prepared,
-    measured: Measured,
-    tokenizer: TextTokenizer,
-    before: float,
-    codes_bytes: int,
-    available: Available,
-) -> dict[str, Any]:
-    """What a run with these settings takes, after so many seconds `before` it and with codes of such a size."""
-    train = prepared.examples["train"]
-    sizes = [padded(batch, train, prepared.task) for batch in batches_of(config, train)]
-    steps = planned_steps(len(train), config)
-    passes = steps * config.gradient_accumulation * statistics.fmean(map(measured.step.at, sizes))
+def _measure_choices(
+    job: Job, device: "torch.device", available: Available, before: float, progress: Progress
+) -> list[dict[str, Any]]:
+    """Load and measure each of `_options`; `before` are the seconds that a tune takes until it loads the model.
 
-    def look(examples: Sequence[Example]) -> float:
-        lengths = [len(example.input_ids) for example in examples]
-        return sum(
-            measured.look.at(padded(batch, examples, prepared.task))
-            for batch in eval_batches(lengths, config.rows_at_once)
-        )
+    Raises:
+        WillNotFit: the weights alone exceed the available memory.
+        UsageError: --target-modules names no layer.
+    """
+    from edge_ft.tune.distributed import Processes
+    from edge_ft.tune.trainable_model import load_trainable_model
 
-    validation = prepared.examples["validation"]
-    looks = math.ceil(steps / (config.eval_steps or math.ceil(steps / EVALUATIONS)))
-    loop = passes + (1 + looks) * look(validation)
-    if config.max_minutes is not None:
-        loop = min(loop, config.max_minutes * 60)
-    after = 2 * look(prepared.examples["test"]) + look(train[: min(len(validation), OVERFITTING_ROWS)])
-    after += 2 * look(validation) if config.compute == "bf16" else 0.0
-    after *= measured.report
-    if prepared.task in TEXT_TASKS:
-        answer = statistics.median(len(example.labels) - example.shared_positions for example in train)
-        after += BATCH_COST * (SAMPLE_TOKENS + min(answer, SAMPLE_TOKENS)) * measured.token
-    state = 4 * measured.trainable  # bytes of all trained weights
-    # AdamW's two moments and the best weights come on top of what was measured. What a step took is given back before
-    # the report is made.
-    most = max(measured.memory.at(max(sizes)), measured.memory.values[0] + measured.answering)
-    peak = max(measured.held, round((most + 3 * state) * PIECES))
-    rows = sum(len(json.dumps(row.fields, default=str)) for name in SPLITS for row in prepared.rows[name])
-    texts = sum(file.stat().st_size for file in tokenizer.files())
-    # Adapter and checkpoint are written beside what they replace.
-    disk = codes_bytes + rows + texts + 2 * state + 2 * CHECKPOINT * state + 1_000_000
+    choices: list[dict[str, Any]] = []
+    loading_seconds: list[float] = []
+    peaks: dict[Memory | None, int] = {}
+    for option in _options(job.config, job.base):
+        refuse_large_base(job.base, option, available)
+        name = f"layers {option.layers}, memory {option.memory}"
+        progress.say(f"loading {name}")
+        began = time.monotonic()
+        # GPTQ does not change what a step takes; it runs once in each memory mode, for its own time and memory.
+        loaded = option if option.memory not in peaks else replace(option, calibration_rows=0)
+        with PeakMemory() as loading:
+            try:
+                model = load_trainable_model(replace(job, config=loaded), Processes(device), progress)
+            except UsageError:
+                if option.layers == job.config.layers:
+                    raise
+                continue  # --target-modules names no layer among these few
+        peaks[option.memory] = max(peaks.get(option.memory, 0), loading.bytes)
+        loading_seconds.append(time.monotonic() - began)
+        began = time.monotonic()
+        measured_job = replace(job, config=replace(option, compute=model.compute))
+        with heartbeat(progress, f"measuring {name}"):
+            measured = measure(measured_job, model, available, peaks[option.memory])
+        # The first loading is like that of a tune: it imports libraries and chooses the codes.
+        seconds = before + loading_seconds[0] + time.monotonic() - began
+        codes = int(_count_weights(job.base) * BYTES_PER_WEIGHT["int4"]) if option.base_calibration_rows else 0
+        choices.append(_choice(measured_job, measured, seconds, codes, available))
+        del model
+        release_memory()
+    return choices
+
+
+def _choice(job: Job, measured: Measured, before: float, codes_bytes: int, available: Available) -> dict[str, Any]:
+    """One of the `choices` of a plan, `before` seconds into its run and with codes of this size."""
+    peak, disk = _peak_bytes(job, measured), codes_bytes + _disk_bytes(job, measured)
+    fits = peak <= USABLE_SHARE * available.memory_bytes and disk <= USABLE_SHARE * available.disk_bytes
     return {
-        "layers": config.layers,
-        "memory": config.memory,
+        "layers": job.config.layers,
+        "memory": job.config.memory,
         "trainable_parameters": measured.trainable,
-        "seconds": round(before + loop + after + LAST_SECONDS, 1),
+        "seconds": round(before + _seconds(job, measured) + FINAL_SECONDS, 1),
         "peak_rss_bytes": peak,
         "disk_bytes": disk,
-        "fits": peak <= MARGIN * available.memory_bytes and disk <= MARGIN * available.disk_bytes,
+        "fits": fits,
     }
 
 
+def _seconds(job: Job, measured: Measured) -> float:
+    """Seconds of the training loop, with its evaluations, and of the scores of the report."""
+    config, examples, task = job.config, job.prepared.examples, job.prepared.task
+    train, validation = examples["train"], examples["validation"]
+
+    def evaluation(rows: Sequence[Example]) -> float:
+        batches = eval_batches([len(row.input_ids) for row in rows], config.rows_at_once)
+        return sum(measured.evaluation.at(batch_tokens(batch, rows, task)) for batch in batches)
+
+    steps = planned_steps(len(train), config)
+    sizes = [batch_tokens(batch, train, task) for batch in training_batches(config, train)]
+    training = steps * config.gradient_accumulation * statistics.fmean(map(measured.step.at, sizes))
+    evaluations = 1 + math.ceil(steps / (config.eval_steps or math.ceil(steps / EVALUATIONS)))
+    loop = training + evaluations * evaluation(validation)
+    if config.max_minutes is not None:
+        loop = min(loop, config.max_minutes * 60)
+    report = 2 * evaluation(examples["test"]) + evaluation(train[: min(len(validation), OVERFITTING_ROWS)])
+    report += 2 * evaluation(validation) if config.compute == "bf16" else 0.0
+    report *= measured.report
+    if task in TEXT_TASKS:
+        answer = statistics.median(len(example.labels) - example.shared_positions for example in train)
+        report += BATCH_COST * (SAMPLE_TOKENS + min(answer, SAMPLE_TOKENS)) * measured.token
+    return loop + report
+
+
+def _peak_bytes(job: Job, measured: Measured) -> int:
+    """Peak of the resident memory: of loading, of a step with the longest batch, or of the report."""
+    train, task = job.prepared.examples["train"], job.prepared.task
+    longest = max(batch_tokens(batch, train, task) for batch in training_batches(job.config, train))
+    # What a step takes is released before the report is made.
+    most = max(measured.memory.at(longest), measured.memory.values[0] + measured.answering)
+    # The two moments of AdamW and the best weights come on top of what was measured.
+    return max(measured.loading, round((most + 3 * 4 * measured.trainable) * FRAGMENTATION))
+
+
+def _disk_bytes(job: Job, measured: Measured) -> int:
+    """Size of the run folder without its codes."""
+    rows = sum(len(json.dumps(row.fields, default=str)) for name in SPLITS for row in job.prepared.rows[name])
+    tokenizer = sum(file.stat().st_size for file in job.tokenizer.files())
+    # Adapter and checkpoint are written beside those that they replace.
+    return rows + tokenizer + 2 * (1 + CHECKPOINT_STATES) * 4 * measured.trainable + 1_000_000
+
+
 def _result(
-    config: TuneConfig,
-    prepared: Prepared,
-    available: Available,
-    choices: list[dict[str, Any]],
-    recommended: dict[str, Any],
+    job: Job, available: Available, choices: list[dict[str, Any]], recommended: dict[str, Any]
 ) -> dict[str, Any]:
-    train = prepared.examples["train"]
-    lengths = [len(example.input_ids) for example in train]
-    what = f"layers {recommended['layers']} with {recommended['memory']} memory"
-    better = "the only setting asked for" if len(choices) == 1 else "the best of the choices"
+    """What `plan` returns."""
+    prepared = job.prepared
+    lengths = [len(example.input_ids) for example in prepared.examples["train"]]
+    better = "the only setting requested" if len(choices) == 1 else "the best of the choices"
     if recommended is not choices[0]:
         better = "the best of the choices that fit"
     memory, disk = megabytes(recommended["peak_rss_bytes"]), megabytes(recommended["disk_bytes"])
     reason = (
-        f"{what} is {better}: it takes {memory} of {megabytes(available.memory_bytes)} free memory, "
-        f"{disk} of {megabytes(available.disk_bytes)} free disk and {duration(recommended['seconds'])}"
+        f"layers {recommended['layers']} with {recommended['memory']} memory is {better}: it takes {memory} of "
+        f"{megabytes(available.memory_bytes)} available memory, {disk} of {megabytes(available.disk_bytes)} available "
+        f"disk and {duration(recommended['seconds'])}"
     )
     return {
         "rows": {name: len(prepared.examples[name]) for name in SPLITS},
@@ -307,7 +326,7 @@ def _result(
         },
         "max_length": prepared.rendering.max_length,
         "trainable_parameters": recommended["trainable_parameters"],
-        "steps": planned_steps(len(train), config),
+        "steps": planned_steps(len(lengths), job.config),
         "findings": prepared.findings,
         "available": {"memory_bytes": available.memory_bytes, "disk_bytes": available.disk_bytes},
         "choices": choices,
@@ -317,14 +336,14 @@ def _result(
     }
 
 
-def _too_much(choice: dict[str, Any], available: Available) -> str:
+def _does_not_fit(choice: dict[str, Any], available: Available) -> str:
+    """The message about a choice that does not fit, and what to change."""
     what = f"layers {choice['layers']} with {choice['memory']} memory"
-    if choice["disk_bytes"] > MARGIN * available.disk_bytes:
-        disk = megabytes(choice["disk_bytes"])
+    disk, memory = megabytes(choice["disk_bytes"]), megabytes(choice["peak_rss_bytes"])
+    if choice["disk_bytes"] > USABLE_SHARE * available.disk_bytes:
         return f"{what} takes {disk} of disk and {megabytes(available.disk_bytes)} are free: free some"
     less = {"high": ["--memory normal or low"], "normal": ["--memory low"], "low": []}
     others = [*less[choice["memory"]], "a smaller --batch-size or --max-length"]
-    memory = megabytes(choice["peak_rss_bytes"])
     return (
         f"{what} takes {memory} of memory and {megabytes(available.memory_bytes)} are free: give {', or '.join(others)}"
     )

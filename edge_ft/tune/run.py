@@ -25,7 +25,7 @@ from edge_ft.tune.job import Job, prepare_job
 from edge_ft.tune.loop import Backend, Callbacks, Fit, TrainingRows, fit
 from edge_ft.tune.metrics_log import Metrics
 from edge_ft.tune.opening import OpenedRun, identity_of
-from edge_ft.tune.plan import make_plan, refuse_at_sight, resolve_memory
+from edge_ft.tune.plan import make_plan, refuse_large_base, resolve_memory
 from edge_ft.tune.prepare import write_splits
 from edge_ft.tune.report import results
 from edge_ft.tune.trainable_model import TrainableModel, load_trainable_model
@@ -82,8 +82,8 @@ def load(job: Job, opened: OpenedRun, processes: Processes, progress: Progress) 
         UsageError: --target-modules names no layer, or the codes are not those of the interrupted run.
     """
     base, prepared, available = job.base, job.prepared, Available.here(opened.folder.path)
-    config = resolve_memory(base, job.config, prepared, available, processes.device, processes.count)
-    refuse_at_sight(base, config, available)
+    config = resolve_memory(job, available, processes.device, processes.count)
+    refuse_large_base(base, config, available)
     progress.say(f"loading {base.name} as {config.base_format} on {processes.device}")
     codes = opened.folder.codes if opened.folder.codes.is_file() else None
     model = load_trainable_model(replace(job, config=config), processes, progress, codes)
@@ -143,7 +143,7 @@ def estimate(run: RunFolder, job: Job, model: TrainableModel, progress: Progress
         WillNotFit: it takes more memory or disk than is available.
     """
     with model.backend.unshared():
-        plan = make_plan(job.config, job.prepared, model.backend, model.scorer, job.tokenizer, progress, seconds)
+        plan = make_plan(job, model, progress, seconds)
     write_json(run.path / "plan.json", plan)
 
 

@@ -1,4 +1,4 @@
-"""The plan inside a tune."""
+"""The plan that a tune makes before its first step."""
 
 import json
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from edge_ft.tune import trainable_model as adapted
 from edge_ft.tune import tune
 from edge_ft.tune.plan import plan
 
-PLENTY = Available(memory_bytes=2**50, disk_bytes=2**50)
+AMPLE = Available(memory_bytes=2**50, disk_bytes=2**50)
 
 FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
 
 
 class Heard:
-    """Keeps what is said."""
+    """Keeps the messages."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -36,7 +36,7 @@ class Heard:
 
 @pytest.fixture(scope="module")
 def planned(llama: Path, sums: Path) -> dict[str, Any]:
-    return plan(PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2), memory="normal"), available=PLENTY)
+    return plan(PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2), memory="normal"), available=AMPLE)
 
 
 def test_a_plan_counts_rows_tokens_steps_and_parameters(planned: dict[str, Any], llama_run: RunFolder) -> None:
@@ -52,7 +52,7 @@ def test_a_plan_counts_rows_tokens_steps_and_parameters(planned: dict[str, Any],
 def test_a_base_too_large_is_refused_before_it_is_loaded(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Available, "here", classmethod(lambda cls, out: Available(1000, PLENTY.disk_bytes)))
+    monkeypatch.setattr(Available, "here", classmethod(lambda cls, out: Available(1000, AMPLE.disk_bytes)))
     monkeypatch.setattr(adapted, "load_model", None)
     with pytest.raises(WillNotFit, match="take a smaller model"):
         tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
@@ -68,7 +68,7 @@ def with_plan(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory)
     yield tune(settings, heard), heard
 
 
-def test_a_tune_says_its_plan_before_its_first_step_and_keeps_it(with_plan: tuple[RunFolder, Heard]) -> None:
+def test_a_tune_reports_its_plan_before_its_first_step_and_writes_it(with_plan: tuple[RunFolder, Heard]) -> None:
     run, heard = with_plan
     kept = json.loads((run.path / "plan.json").read_text())
     assert kept["choices"] == [kept["recommended"]]
@@ -82,7 +82,7 @@ def test_a_tune_says_its_plan_before_its_first_step_and_keeps_it(with_plan: tupl
 def test_a_plan_leaves_the_run_as_it_would_have_been(
     with_plan: tuple[RunFolder, Heard], llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_ft.tune.make_plan", lambda *_, **__: {})
+    monkeypatch.setattr("edge_ft.tune.run.make_plan", lambda *_, **__: {})
     without = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", dropout=0.3, **FAST))
     adapters = [load_file(run.adapter / "adapter_model.safetensors") for run in (with_plan[0], without)]
     assert all((adapters[0][name] == adapters[1][name]).all() for name in adapters[1])
@@ -91,7 +91,7 @@ def test_a_plan_leaves_the_run_as_it_would_have_been(
 def test_a_tune_that_does_not_fit_is_refused_and_leaves_nothing(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Available, "here", classmethod(lambda cls, out: Available(PLENTY.memory_bytes, 1000)))
+    monkeypatch.setattr(Available, "here", classmethod(lambda cls, out: Available(AMPLE.memory_bytes, 1000)))
     with pytest.raises(WillNotFit, match="free some"):
         tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
     assert list(tmp_path.iterdir()) == []
