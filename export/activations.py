@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 
-from edge_ft.quant.layers import is_within
+from edge_ft.quant.conversion import is_within
 
 __all__ = ["quantize_activations"]
 

@@ -17,7 +17,7 @@ from torch.onnx.ops import symbolic
 from transformers import AttentionInterface, PreTrainedModel
 
 from edge_ft.export.lowering import silence_exporters
-from edge_ft.models.rms_norm import plain_rms_norm
+from edge_ft.models.fused_ops import rms_norm_parameters
 from edge_ft.quant.layers import exporting
 
 __all__ = ["ATTENTION", "Attention", "Dims", "TracedModule", "patches", "trace_module"]
@@ -162,7 +162,7 @@ def _fused_operators(model: PreTrainedModel, attention: Attention) -> Iterator[N
 def _fuse_norms(patch: Callable[..., None], model: nn.Module) -> None:
     """Trace each RMSNorm as one operator, with the weight that it multiplies by (Gemma's plus 1)."""
     norms = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))]
-    found = {norm: plain_rms_norm(norm) for norm in norms}
+    found = {norm: rms_norm_parameters(norm) for norm in norms}
     for norm, plain in found.items():
         if plain is not None and not torch.equal(plain[0], norm.get_parameter("weight")):
             patch(norm, "weight", nn.Parameter(plain[0], requires_grad=False))

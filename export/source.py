@@ -28,11 +28,11 @@ from edge_ft.evaluate.loading import find_run_base, open_run_model
 from edge_ft.evaluate.scoring import scorable
 from edge_ft.evaluate.verify import VERIFY_ROWS
 from edge_ft.models.base_model import Base, find_base
-from edge_ft.models.loading import BITS, ModelSpec, load_model, quantize_over
+from edge_ft.models.loading import BITS, ModelSpec, load_model, quantize_calibrated
 from edge_ft.models.lora import adapter_task, load_adapter, merge_adapter
 from edge_ft.progress import Progress, heartbeat
-from edge_ft.quant.calibration import choose_rows, spread
-from edge_ft.quant.layers import is_within, quantize_model
+from edge_ft.quant.calibration import evenly_spaced, make_calibration
+from edge_ft.quant.conversion import is_within, quantize_model
 
 __all__ = ["ExportRows", "ExportSource", "open_export_source"]
 
@@ -136,10 +136,10 @@ class ExportSource:
             quantize_model(model, self.block_size, layers, 8)
         elif self.weights == "int4" and self.rows.calibration:
             examples = self.rows.calibration
-            rows = choose_rows(examples, len(examples), self.tokenizer.pad_id, self.task, progress)
+            rows = make_calibration(examples, len(examples), self.tokenizer.pad_id, self.task, progress)
             assert rows is not None
             with heartbeat(progress, "choosing int4 codes"):
-                quantize_over(model, self.task, self.block_size, self._float_modules, rows)
+                quantize_calibrated(model, self.task, self.block_size, self._float_modules, rows)
         elif self.weights == "int4" or self.weights == "int8":
             quantize_model(model, self.block_size, self._float_modules, BITS[self.weights])
 
@@ -232,9 +232,9 @@ def _rows_of_run(
     validation = read_rows(str(run.split("validation")))[:VERIFY_ROWS]
     test = read_rows(str(run.split("test"))) if run.split("test").stat().st_size else []
     count = {"int8-static": CALIBRATION_ROWS, "int4": run.base().get("calibration_rows", 0)}.get(weights, 0)
-    if weights == "int4" and base.dims.repeats_layers:
+    if weights == "int4" and base.dims.shares_layers:
         count = 0
-    calibration = spread(read_rows(str(run.split("train"))), count) if count else []
+    calibration = evenly_spaced(read_rows(str(run.split("train"))), count) if count else []
     return ExportRows(
         validation=scorable(encode_rows(rendering, tokenizer, validation)),
         test=scorable(encode_rows(rendering, tokenizer, test)),

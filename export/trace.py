@@ -17,7 +17,7 @@ from edge_ft.config import Task
 from edge_ft.export.fused_trace import Dims, patches, trace_module
 from edge_ft.families import Family
 from edge_ft.models.dims import ModelDims
-from edge_ft.models.supported import refuse_unsupported
+from edge_ft.models.supported import check_supported
 
 __all__ = ["trace"]
 
@@ -63,7 +63,7 @@ class _Decoder(nn.Module):
         super().__init__()
         self.model = model
         sizes = ModelDims(model.config)
-        refuse_unsupported(sizes, "the model")
+        check_supported(sizes, "the model")
         heads, size = sizes.kv_heads, sizes.head_dim
         self.inputs: dict[str, Dims] = {
             "input_ids": ("batch_size", "sequence_length"),

@@ -20,7 +20,8 @@ from edge_ft.errors import UsageError
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.progress import Silent
 from edge_ft.quant.blockwise import dequantize
-from edge_ft.quant.layers import QuantEmbedding, QuantLinear, is_within
+from edge_ft.quant.conversion import is_within
+from edge_ft.quant.layers import QuantEmbedding, QuantLinear
 from edge_ft.tune.job import Job, prepare_job
 from edge_ft.tune.loop import planned_steps
 from edge_ft.tune.prepare import write_splits

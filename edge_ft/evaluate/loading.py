@@ -97,24 +97,24 @@ def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
 
 
 def _open_run(run: RunFolder, config: EvalConfig, rows: Sequence[Row], device: str) -> LoadedSource:
-    from edge_ft.quant.layers import move
+    from edge_ft.quant.layers import to_device
 
     tokenizer, limit = TextTokenizer.load(run.tokenizer), find_run_base(run).max_length
     rendering = trained_rendering(Rendering.from_dict(run.rendering()), config, rows, tokenizer, limit)
     model, _ = open_run_model(run, adapter=config.adapter != "none")
-    return torch_source(move(model, device), rendering, tokenizer, limit)
+    return torch_source(to_device(model, device), rendering, tokenizer, limit)
 
 
 def _open_model(source: str, config: EvalConfig, rows: Sequence[Row], device: str) -> LoadedSource:
     from edge_ft.models.base_model import find_base
     from edge_ft.models.loading import ModelSpec, load_model
-    from edge_ft.quant.layers import move
+    from edge_ft.quant.layers import to_device
 
     base = find_base(source, config.task)
     tokenizer = TextTokenizer.load(base.path)
     rendering = plain_rendering(base, config, rows, tokenizer, config.task)
     model = load_model(ModelSpec(base, rendering.task, config.base_format))
-    return torch_source(move(model, device), rendering, tokenizer, base.max_length)
+    return torch_source(to_device(model, device), rendering, tokenizer, base.max_length)
 
 
 def find_run_base(run: RunFolder) -> "Base":
@@ -151,7 +151,7 @@ def open_run_model(run: RunFolder, adapter: bool = True) -> "tuple[Any, Base]":
     """
     from edge_ft.models.loading import ModelSpec, load_model
     from edge_ft.models.lora import load_adapter
-    from edge_ft.quant.layers import codes_sha256
+    from edge_ft.quant.serialization import codes_sha256
 
     identity = run.base()
     base = find_run_base(run)

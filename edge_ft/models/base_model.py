@@ -1,4 +1,4 @@
-"""Find a base (hub id, folder or GGUF file) and say what it is, before any of its weights is loaded."""
+"""Find a base model (hub id, folder or GGUF file) and read its properties, without loading its weights."""
 
 import hashlib
 import json
@@ -18,11 +18,11 @@ from edge_ft.errors import ModelError, did_you_mean
 from edge_ft.families import Family, family_of
 from edge_ft.models.dims import ModelDims, read_config
 from edge_ft.models.logging import silence_libraries
-from edge_ft.models.supported import refuse_unsupported
+from edge_ft.models.supported import check_supported
 
 __all__ = ["Base", "find_base"]
 
-MADE_FOR: dict[str, Task] = {
+TASK_OF_CLASS: dict[str, Task] = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForMaskedLM": "fill-mask",
@@ -30,7 +30,7 @@ MADE_FOR: dict[str, Task] = {
     "ForConditionalGeneration": "text2text-generation",
     "Model": "feature-extraction",
 }
-"""How transformers ends the names of its classes."""
+"""Task by the suffix of the name of a transformers class."""
 
 
 @dataclass(frozen=True)
@@ -48,36 +48,37 @@ class Base:
 
     @cached_property
     def dims(self) -> ModelDims:
-        """Layers, heads, vocabulary and the like."""
+        """Dimensions of the model."""
         return ModelDims(read_config(self.family.name, self.config, self.path / "config.json"))
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model's positions are enough for."""
+        """Tokens for which the model has positions."""
         unused = int(self.config.get("pad_token_id", 1)) + 1 if self.family.positions_after_pad else 0
         return self.dims.positions - unused
 
     @property
     def task(self) -> Task:
-        """What the checkpoint was made for, by the name of its class; else what its family does first."""
+        """Task of the checkpoint by the name of its class; else the first task of its family."""
         written = next(iter(self.config.get("architectures") or ()), "")
-        found = next((task for ending, task in MADE_FOR.items() if written.endswith(ending)), None)
+        found = next((task for ending, task in TASK_OF_CLASS.items() if written.endswith(ending)), None)
         return found if found in self.family.tasks else self.family.tasks[0]
 
     @property
     def problem_type(self) -> ProblemType | None:
-        """What the checkpoint's own text-classification head gives, where its config says."""
+        """What the logits of the checkpoint's text-classification head are, if its config says; else None."""
         found: ProblemType | None = self.config.get("problem_type")
         single = len(self.labels("text-classification")) == 1
         return found or ("regression" if single else None)
 
     @property
     def pooling(self) -> tuple[Pooling, bool]:
-        """How the checkpoint's sentence-transformers files make one vector of a text, and whether of length 1; without
-        such files the mean, of length 1.
+        """Pooling of the checkpoint's sentence-transformers files, and whether a vector has length 1.
+
+        Without such files the mean, of length 1.
 
         Raises:
-            ModelError: they say something else than a mean or the first token.
+            ModelError: the files name another pooling than the mean or the first token, or cannot be read.
         """
         file = self.path / "modules.json"
         if not file.is_file():
@@ -92,13 +93,17 @@ class Base:
         other = sorted(modules.keys() - {"Transformer", "Pooling", "Normalize"})
         if other or len(modes) != 1 or modes[0] not in known:
             raise ModelError(
-                f"{self.path} makes vectors by {', '.join([*other, *modes])}: only the mean of the tokens or the first "
-                "one can be exported; --pooling chooses"
+                f"{self.path} pools by {', '.join([*other, *modes])}: only the mean of the tokens or the first token "
+                "can be exported; choose one with --pooling"
             )
         return known[modes[0]], "Normalize" in modules
 
     def labels(self, task: Task) -> tuple[str, ...]:
-        """Class names that the checkpoint brings for `task`, in the order of its head; none where it has no head."""
+        """Return the checkpoint's class names for `task` in the order of its logits; () if it has no head for it.
+
+        Raises:
+            ModelError: a weight file cannot be read.
+        """
         if task != self.task or not self.family.trained_head(task):
             return ()
         known = self.family.class_weights(task)
@@ -115,8 +120,8 @@ class Base:
                 return tuple(names.get(str(index), f"LABEL_{index}") for index in range(size))
         return ()
 
-    def brings_head_of(self, task: Task, labels: tuple[str, ...]) -> bool:
-        """Whether the checkpoint's head is one of these classes: by their names, or by their numbers."""
+    def has_head_for(self, task: Task, labels: tuple[str, ...]) -> bool:
+        """Return whether the checkpoint has a head for these classes, given by their names or their numbers."""
         own = self.labels(task)
         return bool(own) and labels in (own, class_numbers(own))
 
@@ -131,7 +136,14 @@ class Base:
 
 
 def find_base(model: str, task: Task | None = None) -> Base:
-    """Find the folder of a hub id, local folder, or GGUF file (converted once into the user's cache).
+    """Find the base model of a hub id, local folder or GGUF file (converted once, into the user's cache).
+
+    Args:
+        model: As the user gave it.
+        task: The task that the family must support; None: any.
+
+    Returns:
+        The base.
 
     Raises:
         ModelError: nothing there, no safetensors weights, or a family or task that is not supported.
@@ -154,12 +166,12 @@ def find_base(model: str, task: Task | None = None) -> Base:
         raise ModelError(f"{folder / 'config.json'} is not a model's config: it must be one JSON object")
     family = family_of(str(config.get("model_type")), task)
     if family.decoder:
-        refuse_unsupported(ModelDims(read_config(family.name, config, folder / "config.json")), folder)
+        check_supported(ModelDims(read_config(family.name, config, folder / "config.json")), folder)
     if family.kind == "encoder" and config.get("is_decoder"):
-        raise ModelError(f"{folder} is a {family.name} that was made a decoder (is_decoder): that cannot be exported")
+        raise ModelError(f"{folder} is a {family.name} with is_decoder set: it cannot be exported")
     base = Base(model, folder, family, "", config)
     if family.kind == "encoder-decoder" and getattr(base.dims.config, "decoder_start_token_id", None) is None:
-        raise ModelError(f"{folder / 'config.json'} names no decoder_start_token_id, from which an answer begins")
+        raise ModelError(f"{folder / 'config.json'} has no decoder_start_token_id, with which an answer begins")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ModelError(
@@ -179,7 +191,12 @@ def _json(file: Path) -> Any:
 
 
 def _convert_gguf(file: Path) -> Path:
-    """A float folder made once from a GGUF file, kept in the user's cache under the file's hash."""
+    """Return the folder of a GGUF file's float model, converted once and cached under the file's hash.
+
+    Raises:
+        ModelError: the file cannot be converted.
+        OSError: the cache cannot be written.
+    """
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -193,7 +210,7 @@ def _convert_gguf(file: Path) -> Path:
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
             )
-            # Dequantized weights are plain floats: left there, the entry would make the next load pack them again.
+            # The weights are float now: with this entry the next load would quantize them again.
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
             model.save_pretrained(temporary)
@@ -209,7 +226,11 @@ def _convert_gguf(file: Path) -> Path:
 
 
 def _download(model: str) -> Path:
-    """The local snapshot of a hub id."""
+    """Return the local snapshot of a hub id.
+
+    Raises:
+        ModelError: it is no hub id, or the hub does not serve it.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -223,7 +244,7 @@ def _download(model: str) -> Path:
         raise ModelError(f"there is no model at {model}{near}")
     try:
         header = Path(snapshot_download(model, allow_patterns=["config.json"]))
-        # An architecture that cannot be used is said before its weights are downloaded.
+        # An architecture that is not supported is refused before its weights are downloaded.
         family_of(str(json.loads((header / "config.json").read_text(encoding="utf-8")).get("model_type")))
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "README.md"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The projection onto the vocabulary and the loss behind it, a part at a time: never all logits at once."""
+"""Cross-entropy over the vocabulary in chunks, so that the logits are never in memory as a whole."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ from torch import Tensor, nn
 
 from edge_ft.quant.layers import FrozenLinear, transposed_weight
 
-__all__ = ["TargetScores", "score_targets", "softcap_of", "target_loss"]
+__all__ = ["TargetScores", "logit_softcap", "score_targets", "target_loss"]
 
-_LOGITS = {"cpu": 2**22, "cuda": 2**26}
-"""Logits held at a time: 16 MiB in float32; on a GPU 256 MiB, since it waits for small pieces."""
-_COLUMNS = {"cpu": 8192, "cuda": 2**16}
+MAX_LOGITS = {"cpu": 2**22, "cuda": 2**26}
+"""Logits in memory at a time, by device: 16 MiB in float32; on a GPU 256 MiB, since small pieces cost launches."""
+VOCABULARY_CHUNK = {"cpu": 8192, "cuda": 2**16}
 """Entries of the vocabulary whose weights are dequantized at a time."""
 
 
-def softcap_of(model: Any) -> float | None:
-    """What a task model's logits are kept within by cap · tanh(logit / cap), if they are (Gemma 2)."""
+def logit_softcap(model: Any) -> float | None:
+    """Return the cap of a task model whose logits are cap · tanh(logit / cap) (Gemma 2); None without one."""
     cap: float | None = getattr(model.config, "final_logit_softcapping", None)
     return cap
 
 
 @dataclass(frozen=True)
 class TargetScores:
-    """What a head says at some positions."""
+    """Scores of a head over the vocabulary at some positions."""
 
     nll: Tensor
-    """[targets] float32, nats of the right tokens."""
+    """[targets] float32, nats of the labels."""
     predicted: Tensor
     """[targets] int64, the likeliest tokens."""
     grad: Tensor | None
-    """[targets, hidden] float32: of the sum of `nll`, in what the head reads."""
+    """[targets, hidden] float32: gradient of the sum of `nll` with respect to the head's input."""
 
 
 def score_targets(
@@ -43,63 +43,69 @@ def score_targets(
     softcap: float | None = None,
     with_grad: bool = False,
 ) -> TargetScores:
-    """Cross-entropy of some positions, in one pass over the vocabulary: every weight is dequantized once.
+    """Compute the cross-entropy of some positions in one pass over the vocabulary: each weight is dequantized once.
 
-    Sums over the entries seen so far are scaled anew when a greater logit comes (online softmax, arXiv:1805.02867; with
-    the gradient made on the way, as FlashAttention's output is, arXiv:2205.14135).
+    Sums over the entries seen so far are rescaled when a greater logit comes (online softmax, arXiv:1805.02867; the
+    gradient is accumulated on the way, as FlashAttention's output is, arXiv:2205.14135).
 
     Args:
         hidden: [targets, hidden] float32, the inputs of the head.
         head: [hidden] -> [vocab].
         labels: [targets] int64.
         dtype: Of the head's products; the rest is float32.
-        softcap: As `softcap_of` gives it.
-        with_grad: Also make the gradient; the head is then a frozen layer.
+        softcap: As `logit_softcap` returns it.
+        with_grad: Also compute the gradient; the head must be one frozen linear layer.
+
+    Returns:
+        The scores; nll is NaN for a label outside the vocabulary.
     """
-    most = hidden.new_full((len(hidden), 1), -torch.inf)
-    right = torch.full_like(most, torch.nan)  # stays so for a label outside the vocabulary
-    others = torch.zeros_like(most)
+    largest = hidden.new_full((len(hidden), 1), -torch.inf)
+    target = torch.full_like(largest, torch.nan)
+    others = torch.zeros_like(largest)  # sum of exp(logit - largest) over all entries but the target
     grad = torch.zeros_like(hidden) if with_grad else None
     predicted = torch.zeros_like(labels)
-    for rows, start, logits, weight in _tiles(hidden, head, dtype):
-        inner: Tensor | None = None
+    for rows, start, logits, weight in _logit_tiles(hidden, head, dtype):
+        tanh_slope: Tensor | None = None
         if softcap is not None:
             logits = logits.div_(softcap).tanh_()
-            inner = 1 - logits.square()  # tanh's slope
+            tanh_slope = 1 - logits.square()
             logits *= softcap
-        at = labels[rows, None] - start
-        here = (at >= 0) & (at < logits.shape[1])
-        at = at.clamp(0, logits.shape[1] - 1)
-        own = logits.gather(1, at)
-        right[rows] = torch.where(here, own, right[rows])
-        top, place = logits.max(1, keepdim=True)
-        before = most[rows].clone()
-        predicted[rows] = torch.where(top > before, place + start, predicted[rows, None])[:, 0]
-        most[rows] = torch.maximum(before, top)
-        # The right token's share is left out: what is small beside 1 would be lost in the rounding of products.
-        shares = logits.scatter_(1, at, own.masked_fill(here, -torch.inf)).sub_(most[rows]).exp_()
-        fade = (before - most[rows]).exp_()
-        others[rows] = others[rows] * fade + shares.sum(1, keepdim=True)
+        index = labels[rows, None] - start
+        inside = (index >= 0) & (index < logits.shape[1])
+        index = index.clamp(0, logits.shape[1] - 1)
+        own = logits.gather(1, index)
+        target[rows] = torch.where(inside, own, target[rows])
+        tile_max, tile_argmax = logits.max(1, keepdim=True)
+        before = largest[rows].clone()
+        predicted[rows] = torch.where(tile_max > before, tile_argmax + start, predicted[rows, None])[:, 0]
+        largest[rows] = torch.maximum(before, tile_max)
+        # The target's share is left out: what is small beside 1 would be lost in the rounding of products.
+        shares = logits.scatter_(1, index, own.masked_fill(inside, -torch.inf)).sub_(largest[rows]).exp_()
+        rescale = (before - largest[rows]).exp_()
+        others[rows] = others[rows] * rescale + shares.sum(1, keepdim=True)
         if grad is not None:
-            if inner is not None:
-                shares *= inner
-            grad[rows] = grad[rows] * fade + shares.to(dtype) @ weight.T
-    total = others + (right - most).exp()
+            if tanh_slope is not None:
+                shares *= tanh_slope
+            grad[rows] = grad[rows] * rescale + shares.to(dtype) @ weight.T
+    total = others + (target - largest).exp()
     if grad is not None:
-        slope = others if softcap is None else others * (1 - (right / softcap).square())
+        slope = others if softcap is None else others * (1 - (target / softcap).square())
         grad = (grad - slope * transposed_weight(head, dtype, labels).T) / total
-    return TargetScores((most + total.log() - right)[:, 0], predicted, grad)
+    return TargetScores((largest + total.log() - target)[:, 0], predicted, grad)
 
 
-def _tiles(hidden: Tensor, head: Any, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
-    """Which positions, the first entry of the vocabulary, their logits float32 and the weights [hidden, entries].
+def _logit_tiles(hidden: Tensor, head: Any, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+    """Compute the logits in tiles.
 
-    A head that is more than its weight and bias gives all entries at once, and no weights.
+    A head that is more than its weight and bias gives the whole vocabulary at once, and no weights.
+
+    Yields:
+        Positions, first entry of the vocabulary, logits float32 [positions, entries] and weights [hidden, entries].
     """
     plain = isinstance(head, FrozenLinear) or type(head) is nn.Linear
-    kind, size = hidden.device.type, int(head.out_features)
-    columns = min(_COLUMNS[kind], size) if plain else size
-    height = max(1, _LOGITS[kind] // columns)
+    device, size = hidden.device.type, int(head.out_features)
+    columns = min(VOCABULARY_CHUNK[device], size) if plain else size
+    height = max(1, MAX_LOGITS[device] // columns)
     for start in range(0, size, columns):
         part = slice(start, min(start + columns, size))
         weight = transposed_weight(head, dtype, part) if plain else hidden.new_empty(0)
@@ -114,9 +120,9 @@ def _tiles(hidden: Tensor, head: Any, dtype: torch.dtype) -> Iterator[tuple[slic
 def target_loss(
     hidden: Tensor, head: nn.Linear, labels: Tensor, dtype: torch.dtype, softcap: float | None = None
 ) -> Tensor:
-    """Cross-entropy summed over positions, float32; differentiable in `hidden`.
+    """Return the cross-entropy summed over positions, float32 scalar, differentiable in `hidden`.
 
-    The gradient is made together with the loss, so that no logits are kept (as Liger's fused linear
+    The gradient is computed together with the loss, so that no logits are kept (as Liger's fused linear
     cross-entropy, arXiv:2410.10989). Arguments are those of `score_targets`; the head is frozen.
     """
     loss: Tensor = _TargetLoss.apply(hidden, head, labels, dtype, softcap)

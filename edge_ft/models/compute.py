@@ -1,14 +1,13 @@
-"""How a training step is computed: its numbers, what is fused into one operation, and what is kept of it.
+"""Compute precision, fused operations and activation memory of a training step.
 
 A PEFT model with `Compute` gives the same as without, up to rounding, for less time and memory:
 
 - attention over short sequences keeps no scores (`edge_ft.models.short_attention`);
-- frozen and low-rank product of an adapted layer are one operation, which keeps its input alone;
-- RMSNorm keeps its input and one number a row, a gated unit its two inputs, instead of every intermediate; what they
-  give is made again where the adapted products behind them want it;
-- in bfloat16 all that lies between the embedding and the head is held and multiplied in it, while
-  normalisation and loss are computed in float32 and the trained parameters stay float32;
-- with memory `high` frozen layers keep the float weights that their codes stand for;
+- the frozen and the low-rank product of an adapted layer are one operation, RMSNorm and a gated unit keep their inputs
+  alone, and what they give is recomputed where an adapted layer's backward pass needs it (`edge_ft.models.fused_ops`);
+- in bfloat16 everything between the embedding and the head is stored and multiplied in it, while normalisation and
+  loss are computed in float32 and the trained parameters stay float32;
+- with memory `high` frozen layers keep their dequantized weights;
 - with memory `low` only the inputs of the transformer layers are kept (Chen et al., arXiv:1604.06174).
 """
 
@@ -25,49 +24,46 @@ from torch.utils.checkpoint import checkpoint
 
 from edge_ft.config import Memory
 from edge_ft.families import Family
-from edge_ft.models.rms_norm import plain_rms_norm
+from edge_ft.models.fused_ops import (
+    Recomputable,
+    gated_lora_matmul,
+    lora_matmul,
+    rms_norm,
+    rms_norm_parameters,
+    swiglu,
+)
+from edge_ft.models.lora import layer_stacks
 from edge_ft.models.short_attention import use_short_attention
-from edge_ft.quant.layers import FrozenLinear, Kept, stack_names, transposed_weight
+from edge_ft.quant.layers import FrozenLinear, WeightCache
 
-__all__ = ["Compute", "give_freed_memory_back"]
-
-MadeOf = tuple[Tensor, Callable[[Tensor], Tensor]]
-"""A tensor, and what makes of it the input of an adapted layer."""
+__all__ = ["Compute", "set_malloc_thresholds"]
 
 
 class Compute:
-    """Inside, `model` computes in `dtype`, fused, and recomputes its layers if told so."""
+    """A context in which a PEFT model computes in `dtype`, fused, and recomputes its layers with memory `low`."""
 
     def __init__(self, model: Any, family: Family, dtype: torch.dtype, memory: Memory) -> None:
+        """Wrap the layers of `model`, in place: outside of the context they compute as before."""
         self.dtype = dtype
         self.active = False
-        self._normed: tuple[Tensor, MadeOf] | None = None
-        """What the last norm gave, and what it can be made of again."""
-        self._again: tuple[Tensor, Tensor, Tensor] | None = None
-        """Input and weight of the norm that was last made again, and what it gave: several layers read it."""
+        self._last_norm: tuple[Tensor, Recomputable] | None = None
+        """Output of the last norm, and what it can be recomputed from."""
+        self._recomputed: tuple[Tensor, Tensor, Tensor] | None = None
+        """Input, weight and output of the norm that was recomputed last: several layers read it."""
         self._frozen = [m for m in model.modules() if isinstance(m, FrozenLinear)] if memory == "high" else []
-        self.keep(dtype)
-        give_freed_memory_back(memory == "low")
+        self.cache_weights(dtype)
+        set_malloc_thresholds(memory == "low")
         task_model = model.get_base_model()
-        stacks = [task_model.get_submodule(stack) for stack in stack_names(task_model, family)]
         use_short_attention(task_model)
-        for layers in stacks:
+        for name in layer_stacks(task_model, family):
+            layers = task_model.get_submodule(name)
             for layer in layers:
                 layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True)
                 if memory == "low":
-                    layer.forward = partial(self._recompute, layer.forward)
+                    layer.forward = partial(self._checkpoint, layer.forward)
             layers[-1].register_forward_hook(self._leave_layers)
-        for module in (module for layers in stacks for module in layers.modules()):
-            if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
-                self._fuse_norm(module)
-            elif type(module) is nn.LayerNorm:
-                self._widen_norm(module)
-            elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-                self._fuse_gate(module)
-            elif hasattr(module, "lora_A") and isinstance(module.base_layer, nn.Linear):
-                self._fuse_lora(module)
-            elif type(module) is nn.Linear:
-                self._narrow(module)
+            for module in layers.modules():
+                self._wrap(module)
 
     def __enter__(self) -> None:
         self.active = True
@@ -75,12 +71,25 @@ class Compute:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.active, self._normed, self._again = False, None, None
+        self.active, self._last_norm, self._recomputed = False, None, None
 
-    def keep(self, dtype: torch.dtype | None) -> None:
-        """With memory `high`: keep the frozen weights in this dtype from now on, and no other ones; None: none."""
+    def cache_weights(self, dtype: torch.dtype | None) -> None:
+        """With memory `high`: cache the frozen weights in this dtype from now on, and drop others; None: cache none."""
         for layer in self._frozen:
-            layer.kept = None if dtype is None else Kept(dtype)
+            layer.weight_cache = None if dtype is None else WeightCache(dtype)
+
+    def _wrap(self, module: Any) -> None:
+        """Replace the forward function of a module by one that computes as this context says."""
+        if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
+            self._fuse_norm(module)
+        elif type(module) is nn.LayerNorm:
+            self._widen_norm(module)
+        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            self._fuse_gate(module)
+        elif hasattr(module, "lora_A") and isinstance(module.base_layer, nn.Linear):
+            self._fuse_lora(module)
+        elif type(module) is nn.Linear:
+            self._cast_weights(module)
 
     def _enter_layer(self, _: nn.Module, arguments: Any, keywords: Any) -> Any:
         return (_cast(arguments, self.dtype), _cast(keywords, self.dtype)) if self.active else None
@@ -88,14 +97,14 @@ class Compute:
     def _leave_layers(self, _: nn.Module, __: Any, output: Any) -> Any:
         return _cast(output, torch.float32) if self.active else None
 
-    def _recompute(self, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    def _checkpoint(self, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         if not (self.active and torch.is_grad_enabled()):
             return forward(*arguments, **keywords)
         return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
     def _fuse_norm(self, norm: Any) -> None:
-        """Where it is the plain norm: some families multiply elsewhere."""
-        plain, found = norm.forward, plain_rms_norm(norm)
+        """Fuse a frozen norm if it is the standard one: some families multiply elsewhere."""
+        plain, found = norm.forward, rms_norm_parameters(norm)
         if found is None or norm.weight.requires_grad:
             return
         weight, eps = found
@@ -103,21 +112,21 @@ class Compute:
         def forward(x: Tensor) -> Tensor:
             if not self.active:
                 return plain(x)
-            y: Tensor = _RMSNorm.apply(x, weight, eps)
+            y = rms_norm(x, weight, eps)
             if x.dim() == 3:  # not of a head's queries and keys (Qwen 3), which come in between
-                self._normed = y, (x, again)
+                self._last_norm = y, (x, recompute)
             return y
 
-        def again(x: Tensor) -> Tensor:
-            last = self._again
+        def recompute(x: Tensor) -> Tensor:
+            last = self._recomputed
             if last is None or last[0].data_ptr() != x.data_ptr() or last[1] is not weight:
-                self._again = last = x, weight, _rms_norm(x, weight, eps)[0]
+                self._recomputed = last = x, weight, rms_norm(x, weight, eps)
             return last[2]
 
         norm.forward = forward
 
     def _widen_norm(self, norm: Any) -> None:
-        """In float32, whatever comes in: on a CPU that is how it mixes dtypes, on a GPU it would refuse to."""
+        """Compute in float32 whatever the input is: on a GPU a norm does not mix dtypes."""
         plain = norm.forward
 
         def forward(x: Tensor) -> Tensor:
@@ -128,7 +137,7 @@ class Compute:
         norm.forward = forward
 
     def _fuse_gate(self, mlp: Any) -> None:
-        """Where it is SiLU's."""
+        """Fuse a gated unit if its activation is SiLU."""
         plain, probe = mlp.forward, torch.linspace(-3, 2, 7)
         if not torch.allclose(mlp.act_fn(probe), nn.functional.silu(probe)):
             return
@@ -138,11 +147,9 @@ class Compute:
                 return plain(x)
             gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
             adapter = self._adapter(down)
-            y: Tensor = (
-                down(_SwiGLU.apply(gate, up))
-                if adapter is None
-                else _GatedLoraMatMul.apply(gate, up, *adapter, down.base_layer)
-            )
+            if adapter is not None:
+                return gated_lora_matmul(gate, up, *adapter, down.base_layer)
+            y: Tensor = down(swiglu(gate, up))
             return y
 
         mlp.forward = forward
@@ -154,14 +161,13 @@ class Compute:
             adapter = self._adapter(layer)
             if adapter is None:
                 return plain(x, *arguments, **keywords)
-            made_of = self._normed[1] if self._normed is not None and self._normed[0] is x else None
-            y: Tensor = _LoraMatMul.apply(x, *adapter, layer.base_layer, made_of)
-            return y
+            recomputable = self._last_norm[1] if self._last_norm is not None and self._last_norm[0] is x else None
+            return lora_matmul(x, *adapter, layer.base_layer, recomputable)
 
         layer.forward = forward
 
     def _adapter(self, layer: Any) -> tuple[Tensor, Tensor, float] | None:
-        """A, B and scaling of a layer, where they are all that it adds to its frozen product now."""
+        """Return A, B and scaling of a layer, if they are all that it adds to its frozen product now."""
         if not (self.active and hasattr(layer, "lora_A") and isinstance(layer.base_layer, nn.Linear)):
             return None
         name = layer.active_adapters[0]
@@ -171,8 +177,8 @@ class Compute:
             return None
         return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
-    def _narrow(self, layer: Any) -> None:
-        """A float layer computes in its input's dtype; inside LoRA's it is the one that is wrapped."""
+    def _cast_weights(self, layer: Any) -> None:
+        """Let a float layer compute in its input's dtype; PEFT's LoRA layers wrap such layers too."""
         plain = layer.forward
 
         def forward(x: Tensor) -> Tensor:
@@ -184,135 +190,26 @@ class Compute:
         layer.forward = forward
 
 
-def give_freed_memory_back(at_once: bool) -> None:
-    """Let glibc map large blocks, so that they return to the system when they are freed (mallopt(3)).
+def set_malloc_thresholds(low_memory: bool) -> None:
+    """Set from which size glibc maps blocks, so that they return to the system when they are freed (mallopt(3)).
 
-    Otherwise its thresholds are those that it comes to by itself.
-    At 4 x 256 tokens that takes a third off the peak, since freed blocks of other sizes are not reused, and costs
-    half as much time again: the pages of every block are new.
+    Args:
+        low_memory: Map blocks from 1 MiB. At 4 x 256 tokens that takes a third off the peak, since freed blocks of
+            other sizes are not reused, and costs half as much time again: the pages of every block are new. Otherwise
+            the thresholds are those that glibc's own adaptation reaches.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     mmap_threshold, trim_threshold = -3, -1
     libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_threshold, 2**20 if at_once else 2**25)
-    libc.mallopt(trim_threshold, 2**21 if at_once else 2**26)
+    libc.mallopt(mmap_threshold, 2**20 if low_memory else 2**25)
+    libc.mallopt(trim_threshold, 2**21 if low_memory else 2**26)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """`value` with every float tensor in it in `dtype`."""
+    """Return `value` with every float tensor in it in `dtype`."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if type(value) in (tuple, list):
         return type(value)(_cast(item, dtype) for item in value)
     return {key: _cast(item, dtype) for key, item in value.items()} if type(value) is dict else value
-
-
-class _RMSNorm(torch.autograd.Function):
-    """weight · x / sqrt(mean(x²) + eps) over the last dimension (arXiv:1910.07467), in x's dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, scale = _rms_norm(x, weight, eps)
-        ctx.save_for_backward(x, weight, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
-        wide = grad.float() * weight
-        wide -= normed.mul_((wide * normed).mean(-1, keepdim=True))
-        return wide.mul_(scale).to(x.dtype), None, None
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normed x, in its dtype, and 1 / sqrt(mean(x²) + eps) of each row in float32."""
-    wide = x.float()
-    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (wide * scale).mul_(weight).to(x.dtype), scale
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) · up (Shazeer, arXiv:2002.05202), keeping the two alone."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        gate, up = ctx.saved_tensors
-        grad_up = nn.functional.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
-
-
-class _LoraMatMul(torch.autograd.Function):
-    """x Wᵀ + bias + scaling · x Aᵀ Bᵀ over a frozen layer, as one operation that keeps x or what that is made of."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear, made_of: MadeOf | None
-    ) -> Tensor:
-        rows, a, b = x.flatten(0, -2), a.to(x.dtype), b.to(x.dtype)
-        y, down = _lora_product(rows, a, b, scaling, layer)
-        kept, ctx.again = made_of or (x, None)
-        ctx.save_for_backward(kept, down, a, b)
-        ctx.scaling, ctx.layer = scaling, layer
-        return y.unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:  # type: ignore[override]
-        x, down, a, b = ctx.saved_tensors
-        if ctx.again is not None:
-            x = ctx.again(x)
-        grad = grad.flatten(0, -2)
-        up, grad_a, grad_b = _lora_gradients(grad, x.flatten(0, -2), down, b, ctx.scaling)
-        grad_x = _input_gradient(grad, up, a, ctx.layer).view(x.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_a, grad_b, None, None, None
-
-
-class _GatedLoraMatMul(torch.autograd.Function):
-    """`_LoraMatMul` of silu(gate) · up, which keeps these two and makes their product again."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear) -> Tensor:
-        rows, a, b = nn.functional.silu(gate).mul_(up).flatten(0, -2), a.to(up.dtype), b.to(up.dtype)
-        y, down = _lora_product(rows, a, b, scaling, layer)
-        ctx.save_for_backward(gate, up, down, a, b)
-        ctx.scaling, ctx.layer = scaling, layer
-        return y.unflatten(0, up.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
-        gate, up, down, a, b = ctx.saved_tensors
-        grad, shape = grad.flatten(0, -2), gate.shape
-        gate, up = gate.flatten(0, -2), up.flatten(0, -2)
-        unit = nn.functional.silu(gate)
-        short, grad_a, grad_b = _lora_gradients(grad, unit * up, down, b, ctx.scaling)
-        inner = _input_gradient(grad, short, a, ctx.layer)
-        grad_up = unit.mul_(inner).view(shape)
-        return torch.ops.aten.silu_backward(inner.mul_(up), gate).view(shape), grad_up, grad_a, grad_b, None, None
-
-
-def _lora_product(rows: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    """The layer's output [rows, out], and what A makes of its input [rows, rank]."""
-    weight = transposed_weight(layer, rows.dtype)
-    y = rows @ weight if layer.bias is None else torch.addmm(layer.bias.to(rows.dtype), rows, weight)
-    down = rows @ a.T
-    return y.addmm_(down, b.T, alpha=scaling), down
-
-
-def _lora_gradients(
-    grad: Tensor, rows: Tensor, down: Tensor, b: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of what A made [rows, rank], of A and of B."""
-    # Both written so that the short side comes first, which float32 products run 3 times as fast.
-    up = (b.T @ grad.T).mul_(scaling).T
-    return up, (up.T @ rows).float(), (down.T @ grad).T.float().mul_(scaling)
-
-
-def _input_gradient(grad: Tensor, up: Tensor, a: Tensor, layer: nn.Linear) -> Tensor:
-    """The gradient of a layer's input [rows, in]."""
-    return (grad @ transposed_weight(layer, grad.dtype).T).addmm_(up, a)

@@ -1,4 +1,4 @@
-"""ModelDims of a model as its transformers config gives them, whatever the keys of config.json are called."""
+"""Dimensions of a model, read from its transformers config: the keys of config.json differ by family."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,19 +13,19 @@ __all__ = ["ModelDims", "read_config"]
 
 @dataclass(frozen=True)
 class ModelDims:
-    """What loading, planning and exporting ask of a `transformers.PretrainedConfig`."""
+    """Dimensions in a `transformers.PretrainedConfig`."""
 
     config: Any
 
     @property
     def layers(self) -> int:
-        """Transformer layers; of two stacks, those of the smaller one."""
+        """Number of transformer layers; of an encoder-decoder, that of its smaller stack."""
         layers = int(self.config.num_hidden_layers)
         return min(layers, int(getattr(self.config, "num_decoder_layers", layers)))
 
     @property
-    def repeats_layers(self) -> bool:
-        """Whether a text passes through the same layers several times (ALBERT)."""
+    def shares_layers(self) -> bool:
+        """Whether layers share their weights (ALBERT)."""
         return int(getattr(self.config, "num_hidden_groups", self.layers)) < self.layers
 
     @property
@@ -51,7 +51,7 @@ class ModelDims:
 
     @property
     def kv_heads(self) -> int:
-        """Heads that keys and values have."""
+        """Key and value heads of a layer."""
         return int(getattr(self.config, "num_key_value_heads", None) or self.heads)
 
     @property
@@ -68,16 +68,16 @@ class ModelDims:
 
     @property
     def rotary_dim(self) -> int:
-        """How much of a head is rotated; 0 for learned positions."""
+        """Dimensions of a head that are rotated; 0 for learned positions."""
         shares = [float(rope.get("partial_rotary_factor", 1.0)) for rope in self.ropes]
         return int(self.head_dim * min(shares)) if shares else 0
 
     @property
     def positions(self) -> int:
-        """Tokens that the model can read.
+        """Tokens that the model can process.
 
-        LongRoPE rotates by another table once a text is longer than the original length, all of it anew: a cache
-        cannot, so the original length is the limit.
+        LongRoPE rotates the whole text by another table once it is longer than the original length. Cached keys
+        cannot be rotated again, so the original length is the limit.
         """
         whole = int(getattr(self.config, "max_position_embeddings", None) or 1024)
         short = [
@@ -87,7 +87,7 @@ class ModelDims:
 
 
 def read_config(model_type: str, config: dict[str, Any], where: object) -> Any:
-    """The `PretrainedConfig` of what config.json holds.
+    """Return the `PretrainedConfig` of the content of a config.json; `where` names the file in an error.
 
     Raises:
         ModelError: transformers refuses its values.

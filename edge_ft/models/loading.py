@@ -1,4 +1,4 @@
-"""Load a base's task model, in float or on the grid."""
+"""Load the task model of a base, in float32 or quantized."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,17 +21,15 @@ from edge_ft.models.mpnet import use_attention_interface
 from edge_ft.models.scorer import HIDDEN, LOSSES
 from edge_ft.quant.bf16 import round_to_bf16
 from edge_ft.quant.blockwise import Bits
-from edge_ft.quant.calibration import Calibration, calibrate, float_reader
-from edge_ft.quant.layers import is_within, quantize_model, transpose_conv1d
+from edge_ft.quant.calibration import Calibration, calibrate
+from edge_ft.quant.conversion import ReadWeight, is_within, quantize_model, retained_weights, transpose_conv1d
 from edge_ft.quant.serialization import read_codes
 
-__all__ = ["BITS", "ModelSpec", "load_model", "quantize_over"]
+__all__ = ["BITS", "ModelSpec", "load_model", "quantize_calibrated"]
 
 BITS: dict[BaseFormat, Bits] = {"int4": 4, "int8": 8}
-Read = Callable[[str, slice], Tensor]
-"""Gives some rows of the float parameter of a name."""
-ADAPTED: dict[str, Callable[[Any], None]] = {"mpnet": use_attention_interface}
-"""Families of which transformers' own module lacks something that all others have."""
+ADAPTATIONS: dict[str, Callable[[Any], None]] = {"mpnet": use_attention_interface}
+"""Functions that add to a family's model what transformers has in all others."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class ModelSpec:
         seed: int = 0,
         codes: Path | Calibration | None = None,
     ) -> "ModelSpec":
-        """The model that reads rows as `rendering` makes them: its task, classes and pooling."""
+        """Return the specification of a model for rows of this rendering: its task, classes and pooling."""
         return cls(
             base,
             rendering.task,
@@ -95,6 +93,11 @@ class ModelSpec:
         return self.base.family.heads[self.task] if self.task == "feature-extraction" else ()
 
     @property
+    def optional_modules(self) -> tuple[str, ...]:
+        """Modules whose weights the checkpoint may lack."""
+        return *self.trained_head, *self.unused_modules
+
+    @property
     def config_overrides(self) -> dict[str, Any]:
         """Settings of the transformers config that differ from the checkpoint's."""
         if self.task not in CLASSIFIERS or not self.labels:
@@ -114,149 +117,151 @@ def load_model(spec: ModelSpec) -> nn.Module:
     A classification head that the checkpoint lacks, or has for other classes, is initialised from the seed and stays
     float32.
 
+    Returns:
+        The transformers model of the task.
+
     Raises:
         ModelError: the weights cannot be loaded, or some are missing.
     """
-    from optimum.exporters.tasks import TasksManager
-
-    base, model_class = spec.base, TasksManager.get_model_class_for_task(spec.task, framework="pt")
-    model, read = None, None
     try:
         with silence_libraries():
-            if spec.base_format != "fp32":
-                model, read = _quantized(spec, model_class) or (None, None)
-            if model is None:
-                model = _whole(spec, model_class)
-                if base.family.fan_in_fan_out:
-                    transpose_conv1d(model)
-                if isinstance(spec.codes, Calibration):
-                    read = float_reader(model)
-                if spec.base_format != "fp32":
-                    _round(model, spec, read)
+            loaded = None if spec.base_format == "fp32" else _load_by_tensor(spec)
+            model, read = loaded or _load_whole(spec)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{base.path} cannot be loaded as {spec.task}: {error}") from error
-    fresh = spec.trained_head
-    if fresh and base.labels(spec.task) and not base.brings_head_of(spec.task, spec.labels):
-        head = model.get_submodule(fresh[-1])
-        head = getattr(head, "out_proj", head)
-        torch.manual_seed(spec.seed)
-        nn.init.normal_(head.weight, std=model.config.initializer_range)
-        nn.init.zeros_(head.bias)
+        raise ModelError(f"{spec.base.path} cannot be loaded as {spec.task}: {error}") from error
+    _initialise_other_classes(model, spec)
     for name in spec.unused_modules:
         setattr(model, name, None)
     if spec.task == "feature-extraction":
         model.config.pooling = spec.pooling or "mean"
-    if base.family.name in ADAPTED:
-        ADAPTED[base.family.name](model)
+    if spec.base.family.name in ADAPTATIONS:
+        ADAPTATIONS[spec.base.family.name](model)
     if isinstance(spec.codes, Calibration) and spec.base_format == "int4":
         assert read is not None
-        choose_codes(model.eval(), spec.task, read, spec.codes)
+        _calibrate(model.eval(), spec.task, read, spec.codes)
     return model.eval().requires_grad_(False)
 
 
-def choose_codes(model: Any, task: Task, read: Read, calibration: Calibration) -> None:
-    """Choose the 4-bit codes of a model's linear layers over rows, in place (see `calibrate`).
+def quantize_calibrated(
+    model: Any, task: Task, block_size: int, keep: tuple[str, ...], calibration: Calibration
+) -> None:
+    """Quantize a float model to 4 bits in place, with the codes of its linear layers calibrated on rows.
 
-    Layers that a text passes through several times (ALBERT) keep the codes they have: each pass reads other inputs.
+    Args:
+        model: A task model.
+        task: Of the model and the rows.
+        block_size: Weights per scale.
+        keep: Names of modules that stay float with all that is in them.
+        calibration: The rows.
+
+    Raises:
+        ModelError: an input of a layer is not finite.
     """
+    read = retained_weights(model)
+    quantize_model(model, block_size, keep)
+    _calibrate(model, task, read, calibration)
+
+
+def _calibrate(model: Any, task: Task, read: ReadWeight, calibration: Calibration) -> None:
+    """Calibrate the int4 codes of a model, but for shared layers (ALBERT): each of their calls has other inputs."""
 
     def forward(model: Any, batch: Batch) -> Tensor | None:
         found, _ = (HIDDEN.get(task) or LOSSES[task])(model, batch, torch.device("cpu"))
         return found if task in HIDDEN else None
 
-    if not ModelDims(model.config).repeats_layers:
+    if not ModelDims(model.config).shares_layers:
         calibrate(model, task, read, calibration, forward)
 
 
-def quantize_over(model: Any, task: Task, block_size: int, keep: tuple[str, ...], calibration: Calibration) -> None:
-    """`quantize_model` to 4 bits of a float model, with the codes of its linear layers chosen over rows."""
-    read = float_reader(model)
-    quantize_model(model, block_size, keep)
-    choose_codes(model, task, read, calibration)
+def _initialise_other_classes(model: Any, spec: ModelSpec) -> None:
+    """Initialise the output layer of a head that the checkpoint has for other classes."""
+    if spec.trained_head and spec.base.labels(spec.task) and not spec.base.has_head_for(spec.task, spec.labels):
+        head = model.get_submodule(spec.trained_head[-1])
+        head = getattr(head, "out_proj", head)
+        torch.manual_seed(spec.seed)
+        nn.init.normal_(head.weight, std=model.config.initializer_range)
+        nn.init.zeros_(head.bias)
 
 
-def _whole(spec: ModelSpec, model_class: Any) -> Any:
-    """The float model, as transformers loads it."""
-    base, task, settings = spec.base, spec.task, spec.config_overrides
+def _model_class(task: Task) -> Any:
+    from optimum.exporters.tasks import TasksManager
+
+    return TasksManager.get_model_class_for_task(task, framework="pt")
+
+
+def _load_whole(spec: ModelSpec) -> tuple[Any, ReadWeight | None]:
+    """Load the float model by transformers and round it.
+
+    Returns:
+        The model, and what reads its float weights where codes are calibrated.
+
+    Raises:
+        ModelError: weights are missing.
+    """
+    base, task, overrides = spec.base, spec.task, spec.config_overrides
     torch.manual_seed(spec.seed)
-    model, found = model_class.from_pretrained(
+    model, found = _model_class(task).from_pretrained(
         base.path,
         output_loading_info=True,
         dtype=torch.float32,
         trust_remote_code=False,
         use_safetensors=True,
-        **(settings | {"ignore_mismatched_sizes": True} if settings else {}),
+        **(overrides | {"ignore_mismatched_sizes": True} if overrides else {}),
     )
     absent = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
-    mend = "tune it first" if base.family.trained_head(task) else "take a checkpoint that was saved with one"
-    if lost := sorted(key for key in absent if not is_within(key, (*spec.trained_head, *spec.unused_modules))):
+    if lost := sorted(key for key in absent if not is_within(key, spec.optional_modules)):
+        remedy = "tune it first" if base.family.trained_head(task) else "take a checkpoint that was saved with one"
         raise ModelError(
             f"{base.path} lacks the weights of {lost[0]}"
             + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
-            + (f": it has no head for {task}, {mend}" if is_within(lost[0], base.family.heads[task]) else "")
+            + (f": it has no head for {task}, {remedy}" if is_within(lost[0], base.family.heads[task]) else "")
         )
-    return model
+    if base.family.fan_in_fan_out:
+        transpose_conv1d(model)
+    read = retained_weights(model) if isinstance(spec.codes, Calibration) else None
+    if spec.base_format != "fp32":
+        _quantize(model, spec, read)
+    return model, read
 
 
-def _quantized(spec: ModelSpec, model_class: Any) -> tuple[Any, Read] | None:
-    """The quantized model, read one tensor at a time, and what reads it; None where the file's names are not the
-    model's."""
+def _load_by_tensor(spec: ModelSpec) -> tuple[Any, ReadWeight] | None:
+    """Load and round the model one tensor at a time.
+
+    Returns:
+        The model, and what reads its float weights; None where the names in the checkpoint are not the model's.
+    """
     from transformers import AutoConfig
 
-    base = spec.base
-    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False, **spec.config_overrides)
+    config = AutoConfig.from_pretrained(spec.base.path, trust_remote_code=False, **spec.config_overrides)
     with init_empty_weights(include_buffers=False):
-        model = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = _model_class(spec.task).from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
-    places: dict[str, Path] = {}
-    shapes: dict[str, list[int]] = {}
-    # A headless checkpoint leaves the name of the body out.
-    prefixes = ("", f"{model.base_model_prefix}.")
-    for file in sorted(base.path.glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            for key in weights.keys():  # noqa: SIM118
-                places[key], shapes[key] = file, weights.get_slice(key).get_shape()
-    tied: dict[str, str] = model.all_tied_weights_keys
-    for target, source in list(tied.items()):
-        if target in shapes and source in shapes and _differ(places, target, source):
-            # As from_pretrained does (FLAN-T5's head is one, whatever its config says).
-            parent, _, attribute = target.rpartition(".")
-            setattr(
-                model.get_submodule(parent),
-                attribute,
-                nn.Parameter(torch.empty(shapes[target], device="meta"), requires_grad=False),
-            )
-            del tied[target]
+    tensors = _Tensors(spec.base.path)
+    _untie(model, tensors)
     parameters = dict(model.named_parameters())  # a tied one once
     first = {id(parameter): name for name, parameter in parameters.items()}
     tied = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
     keys = {
         name: key
         for name, parameter in parameters.items()
-        for key in (name.removeprefix(prefix) for prefix in prefixes)
-        if shapes.get(key) == list(parameter.shape)
+        # A headless checkpoint leaves the name of the body out.
+        for key in (name.removeprefix(prefix) for prefix in ("", f"{model.base_model_prefix}."))
+        if tensors.shapes.get(key) == list(parameter.shape)
     }
-    drawn = {name for name in parameters if name not in keys}
-    modules = {name.rpartition(".")[0] for name in drawn}
-    whole_modules = {name for name in parameters if name.rpartition(".")[0] in modules} == drawn
-    if not whole_modules or not all(is_within(name, (*spec.trained_head, *spec.unused_modules)) for name in drawn):
+    missing = {name for name in parameters if name not in keys}
+    modules = {name.rpartition(".")[0] for name in missing}
+    partial = {name for name in parameters if name.rpartition(".")[0] in modules} != missing
+    if partial or not all(is_within(name, spec.optional_modules) for name in missing):
         return None
 
-    turned = transpose_conv1d(model) if base.family.fan_in_fan_out else set()
+    transposed = transpose_conv1d(model) if spec.base.family.fan_in_fan_out else set()
 
     def read(name: str, rows: slice) -> Tensor:
-        """A copy, from a mapping of its own: the pages of a mapped file stay in memory as long as it is mapped."""
-        key = keys[tied[name]]
-        with safe_open(places[key], "pt") as weights:
-            stored = weights.get_slice(key)
-            part = stored[:, rows].T if name in turned else stored[rows]
-            return part.to(torch.float32, copy=True)
+        return tensors.read(keys[tied[name]], rows, name in transposed)
 
-    _round(model, spec, read)
+    _quantize(model, spec, read)
     for name in [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        parent, _, attribute = name.rpartition(".")
-        value = torch.empty(parameters[name].shape) if name in drawn else read(name, slice(None))
-        setattr(model.get_submodule(parent), attribute, nn.Parameter(value))
+        _set_parameter(model, name, torch.empty(parameters[name].shape) if name in missing else read(name, slice(None)))
     for target, source in tied.items():  # to an embedding that stays float
         parent, _, attribute = target.rpartition(".")
         if getattr(getattr(model.get_submodule(parent), attribute), "is_meta", False):
@@ -268,17 +273,53 @@ def _quantized(spec: ModelSpec, model_class: Any) -> tuple[Any, Read] | None:
     return model, read
 
 
-def _differ(places: dict[str, Path], first: str, second: str) -> bool:
-    """Whether two stored matrices of one shape differ."""
-    with safe_open(places[first], "pt") as a, safe_open(places[second], "pt") as b:
-        one, other = a.get_slice(first), b.get_slice(second)
-        rows, step = one.get_shape()[0], 4096
-        return one.get_shape() != other.get_shape() or any(
-            not torch.equal(one[start : start + step], other[start : start + step]) for start in range(0, rows, step)
-        )
+class _Tensors:
+    """The tensors in the safetensors files of a folder, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, list[int]] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as weights:
+                for key in weights.keys():  # noqa: SIM118 - not a dict
+                    self.files[key], self.shapes[key] = file, weights.get_slice(key).get_shape()
+
+    def read(self, key: str, rows: slice, transposed: bool) -> Tensor:
+        """Return rows of a tensor or of its transpose, float32: a copy, since pages stay in memory while mapped."""
+        with safe_open(self.files[key], "pt") as weights:
+            stored = weights.get_slice(key)
+            part = stored[:, rows].T if transposed else stored[rows]
+            return part.to(torch.float32, copy=True)
+
+    def differ(self, first: str, second: str) -> bool:
+        """Return whether two matrices differ."""
+        if self.shapes[first] != self.shapes[second]:
+            return True
+        with safe_open(self.files[first], "pt") as a, safe_open(self.files[second], "pt") as b:
+            one, other, step = a.get_slice(first), b.get_slice(second), 4096
+            return any(
+                not torch.equal(one[start : start + step], other[start : start + step])
+                for start in range(0, self.shapes[first][0], step)
+            )
 
 
-def _round(model: nn.Module, spec: ModelSpec, read: Read | None) -> None:
+def _untie(model: Any, tensors: _Tensors) -> None:
+    """Untie weights of which the checkpoint has two that differ, as `from_pretrained` does, whatever the config says.
+
+    FLAN-T5's head is such a weight.
+    """
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target in tensors.shapes and source in tensors.shapes and tensors.differ(target, source):
+            _set_parameter(model, target, torch.empty(tensors.shapes[target], device="meta"))
+            del model.all_tied_weights_keys[target]
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, nn.Parameter(value))
+
+
+def _quantize(model: nn.Module, spec: ModelSpec, read: ReadWeight | None) -> None:
     """Bring a model's layers to `spec.base_format`, in place; `read` as for `quantize_model`."""
     keep = spec.base.family.trained_head(spec.task)
     if spec.base_format == "nf4":
@@ -289,5 +330,5 @@ def _round(model: nn.Module, spec: ModelSpec, read: Read | None) -> None:
     elif spec.base_format == "bf16":
         round_to_bf16(model, keep, read)
     else:
-        known = {} if spec.codes_file is None else {"known": read_codes(spec.codes_file)}
-        quantize_model(model, spec.block_size, keep, BITS[spec.base_format], read, **known)
+        existing = {} if spec.codes_file is None else {"existing": read_codes(spec.codes_file)}
+        quantize_model(model, spec.block_size, keep, BITS[spec.base_format], read, **existing)

@@ -1,4 +1,4 @@
-"""Keep the libraries underneath from talking past our own progress."""
+"""Silence the messages of transformers and PEFT."""
 
 import contextlib
 import io
@@ -12,12 +12,12 @@ __all__ = ["silence_libraries"]
 
 @contextlib.contextmanager
 def silence_libraries() -> Iterator[None]:
-    """No bars, no advice and no deprecations from transformers and PEFT inside; errors still reach the caller."""
+    """Hide the progress bars, hints and warnings of transformers and PEFT while inside; exceptions pass."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        # The GGUF reader's bar is tqdm's own: it only knows stderr.
+        # The GGUF reader's progress bar is tqdm's own, written to stderr.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield

@@ -1,4 +1,4 @@
-"""The one place that puts a PEFT LoRA adapter on a base, reads it back, or merges it."""
+"""PEFT's LoRA adapters: add a fresh one, load a saved one, read its matrices, or merge it."""
 
 import json
 from functools import cache
@@ -16,9 +16,10 @@ from edge_ft.errors import ModelError, UsageError, did_you_mean
 from edge_ft.families import Family
 from edge_ft.models.dims import ModelDims
 from edge_ft.models.logging import silence_libraries
-from edge_ft.quant.layers import FrozenLinear, is_within, stack_names
+from edge_ft.quant.conversion import is_within
+from edge_ft.quant.layers import FrozenLinear
 
-__all__ = ["adapter_task", "add_lora", "load_adapter", "lora_pairs", "merge_adapter"]
+__all__ = ["adapter_task", "add_lora", "layer_stacks", "load_adapter", "lora_pairs", "merge_adapter"]
 
 PEFT_TASKS: dict[Task, str | None] = {
     "text-generation": "CAUSAL_LM",
@@ -30,8 +31,14 @@ PEFT_TASKS: dict[Task, str | None] = {
 }
 
 
+def layer_stacks(model: nn.Module, family: Family) -> tuple[str, ...]:
+    """Return the names of the lists of transformer layers in `model`: a body without a head has no prefix."""
+    prefix = str(model.base_model_prefix)
+    return tuple(stack if hasattr(model, prefix) else stack.removeprefix(f"{prefix}.") for stack in family.stacks)
+
+
 def add_lora(model: nn.Module, family: Family, task: Task, config: TuneConfig) -> Any:
-    """Wrap `model` with fresh LoRA layers; a classifier's head is trained in full beside them.
+    """Wrap `model` with fresh LoRA layers, initialised from the seed; a classifier's head is trained in full.
 
     Returns:
         The `peft.PeftModel`.
@@ -39,7 +46,7 @@ def add_lora(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
     Raises:
         UsageError: target_modules or layers name nothing in this model.
     """
-    with silence_libraries():  # to import it is not silent either
+    with silence_libraries():  # its import warns too
         from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config.seed)
@@ -53,7 +60,7 @@ def add_lora(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
     )
     with silence_libraries():
         peft_model = _without_weights(get_peft_model(model, lora))
-    # Only said to who loads the adapter on the plain model: here the layers lie as linear ones do.
+    # For whoever loads the adapter on the original model: here GPT-2's layers are linear ones.
     adapter: Any = peft_model.peft_config["default"]
     adapter.fan_in_fan_out = family.fan_in_fan_out
     return peft_model
@@ -61,6 +68,9 @@ def add_lora(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
 
 def load_adapter(model: nn.Module, folder: Path) -> Any:
     """Put a saved PEFT adapter on `model`, frozen, as `PeftModel.from_pretrained` does.
+
+    Returns:
+        The `peft.PeftModel`.
 
     Raises:
         ModelError: not a LoRA adapter in safetensors, or not one of this model.
@@ -75,11 +85,11 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(
-            f"the adapter {folder} does not fit this model as it is held here: {reason} (--lane merged may take it)"
+            f"the adapter {folder} does not fit this model's layers: {reason} (--lane merged may accept it)"
         ) from error
     with safe_open(folder / "adapter_model.safetensors", "np") as weights:
         saved = set(weights.keys())
-    # PEFT only warns when a part of an adapter finds no place, or a place finds no part.
+    # PEFT only warns when the tensors of the adapter are not those of the model's LoRA layers.
     if odd := sorted(saved ^ taken):
         what = "holds no" if odd[0] in taken else "has no place in this model for"
         raise ModelError(
@@ -89,10 +99,13 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA adapter whose weights are safetensors.
+    """Read adapter_config.json of a LoRA adapter whose weights are safetensors.
+
+    Returns:
+        Its content.
 
     Raises:
-        ModelError: there is none, it is of another kind, or it needs something that would be dropped.
+        ModelError: there is none, it is of another kind, or it uses an option that an export would lose.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -102,29 +115,31 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} is a {config.get('peft_type')} adapter: only LORA can be exported")
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder} lacks adapter_model.safetensors (pickled weights are never loaded): save it again")
-    # These change the base itself or layers outside LoRA's: an export that left them out would ship another model.
+    # These change the base or layers without LoRA, which an export of A and B alone would lose.
     for field in ("trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens"):
         if config.get(field):
             raise ModelError(f"{folder} uses {field}, which cannot be exported: train it without")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
         raise ModelError(
-            f"{folder} was started with init_lora_weights={start!r}, which changed its base: save it with PEFT's "
+            f"{folder} was initialised with init_lora_weights={start!r}, which changed its base: save it with PEFT's "
             "path_initial_model_for_weight_conversion first"
         )
     return config
 
 
 def adapter_task(folder: Path) -> Task | None:
-    """The task that an adapter says it was trained for; None where it does not say, or PEFT has no name for it."""
+    """Return the task in an adapter's config; None if it has none, or PEFT has no name for it."""
     named = adapter_config(folder).get("task_type")
     return next((task for task, name in PEFT_TASKS.items() if name is not None and name == named), None)
 
 
 def lora_pairs(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """A [rank, in] and B [out, rank] of every adapted layer, the scaling of each folded into its B.
+    """Collect A and B of every adapted layer.
 
-    The scaling is PEFT's own per layer, so rank and alpha patterns and rsLoRA are in it.
+    Returns:
+        A [rank, in] and B [out, rank] by the layer's name, B multiplied by the scaling that PEFT computed for the layer
+        (so rank and alpha patterns and rsLoRA are included).
 
     Raises:
         ModelError: a variant that A and B alone do not express (DoRA, LoRA biases, adapted embeddings).
@@ -148,7 +163,7 @@ def lora_pairs(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.fl
                 )
             if adapter in embedding:
                 raise ModelError(
-                    f"{name} is an adapted embedding, which the adapter lane cannot hold: use --lane merged"
+                    f"{name} is an adapted embedding, which the adapter lane does not support: use --lane merged"
                 )
             if adapter not in adapters:
                 continue
@@ -162,28 +177,29 @@ def lora_pairs(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.fl
 
 
 def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """The float `model` with the adapter merged into its weights (every PEFT variant that can merge).
+    """Merge the adapter into the weights of a float model (every PEFT variant that can merge).
+
+    Returns:
+        The transformers model.
 
     Raises:
-        ModelError: the adapter changes one of two tied weights, which would change the other unseen.
+        ModelError: the adapter changes one of two tied weights, which would change the other as well.
     """
     peft_model = load_adapter(model, folder)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     if any(hasattr(layer, "lora_A") or hasattr(layer, "modules_to_save") for layer in (head, embedding)) and getattr(
         model.config, "tie_word_embeddings", False
     ):
-        raise ModelError(
-            f"{folder} adapts the embedding or the head of a model that ties them: this cannot be exported"
-        )
-    with silence_libraries():  # PEFT says of a head with weights of its own that it is not tied
+        raise ModelError(f"{folder} adapts the embedding or the head of a model that ties them: it cannot be exported")
+    with silence_libraries():  # PEFT warns that a head with its own weights is not tied
         merged: nn.Module = peft_model.merge_and_unload(safe_merge=True)
     return merged.eval()
 
 
 def _without_weights(peft_model: Any) -> Any:
-    """Let the `weight` of a LoRA layer over codes be None, as that of the layer inside is.
+    """Set the `weight` of LoRA layers over quantized layers to None, as in the layers inside, and return the model.
 
-    PEFT would give the codes, and T5 casts what its `wo` reads to the dtype of that weight: to bytes.
+    PEFT's property returns the codes, and T5 casts the input of its `wo` to the dtype of that weight: to uint8.
     """
     for module in peft_model.modules():
         if hasattr(module, "lora_A") and isinstance(module.base_layer, FrozenLinear):
@@ -198,15 +214,19 @@ def _weightless(kind: Any) -> Any:
 
 
 def _targets(model: nn.Module, family: Family, task: Task, config: TuneConfig) -> list[str]:
-    """Full names of the linear layers to adapt."""
-    stacks = {stack: len(model.get_submodule(stack)) for stack in stack_names(model, family)}  # type: ignore[arg-type]
+    """Return the names of the linear layers to adapt.
+
+    Raises:
+        UsageError: target_modules or layers name nothing in this model.
+    """
+    stacks = {stack: len(model.get_submodule(stack)) for stack in layer_stacks(model, family)}  # type: ignore[arg-type]
     count = last_layers(config.layers)
     fewest = min(stacks.values())
-    sizes = ModelDims(model.config)
-    if count is not None and sizes.repeats_layers:
+    dims = ModelDims(model.config)
+    if count is not None and dims.shares_layers:
         raise UsageError(
-            f"--layers {config.layers}: this model runs the same {fewest} layer(s) {sizes.layers} times, so the "
-            "last ones are the first ones too: use --layers all"
+            f"--layers {config.layers}: this model calls the same {fewest} layer(s) {dims.layers} times, so its "
+            "last ones are its first ones too: use --layers all"
         )
     if count is not None and count > fewest:
         where = " in its smaller stack" if len(stacks) > 1 else ""
@@ -221,7 +241,7 @@ def _targets(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
         for wanted in config.target_modules:
             if not any(name == wanted or name.endswith(f".{wanted}") for name in linear):
                 raise UsageError(
-                    f"--target-modules {wanted}: no linear layer ends with it{did_you_mean(wanted, endings)}; "
+                    f"--target-modules {wanted}: no linear layer has this name{did_you_mean(wanted, endings)}; "
                     f"there are {', '.join(endings)}"
                 )
         linear = [

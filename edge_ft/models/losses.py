@@ -1,4 +1,4 @@
-"""Losses of tasks that read a whole text at once: one function a task, for training and scoring alike."""
+"""Losses of encoder tasks: one function a task, for training and scoring alike."""
 
 from inspect import signature
 from typing import Any
@@ -22,12 +22,12 @@ __all__ = [
 
 
 def task_model_of(model: Any) -> Any:
-    """The transformers model inside PEFT's, or the model itself."""
+    """Return the transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def encoder_inputs(model: Any, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """What of a batch the task model reads: RoBERTa has one token type alone, DistilBERT and MPNet none."""
+    """Return what the task model takes of a batch [batch, seq]: RoBERTa, DistilBERT and MPNet have no token types."""
     task_model = task_model_of(model)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     takes = "token_type_ids" in signature(task_model.forward).parameters
@@ -37,11 +37,13 @@ def encoder_inputs(model: Any, batch: Batch, device: torch.device) -> dict[str, 
 
 
 def class_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A text classifier's nll and prediction, by its `problem_type`, as transformers calls them.
+    """Score a text classifier by the `problem_type` of its config.
 
-    One class: cross-entropy [batch] and the likeliest class. Several: binary cross-entropy of each and whether it is
-    likelier than not [batch x classes]. A number: half the squared error [batch], which is the nll of a normal
-    distribution of variance 1 up to a constant, and the number.
+    Returns:
+        nll and prediction. single_label_classification: cross-entropy [batch], likeliest class.
+        multi_label_classification: binary cross-entropy of each class, whether it is likelier than not
+        [batch x classes]. regression: half the squared error [batch], which is the nll of a normal distribution of
+        variance 1 up to a constant, and the number.
     """
     logits = model(**encoder_inputs(model, batch, device)).logits.float()
     labels = torch.from_numpy(batch["labels"]).to(device)
@@ -55,7 +57,7 @@ def class_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor
 
 
 def tag_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Nll and likeliest tag of each word, at its first token [words]."""
+    """Return nll and likeliest tag of each word, at its first token [words]."""
     logits = model(**encoder_inputs(model, batch, device)).logits
     labels = torch.from_numpy(batch["labels"]).to(device)
     at = labels != IGNORED
@@ -64,21 +66,21 @@ def tag_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, 
 
 
 def mask_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Nll and likeliest token at each hidden place [places]; the vocabulary is projected there alone."""
+    """Return nll and likeliest token of each masked token [targets]; logits are computed there alone."""
     labels = torch.from_numpy(batch["labels"]).to(device)
     at = labels != IGNORED
     task_model = task_model_of(model)
-    # Whatever stands between the layers and the vocabulary differs by family; what the last layer reads does not.
+    # What comes between the layers and the output layer differs by family; the input of that layer does not.
     handle = task_model.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: arguments[0][at])
     try:
-        logits = model(**encoder_inputs(model, batch, device)).logits.float()  # [places, vocab]
+        logits = model(**encoder_inputs(model, batch, device)).logits.float()  # [targets, vocab]
     finally:
         handle.remove()
     return nn.functional.cross_entropy(logits, labels[at], reduction="none"), logits.argmax(dim=-1)
 
 
 def embed(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Vectors of length 1 of a batch's first and second texts [batch, hidden], pooled as the model's config says."""
+    """Return vectors of length 1 of a batch's first and second texts [batch, hidden], pooled as the config says."""
     task_model = task_model_of(model)
     vectors = []
     for ids, mask in (("input_ids", "attention_mask"), ("pair_input_ids", "pair_attention_mask")):
@@ -94,7 +96,10 @@ def embed(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def contrastive_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Nll and rank of each row's own second text among those of its batch [batch]; see `edge_ft.data.contrastive`."""
+    """Return nll and rank of each row's own second text among those of its batch [batch].
+
+    See `edge_ft.data.contrastive`; texts that occur twice are no negatives of each other.
+    """
     first, second = embed(model, batch, device)
     same = torch.from_numpy(duplicate_texts(batch)).to(device)
     scores = (SCALE * first @ second.T).masked_fill(same, float("-inf"))

@@ -1,4 +1,4 @@
-"""MPNet's attention behind transformers' attention interface, which its module alone does not go through."""
+"""MPNet's attention through transformers' attention interface: its own module does not use it."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ __all__ = ["use_attention_interface"]
 
 
 class _Attention(MPNetSelfAttention):
-    """The same function; what is the model's position bias is added to the mask."""
+    """The same function; the model's position bias is added to the mask."""
 
     config: Any
     is_causal = False
@@ -20,7 +20,7 @@ class _Attention(MPNetSelfAttention):
     def forward(  # type: ignore[override]
         self, hidden: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None, **_: Any
     ) -> tuple[Tensor]:
-        """[batch, seq, hidden] -> [batch, seq, hidden]; position_bias [batch, heads, seq, seq]."""
+        """Return attention of [batch, seq, hidden], in the same shape; position_bias is [batch, heads, seq, seq]."""
         split = (*hidden.shape[:-1], -1, self.attention_head_size)
         query, key, value = (layer(hidden).view(split).transpose(1, 2) for layer in (self.q, self.k, self.v))
         bias = position_bias
@@ -38,10 +38,10 @@ class _Attention(MPNetSelfAttention):
 
 
 def use_attention_interface(model: Any) -> None:
-    """Let an MPNet attend as `model.set_attn_implementation` says, in place."""
+    """Let an MPNet follow `model.set_attn_implementation`, in place."""
     for module in model.modules():
         if type(module) is MPNetSelfAttention:
             module.__class__ = _Attention
             module.config = model.config
     model._supports_sdpa = True
-    model._can_set_attn_implementation = lambda: True  # transformers asks the module's source
+    model._can_set_attn_implementation = lambda: True  # transformers looks for it in the module's source

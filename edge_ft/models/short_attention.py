@@ -1,4 +1,4 @@
-"""Attention over short sequences for training: scores made again in backward, by plain matrix products.
+"""Attention over short sequences for training: plain matrix products, with the scores recomputed in backward.
 
 PyTorch's fused attention on a CPU is made for long sequences: on rows of 70 tokens, its bfloat16 backward
 alone took a quarter of a training step, seven times as long as this.
@@ -14,55 +14,57 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-__all__ = ["use_short_attention"]
+__all__ = ["short_attention", "use_short_attention"]
 
 NAME = "edge_ft_short"
-_LONGEST = {torch.bfloat16: 256, torch.float32: 128}
-"""Tokens up to which it was faster than the fused one, measured; beyond, the fused one saves memory too."""
+MAX_LENGTH = {torch.bfloat16: 256, torch.float32: 128}
+"""Sequence length up to which it is faster than PyTorch's attention, measured; beyond, that saves memory too."""
 
 
 def use_short_attention(model: PreTrainedModel) -> None:
-    """Let `model` attend this way wherever sequences are short enough, and as PyTorch does elsewhere.
+    """Let `model` use `short_attention`, in place.
 
-    A model that PyTorch's attention does not express (Gemma 2 caps its scores) keeps its own.
+    A model whose attention PyTorch's does not express keeps its own (Gemma 2 caps its scores).
     """
     if not model._supports_sdpa:
         return
-    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(NAME, short_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
 
 
-def _attend(
+def short_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
+    attention_mask: Tensor | None = None,
     scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """query [batch, heads, seq, dim], key and value [batch, kv_heads, seq, dim] -> [batch, seq, heads, dim]."""
+    """Attend, as an attention function of transformers; what is not short and on a CPU goes to PyTorch's attention.
+
+    Args:
+        module: The attention layer; its `is_causal` decides where there is no mask.
+        query: [batch, heads, seq, dim].
+        key: [batch, kv_heads, seq, dim].
+        value: [batch, kv_heads, seq, dim].
+        attention_mask: [batch, 1, seq, seq], True or 0 where a query attends; None: all, or causal.
+        scaling: Of the scores; None: 1 / sqrt(dim).
+        keywords: `dropout`, above 0 only for PyTorch's attention; `is_causal`, instead of the module's;
+            `position_bias` [batch or 1, heads, seq, seq], added to the scores; others are for PyTorch's alone.
+
+    Returns:
+        [batch, seq, heads, dim], and None for the weights.
+    """
     batch, heads, length, size = query.shape
     kv_heads = key.shape[1]
-    short = length == key.shape[2] and length <= _LONGEST.get(query.dtype, 0)
+    position_bias: Tensor | None = keywords.get("position_bias")
+    short = length == key.shape[2] and length <= MAX_LENGTH.get(query.dtype, 0)
     trained_bias = position_bias is not None and position_bias.requires_grad
-    if not short or dropout or trained_bias or query.device.type != "cpu":
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            position_bias=position_bias,
-            **keywords,
-        )
+    if not short or keywords.get("dropout") or trained_bias or query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **keywords)
+    is_causal = keywords.get("is_causal")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None:
         bias = _causal_bias(length) if causal else torch.zeros(())
@@ -72,7 +74,7 @@ def _attend(
         bias = attention_mask.float()
     if position_bias is not None:
         bias = bias + position_bias.float()
-    # The heads that share a key lie behind each other along the queries.
+    # Heads that share a key follow each other along the queries.
     queries = query.reshape(batch, kv_heads, -1, size)
     scale = 1 / math.sqrt(size) if scaling is None else scaling
     output: Tensor = _ShortAttention.apply(queries, key, value, bias, scale)
@@ -81,12 +83,12 @@ def _attend(
 
 @lru_cache(maxsize=64)
 def _causal_bias(length: int) -> Tensor:
-    """[length, length] float32: 0 where a query may look, the lowest number elsewhere."""
+    """Return [length, length] float32: 0 where a query attends, the lowest number elsewhere."""
     return torch.full((length, length), torch.finfo(torch.float32).min).triu_(1)
 
 
 class _ShortAttention(torch.autograd.Function):
-    """softmax(scale * q kT + bias) v over q [batch, kv_heads, heads / kv_heads * seq, dim]; keeps q, k and v alone."""
+    """softmax(scale * q kT + bias) v over q [batch, kv_heads, heads / kv_heads * seq, dim]; keeps q, k and v."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -107,7 +109,7 @@ class _ShortAttention(torch.autograd.Function):
 
 
 def _probabilities(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """float32 [batch, kv_heads, heads / kv_heads * seq, seq]"""
+    """Return float32 [batch, kv_heads, heads / kv_heads * seq, seq]."""
     scores = (query @ key.transpose(-1, -2)).float().mul_(scale)
     groups = query.shape[2] // key.shape[2]
     # A mask is the same for all heads, or has a dimension of 1 for them.

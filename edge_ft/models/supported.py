@@ -1,30 +1,31 @@
-"""What the decoder graph cannot express, said by name before anything is trained."""
+"""Refuse models that cannot be exported before anything is trained."""
 
 from edge_ft.errors import ModelError
 from edge_ft.models.dims import ModelDims
 
-__all__ = ["refuse_unsupported"]
+__all__ = ["check_supported"]
 
 ROPES = ("default", "linear", "llama3", "yarn", "longrope")
-"""Rotary embeddings whose table does not depend on how long the text is."""
+"""Rotary embeddings whose table does not depend on the length of the text."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def refuse_unsupported(sizes: ModelDims, where: object) -> None:
-    """Refuse a decoder that could be trained but not exported.
+def check_supported(dims: ModelDims, where: object) -> None:
+    """Refuse a decoder that could be trained but not exported; `where` names it in the message.
 
     Raises:
-        ModelError: what it has that ONNX Runtime's attention or the trace does not know.
+        ModelError: it has a part that ONNX Runtime's attention or the exported graph cannot express, named in the
+            message.
     """
-    config = sizes.config
-    if sizes.head_dim % 16:
-        raise ModelError(f"{where} has heads of size {sizes.head_dim}: ONNX Runtime's attention takes multiples of 16")
-    if sizes.rotary_dim % 16:
+    config = dims.config
+    if dims.head_dim % 16:
+        raise ModelError(f"{where} has heads of size {dims.head_dim}: ONNX Runtime's attention takes multiples of 16")
+    if dims.rotary_dim % 16:
         raise ModelError(
-            f"{where} rotates {sizes.rotary_dim} of {sizes.head_dim} dimensions of a head: ONNX Runtime's attention "
+            f"{where} rotates {dims.rotary_dim} of {dims.head_dim} dimensions of a head: ONNX Runtime's attention "
             "takes multiples of 16"
         )
-    for rope in sizes.ropes:
+    for rope in dims.ropes:
         if rope["rope_type"] not in ROPES:
             raise ModelError(
                 f"{where} has a rotary embedding of type {rope['rope_type']!r}, which cannot be exported; "

@@ -1,19 +1,21 @@
-"""A base in bfloat16: half of float32's memory, and exact where the checkpoint was published in it, as most are."""
-
-from collections.abc import Callable
+"""Weights in bfloat16: half of float32's memory, and exact where the checkpoint was published in it, as most are."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_ft.quant.layers import FrozenLinear, embedding_scale, is_within
+from edge_ft.quant.conversion import ReadWeight, current_weights, embedding_scale, replace_linear_layers
+from edge_ft.quant.layers import FrozenLinear
 
 __all__ = ["BF16Embedding", "BF16Linear", "has_bf16", "round_to_bf16"]
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; without it, bfloat16 is many times slower than float32."""
+    """Return whether the device multiplies bfloat16 in hardware.
+
+    Without such hardware, bfloat16 is many times slower than float32.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities()
@@ -21,7 +23,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 class BF16Linear(FrozenLinear):
-    """A `FrozenLinear` whose weight is bfloat16, whatever it multiplies in."""
+    """A `FrozenLinear` whose weight is bfloat16, whatever the dtype of its input."""
 
     qweight: Tensor
     """bfloat16 [N, K]"""
@@ -30,10 +32,12 @@ class BF16Linear(FrozenLinear):
         super().__init__(weight.shape[1], weight.shape[0], bias)
         self.register_buffer("qweight", weight.to(torch.bfloat16))
 
-    def stored(self) -> tuple[NDArray[np.generic], ...]:
+    def weight_arrays(self) -> tuple[NDArray[np.generic], ...]:
+        """Return the bits of the weight, int16 [N, K]."""
         return (self.qweight.view(torch.int16).cpu().numpy(),)  # numpy knows no bfloat16
 
     def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice | Tensor = slice(None)) -> Tensor:
+        """Return the transposed weight [K, N], or some of its columns, in `dtype`."""
         return self.qweight[columns].T.to(dtype)
 
 
@@ -53,33 +57,30 @@ class BF16Embedding(nn.Embedding):
         self.register_buffer("qweight", weight.to(torch.bfloat16))
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """[...] -> float32 [..., embedding_dim]."""
         return nn.functional.embedding(input_ids, self.qweight).float() * self.scale
 
 
-def round_to_bf16(
-    model: nn.Module, keep: tuple[str, ...] = (), read: Callable[[str, slice], Tensor] | None = None
-) -> None:
-    """Hold every linear layer and the token embedding of `model` in bfloat16, in place.
+def round_to_bf16(model: nn.Module, keep: tuple[str, ...] = (), read: ReadWeight | None = None) -> None:
+    """Replace every linear layer and the token embedding of `model` by its bfloat16 form, in place.
 
     Args:
         model: A model with a word embedding as `get_input_embeddings()`.
         keep: Names of modules that stay float with all that is in them.
-        read: As for `edge_ft.quant.layers.quantize_model`.
+        read: As for `edge_ft.quant.conversion.quantize_model`.
     """
-    whole = slice(None)
-    read = read or (lambda name, rows: model.get_parameter(name)[rows])
+    read = read or current_weights(model)
+
+    def replacement(name: str, layer: nn.Linear, bias: Tensor | None) -> BF16Linear:
+        if layer.weight is not embedding.weight:
+            return BF16Linear(read(f"{name}.weight", slice(None)).detach(), bias)
+        tied = BF16Linear(narrow.qweight, bias)
+        tied.qweight = narrow.qweight
+        return tied
+
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    names = {module: name for name, module in model.named_modules()}
-    weight, scale = read(f"{names[embedding]}.weight", whole).detach(), embedding_scale(embedding)
-    narrow = BF16Embedding(weight, embedding.padding_idx, scale)
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or is_within(name, keep):
-            continue
-        bias = None if module.bias is None else read(f"{name}.bias", whole).detach()
-        if module.weight is embedding.weight:  # tied
-            layer = BF16Linear(narrow.qweight, bias)
-            layer.qweight = narrow.qweight
-        else:
-            layer = BF16Linear(read(f"{name}.weight", whole).detach(), bias)
-        model.set_submodule(name, layer)
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    weight = read(f"{name}.weight", slice(None)).detach()
+    narrow = BF16Embedding(weight, embedding.padding_idx, embedding_scale(embedding))
+    replace_linear_layers(model, keep, read, replacement)
     model.set_input_embeddings(narrow)  # type: ignore[operator]

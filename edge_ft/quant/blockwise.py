@@ -1,4 +1,4 @@
-"""The grid that is trained over and shipped: codes, scales and integer zero points, in numpy.
+"""The blockwise grid on which weights are trained and shipped: codes, scales and integer zero points, in numpy.
 
 Layout and arithmetic are those of ONNX Runtime's `com.microsoft::MatMulNBits` (contrib operator
 documentation), so that the bytes here are the bytes in the file: W ≈ scale · (code − zero_point).
@@ -16,10 +16,10 @@ __all__ = ["Bits", "Codes", "dequantize", "pack_nibbles", "quantize", "unpack_ni
 
 Bits = Literal[4, 8]
 
-_SHARES = (1.0, 1.05, 1.1, 0.95, 0.9, 0.85, 0.8)
-"""Parts of a block's range that are tried; of two that are equally close the earlier is taken."""
-_BLOCKS_AT_ONCE = 2048
-"""What is worked on stays in the processor's cache."""
+_RANGE_FACTORS = (1.0, 1.05, 1.1, 0.95, 0.9, 0.85, 0.8)
+"""Multiples of a block's range that are tried; of two with the same error the earlier is taken."""
+_CHUNK = 2048
+"""Blocks that are rounded together: their arrays fit into the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,25 @@ class Codes:
     bits: Bits = 4
 
     @classmethod
-    def of_rows(cls, parts: "Sequence[Codes]") -> "Codes":
-        """The codes of a weight from those of its rows, some at a time."""
+    def concatenate(cls, parts: "Sequence[Codes]") -> "Codes":
+        """Return the codes of a weight of which `parts` are consecutive rows."""
         qweight, scales, zero_points = (
             np.concatenate([getattr(part, field) for part in parts]) for field in ("qweight", "scales", "zero_points")
         )
         return cls(qweight, scales, zero_points, parts[0].in_features, parts[0].bits)
 
     def rows(self, rows: slice) -> "Codes":
-        """The codes of some rows of the weight."""
+        """Return the codes of some rows of the weight."""
         return replace(self, qweight=self.qweight[rows], scales=self.scales[rows], zero_points=self.zero_points[rows])
 
     @property
     def block_size(self) -> int:
+        """Weights per scale."""
         return 8 // self.bits * int(self.qweight.shape[2])
 
 
 def pack_nibbles(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[..., n] of 0..15 -> [..., ceil(n / 2)], the earlier value in the low nibble; an odd n is padded with 0."""
+    """Return values 0..15 [..., n] as bytes [..., ceil(n / 2)], the earlier one in the low nibble, 0 after an odd n."""
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
     packed: NDArray[np.uint8] = values[..., 0::2] | (values[..., 1::2] << np.uint8(4))
@@ -62,17 +63,26 @@ def pack_nibbles(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def unpack_nibbles(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
-    """The inverse of `pack_nibbles`: [..., ceil(count / 2)] -> [..., count]."""
+    """Return what `pack_nibbles` packed: [..., ceil(count / 2)] -> [..., count]."""
     values = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
     return values[..., :count]
 
 
 def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, threads: int = 1) -> Codes:
-    """Put a weight [N, K] on the grid: each block gets the scale and zero point of the smallest squared error.
+    """Round a weight to the grid: each block gets the scale and zero point of the smallest squared error.
 
-    At 4 bits parts of the range from minimum to maximum are tried, each with the zero points below and above,
-    and the scale is fitted to the codes by least squares. The choice was made by held-out loss
-    (docs/decisions/009). So many threads share the blocks; the codes are the same with any number.
+    At 4 bits several multiples of the range from minimum to maximum are tried, each with the zero points below and
+    above, and the scale is fitted to the codes by least squares. This search was chosen by held-out loss
+    (docs/decisions/009).
+
+    Args:
+        weight: [N, K].
+        block_size: Weights per scale.
+        bits: Of a code.
+        threads: That share the blocks; the codes do not depend on it.
+
+    Returns:
+        The codes.
 
     Raises:
         ValueError: the weight is not finite.
@@ -87,11 +97,11 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, threa
     codes = np.empty(blocks.shape, np.uint8)
 
     def work(start: int) -> None:
-        part = slice(start, start + _BLOCKS_AT_ONCE)
-        scales[part], zero_points[part], codes[part] = _closest(blocks[part], bits)
+        part = slice(start, start + _CHUNK)
+        scales[part], zero_points[part], codes[part] = _round_blocks(blocks[part], bits)
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(0, len(blocks), _BLOCKS_AT_ONCE)))
+        list(pool.map(work, range(0, len(blocks), _CHUNK)))
     qweight: NDArray[np.uint8] = codes.reshape(rows, -1, block_size)
     zeros: NDArray[np.uint8] = zero_points.reshape(rows, -1)
     if bits == 4:
@@ -99,17 +109,17 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, threa
     return Codes(qweight, scales.reshape(rows, -1), zeros, columns, bits)
 
 
-def _closest(
+def _round_blocks(
     blocks: NDArray[np.float32], bits: Bits
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Scale [blocks], zero point [blocks] and codes [blocks, block_size] of each block, all of them floats."""
+    """Return scale [blocks], zero point [blocks] and codes [blocks, block_size] of blocks, all of them floats."""
     largest = 2**bits - 1
     # [block_size, blocks]: every step below runs along the blocks, in full vectors
     values = np.ascontiguousarray(blocks.T)
     # The range always holds 0, so that the zero point is a code and padding is exact.
     low, high = np.minimum(values.min(axis=0), 0), np.maximum(values.max(axis=0), 0)
     scales, zero_points = np.ones_like(low), np.zeros_like(low)
-    least = np.full(low.shape, np.inf, np.float32)
+    least_error = np.full(low.shape, np.inf, np.float32)
     code, difference = np.empty_like(values), np.empty_like(values)
 
     def round_to(scale: NDArray[np.float32], zero_point: NDArray[np.float32]) -> None:
@@ -118,35 +128,35 @@ def _closest(
         np.rint(code, out=code)
         np.clip(code, 0, largest, out=code)
 
-    def take(scale: NDArray[np.float32], zero_point: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Keep this choice where it is closer; the scale that would fit its codes best."""
-        nonlocal scales, zero_points, least
+    def compare(scale: NDArray[np.float32], zero_point: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Take these where their error is smaller; return the least-squares scale for their codes."""
+        nonlocal scales, zero_points, least_error
         round_to(scale, zero_point)
         step = np.subtract(code, zero_point, out=code)
         np.multiply(step, scale, out=difference)
         np.subtract(difference, values, out=difference)
         error = np.einsum("kb,kb->b", difference, difference)
-        better = error < least
-        least = np.where(better, error, least)
+        better = error < least_error
+        least_error = np.where(better, error, least_error)
         scales, zero_points = np.where(better, scale, scales), np.where(better, zero_point, zero_points)
         fitted = np.einsum("kb,kb->b", step, values) / np.maximum(np.einsum("kb,kb->b", step, step), 1)
         return np.where(fitted > 0, fitted, scale).astype(np.float32)
 
-    for share in _SHARES if bits == 4 else _SHARES[:1]:
-        scale = (high - low) * np.float32(share / largest)
+    for factor in _RANGE_FACTORS if bits == 4 else _RANGE_FACTORS[:1]:
+        scale = (high - low) * np.float32(factor / largest)
         scale[scale == 0] = 1
-        exact = -low * np.float32(share) / scale
+        exact = -low * np.float32(factor) / scale
         for zero_point in (np.floor(exact), np.ceil(exact)) if bits == 4 else (np.rint(exact),):
             bounded = np.clip(zero_point, 0, largest)
-            fitted = take(scale, bounded)
+            fitted = compare(scale, bounded)
             if bits == 4:
-                take(fitted, bounded)
+                compare(fitted, bounded)
     round_to(scales, zero_points)
     return scales, zero_points, code.T
 
 
 def dequantize(codes: Codes) -> NDArray[np.float32]:
-    """The weight [N, K] that the codes stand for, float32."""
+    """Return the weight [N, K] that the codes stand for: scale · (code - zero_point)."""
     rows, blocks = codes.scales.shape
     values, zero_points = codes.qweight, codes.zero_points
     if codes.bits == 4:

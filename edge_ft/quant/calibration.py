@@ -1,12 +1,13 @@
-"""Codes chosen over rows: each layer's when it is first called, over what it then reads.
+"""Calibrate int4 codes on rows: the codes of each layer are chosen when it is first called, from its input there.
 
-One pass of all rows through the model is enough. When a layer's turn comes, those before it compute with their new
-codes already, so that it is fitted to what it will really read; and only its own float weight is in memory.
+One pass of all rows through the model is enough. When a layer is called, those before it compute with their new codes
+already, so that it is fitted to the input that it will really get; and only its own float weight is in memory.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,22 +22,24 @@ from edge_ft.errors import ModelError
 from edge_ft.progress import Progress, Silent, track
 from edge_ft.quant.bf16 import has_bf16
 from edge_ft.quant.blockwise import Codes
-from edge_ft.quant.gptq import error_factor, round_over
-from edge_ft.quant.layers import QuantEmbedding, QuantLinear
+from edge_ft.quant.conversion import ReadWeight
+from edge_ft.quant.gptq import gptq_quantize, inverse_hessian_factor
+from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear
 
-__all__ = ["Calibration", "calibrate", "choose_rows", "float_reader", "spread"]
+__all__ = ["Calibration", "calibrate", "evenly_spaced", "make_calibration"]
 
 T = TypeVar("T")
 
-MOST_TOKENS = 4096
-"""Padded tokens of the rows together: they pass through the model at once. Twice as many gave no more (015)."""
-_ROWS = 4096
+MAX_TOKENS = 4096
+"""Tokens of the calibration batch with padding: it passes through the model at once. Twice as many gained nothing
+(docs/decisions/015)."""
+_HEAD_ROWS = 4096
 """Rows of a head's weight that are float at a time."""
 
 
 @dataclass
 class Calibration:
-    """Rows to choose codes over, and what that took."""
+    """The rows that codes are calibrated on, and how long that took."""
 
     batch: Batch
     progress: Progress
@@ -44,7 +47,7 @@ class Calibration:
     cpu_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
-        """As the report holds it."""
+        """Return the values of report.json."""
         return {
             "rows": len(self.batch["rows"]),
             "seconds": round(self.seconds, 2),
@@ -52,30 +55,41 @@ class Calibration:
         }
 
 
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of the items, from the first to the last at even distances."""
+def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
+    """Return at most `count` of the items at even distances, the first of them included."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def choose_rows(
+def make_calibration(
     examples: Sequence[Example], rows: int, pad_id: int, task: Task, progress: Progress | None = None
 ) -> Calibration | None:
-    """At most so many of the examples, from all over them, and fewer where they are long; None where it is 0."""
+    """Select examples at even distances and pad them to one batch.
+
+    Args:
+        examples: Train rows.
+        rows: Number of rows; fewer where they would be more than `MAX_TOKENS` tokens.
+        pad_id: Token id of the padding.
+        task: Of the model.
+        progress: Reports the layers that are done.
+
+    Returns:
+        The calibration; None for 0 rows.
+    """
     if rows == 0:
         return None
 
-    def chosen(count: int) -> tuple[list[Example], int]:
-        found = spread(examples, count)
-        return found, max(len(ids) for e in found for ids in (e.input_ids, e.labels, e.pair_ids))
+    def select(count: int) -> tuple[list[Example], int]:
+        selected = evenly_spaced(examples, count)
+        return selected, max(len(ids) for e in selected for ids in (e.input_ids, e.labels, e.pair_ids))
 
-    found, longest = chosen(rows)
-    while len(found) > 1 and len(found) * longest > MOST_TOKENS:
-        found, longest = chosen(max(1, min(len(found) - 1, MOST_TOKENS // longest)))
-    if task == "feature-extraction":  # only the first texts pass before all codes are chosen: let both kinds be there
-        found[1::2] = [replace(e, input_ids=e.pair_ids, pair_ids=e.input_ids) for e in found[1::2]]
-    batch = collate(found, pad_id, task)
-    if task == "text-generation":  # the head is to be right about prompts too: of short answers there are few tokens
+    selected, longest = select(rows)
+    while len(selected) > 1 and len(selected) * longest > MAX_TOKENS:
+        selected, longest = select(max(1, min(len(selected) - 1, MAX_TOKENS // longest)))
+    if task == "feature-extraction":  # only first texts pass through the model: half of the second ones become first
+        selected[1::2] = [replace(e, input_ids=e.pair_ids, pair_ids=e.input_ids) for e in selected[1::2]]
+    batch = collate(selected, pad_id, task)
+    if task == "text-generation":  # the head is calibrated on prompts too: short answers have few tokens
         batch["labels"] = np.where(batch["attention_mask"] == 1, batch["input_ids"], IGNORED)
     return Calibration(batch, progress or Silent())
 
@@ -84,104 +98,129 @@ def choose_rows(
 def calibrate(
     model: Any,
     task: Task,
-    read: Callable[[str, slice], Tensor],
+    read: ReadWeight,
     calibration: Calibration,
     forward: Callable[[Any, Batch], Tensor | None],
 ) -> None:
-    """Choose the 4-bit codes of the linear layers of `model` anew, in place.
+    """Choose the 4-bit codes of the linear layers of `model` anew by GPTQ, in place.
 
-    The codes that a language model's embedding and head share are chosen as the head's, last: it is there that their
-    errors cost most. An embedding by itself keeps its codes.
+    Codes that a language model's embedding and head share are chosen as the head's, last: their errors cost most
+    there. An embedding that is not tied keeps its codes.
 
     Args:
-        model: A task model with codes, on the CPU, without an adapter.
+        model: A task model with 4-bit codes, on the CPU, without an adapter.
         task: Of the model and the rows.
-        read: Gives some rows of the float parameter of a name.
-        calibration: Rows that the model is to be right about: train rows.
-        forward: Runs the model over a batch; returns what the head over the vocabulary reads [targets, hidden],
+        read: Reads float weights.
+        calibration: Its batch is the model's input; its times are set.
+        forward: Runs the model over a batch; returns the inputs of the head over the vocabulary [targets, hidden],
             or None where the model has no such head.
 
     Raises:
-        ModelError: the model computes something that is not a number.
+        ModelError: an input of a layer is not finite.
     """
     batch, began, cpu_began = calibration.batch, time.monotonic(), time.process_time()
     head = model.get_output_embeddings()
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, QuantLinear) and module is not head
     }
-    masks = _masks(batch, task)
-    waiting = iter(track(calibration.progress, "choosing codes", range(len(layers)), len(layers)))
-    last: tuple[Any, Tensor] | None = None
-    narrow = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
-
-    def first_call(name: str, layer: QuantLinear, x: Tensor) -> Tensor:
-        nonlocal last
-        if last is None or last[0] is not x:  # several projections read the same
-            seen = x.reshape(-1, x.shape[-1])
-            real = masks.get(len(seen))
-            last = (x, _factor(seen if real is None else seen[real], narrow, name))
-        layer.hold(round_over(read(f"{name}.weight", slice(None)), last[1], layer.codes()))
-        next(waiting, None)
-        return x.to(narrow)  # the product with the new codes goes on to the next layers only
-
-    def forget(name: str) -> None:
-        for handle in handles.pop(name):
-            handle.remove()
-
-    def done(name: str, y: Tensor) -> Tensor:
-        forget(name)
-        return y.float()
-
-    handles: dict[str, list[RemovableHandle]] = {}
-    for name, layer in layers.items():
-        handles[name] = [
-            layer.register_forward_pre_hook(lambda _, x, name=name, layer=layer: first_call(name, layer, x[0])),
-            layer.register_forward_hook(lambda _, __, y, name=name: done(name, y)),
-        ]
-    try:
+    dtype = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
+    with _FirstCalls(layers, _token_masks(batch, task), read, dtype, calibration.progress):
         hidden = forward(model, batch)
-    finally:
-        for name in list(handles):
-            forget(name)
     if hidden is not None and isinstance(head, QuantLinear):
-        _choose_head(model, head, _factor(hidden, narrow, "the head"), read)
+        _calibrate_head(model, head, _input_factor(hidden, dtype, "the head"), read)
     calibration.seconds = time.monotonic() - began
     calibration.cpu_seconds = time.process_time() - cpu_began
 
 
-def _factor(inputs: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """`error_factor` of what a layer reads, float32 [inputs, K], in that dtype."""
+class _FirstCalls:
+    """Hooks that choose the codes of each layer at its first call while inside, from the input of that call."""
+
+    def __init__(
+        self,
+        layers: dict[str, QuantLinear],
+        masks: dict[int, Tensor],
+        read: ReadWeight,
+        dtype: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        self._masks, self._read, self._dtype = masks, read, dtype
+        self._steps = iter(track(progress, "calibrating codes", range(len(layers)), len(layers)))
+        self._last_input: tuple[Tensor, Tensor] | None = None
+        """Input and factor of the last layer: several projections have the same input."""
+        self._handles: dict[str, list[RemovableHandle]] = {
+            name: [
+                layer.register_forward_pre_hook(lambda layer, x, name=name: self._before(name, layer, x[0])),
+                layer.register_forward_hook(lambda _, __, y, name=name: self._after(name, y)),
+            ]
+            for name, layer in layers.items()
+        }
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in list(self._handles):
+            self._remove(name)
+
+    def _before(self, name: str, layer: Any, x: Tensor) -> Tensor:
+        if self._last_input is None or self._last_input[0] is not x:
+            rows = x.reshape(-1, x.shape[-1])
+            mask = self._masks.get(len(rows))
+            self._last_input = x, _input_factor(rows if mask is None else rows[mask], self._dtype, name)
+        layer.set_codes(gptq_quantize(self._read(f"{name}.weight", slice(None)), self._last_input[1], layer.codes()))
+        next(self._steps, None)
+        return x.to(self._dtype)  # only the next layers read the product with the new codes
+
+    def _after(self, name: str, y: Tensor) -> Tensor:
+        self._remove(name)
+        return y.float()
+
+    def _remove(self, name: str) -> None:
+        for handle in self._handles.pop(name):
+            handle.remove()
+
+
+def _input_factor(inputs: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return `inverse_hessian_factor` of a layer's inputs, float32 [inputs, K], rounded to `dtype`.
+
+    Raises:
+        ModelError: an input is not finite.
+    """
     inputs, before = inputs.to(dtype).float(), torch.get_float32_matmul_precision()
-    # Nothing is lost of numbers that bfloat16 holds: their products are added in float32, three times as fast.
+    # Products of bfloat16 numbers are exact and are added in float32 at this precision, three times as fast.
     torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
     try:
-        return error_factor(inputs.T @ inputs)
+        return inverse_hessian_factor(inputs.T @ inputs)
     except ValueError as error:
-        raise ModelError(f"what {name} reads is not a number: the model's weights are damaged") from error
+        raise ModelError(f"the input of {name} is not finite: the model's weights are damaged") from error
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def _choose_head(model: Any, head: QuantLinear, factor: Tensor, read: Callable[[str, slice], Tensor]) -> None:
+def _calibrate_head(model: Any, head: QuantLinear, factor: Tensor, read: ReadWeight) -> None:
+    """Choose the codes of the output layer, and of the embedding that is tied to it, a few rows at a time."""
     embedding = model.get_input_embeddings()
     tied = isinstance(embedding, QuantEmbedding) and embedding.qweight is head.qweight
     source = embedding if tied else head
     name = next(name for name, module in model.named_modules() if module is source)
     nearest = head.codes()
     parts = []
-    for start in range(0, head.out_features, _ROWS):
-        rows = slice(start, start + _ROWS)
-        parts.append(round_over(read(f"{name}.weight", rows), factor, nearest.rows(rows)))
-    head.hold(Codes.of_rows(parts))
+    for start in range(0, head.out_features, _HEAD_ROWS):
+        rows = slice(start, start + _HEAD_ROWS)
+        parts.append(gptq_quantize(read(f"{name}.weight", rows), factor, nearest.rows(rows)))
+    head.set_codes(Codes.concatenate(parts))
     if tied:
-        for buffer in ("qweight", "scales", "zero_points"):
+        for buffer in BUFFERS:
             setattr(embedding, buffer, getattr(head, buffer))
 
 
-def _masks(batch: Batch, task: Task) -> dict[int, Tensor]:
-    """Which positions are no padding, by how many there are: those of the prompts, and of an encoder-decoder's answers.
+def _token_masks(batch: Batch, task: Task) -> dict[int, Tensor]:
+    """Return which positions are no padding, by their number: those of prompts, and of an encoder-decoder's answers.
 
-    Where they are as many, what is padding in both.
+    A layer's input is recognised by its number of positions: where prompts and answers have as many, a position is
+    left out only if it is padding in both.
     """
     prompts = torch.from_numpy(batch["attention_mask"]).bool().flatten()
     masks = {len(prompts): prompts}
@@ -189,9 +228,3 @@ def _masks(batch: Batch, task: Task) -> dict[int, Tensor]:
         answers = torch.from_numpy(batch["labels"] != IGNORED).flatten()
         masks[len(answers)] = answers | masks.get(len(answers), torch.zeros_like(answers))
     return masks
-
-
-def float_reader(model: Any) -> Callable[[str, slice], Tensor]:
-    """Gives some rows of a parameter that `model` has now, also after it was rounded."""
-    floats = dict(model.named_parameters())
-    return lambda name, rows: floats[name].detach()[rows]

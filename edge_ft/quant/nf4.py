@@ -1,6 +1,4 @@
-"""bitsandbytes' nf4 (Dettmers et al., arXiv:2305.14314): the base that CUDA users know, here on a CPU too."""
-
-from collections.abc import Callable
+"""Weights in bitsandbytes' nf4 (Dettmers et al., arXiv:2305.14314): QLoRA's format, here on a CPU too."""
 
 import numpy as np
 import torch
@@ -8,7 +6,8 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_ft.quant.layers import FrozenLinear, is_within
+from edge_ft.quant.conversion import ReadWeight, current_weights, replace_linear_layers
+from edge_ft.quant.layers import FrozenLinear
 
 __all__ = ["NF4Linear", "round_to_nf4"]
 
@@ -35,10 +34,12 @@ class NF4Linear(FrozenLinear):
         self.register_buffer("qweight", qweight)
         self.register_buffer("absmax", state.absmax)
 
-    def stored(self) -> tuple[NDArray[np.generic], ...]:
+    def weight_arrays(self) -> tuple[NDArray[np.generic], ...]:
+        """Return qweight and absmax."""
         return self.qweight.cpu().numpy(), self.absmax.cpu().numpy()
 
     def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice | Tensor = slice(None)) -> Tensor:
+        """Return the transposed weight [K, N], or some of its columns, in `dtype`."""
         shape = torch.Size((len(self.absmax), BLOCK))
         state = QuantState(self.absmax, shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
         flat = dequantize_4bit(self.qweight, state).flatten()
@@ -46,21 +47,18 @@ class NF4Linear(FrozenLinear):
         return weight[columns].T
 
 
-def round_to_nf4(
-    model: nn.Module, keep: tuple[str, ...] = (), read: Callable[[str, slice], Tensor] | None = None
-) -> None:
-    """Replace every linear layer of `model` by its nf4 form, in place; as bitsandbytes' users expect, not its last.
+def round_to_nf4(model: nn.Module, keep: tuple[str, ...] = (), read: ReadWeight | None = None) -> None:
+    """Replace every linear layer of `model` but its output layer by its nf4 form, in place, as bitsandbytes does.
 
     Args:
-        model: Its embedding and its output layer stay float.
+        model: Its embedding stays float too.
         keep: Names of modules that stay float with all that is in them.
-        read: As for `edge_ft.quant.layers.quantize_model`.
+        read: As for `edge_ft.quant.conversion.quantize_model`.
     """
-    read = read or (lambda name, rows: model.get_parameter(name)[rows])
+    read = read or current_weights(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or module is head or is_within(name, keep):
-            continue
-        bias = None if module.bias is None else read(f"{name}.bias", slice(None)).detach()
-        layer = NF4Linear(read(f"{name}.weight", slice(None)).detach(), bias)
-        model.set_submodule(name, layer)
+
+    def replacement(name: str, layer: nn.Linear, bias: Tensor | None) -> NF4Linear | None:
+        return None if layer is head else NF4Linear(read(f"{name}.weight", slice(None)).detach(), bias)
+
+    replace_linear_layers(model, keep, read, replacement)

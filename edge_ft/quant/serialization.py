@@ -1,5 +1,6 @@
-"""The file in which a run keeps codes that were chosen over its rows: no other rows would choose the same."""
+"""The quantized weights of a model by name: their hash, and the file in which a run stores calibrated codes."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,28 +13,53 @@ from torch import nn
 from edge_ft.artifacts import atomic_file
 from edge_ft.errors import ModelError
 from edge_ft.quant.blockwise import Codes
-from edge_ft.quant.layers import frozen_layers
+from edge_ft.quant.layers import BUFFERS, FrozenLinear, QuantEmbedding
 
-__all__ = ["read_codes", "write_codes"]
+__all__ = ["codes_sha256", "frozen_layers", "read_codes", "write_codes"]
+
+
+def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear | QuantEmbedding]:
+    """Return every quantized layer by its name in the model without PEFT around it."""
+    # PEFT wraps a layer as NAME.base_layer inside base_model.model: the layer itself is the same.
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenLinear | QuantEmbedding)
+    }
+
+
+def codes_sha256(model: nn.Module) -> str:
+    """Return the hex sha256 of the arrays of every quantized layer, in the order of the layers' names."""
+    layers = frozen_layers(model)
+    digest = hashlib.sha256()
+    for name in sorted(layers):
+        digest.update(name.encode())
+        for array in layers[name].weight_arrays():
+            digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def write_codes(file: Path, model: nn.Module) -> None:
-    """The codes of every layer of `model`, in the layout of `Codes`, whole or not at all."""
+    """Write the codes of every layer of `model` to a safetensors file, in the layout of `Codes`, atomically.
+
+    Tensors are NAME.qweight, NAME.scales and NAME.zero_points; a head that is tied to the embedding has none.
+    """
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     arrays: dict[str, NDArray[np.generic]] = {}
     for name, layer in frozen_layers(model).items():
-        if layer is embedding or layer.qweight is not getattr(embedding, "qweight", None):  # a tied head is not stored
-            for part, array in zip(("qweight", "scales", "zero_points"), layer.stored(), strict=True):
+        if layer is embedding or layer.qweight is not getattr(embedding, "qweight", None):
+            for part, array in zip(BUFFERS, layer.weight_arrays(), strict=True):
                 arrays[f"{name}.{part}"] = array
     with atomic_file(file) as temporary:
         save_file(arrays, temporary)
 
 
 def read_codes(file: Path) -> Callable[[str, int], Codes | None]:
-    """What gives the codes of a layer's name, and of how many columns its weight has; None of one that is not there.
+    """Open a file of `write_codes`.
 
-    Raises:
-        ModelError: from what is returned: the file is torn.
+    Returns:
+        A function of a layer's name and the number of its weight's columns, which returns the codes, or None where
+        the file has none of that name. It raises a `ModelError` where the file cannot be read.
     """
 
     def codes(name: str, columns: int) -> Codes | None:
@@ -41,9 +67,7 @@ def read_codes(file: Path) -> Callable[[str, int], Codes | None]:
             with safe_open(file, "np") as arrays:
                 if f"{name}.qweight" not in arrays.keys():  # noqa: SIM118 - not a dict
                     return None
-                qweight, scales, zero_points = (
-                    arrays.get_tensor(f"{name}.{part}") for part in ("qweight", "scales", "zero_points")
-                )
+                qweight, scales, zero_points = (arrays.get_tensor(f"{name}.{part}") for part in BUFFERS)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file} cannot be read for {name}: {error}") from error
         return Codes(qweight, scales, zero_points, columns)

@@ -192,7 +192,7 @@ def _options(config: TuneConfig, base: "Base") -> list[TuneConfig]:
     """The settings to choose from, the best first: fewer layers learn less, less memory only takes more time."""
     layers = base.dims.layers
     own = min(last_layers(config.layers) or layers, layers)
-    counts = [own] if base.dims.repeats_layers else sorted({layers, max(layers // 2, 1), own}, reverse=True)
+    counts = [own] if base.dims.shares_layers else sorted({layers, max(layers // 2, 1), own}, reverse=True)
     named = [config.layers if count == own else "all" if count == layers else f"last:{count}" for count in counts]
     modes: tuple[Memory, ...] = ("high" if config.memory == "high" else "normal", "low")
     return [replace(config, layers=name, memory=memory) for name in named for memory in modes]

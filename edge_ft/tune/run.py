@@ -227,7 +227,7 @@ def evaluate(job: Job, model: TrainableModel, fitted: Fit, progress: Progress) -
     Returns:
         What `edge_ft.tune.report.results` returns.
     """
-    model.backend.compute.keep(None)
+    model.backend.compute.cache_weights(None)
     release_memory()  # the answers of the report would come on top of what the steps took
     return results(job, model.scorer, model.peft_model.disable_adapter, fitted, progress)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edge_ft.config import Task, TuneConfig
 from edge_ft.data import Batch
 from edge_ft.families import Family
-from edge_ft.models.chunked_loss import softcap_of, target_loss
+from edge_ft.models.chunked_loss import logit_softcap, target_loss
 from edge_ft.models.compute import Compute
 from edge_ft.models.scorer import HIDDEN, LOSSES, TorchScorer, task_model_of
 from edge_ft.quant.bf16 import has_bf16
@@ -59,7 +59,7 @@ class TorchBackend(TorchScorer):
                 hidden, labels = HIDDEN[self.task](self.model, batch, self.device)
                 task_model = task_model_of(self.model)
                 head = task_model.get_output_embeddings()
-                loss = target_loss(hidden, head, labels, self.dtype, softcap_of(task_model))
+                loss = target_loss(hidden, head, labels, self.dtype, logit_softcap(task_model))
             else:
                 loss = LOSSES[self.task](self.model, batch, self.device)[0].sum()
             loss = loss / targets
@@ -73,7 +73,7 @@ class TorchBackend(TorchScorer):
             wide = float(TorchScorer(self.model, self.task).token_nll(batch)[0].sum())
             if not abs(narrow - wide) <= _AGREEMENT * wide:  # NaN too
                 self.dtype = self.compute.dtype = torch.float32
-                self.compute.keep(torch.float32)
+                self.compute.cache_weights(torch.float32)
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:

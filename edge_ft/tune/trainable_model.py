@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge_ft.data import collate, stop_ids
-from edge_ft.models.compute import give_freed_memory_back
+from edge_ft.models.compute import set_malloc_thresholds
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Progress
-from edge_ft.quant.calibration import Calibration, choose_rows
-from edge_ft.quant.layers import codes_sha256, frozen_layers, move
+from edge_ft.quant.calibration import Calibration, make_calibration
+from edge_ft.quant.layers import to_device
+from edge_ft.quant.serialization import codes_sha256, frozen_layers
 from edge_ft.tune.distributed import DistributedBackend, Processes
 from edge_ft.tune.job import Job
 
@@ -60,14 +61,14 @@ def load_trainable_model(
     """
     config, base, prepared = job.config, job.base, job.prepared
     task, rendering, pad_id = prepared.task, prepared.rendering, job.tokenizer.pad_id
-    give_freed_memory_back(config.memory == "low")  # before codes are chosen, which takes as much as a step
+    set_malloc_thresholds(config.memory == "low")  # before codes are chosen, which takes as much as a step
     calibration = None
     if codes is None:
-        calibration = choose_rows(prepared.examples["train"], config.base_calibration_rows, pad_id, task, progress)
+        calibration = make_calibration(prepared.examples["train"], config.base_calibration_rows, pad_id, task, progress)
     spec = ModelSpec.from_rendering(
         base, rendering, config.base_format, config.block_size, config.seed, codes or calibration
     )
-    peft_model = move(add_lora(load_model(spec), base.family, task, config), processes.device)
+    peft_model = to_device(add_lora(load_model(spec), base.family, task, config), processes.device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
     backend = DistributedBackend(peft_model, base.family, task, config, processes)
     compute = backend.resolve(collate(prepared.examples["validation"][: config.rows_at_once], pad_id, task))

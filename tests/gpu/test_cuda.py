@@ -12,7 +12,7 @@ from edge_ft.export import export
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.scorer import TorchScorer
-from edge_ft.quant.layers import FrozenLinear, move
+from edge_ft.quant.layers import FrozenLinear, to_device
 from edge_ft.tune import tune
 from edge_ft.tune.torch_backend import TorchBackend
 
@@ -77,7 +77,7 @@ def test_codes_mean_the_same_on_both_devices(base_format: Any, dtype: torch.dtyp
     model = load_model(ModelSpec(find_base(str(llama)), "text-generation", base_format))
     layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     here = [layer.dequantize(dtype) for layer in layers]
-    move(model, "cuda")
+    to_device(model, "cuda")
     for layer, weight in zip(layers, here, strict=True):
         torch.testing.assert_close(layer.dequantize(dtype).cpu(), weight, rtol=0, atol=0)
     assert TorchScorer(model, "text-generation").device.type == "cuda"

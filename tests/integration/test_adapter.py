@@ -13,7 +13,8 @@ from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import load_adapter
 from edge_ft.quant.blockwise import dequantize
-from edge_ft.quant.layers import QuantEmbedding, QuantLinear, codes_sha256, frozen_layers
+from edge_ft.quant.layers import QuantEmbedding, QuantLinear
+from edge_ft.quant.serialization import codes_sha256, frozen_layers
 
 IDS = torch.tensor([[1, 20, 30, 40, 50, 60]])
 

@@ -12,7 +12,7 @@ from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
-from edge_ft.quant.layers import codes_sha256
+from edge_ft.quant.serialization import codes_sha256
 from edge_ft.tune import tune
 
 

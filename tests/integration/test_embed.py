@@ -142,10 +142,10 @@ def test_pooling_comes_from_the_models_files_unless_the_option_is_given(bert: Pa
     assert np.linalg.norm(first.embed(["good"])) != pytest.approx(1, abs=1e-3)
     assert np.linalg.norm(mean.embed(["good"])) == pytest.approx(1, abs=1e-5)
     write({"pooling_mode_max_tokens": True}, "Transformer", "Pooling")
-    with pytest.raises(ModelError, match="makes vectors by pooling_mode_max_tokens"):
+    with pytest.raises(ModelError, match="pools by pooling_mode_max_tokens"):
         export(str(folder), ExportConfig(out=tmp_path / "max"))
     write({"pooling_mode_mean_tokens": True}, "Transformer", "Pooling", "Dense")
-    with pytest.raises(ModelError, match="makes vectors by Dense"):
+    with pytest.raises(ModelError, match="pools by Dense"):
         export(str(folder), ExportConfig(out=tmp_path / "dense"))
 
 

@@ -161,14 +161,14 @@ def test_unused_positions_do_not_count_as_length(tmp_path: Path) -> None:
 def test_layers_last_k_is_refused_for_shared_layers(tmp_path: Path) -> None:
     folder = write_encoder(tmp_path / "albert", tiny_encoder_config("albert"))
     rows = write_reviews(tmp_path / "rows.jsonl")
-    with pytest.raises(UsageError, match=r"--layers last:1: this model runs the same 1 layer\(s\) 3 times"):
+    with pytest.raises(UsageError, match=r"--layers last:1: this model calls the same 1 layer\(s\) 3 times"):
         tune(TuneConfig(model=str(folder), data=str(rows), out=tmp_path / "run", layers="last:1"))
 
 
 def test_an_encoder_configured_as_a_decoder_is_refused(tmp_path: Path) -> None:
     config = tiny_encoder_config("roberta")
     config.is_decoder = True
-    with pytest.raises(ModelError, match="made a decoder"):
+    with pytest.raises(ModelError, match="with is_decoder set"):
         find_base(str(write_encoder(tmp_path / "model", config)))
 
 

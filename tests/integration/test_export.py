@@ -193,7 +193,7 @@ def bad_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     def reversed_codes(weight: Any, factor: Any, nearest: Codes) -> Codes:
         return replace(nearest, qweight=nearest.qweight[:, ::-1])
 
-    monkeypatch.setattr(calibrating, "round_over", reversed_codes)
+    monkeypatch.setattr(calibrating, "gptq_quantize", reversed_codes)
 
 
 def assert_refused(run: RunFolder, config: ExportConfig, message: str) -> None:

@@ -14,8 +14,8 @@ from edge_ft.config import TuneConfig
 from edge_ft.errors import ModelError
 from edge_ft.evaluate.loading import open_run_model
 from edge_ft.models.logging import silence_libraries
-from edge_ft.quant.layers import codes_sha256
 from edge_ft.quant.nf4 import NF4Linear
+from edge_ft.quant.serialization import codes_sha256
 from edge_ft.tune import tune
 
 

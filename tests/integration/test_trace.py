@@ -18,7 +18,8 @@ from edge_ft.export.lowering import add_lora_inputs, lower
 from edge_ft.export.packing import write_graph
 from edge_ft.export.trace import trace
 from edge_ft.families import family_of
-from edge_ft.quant.layers import QuantLinear, quantize_model
+from edge_ft.quant.conversion import quantize_model
+from edge_ft.quant.layers import QuantLinear
 
 Array = NDArray[Any]
 

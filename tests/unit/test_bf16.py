@@ -9,7 +9,7 @@ from tiny_models import write_llama
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.quant.bf16 import BF16Linear
-from edge_ft.quant.layers import move
+from edge_ft.quant.layers import to_device
 
 IDS = torch.arange(3, 27)[None]
 
@@ -41,7 +41,7 @@ def test_a_layer_gives_what_it_holds_in_any_dtype() -> None:
 def test_tied_codes_stay_tied_on_another_device(base_format: str, tmp_path: Path) -> None:
     """The meta device stands for one that has memory of its own."""
     base = find_base(str(write_llama(tmp_path / "model")))
-    model = move(load_model(ModelSpec(base, "text-generation", base_format)), "meta")  # type: ignore[arg-type]
+    model = to_device(load_model(ModelSpec(base, "text-generation", base_format)), "meta")  # type: ignore[arg-type]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert head.qweight.is_meta
     assert head.qweight is embedding.qweight

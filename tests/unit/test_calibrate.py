@@ -19,8 +19,8 @@ from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.losses import embed
 from edge_ft.models.scorer import HIDDEN, LOSSES
-from edge_ft.quant.calibration import MOST_TOKENS, Calibration, choose_rows, spread
-from edge_ft.quant.layers import codes_sha256, frozen_layers
+from edge_ft.quant.calibration import MAX_TOKENS, Calibration, evenly_spaced, make_calibration
+from edge_ft.quant.serialization import codes_sha256, frozen_layers
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def examples(task: Task, count: int = 24) -> list[Example]:
 
 @given(st.lists(st.integers(), max_size=50), st.integers(0, 60))
 def test_rows_come_from_all_over_the_list(items: list[int], count: int) -> None:
-    indices = spread(range(len(items)), count)
+    indices = evenly_spaced(range(len(items)), count)
     assert len(indices) == min(count, len(items)) == len(set(indices))
     assert indices == sorted(indices)
     if len(indices) > 1:
@@ -49,15 +49,15 @@ def test_rows_come_from_all_over_the_list(items: list[int], count: int) -> None:
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=100), st.integers(1, 120))
 def test_long_rows_are_fewer(lengths: list[int], rows: int) -> None:
-    found = choose_rows([Example(0, [1] * n, [1] * n, 0, "", 0) for n in lengths], rows, 0, "text-generation")
+    found = make_calibration([Example(0, [1] * n, [1] * n, 0, "", 0) for n in lengths], rows, 0, "text-generation")
     assert found is not None
     count = len(found.batch["input_ids"])
     assert 1 <= count <= rows
-    assert count == 1 or found.batch["input_ids"].size <= MOST_TOKENS
+    assert count == 1 or found.batch["input_ids"].size <= MAX_TOKENS
 
 
 def test_no_rows_are_no_calibration() -> None:
-    assert choose_rows(examples("text-generation"), 0, 0, "text-generation") is None
+    assert make_calibration(examples("text-generation"), 0, 0, "text-generation") is None
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def outcome(model: Any, task: Task, calibration: Calibration) -> np.ndarray:
 )
 def test_the_model_is_closer_to_the_float_one_over_the_rows(name: str, task: Task, models: dict[str, Path]) -> None:
     base, labels = find_base(str(models[name])), ("a", "b") if task == "text-classification" else ()
-    rows = choose_rows(examples(task), 24, base.dims.config.pad_token_id or 0, task)
+    rows = make_calibration(examples(task), 24, base.dims.config.pad_token_id or 0, task)
     assert rows is not None
     exact, nearest, chosen = (
         load_model(ModelSpec(base, task, form, labels=labels, codes=codes))
@@ -103,7 +103,10 @@ def test_the_model_is_closer_to_the_float_one_over_the_rows(name: str, task: Tas
     changed = [
         layer
         for layer, module in frozen_layers(chosen).items()
-        if any((a != b).any() for a, b in zip(module.stored(), frozen_layers(nearest)[layer].stored(), strict=True))
+        if any(
+            (a != b).any()
+            for a, b in zip(module.weight_arrays(), frozen_layers(nearest)[layer].weight_arrays(), strict=True)
+        )
     ]
     # An embedding is chosen where it is a language model's head too.
     head, embedding = chosen.get_output_embeddings(), chosen.get_input_embeddings()
@@ -120,14 +123,14 @@ def test_padding_has_no_say(models: dict[str, Path]) -> None:
     base = find_base(str(models["llama"]))
     found = []
     for pad_id in (0, 7):
-        rows = choose_rows(examples("text-generation"), 24, pad_id, "text-generation")
+        rows = make_calibration(examples("text-generation"), 24, pad_id, "text-generation")
         found.append(codes_sha256(load_model(ModelSpec(base, "text-generation", "int4", codes=rows))))
     assert found[0] == found[1]
 
 
 def test_layers_that_are_run_through_several_times_are_rounded_by_themselves(models: dict[str, Path]) -> None:
     base, task = find_base(str(models["albert"])), "text-classification"
-    rows = choose_rows(examples(task), 24, 0, task)  # type: ignore[arg-type]
+    rows = make_calibration(examples(task), 24, 0, task)  # type: ignore[arg-type]
     models_of = [load_model(ModelSpec(base, task, "int4", labels=("a", "b"), codes=codes)) for codes in (rows, None)]  # type: ignore[arg-type]
     assert codes_sha256(models_of[0]) == codes_sha256(models_of[1])
 
@@ -138,13 +141,13 @@ def test_a_damaged_model_is_named_as_such(models: dict[str, Path], tmp_path: Pat
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.input_layernorm.weight"][3] = np.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    rows = choose_rows(examples("text-generation"), 8, 0, "text-generation")
-    with pytest.raises(ModelError, match=r"what model\.layers\.1\..* reads is not a number: .* damaged"):
+    rows = make_calibration(examples("text-generation"), 8, 0, "text-generation")
+    with pytest.raises(ModelError, match=r"the input of model\.layers\.1\..* is not finite: .* damaged"):
         load_model(ModelSpec(find_base(str(folder)), "text-generation", "int4", codes=rows))
 
 
 def test_half_of_an_embedders_rows_are_answers(tmp_path: Path) -> None:
-    rows = choose_rows(examples("feature-extraction", 4), 4, 0, "feature-extraction")
+    rows = make_calibration(examples("feature-extraction", 4), 4, 0, "feature-extraction")
     assert rows is not None
     given_ids = examples("feature-extraction", 4)
     assert rows.batch["input_ids"][1, :9].tolist() == given_ids[1].pair_ids

@@ -7,22 +7,23 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edge_ft.config import TuneConfig
 from edge_ft.data import Batch
 from edge_ft.families import family_of
-from edge_ft.models import chunked_loss as head
-from edge_ft.models import compute
-from edge_ft.models import short_attention as attention
 from edge_ft.models.base_model import find_base
+from edge_ft.models.chunked_loss import score_targets, target_loss
 from edge_ft.models.compute import Compute
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.models.scorer import TorchScorer
+from edge_ft.models.short_attention import short_attention
 from edge_ft.quant.bf16 import has_bf16
 from edge_ft.quant.blockwise import quantize
-from edge_ft.quant.layers import QuantLinear, quantize_model
+from edge_ft.quant.conversion import quantize_model
+from edge_ft.quant.layers import QuantLinear
 from edge_ft.tune import torch_backend
 from edge_ft.tune.torch_backend import TorchBackend
 
@@ -126,19 +127,29 @@ def test_a_bfloat16_step_points_the_same_way(family: str, base_format: str, requ
     assert nn.functional.cosine_similarity(flat, exact, dim=0) > 0.99
 
 
-def test_a_layer_norm_reads_what_its_weight_is(bert: Path) -> None:
-    """A GPU refuses to mix dtypes in it, as a CPU does not."""
+class Operators(TorchDispatchMode):
+    """Records the operators that torch runs, with the shape and dtype of their first argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, torch.Size, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], Tensor):
+            self.calls.append((func.overloadpacket.__name__, args[0].shape, args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layer_norm_computes_in_float32(bert: Path) -> None:
+    """Its weight is float32, and a GPU refuses to mix dtypes in it, as a CPU does not."""
     settings = config(compute="bf16")
     model = adapted(bert, settings)
-    seen: set[torch.dtype] = set()
-    plain = nn.functional.layer_norm
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.functional, "layer_norm", lambda x, *rest: (seen.add(x.dtype), plain(x, *rest))[1])
+    with Operators() as operators:
         backend_gradients(model, "bert", classifier_batch(), settings)
-    assert seen == {torch.float32}
+    assert {dtype for name, _, dtype in operators.calls if name == "native_layer_norm"} == {torch.float32}
 
 
-def test_what_can_be_made_again_is_not_kept(llama: Path) -> None:
+def test_what_can_be_recomputed_is_not_kept(llama: Path) -> None:
     """Of a layer: the inputs of its two norms and what attention gives, the two inputs of its gated unit."""
     model = adapted(llama, config())
     backend, shape = TorchBackend(model, family_of("llama"), "text-generation", config()), model.config
@@ -195,23 +206,22 @@ def test_high_memory_dequantizes_once_and_changes_no_bit(
             backend.gradient(decoder_batch(), 1)
             found[memory] += gradients(model).values()
             often[memory].append(counted[0])
-        backend.compute.keep(None)
+        backend.compute.cache_weights(None)
         counted[0] = 0
         backend.gradient(decoder_batch(), 1)
         often[memory].append(counted[0])
     assert all(torch.equal(*both) for both in zip(found["normal"], found["high"], strict=True))
     assert often["normal"][0] == often["normal"][1] > often["high"][0] > often["high"][1] == 0
-    assert often["high"][2] == often["normal"][0]  # after they were let go
+    assert often["high"][2] == often["normal"][0]  # after the cache was dropped
 
 
-def test_a_norm_is_made_again_once_for_all_that_read_it(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    plain = compute._rms_norm
-    monkeypatch.setattr(compute, "_rms_norm", lambda x, *rest: (made.append(x.dim()), plain(x, *rest))[1])
+def test_a_norm_is_recomputed_once_for_all_layers_that_read_it(llama: Path) -> None:
     model = adapted(llama, config())
-    TorchBackend(model, family_of("llama"), "text-generation", config()).gradient(decoder_batch(), 1)
+    backend = TorchBackend(model, family_of("llama"), "text-generation", config())
+    with Operators() as operators:
+        backend.gradient(decoder_batch(), 1)
     norms = 2 * model.config.num_hidden_layers
-    assert made.count(3) == 2 * norms  # forward and backward
+    assert [name for name, *_ in operators.calls].count("rsqrt_") == 2 * norms  # forward and backward
 
 
 def test_dropout_is_the_same_when_it_is_recomputed(llama: Path) -> None:
@@ -236,12 +246,11 @@ def test_scores_of_a_scorer_are_float32_beside_a_bfloat16_backend(llama: Path) -
     assert np.abs(narrow - expected).max() > 1e-4
 
 
-def test_a_step_after_a_look(llama: Path) -> None:
-    """What scoring leaves behind in inference mode must not reach a gradient."""
-    attention._causal_bias.cache_clear()
+def test_a_step_after_an_evaluation(llama: Path) -> None:
+    """A mask that was made in inference mode, of a length that no other test has, must not break a gradient."""
     backend = TorchBackend(adapted(llama, config()), family_of("llama"), "text-generation", config())
-    backend.token_nll(decoder_batch())
-    assert backend.gradient(decoder_batch(), 1) > 0
+    backend.token_nll(decoder_batch(length=37))
+    assert backend.gradient(decoder_batch(length=37), 1) > 0
 
 
 def test_an_adapter_that_is_switched_off_is_off(llama: Path) -> None:
@@ -271,7 +280,7 @@ def test_short_attention_is_attention(groups: int, mask: str) -> None:
         allowed[1, :, :, 4:] = False
     module = nn.Module()
     module.is_causal = mask == "causal"  # type: ignore[assignment]
-    found, _ = attention._attend(module, query, key, value, allowed)
+    found, _ = short_attention(module, query, key, value, allowed)
     expected = nn.functional.scaled_dot_product_attention(
         query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), allowed, is_causal=mask == "causal"
     ).transpose(1, 2)
@@ -287,39 +296,37 @@ def test_short_attention_is_attention(groups: int, mask: str) -> None:
 
 @pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("quantized", [True, False])
-def test_the_loss_in_parts_is_cross_entropy(
-    quantized: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(head._LOGITS, "cpu", 200)
-    monkeypatch.setitem(head._COLUMNS, "cpu", 32)
+def test_the_loss_in_chunks_is_cross_entropy(quantized: bool, softcap: float | None) -> None:
+    """Of more entries and more logits than are computed at a time."""
     torch.manual_seed(0)
-    layer: nn.Linear = nn.Linear(64, 80).requires_grad_(False)
+    layer: nn.Linear = nn.Linear(32, 20_000).requires_grad_(False)
     if quantized:
         layer = QuantLinear(quantize(layer.weight.numpy(), 32), layer.bias.data)
-    hidden = torch.randn(9, 64, requires_grad=True)
-    labels = torch.randint(80, (9,))
+    hidden = torch.randn(600, 32, requires_grad=True)
+    labels = torch.randint(20_000, (600,))
     logits = layer(hidden) if softcap is None else softcap * torch.tanh(layer(hidden) / softcap)
     expected = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    found = head.target_loss(hidden, layer, labels, torch.float32, softcap)
+    found = target_loss(hidden, layer, labels, torch.float32, softcap)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, hidden)[0], torch.autograd.grad(expected, hidden)[0])
-    scores = head.score_targets(hidden.detach(), layer, labels, softcap=softcap)
+    with Operators() as operators:
+        scores = score_targets(hidden.detach(), layer, labels, softcap=softcap)
+    assert max(shape.numel() for name, shape, _ in operators.calls if name == "exp_") < logits.numel() / 2
     torch.testing.assert_close(scores.nll, nn.functional.cross_entropy(logits, labels, reduction="none").detach())
     assert torch.equal(scores.predicted, logits.argmax(1))
 
 
-def test_the_gradient_of_a_sure_answer_is_not_lost_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_of_a_sure_answer_is_not_lost_in_bfloat16() -> None:
     """It is small beside the weights whose difference it is."""
-    monkeypatch.setitem(head._COLUMNS, "cpu", 16)
     torch.manual_seed(0)
-    layer = nn.Linear(32, 64, bias=False).requires_grad_(False)
+    layer = nn.Linear(32, 20_000, bias=False).requires_grad_(False)
     layer.weight.data = layer.weight.bfloat16().float()
-    labels = torch.tensor([5, 40])
-    hidden = layer.weight[labels].div(layer.weight[labels].square().sum(1, keepdim=True)).mul(8).bfloat16().float()
+    labels = torch.tensor([5, 12_000])
+    hidden = layer.weight[labels].div(layer.weight[labels].square().sum(1, keepdim=True)).mul(16).bfloat16().float()
     exact = hidden.double().requires_grad_()
     loss = nn.functional.cross_entropy(exact @ layer.weight.double().T, labels, reduction="sum")
     assert loss < 0.5
-    found = head.score_targets(hidden, layer, labels, torch.bfloat16, with_grad=True).grad
+    found = score_targets(hidden, layer, labels, torch.bfloat16, with_grad=True).grad
     assert found is not None
     expected = torch.autograd.grad(loss, exact)[0]
     assert (found - expected).norm() < 0.03 * expected.norm()
@@ -331,31 +338,29 @@ def test_a_head_with_an_adapter_is_scored_whole() -> None:
     adapted.out_features = 20  # type: ignore[assignment]
     hidden, labels = torch.randn(5, 8), torch.randint(20, (5,))
     expected = nn.functional.cross_entropy(adapted(hidden), labels, reduction="none")
-    torch.testing.assert_close(head.score_targets(hidden, adapted, labels).nll, expected)
+    torch.testing.assert_close(score_targets(hidden, adapted, labels).nll, expected)
 
 
-def test_a_norm_of_another_form_is_left_alone() -> None:
-    """Gemma's adds 1 to its weight."""
+def test_a_norm_of_another_form_computes_as_before() -> None:
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     )
     quantize_model(model, 32)
     model.requires_grad_(False)
 
-    class GemmaRMSNorm(type(model.model.layers[0].input_layernorm)):  # type: ignore[misc]
+    class ResidualRMSNorm(type(model.model.layers[0].input_layernorm)):  # type: ignore[misc]
         def forward(self, hidden_states: Tensor) -> Tensor:
             return super().forward(hidden_states) + hidden_states
 
-    other = GemmaRMSNorm(32)
-    model.model.layers[0].input_layernorm = other.requires_grad_(False)
-    plain = other.forward
-    Compute(
-        add_lora(model, family_of("llama"), "text-generation", config()), family_of("llama"), torch.float32, "normal"
-    )
-    assert other.forward == plain
+    model.model.layers[0].input_layernorm = ResidualRMSNorm(32).requires_grad_(False)
+    peft_model = add_lora(model, family_of("llama"), "text-generation", config()).eval()
+    ids = torch.arange(1, 9)[None]
+    expected = peft_model(input_ids=ids).logits
+    with Compute(peft_model, family_of("llama"), torch.float32, "normal"):
+        torch.testing.assert_close(peft_model(input_ids=ids).logits, expected)
 
 
-def test_the_cpu_is_asked_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_needs_hardware_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for known in ({"avx512_bf16": True}, {"amx_bf16": True}):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
         assert has_bf16(torch.device("cpu"))

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from edge_ft.quant.blockwise import Bits, dequantize, quantize
-from edge_ft.quant.layers import QuantEmbedding, QuantLinear, codes_sha256, quantize_model
+from edge_ft.quant.conversion import quantize_model
+from edge_ft.quant.layers import QuantEmbedding, QuantLinear
+from edge_ft.quant.serialization import codes_sha256
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,4 +1,4 @@
-"""A base is loaded whole or refused, and a head is kept only for the classes that it knows."""
+"""A base is loaded completely or refused, and a head is used only for the classes that it was trained for."""
 
 import json
 import shutil
@@ -12,9 +12,11 @@ from tiny_models import write_bert, write_llama
 from transformers import AutoConfig, BertForSequenceClassification
 
 from edge_ft.errors import ModelError
-from edge_ft.models import loading as load
 from edge_ft.models.base_model import find_base
-from edge_ft.models.loading import ModelSpec, load_model
+from edge_ft.models.loading import BITS, ModelSpec, load_model
+from edge_ft.quant.bf16 import round_to_bf16
+from edge_ft.quant.conversion import quantize_model
+from edge_ft.quant.nf4 import round_to_nf4
 
 
 def edit_config(folder: Path, **changes: object) -> Path:
@@ -32,7 +34,7 @@ def write_headed(folder: Path, names: tuple[str, ...]) -> Path:
     return folder
 
 
-def test_missing_weights_are_not_drawn_at_random(tmp_path: Path) -> None:
+def test_missing_weights_are_not_initialised_at_random(tmp_path: Path) -> None:
     folder = edit_config(write_llama(tmp_path / "model"), num_hidden_layers=3)
     with pytest.raises(ModelError, match=r"lacks the weights of model\.layers\.2.* and 8 more"):
         load_model(ModelSpec(find_base(str(folder)), "text-generation"))
@@ -44,17 +46,17 @@ def test_an_encoder_without_a_head_cannot_classify_yet(bert: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [({"head_dim": 24}, "multiples of 16"), ({"model_type": "bloom"}, "'bloom' are not supported")],
 )
 def test_what_cannot_be_exported_is_refused_before_any_work(
-    tmp_path: Path, changes: dict[str, object], says: str
+    tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ModelError, match=says):
+    with pytest.raises(ModelError, match=message):
         find_base(str(edit_config(write_llama(tmp_path / "model"), **changes)))
 
 
-def test_a_weight_that_is_no_number_is_refused(tmp_path: Path) -> None:
+def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
@@ -63,7 +65,7 @@ def test_a_weight_that_is_no_number_is_refused(tmp_path: Path) -> None:
         load_model(ModelSpec(find_base(str(folder)), "text-generation", "int4"))
 
 
-def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
+def test_a_config_that_is_not_an_object_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ModelError, match="one JSON object"):
         find_base(str(tmp_path))
@@ -74,28 +76,31 @@ def test_a_head_with_default_names_has_them(tmp_path: Path) -> None:
     assert find_base(str(folder)).labels("text-classification") == ("LABEL_0", "LABEL_1")
 
 
-def test_numbers_mean_the_heads_own_order(tmp_path: Path) -> None:
+def test_class_numbers_follow_the_order_of_the_head(tmp_path: Path) -> None:
     folder = write_headed(tmp_path / "model", ("no", "yes"))
-    assert find_base(str(folder)).brings_head_of("text-classification", ("0", "1"))
-    assert not find_base(str(folder)).brings_head_of("text-classification", ("yes", "no"))
+    assert find_base(str(folder)).has_head_for("text-classification", ("0", "1"))
+    assert not find_base(str(folder)).has_head_for("text-classification", ("yes", "no"))
 
 
 @pytest.mark.parametrize("bits", ["int4", "int8", "nf4", "bf16"])
 @pytest.mark.parametrize("name", ["llama", "untied", "bert"])
 def test_codes_of_one_weight_after_the_other_are_those_of_the_whole_model(
-    name: str, bits: Any, llama: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, bits: Any, llama: Path, bert: Path, tmp_path: Path
 ) -> None:
     folder = {"llama": llama, "bert": bert}.get(name) or write_llama(tmp_path / "untied", tie=False)
     base = find_base(str(folder))
     labels = () if base.family.decoder else ("a", "b", "c")
     task = base.family.tasks[0]
     read = load_model(ModelSpec(base, task, bits, labels=labels))
-    monkeypatch.setattr(load, "_quantized", lambda *_: None)
-    whole = load_model(ModelSpec(base, task, bits, labels=labels))
+    whole, keep = load_model(ModelSpec(base, task, labels=labels)), base.family.trained_head(task)
+    if bits in BITS:
+        quantize_model(whole, 32, keep, BITS[bits])
+    else:
+        {"nf4": round_to_nf4, "bf16": round_to_bf16}[bits](whole, keep)
     found, expected = read.state_dict(), whole.state_dict()
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        if not key.startswith("classifier") and "pooler" not in key:  # drawn, in another order
+        if not key.startswith("classifier") and "pooler" not in key:  # initialised in another order
             assert torch.equal(found[key], tensor), key
     assert not read.training and not any(p.requires_grad or p.is_meta for p in read.parameters())
 

@@ -1,4 +1,4 @@
-"""The grid rounds to the nearest code and packs without loss."""
+"""Weights are rounded to the nearest code of the blockwise grid and packed without loss."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edge_ft.quant import blockwise as grid
-from edge_ft.quant.blockwise import Bits, dequantize, pack_nibbles, quantize, unpack_nibbles
+from edge_ft.quant.blockwise import Bits, Codes, dequantize, pack_nibbles, quantize, unpack_nibbles
 
 WEIGHTS = hnp.arrays(
     np.float32,
@@ -36,18 +35,20 @@ def test_a_weight_within_the_range_is_within_half_a_step_of_its_code(
 
 
 @given(WEIGHTS, st.sampled_from([16, 32]))
-def test_a_cut_range_is_taken_only_where_it_is_closer(weight: np.ndarray, block_size: int) -> None:
-    def error(weight: np.ndarray) -> np.ndarray:
-        padded = np.pad(dequantize(quantize(weight, block_size)) - weight, ((0, 0), (0, -weight.shape[1] % block_size)))
-        return (padded.reshape(len(weight), -1, block_size) ** 2).sum(axis=2)
+def test_no_block_is_worse_than_with_its_whole_range(weight: np.ndarray, block_size: int) -> None:
+    padding = ((0, 0), (0, -weight.shape[1] % block_size))
+    blocks = np.pad(weight, padding).reshape(len(weight), -1, block_size)
+    low, high = np.minimum(blocks.min(2, keepdims=True), 0), np.maximum(blocks.max(2, keepdims=True), 0)
+    scale = (high - low) / 15
+    scale[scale == 0] = 1
+    zero_point = np.rint(-low / scale)
+    rounded = (np.clip(np.rint(blocks / scale + zero_point), 0, 15) - zero_point) * scale
+    found = np.pad(dequantize(quantize(weight, block_size)), padding).reshape(blocks.shape)
+    error, whole_range_error = (((values - blocks) ** 2).sum(axis=2) for values in (found, rounded))
+    assert (error <= whole_range_error * 1.001 + 1e-6).all()
 
-    found = error(weight)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "_SHARES", (1.0,))
-        assert (found <= error(weight) * 1.001 + 1e-6).all()
 
-
-def test_an_outlier_is_cut_for_the_sake_of_the_others() -> None:
+def test_an_outlier_is_clipped_if_that_lowers_the_error() -> None:
     weight = np.random.default_rng(0).normal(size=(1, 32)).astype(np.float32)
     weight[0, 0] = 3.2
     codes = quantize(weight, 32)
@@ -73,16 +74,15 @@ def test_the_layout_is_that_of_matmulnbits() -> None:
     assert (found.in_features, found.block_size) == (80, 32)
 
 
-def test_weights_that_are_no_numbers_are_refused() -> None:
+def test_weights_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         quantize(np.array([[np.nan, 1.0]], np.float32), 16)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_threads_and_parts_change_no_code(bits: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = np.random.default_rng(0).normal(size=(40, 100)).astype(np.float32)
-    whole = quantize(weight, 32, bits)
-    monkeypatch.setattr(grid, "_BLOCKS_AT_ONCE", 7)
-    parts = quantize(weight, 32, bits, threads=3)
+def test_threads_and_chunks_of_blocks_change_no_code(bits: Bits) -> None:
+    weight = np.random.default_rng(0).normal(size=(600, 400)).astype(np.float32)  # 7,800 blocks
+    whole = quantize(weight, 32, bits, threads=3)
+    parts = Codes.concatenate([quantize(weight[row : row + 7], 32, bits) for row in range(0, 600, 7)])
     for field in ("qweight", "scales", "zero_points"):
         assert (getattr(parts, field) == getattr(whole, field)).all()

@@ -1,0 +1,143 @@
+"""Replace the float layers of a model by frozen ones, a weight at a time."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from edge_ft.quant.blockwise import Bits, Codes, quantize
+from edge_ft.quant.layers import BUFFERS, FrozenLinear, QuantEmbedding, QuantLinear
+
+__all__ = [
+    "ReadWeight",
+    "current_weights",
+    "embedding_scale",
+    "is_within",
+    "quantize_model",
+    "replace_linear_layers",
+    "retained_weights",
+    "transpose_conv1d",
+]
+
+ReadWeight = Callable[[str, slice], Tensor]
+"""Returns some rows of the float parameter of a name."""
+
+_ROUNDED = 2**19
+"""Weights that are rounded at a time."""
+
+
+def current_weights(model: nn.Module) -> ReadWeight:
+    """Return what reads the parameters that `model` has at the time of the call."""
+    return lambda name, rows: model.get_parameter(name)[rows]
+
+
+def retained_weights(model: nn.Module) -> ReadWeight:
+    """Return what reads the parameters that `model` has now, also after its layers were replaced."""
+    weights = dict(model.named_parameters())
+    return lambda name, rows: weights[name].detach()[rows]
+
+
+def is_within(name: str, modules: tuple[str, ...]) -> bool:
+    """Return whether a dotted name is one of `modules`, or of something inside one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def embedding_scale(embedding: nn.Module) -> float:
+    """Return what a token embedding multiplies its rows by: the square root of the width in Gemma, else 1."""
+    return float(getattr(embedding, "embed_scale", 1.0))
+
+
+def transpose_conv1d(model: nn.Module) -> set[str]:
+    """Replace GPT-2's `Conv1D` layers by linear layers of the same name, in place: their weights are [out, in] then.
+
+    Returns:
+        The names of these weights, which are [in, out] in the checkpoint.
+    """
+    transposed = set()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            transposed.add(f"{name}.weight")
+            layer = nn.Linear(module.nx, module.nf, device="meta")
+            layer.weight = nn.Parameter(module.weight.detach().T.contiguous())
+            layer.bias = module.bias
+            model.set_submodule(name, layer)
+    return transposed
+
+
+def replace_linear_layers(
+    model: nn.Module,
+    keep: tuple[str, ...],
+    read: ReadWeight,
+    replacement: Callable[[str, nn.Linear, Tensor | None], FrozenLinear | None],
+) -> None:
+    """Replace the linear layers of `model`, in place.
+
+    Args:
+        model: Any model.
+        keep: Names of modules that stay as they are with all that is in them.
+        read: Reads the biases.
+        replacement: Returns the new layer for a name, the layer there and its bias; None leaves that layer alone.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not is_within(name, keep):
+            bias = None if module.bias is None else read(f"{name}.bias", slice(None)).detach()
+            layer = replacement(name, module, bias)
+            if layer is not None:
+                model.set_submodule(name, layer)
+
+
+def quantize_model(
+    model: nn.Module,
+    block_size: int,
+    keep: tuple[str, ...] = (),
+    bits: Bits = 4,
+    read: ReadWeight | None = None,
+    existing: Callable[[str, int], Codes | None] = lambda name, columns: None,
+) -> None:
+    """Replace every linear layer and the token embedding of `model` by its blockwise form, in place.
+
+    An embedding whose width is no multiple of `block_size` stays float, and so does a head that is tied to it.
+
+    Args:
+        model: A model with a word embedding as `get_input_embeddings()`.
+        block_size: Weights per scale.
+        keep: Names of modules that stay float with all that is in them (a head that is trained in full).
+        bits: Of a code.
+        read: Reads the float weights, where those of `model` are on the meta device; None: the model's own.
+        existing: Returns the codes of the layer of a name and number of columns, where they are known already;
+            None: the weight is read and rounded.
+    """
+    read = read or current_weights(model)
+
+    def codes_of(name: str, shape: Sequence[int]) -> Codes:
+        """Return the codes of a weight; only a few of its rows are float at a time."""
+        if (found := existing(name, shape[1])) is not None:
+            return found
+        size = max(1, _ROUNDED // shape[1])
+        parts = []
+        for start in range(0, shape[0], size):
+            rows = read(f"{name}.weight", slice(start, start + size)).detach().float().cpu().numpy()
+            parts.append(quantize(rows, block_size, bits, torch.get_num_threads()))
+        return Codes.concatenate(parts)
+
+    def replacement(name: str, layer: nn.Linear, bias: Tensor | None) -> QuantLinear | None:
+        # A layer that is tied to the embedding shares its codes: it is replaced below.
+        return None if layer.weight is embedding.weight else QuantLinear(codes_of(name, layer.weight.shape), bias)
+
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    names = {module: name for name, module in model.named_modules()}
+    replace_linear_layers(model, keep, read, replacement)
+    # Only whole blocks: GatherBlockQuantized knows no padded last block.
+    if embedding.embedding_dim % block_size:
+        return
+    codes = codes_of(names[embedding], embedding.weight.shape)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    tied = head is not None and getattr(head, "weight", None) is embedding.weight
+    quantized = QuantEmbedding(codes, embedding.padding_idx, embedding_scale(embedding))
+    model.set_input_embeddings(quantized)  # type: ignore[operator]
+    if tied:
+        tied_head = QuantLinear(codes, None if head.bias is None else read(f"{names[head]}.bias", slice(None)).detach())
+        for buffer in BUFFERS:
+            setattr(tied_head, buffer, getattr(quantized, buffer))
+        model.set_output_embeddings(tied_head)  # type: ignore[operator]
