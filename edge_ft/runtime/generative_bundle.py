@@ -61,7 +61,7 @@ class GenerativeBundle(OpenBundle):
             max_new_tokens: Fewer are generated where the model's limit is nearer.
 
         Returns:
-            Token ids before the first stop token; none for an empty prompt or one that leaves no room for an answer.
+            Token ids before the first stop token; none for an empty prompt or one that fills the model's limit.
         """
         max_new_tokens = min(max_new_tokens, self._longest_answer(len(prompt_ids)))
         if max_new_tokens < 1 or not prompt_ids:
