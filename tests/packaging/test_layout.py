@@ -1,5 +1,6 @@
 """The layout that is packaged is the layout on disk, and nothing claims a name that is not ours."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -81,6 +82,19 @@ def test_exported_names_are_sorted_and_there(room: str) -> None:
     module = import_module(room)
     assert list(module.__all__) == sorted(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_few_functions_are_long_or_take_many_parameters() -> None:
+    """A longer function than 70 lines, or one of more than 7 parameters, says in a comment why."""
+    found = []
+    for file in [file for top in ("edge_ft", "export", "bench") for file in (ROOT / top).rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > 70 or len([name for name in names if name not in ("self", "cls")]) > 7:
+                    found.append(f"{file.relative_to(ROOT)}: {node.name}")
+    assert len(found) <= 5, found
 
 
 @pytest.mark.parametrize("file", ["bench/__init__.py", "bench/report.py", "tune/loop.py"])
