@@ -92,7 +92,7 @@ def classifier_ids(tokenizer: "TextTokenizer", length: int) -> list[int]:
         UsageError: `length` is too small for the tokens around a text.
     """
     copies = length // len(tokenizer.encode(_TEXT)) + 1
-    ids = tokenizer.encode_classifier(_TEXT * copies, length).ids
+    ids = tokenizer.encode_framed(_TEXT * copies, length).ids
     if len(ids) != length:
         raise UsageError(f"--prompt-tokens {length} is too few: this model puts {len(ids)} tokens around a text")
     return ids

@@ -21,15 +21,7 @@ from edge_ft.families import CLASSIFIERS, Family
 __all__ = ["longest_sequence", "make_rendering", "plain_rendering", "trained_rendering", "with_pooling"]
 
 
-class HasPooling(Protocol):
-    """A model whose files define how a text becomes one embedding."""
-
-    @property
-    def pooling(self) -> tuple[Pooling, bool]:
-        """The pooling, and whether embeddings are scaled to length 1."""
-
-
-class PlainModel(HasPooling, Protocol):
+class ModelFiles(Protocol):
     """What the files of a model say; `edge_ft.models.base_model.Base` is one."""
 
     @property
@@ -43,6 +35,10 @@ class PlainModel(HasPooling, Protocol):
     @property
     def problem_type(self) -> ProblemType | None:
         """What the logits of the model's own classification head mean."""
+
+    @property
+    def pooling(self) -> tuple[Pooling, bool]:
+        """How a text becomes one embedding, and whether embeddings are scaled to length 1."""
 
     def labels(self, task: Task) -> tuple[str, ...]:
         """Return the classes of the model's own head for `task`, in the order of the logits; () where it has none."""
@@ -95,7 +91,7 @@ def make_rendering(
     return Rendering(task, template, columns, labels, max_length, bos, tokenizer.eos_id)
 
 
-def with_pooling(rendering: Rendering, model: HasPooling, requested: Pooling | None) -> Rendering:
+def with_pooling(rendering: Rendering, model: ModelFiles, requested: Pooling | None) -> Rendering:
     """Return the rendering with the `requested` pooling, else with that of the model's files (feature-extraction).
 
     Raises:
@@ -167,7 +163,7 @@ def trained_rendering(
 
 
 def plain_rendering(
-    model: PlainModel,
+    model: ModelFiles,
     config: RowsConfig,
     rows: Sequence[Row],
     tokenizer: TextTokenizer,

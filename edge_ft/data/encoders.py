@@ -23,7 +23,7 @@ def encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record) 
     """
     problem = rendering.problem_type or "single_label_classification"
     targets = class_targets(record.classes, problem, rendering.labels, f"row {record.row}")
-    framed = tokenizer.encode_classifier(record.prompt, rendering.max_length, record.pair)
+    framed = tokenizer.encode_framed(record.prompt, rendering.max_length, record.pair)
     return Example(
         record.row,
         framed.ids,
@@ -69,8 +69,8 @@ def encode_masked(rendering: Rendering, tokenizer: TextTokenizer, record: Record
     """
     if tokenizer.mask_id is None:
         raise ModelError("the tokenizer names no mask_token, which fill-mask needs: choose a model that has one")
-    framed = tokenizer.encode_classifier(record.prompt, rendering.max_length)
-    stop = len(framed.ids) - (len(tokenizer.encode_classifier("", rendering.max_length).ids) - framed.start)
+    framed = tokenizer.encode_framed(record.prompt, rendering.max_length)
+    stop = len(framed.ids) - (len(tokenizer.encode_framed("", rendering.max_length).ids) - framed.start)
     ids, labels = mask_tokens(framed.ids, framed.start, stop, tokenizer.mask_id)
     return Example(record.row, ids, labels, len(ids), record.prompt, framed.cut)
 
@@ -78,7 +78,7 @@ def encode_masked(rendering: Rendering, tokenizer: TextTokenizer, record: Record
 def encode_pair_of_texts(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
     """Return a text and the text that should be retrieved for it."""
     first, second = (
-        tokenizer.encode_classifier(text, rendering.max_length) for text in (record.prompt, record.completion or "")
+        tokenizer.encode_framed(text, rendering.max_length) for text in (record.prompt, record.completion or "")
     )
     return Example(
         record.row,

@@ -41,7 +41,7 @@ def check_pairs(columns: Columns, chat_template: str | None) -> None:
 
 def encode_source(tokenizer: TextTokenizer, prompt: str, limit: int | None = None) -> tuple[list[int], int]:
     """Return the ids of a prompt with its special tokens, at most `limit`, and how many tokens were cut off."""
-    framed = tokenizer.encode_classifier(prompt, sys.maxsize if limit is None else limit)
+    framed = tokenizer.encode_framed(prompt, sys.maxsize if limit is None else limit)
     return framed.ids, framed.cut
 
 

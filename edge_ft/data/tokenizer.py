@@ -160,7 +160,7 @@ class TextTokenizer:
         """Id of the mask token; None where the model has none."""
         return self._id_of("mask_token")
 
-    def encode_classifier(self, text: str, max_length: int, pair: str | None = None) -> Framed:
+    def encode_framed(self, text: str, max_length: int, pair: str | None = None) -> Framed:
         """Return one or two texts with the model's special tokens, as in [CLS] text [SEP] pair [SEP]."""
         return self.frame(self.encode(text), max_length, None if pair is None else self.encode(pair))
 

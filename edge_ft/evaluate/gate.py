@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from edge_ft.evaluate.metrics import interval, paired_bootstrap
+from edge_ft.evaluate.metrics import bootstrap, interval
 from edge_ft.evaluate.scoring import RowScores
 from edge_ft.evaluate.task_metric import ACCURACY, TaskMetric
 
@@ -57,7 +57,7 @@ def evaluate_gate(
         The figures for the manifest, and the reasons to refuse.
     """
     gain = base.mean_nll - trained.mean_nll
-    gain_low, gain_high = paired_bootstrap(base.nll / base.tokens, trained.nll / trained.tokens, base.tokens)
+    gain_low, gain_high = bootstrap((base.nll - trained.nll) / base.tokens, base.tokens)
     tax = shipped.mean_nll - trained.mean_nll
     retained = (base.mean_nll - shipped.mean_nll) / gain if gain > 0 else None
     before, after = metric.value(trained), metric.value(shipped)

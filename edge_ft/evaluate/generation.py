@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edge_ft.data import Example, eval_batches
 from edge_ft.data.example import IGNORED
 from edge_ft.errors import MissingExtra, require
-from edge_ft.evaluate.metrics import Metric, accuracy, exact_match, macro_f1, mean, proportion, token_f1, verbatim_match
+from edge_ft.evaluate.metrics import Metric, exact_match, macro_f1, mean, proportion, token_f1, verbatim_match
 from edge_ft.evaluate.scoring import Answerer
 from edge_ft.progress import Progress, track
 
@@ -156,7 +156,7 @@ def choice_metrics(
             gold[row] = list(answers).index(right)
         predicted[row] = chooser.answer_nll(example.input_ids[: example.prompt_length], answers).argmin()
     classes = len(answers) + 1
-    return {"choice_accuracy": accuracy(predicted, gold), "choice_macro_f1": macro_f1(predicted, gold, classes)}
+    return {"choice_accuracy": proportion(predicted == gold), "choice_macro_f1": macro_f1(predicted, gold, classes)}
 
 
 def _overlaps(pairs: Sequence[tuple[str, str]]) -> dict[str, Metric]:

@@ -18,7 +18,6 @@ from edge_ft.errors import require
 __all__ = [
     "Metric",
     "Statistic",
-    "accuracy",
     "bootstrap",
     "correlation",
     "exact_match",
@@ -27,7 +26,6 @@ __all__ = [
     "mean",
     "multi_label_f1",
     "number_metrics",
-    "paired_bootstrap",
     "perplexity",
     "proportion",
     "ratio",
@@ -69,11 +67,6 @@ def bootstrap(values: Numbers, weights: Numbers | None = None) -> tuple[float, f
     return interval(ratio(values * weights, weights), len(values))
 
 
-def paired_bootstrap(first: Numbers, second: Numbers, weights: Numbers | None = None) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of the weighted mean of first - second [rows], drawn together."""
-    return bootstrap(first - second, weights)
-
-
 def wilson(hits: int, rows: int) -> tuple[float, float]:
     """Return the 95% score interval of hits / rows (Wilson 1927), which stays sensible at 0 and 1."""
     z = 1.959964
@@ -95,11 +88,6 @@ def proportion(hits: Sequence[bool] | NDArray[np.bool_]) -> Metric:
     count = int(np.sum(hits))
     low, high = wilson(count, len(hits))
     return Metric(value=count / len(hits), low=low, high=high)
-
-
-def accuracy(predicted: NDArray[np.int64], gold: NDArray[np.int64]) -> Metric:
-    """Return the share of rows [rows] whose predicted class is the right one."""
-    return proportion(predicted == gold)
 
 
 def macro_f1(predicted: NDArray[np.int64], gold: NDArray[np.int64], classes: int) -> Metric:

@@ -13,13 +13,13 @@ from edge_ft.data.contrastive import SCORED_TOGETHER, in_batch_loss
 from edge_ft.data.example import IGNORED
 from edge_ft.errors import AuditRefused
 from edge_ft.evaluate.metrics import (
-    accuracy,
     bootstrap,
     macro_f1,
     mean,
     multi_label_f1,
     number_metrics,
     perplexity,
+    proportion,
     recall,
     span_metrics,
 )
@@ -241,7 +241,7 @@ def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: t
     else:
         gold = np.array([example.labels[0] for example in examples])
         predicted = np.array([int(classes[0]) for classes in scores.predicted])
-        metrics = {"accuracy": accuracy(predicted, gold), "macro_f1": macro_f1(predicted, gold, len(labels))}
+        metrics = {"accuracy": proportion(predicted == gold), "macro_f1": macro_f1(predicted, gold, len(labels))}
     interval = bootstrap(scores.nll / scores.tokens, scores.tokens)
     return {
         "nll": scores.mean_nll,

@@ -22,7 +22,7 @@ from edge_ft.data import (
 )
 from edge_ft.data.seq2seq import encode_pair
 from edge_ft.errors import GateRefused
-from edge_ft.evaluate.metrics import paired_bootstrap
+from edge_ft.evaluate.metrics import bootstrap
 from edge_ft.evaluate.scoring import RowScores, Scorer, drop_unscorable, score, summary
 from edge_ft.families import CLASSIFIERS
 from edge_ft.progress import Progress, Silent
@@ -157,7 +157,7 @@ def _verify_rows(graphs: _Graphs, data: str, config: VerifyConfig) -> tuple[dict
     if manifest["lane"] != "adapter":
         return result, []
     base = graphs.score("1", examples, "rows, base", adapter="none")
-    low, _ = paired_bootstrap(base.nll / base.tokens, scores.nll / scores.tokens, base.tokens)
+    low, _ = bootstrap((base.nll - scores.nll) / base.tokens, base.tokens)
     reason = f"on these rows the adapter is no better than its base: {scores.mean_nll:.4f} nats per token"
     return {**result, "base_nll": base.mean_nll}, [reason] if low <= 0 else []
 
@@ -179,7 +179,7 @@ def _differences_from_export(graphs: _Graphs, level: str, scores: RowScores) -> 
 def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Example]:
     """Return the probe texts as examples; for a classifier all have its first class, whether right or not."""
     if rendering.task in CLASSIFIERS:
-        framed = [tokenizer.encode_classifier(text, rendering.max_length) for text in PROBES]
+        framed = [tokenizer.encode_framed(text, rendering.max_length) for text in PROBES]
         labels: list[int] | list[float] = [0]
         if rendering.problem_type in ("regression", "multi_label_classification"):
             labels = [0.0] * len(rendering.labels)

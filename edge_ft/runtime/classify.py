@@ -62,9 +62,7 @@ class TextClassifier(Encoder):
         if any((second is not None) != wanted for _, second in pairs):
             reads = "pairs of texts" if wanted else "single texts"
             raise UsageError(f"{self.bundle.path} was trained on {reads}: give {reads}")
-        encoded = [
-            self.tokenizer.encode_classifier(first, self.rendering.max_length, second) for first, second in pairs
-        ]
+        encoded = [self.tokenizer.encode_framed(first, self.rendering.max_length, second) for first, second in pairs]
         logits = np.zeros((len(encoded), len(self.labels)), np.float32)
         for row, output in self.outputs_of(encoded):
             logits[row] = output

@@ -32,7 +32,7 @@ class TextEmbedder(Encoder):
 
     def tokenize(self, texts: Sequence[str]) -> list[Framed]:
         """Return the tokens of each text, and how many were cut off."""
-        return [self.tokenizer.encode_classifier(text, self.rendering.max_length) for text in texts]
+        return [self.tokenizer.encode_framed(text, self.rendering.max_length) for text in texts]
 
     def embed_tokenized(self, texts: Sequence[Framed]) -> NDArray[np.float32]:
         """Compute embeddings as `embed` does, of texts from `tokenize`.

@@ -84,7 +84,7 @@ class MaskFiller(Encoder):
         parts = text.split(mask)
         # Between two values stands what the template itself writes: the mask, which is then read as a special token.
         template = ["", *[part for value in parts for part in (value, mask)][:-1], ""]
-        encoded = self.tokenizer.encode_classifier(Filled(template), self.rendering.max_length)
+        encoded = self.tokenizer.encode_framed(Filled(template), self.rendering.max_length)
         if encoded.ids.count(mask_id) != len(parts) - 1 or len(parts) == 1:
             problem = (
                 f"is beyond the {self.rendering.max_length} tokens that the model reads"

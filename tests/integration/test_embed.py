@@ -115,7 +115,7 @@ def test_a_base_without_an_adapter_embeds_as_torch(bert: Path, tmp_path: Path) -
     assert np.linalg.norm(found, axis=1) == pytest.approx(1, abs=1e-5)
     model = BertModel.from_pretrained(bert).eval()
     for vector, text in zip(found, texts, strict=True):
-        ids = torch.tensor([opened.tokenizer.encode_classifier(text, 64).ids])
+        ids = torch.tensor([opened.tokenizer.encode_framed(text, 64).ids])
         with torch.no_grad():
             mean = model(input_ids=ids).last_hidden_state[0].mean(0)
         np.testing.assert_allclose(vector, (mean / mean.norm()).numpy(), atol=1e-4)

@@ -1,4 +1,4 @@
-"""`eval` gives the same figures for torch and ONNX, and `verify` finds what no longer scores as it did."""
+"""`eval` gives the same metrics for torch and ONNX, and its options do what they promise."""
 
 import json
 import math
@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from recorded_progress import RecordedProgress
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.config import EvalConfig, VerifyConfig
-from edge_ft.data import encode_rows, fingerprint, read_rows
-from edge_ft.errors import AuditRefused, BundleError, DataError, GateRefused, UsageError
+from edge_ft.config import EvalConfig
+from edge_ft.data import encode_rows, read_rows
+from edge_ft.errors import AuditRefused, DataError, UsageError
 from edge_ft.evaluate import evaluate, evaluate_loaded
 from edge_ft.evaluate.generation import generate_answers
 from edge_ft.evaluate.loading import open_run_model, open_source
-from edge_ft.evaluate.verify import verify
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 
@@ -34,16 +34,6 @@ def write(file: Path, lines: list[dict[str, Any]]) -> str:
     return str(file)
 
 
-class Said(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def test_a_run_and_its_exact_bundle_score_alike(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
     config = EvalConfig(data=rows(llama_run), max_new_tokens=12)
     torch_side = evaluate(str(llama_run.path), config)
@@ -51,8 +41,18 @@ def test_a_run_and_its_exact_bundle_score_alike(llama_run: RunFolder, llama_adap
     assert onnx_side["nll"] == pytest.approx(torch_side["nll"], abs=1e-4)
     assert onnx_side["metrics"] == torch_side["metrics"]
     assert torch_side["nll"] == pytest.approx(llama_run.report()["nll"]["test"], abs=1e-5)
-    said = {"exact_match", "verbatim_match", "token_f1", "rouge1", "rouge2", "rougeL", "chrf", "eos_rate", "distinct_1"}
-    assert set(torch_side["metrics"]) == {"token_accuracy", "choice_accuracy", "choice_macro_f1", *said}
+    generated = {
+        "exact_match",
+        "verbatim_match",
+        "token_f1",
+        "rouge1",
+        "rouge2",
+        "rougeL",
+        "chrf",
+        "eos_rate",
+        "distinct_1",
+    }
+    assert set(torch_side["metrics"]) == {"token_accuracy", "choice_accuracy", "choice_macro_f1", *generated}
     low, high = torch_side["nll_interval"]
     assert low < torch_side["nll"] < high
     assert torch_side["perplexity_interval"] == pytest.approx([math.exp(low), math.exp(high)])
@@ -76,25 +76,29 @@ def test_without_the_adapter_the_base_is_scored(
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("option", "reported"),
     [
-        {"base_format": "int4"},
-        {"base_format": "int8"},
-        {"base_format": "nf4"},
-        {"base_format": "bf16"},
-        {"shots": 2},
-        {"limit": 3},
-        {"prompt": "{prompt}", "completion": "{completion}"},
-        {"chat_template": "none"},
-        {"max_length": 40},
+        ({"base_format": "int4"}, {}),
+        ({"base_format": "int8"}, {}),
+        ({"base_format": "nf4"}, {}),
+        ({"base_format": "bf16"}, {}),
+        ({"shots": 2}, {"shots": 2}),
+        ({"limit": 3}, {"rows": 3}),
+        ({"prompt": "{prompt}", "completion": "{completion}"}, {}),
+        ({"chat_template": "none"}, {}),
+        ({"max_length": 40}, {"cut": 8}),
     ],
-    ids=lambda option: next(iter(option)),
+    ids=lambda option: next(iter(option), "score"),
 )
-def test_every_option_changes_the_score_of_a_model(option: dict[str, Any], llama: Path, llama_run: RunFolder) -> None:
+def test_every_option_changes_the_score_of_a_model(
+    option: dict[str, Any], reported: dict[str, Any], llama: Path, llama_run: RunFolder
+) -> None:
     settings: dict[str, Any] = {"data": rows(llama_run), "shots_from": rows(llama_run, "train"), "generate": False}
     plain = evaluate(str(llama), EvalConfig(**settings))
     changed = evaluate(str(llama), EvalConfig(**{**settings, **option}))
     assert changed["nll"] != plain["nll"]
+    assert {name: changed[name] for name in reported} == reported
+    assert not reported or {name: plain[name] for name in reported} != reported
 
 
 def test_answers_can_be_left_out_or_cut_short(llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +123,7 @@ def test_batch_size_and_threads_do_not_change_the_score(llama_run: RunFolder, ll
     assert max(scores) - min(scores) < 1e-5
 
 
-def test_a_bundles_graph_of_another_level_scores_otherwise(llama_run: RunFolder, llama_bundle: Bundle) -> None:
+def test_graphs_of_different_accuracy_levels_score_differently(llama_run: RunFolder, llama_bundle: Bundle) -> None:
     config = EvalConfig(data=rows(llama_run), generate=False)
     assert "4" in llama_bundle.manifest["graphs"]
     exact, fast = (evaluate(str(llama_bundle.path), replace(config, accuracy_level=level))["nll"] for level in (1, 4))
@@ -157,97 +161,27 @@ def test_rows_that_cannot_be_mapped_are_refused(llama_adapter_bundle: Bundle, tm
         evaluate(str(llama_adapter_bundle.path), EvalConfig(data=str(tmp_path / "rows.jsonl")))
 
 
-@pytest.mark.parametrize("name", ["llama_bundle", "llama_adapter_bundle", "bert_bundle", "bert_adapter_bundle"])
-def test_a_bundle_verifies_where_it_was_made(name: str, request: pytest.FixtureRequest) -> None:
-    found = verify(request.getfixturevalue(name).path, VerifyConfig())
-    assert found["probe_difference"]["1"] < 1e-5
-
-
-def test_the_exports_own_rows_must_score_as_they_did(
-    llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
+def test_rows_of_only_a_text_are_scored_without_answers(
+    llama_run: RunFolder, llama_bundle: Bundle, tmp_path: Path
 ) -> None:
-    config = VerifyConfig(data=rows(llama_run, "validation"), max_tax=1.0)
-    assert verify(llama_bundle.path, config)["same_rows"] is True
-
-    def lower(found: Any) -> None:
-        exact = found["by_accuracy_level"]["1"]
-        exact["nll"] -= 0.1
-
-    changed = forge(llama_bundle, tmp_path, lower)
-    with pytest.raises(GateRefused, match="the export's rows score"):
-        verify(changed, config)
-
-
-def test_a_tax_above_the_limit_is_refused_again(llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path) -> None:
-    def better_before(found: dict[str, Any]) -> None:
-        found["nll"]["trained"] -= 1.0  # so that the tax is near 1, whatever rounding costs on this processor
-
-    taxed = forge(llama_bundle, tmp_path, better_before)
-    data = rows(llama_run, "validation")
-    assert verify(taxed, VerifyConfig(data=data, max_tax=1.5))["same_rows"] is True
-    with pytest.raises(GateRefused, match=r"quantization tax .* is above --max-tax 0\.5"):
-        verify(taxed, VerifyConfig(data=data, max_tax=0.5))
-
-
-def test_a_machine_that_computes_otherwise_is_noticed(llama_bundle: Bundle, tmp_path: Path) -> None:
-    def elsewhere(found: dict[str, Any]) -> None:
-        level = found["by_accuracy_level"]["1"]
-        level["probe_nll"] = [nll + 1 for nll in level["probe_nll"]]
-
-    with pytest.raises(GateRefused, match="level 1 scores the probe texts"):
-        verify(forge(llama_bundle, tmp_path, elsewhere), VerifyConfig())
-
-
-def test_on_other_rows_an_adapter_must_beat_its_base(
-    llama_adapter_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
-) -> None:
-    found = verify(llama_adapter_bundle.path, VerifyConfig(data=rows(llama_run)))
-    assert found["same_rows"] is False
-    assert found["nll"] < found["base_nll"]
-    wrong = tmp_path / "wrong.jsonl"
-    own = [row.fields for row in read_rows(str(llama_run.split("validation")))]
-    lines = [{**row, "completion": row["completion"][::-1]} for row in own]  # spelled backwards
-    wrong.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(GateRefused, match="no better than its base"):
-        verify(llama_adapter_bundle.path, VerifyConfig(data=str(wrong)))
-
-
-def test_a_tampered_bundle_does_not_verify(llama_bundle: Bundle, tmp_path: Path) -> None:
-    changed = forge(llama_bundle, tmp_path, lambda found: None)
-    (changed / "config.json").write_text("{}")
-    with pytest.raises(BundleError, match="sha256"):
-        verify(changed, VerifyConfig())
-
-
-def forge(bundle: Bundle, tmp_path: Path, change: Any) -> Path:
-    """A copy whose recorded verification was changed."""
-    folder = tmp_path / "forged"
-    shutil.copytree(bundle.path, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest["verification"])
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-def test_rows_of_text_are_scored_and_not_answered(llama_run: RunFolder, llama_bundle: Bundle, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "hello world, the answer"}\n{"text": "seven"}\n')
     for source in (llama_run.path, llama_bundle.path):
         assert set(evaluate(str(source), EvalConfig(data=str(text)))["metrics"]) == {"token_accuracy"}
 
 
-def test_rows_that_were_cut_or_dropped_are_counted_and_said(
+def test_rows_that_were_cut_or_dropped_are_counted_and_reported(
     llama_run: RunFolder, llama_bundle: Bundle, tmp_path: Path
 ) -> None:
     lines = [{"prompt": "hello", "completion": " seven"}, {"prompt": "hello 1 " * 200, "completion": " seven"}]
     data = write(tmp_path / "rows.jsonl", lines)
     for source in (llama_bundle.path, llama_run.path):
-        said = Said()
-        found = evaluate(str(source), EvalConfig(data=data, generate=False), said)
+        progress = RecordedProgress()
+        found = evaluate(str(source), EvalConfig(data=data, generate=False), progress)
         assert (found["rows"], found["dropped"], found["cut"]) == (1, 1, 1)
         assert found["cut_tokens"] > 100
-        assert any(f"1 row(s) lose {found['cut_tokens']} tokens" in line for line in said.lines)
-        assert any("1 row(s) are not scored" in line for line in said.lines)
+        assert any(f"1 row(s) lose {found['cut_tokens']} tokens" in line for line in progress.lines)
+        assert any("1 row(s) are not scored" in line for line in progress.lines)
 
 
 def test_a_length_beyond_the_models_is_refused(llama: Path, llama_bundle: Bundle, llama_run: RunFolder) -> None:
@@ -256,82 +190,7 @@ def test_a_length_beyond_the_models_is_refused(llama: Path, llama_bundle: Bundle
             evaluate(str(source), EvalConfig(data=rows(llama_run), max_length=9999))
 
 
-def test_a_refused_bundle_does_not_verify(llama_bundle: Bundle, tmp_path: Path) -> None:
-    refused = forge(llama_bundle, tmp_path, lambda found: found.update(refused=["too much was lost"]))
-    with pytest.raises(GateRefused, match="its export was refused: too much was lost"):
-        verify(refused, VerifyConfig())
-
-
-def test_the_exports_own_limit_is_verifys(llama_bundle: Bundle, llama_run: RunFolder) -> None:
-    assert llama_bundle.manifest["verification"]["limits"]["max_tax"] == 1
-    assert verify(llama_bundle.path, VerifyConfig(data=rows(llama_run, "validation")))["same_rows"] is True
-
-
-def test_rows_beyond_those_that_export_read_do_not_hide_them(
-    llama_bundle: Bundle, llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    few = len(read_rows(rows(llama_run, "validation")))
-    monkeypatch.setattr("edge_ft.evaluate.verify.VERIFY_ROWS", few)
-    longer = tmp_path / "longer.jsonl"
-    longer.write_text(Path(rows(llama_run, "validation")).read_text() + Path(rows(llama_run)).read_text())
-    found = verify(llama_bundle.path, VerifyConfig(data=str(longer)))
-    assert (found["same_rows"], found["rows"]) == (True, few)
-
-
-def test_what_was_refused_at_export_is_not_scored_again(llama_bundle: Bundle, tmp_path: Path) -> None:
-    def refused(found: dict[str, Any]) -> None:
-        found["refused"] = ["no gain", "too much tax"]
-        del found["by_accuracy_level"]  # without it, scoring would fail in another way
-
-    with pytest.raises(GateRefused, match="no gain; too much tax"):
-        verify(forge(llama_bundle, tmp_path, refused), VerifyConfig())
-
-
-def test_rows_without_an_answer_are_dropped_as_export_drops_them(
-    llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
-) -> None:
-    lines = [json.loads(line) for line in Path(rows(llama_run, "validation")).read_text().splitlines()]
-    data = write(tmp_path / "rows.jsonl", [{"prompt": "hello " * 300, "completion": " seven"}, *lines])
-    digest = fingerprint(read_rows(data))
-    said = Said()
-    found = verify(
-        forge(llama_bundle, tmp_path, lambda found: found.update(rows_sha256=digest)), VerifyConfig(data=data), said
-    )
-    assert (found["same_rows"], found["rows"], found["dropped"], found["cut"]) == (True, len(lines), 1, 1)
-    assert any("1 row(s) are not scored" in line for line in said.lines)
-
-
-def test_rows_of_which_none_has_an_answer_are_refused(
-    llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
-) -> None:
-    data = write(tmp_path / "rows.jsonl", [{"prompt": "hello " * 300, "completion": " seven"}])
-    with pytest.raises(AuditRefused, match="no row has an answer to score"):
-        verify(llama_bundle.path, VerifyConfig(data=data))
-    with pytest.raises(AuditRefused, match="no row has an answer to score"):
-        evaluate(str(llama_run.path), EvalConfig(data=data))
-
-
-def test_other_rows_of_a_merged_bundle_are_only_scored(llama_bundle: Bundle, tmp_path: Path) -> None:
-    data = write(tmp_path / "wrong.jsonl", [{"prompt": "hello", "completion": "\x01\x02\x03\x04"}])
-    found = verify(llama_bundle.path, VerifyConfig(data=data, max_tax=0.0))
-    assert found["same_rows"] is False
-    assert found["nll"] > 1
-    assert "base_nll" not in found
-
-
-def test_the_exports_rows_read_otherwise_are_other_rows(llama_bundle: Bundle, llama_run: RunFolder) -> None:
-    for option in ({"max_length": CUTS}, {"chat_template": "none"}):
-        assert (
-            verify(llama_bundle.path, VerifyConfig(data=rows(llama_run, "validation"), **option))["same_rows"] is False
-        )
-
-
-def test_a_negative_limit_of_the_tax_is_refused() -> None:
-    with pytest.raises(UsageError, match="--max-tax"):
-        VerifyConfig(max_tax=-0.1)
-
-
-def test_an_explicit_length_is_a_runs_and_a_bundles_too(llama_run: RunFolder, llama_bundle: Bundle) -> None:
+def test_runs_and_bundles_take_an_explicit_length(llama_run: RunFolder, llama_bundle: Bundle) -> None:
     for source in (llama_run.path, llama_bundle.path):
         whole = evaluate(str(source), EvalConfig(data=rows(llama_run), generate=False))
         short = evaluate(str(source), EvalConfig(data=rows(llama_run), generate=False, max_length=CUTS))
@@ -340,9 +199,7 @@ def test_an_explicit_length_is_a_runs_and_a_bundles_too(llama_run: RunFolder, ll
         assert short["nll"] != whole["nll"]
 
 
-def test_shots_have_the_models_length_not_the_trainings(
-    llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
-) -> None:
+def test_shots_may_use_the_models_whole_length(llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path) -> None:
     short = tmp_path / "short"
     shutil.copytree(llama_bundle.path, short)
     manifest = json.loads((short / "manifest.json").read_text())

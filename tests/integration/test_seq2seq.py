@@ -70,7 +70,7 @@ def held_out(tuned: RunFolder, generator: Seq2SeqGenerator) -> list[list[int]]:
     """Sources that were not trained on, of different lengths."""
     rows = read_rows(str(tuned.split("test")))
     sources = [example.input_ids for example in encode_rows(generator.rendering, generator.tokenizer, rows)]
-    long = generator.tokenizer.encode_classifier("the answer is seven hello world " * 6, 256).ids
+    long = generator.tokenizer.encode_framed("the answer is seven hello world " * 6, 256).ids
     return [*sources, long]
 
 

@@ -1,4 +1,4 @@
-"""What would be trained in vain, or leak, is found before training, with the rows it is in."""
+"""The audit finds rows that cannot be learned from, and rows that leak between splits, with their numbers."""
 
 import json
 from pathlib import Path
@@ -59,13 +59,13 @@ def test_rows_without_a_learned_token_are_refused_only_when_all_are() -> None:
     assert [finding.severity for finding in find(bad + GOOD)] == ["warning"]
 
 
-def test_cut_rows_are_counted_in_rows_and_tokens_of_their_answers() -> None:
+def test_cut_rows_are_counted_with_the_tokens_that_their_answers_lose() -> None:
     found = find([row(3, [-100, 5], cut=4, cut_targets=3), *GOOD, row(9, [-100, 5], cut=6, cut_targets=6)])
     assert [(finding.code, finding.rows, finding.lost) for finding in found] == [("truncated", [3, 9], (3, 6))]
     assert "longer than 64 tokens and lose 10 tokens at their end, 9 of them of answers, up to 6" in found[0].message
 
 
-def test_empty_answers_and_unlearned_turns_are_said() -> None:
+def test_empty_answers_and_unlearned_turns_are_reported() -> None:
     found = find([row(1, [-100, 2], reference=""), row(2, [-100, 5], unlearned_turns=1), *GOOD])
     assert [(finding.code, finding.severity, finding.rows) for finding in found] == [
         ("empty-completion", "warning", [1]),
@@ -78,7 +78,7 @@ def classes(**counts: int) -> list[Example]:
     return [Example(number, [1, 2, 3], [0], 3, name, 0) for number, name in enumerate(names, 1)]
 
 
-def test_one_class_cannot_be_learned_and_an_odd_balance_is_said() -> None:
+def test_one_class_is_refused_and_an_imbalance_is_reported() -> None:
     assert [(finding.code, finding.severity) for finding in find(classes(yes=2))] == [("one-class", "error")]
     assert find(classes(yes=2, no=1)) == []
     assert find(classes(yes=10, no=1, maybe=3)) == []
@@ -87,21 +87,21 @@ def test_one_class_cannot_be_learned_and_an_odd_balance_is_said() -> None:
     assert "2 of 30 rows are of class 'no', 23 of 'yes'" in found[0].message
 
 
-def test_repeated_and_contradicting_rows_are_told_apart() -> None:
+def test_repeated_and_contradicting_rows_are_distinguished() -> None:
     rows = [text(1, "a"), text(2, "b"), text(5, "a"), text(6, "a", "no"), text(7, "b", "yes")]
     assert read(*rows) == {"duplicated": [5, 7], "contradicting": [6]}
 
 
-def test_a_prompt_of_blank_values_is_empty_but_rows_of_text_alone_ask_nothing() -> None:
+def test_a_prompt_of_blank_values_is_empty_and_rows_of_only_a_text_have_none() -> None:
     assert read(text(1, " \n"), text(2, "b"), Record(3, None, "", "a text", None)) == {"empty-prompt": [1]}
 
 
 @pytest.mark.parametrize("broken", ["caf\ufffd", "cafÃ©", "itâ€™s", "Ã‰t\u00e9", "no\u00a0Â\u00a0break", "a\u0092b"])
-def test_a_text_in_the_wrong_encoding_is_said(broken: str) -> None:
+def test_a_text_in_the_wrong_encoding_is_reported(broken: str) -> None:
     assert read(text(1, "ok"), text(2, broken), text(3, "fine", broken)) == {"encoding": [2, 3]}
 
 
-def test_a_value_that_holds_a_chat_template_is_said(tmp_path: Path) -> None:
+def test_a_value_that_holds_marks_of_a_chat_template_is_reported(tmp_path: Path) -> None:
     tokenizer = TextTokenizer.load(write_bpe(tmp_path))
     marks = template_marks("{% for m in messages %}<turn {{ m.role }}>\n{{ m.content }}{% endfor %}", tokenizer)
     assert {"<turn assistant>", "<|im_end|>", "[INST]"} <= set(marks)
@@ -217,7 +217,7 @@ def test_nothing_to_learn_cannot_be_allowed(prepared: Any) -> None:
             prepared(PAIRS, max_length=10, allow=allow)
 
 
-def test_an_unknown_code_is_answered_with_a_near_one(prepared: Any) -> None:
+def test_an_unknown_code_is_refused_with_a_suggestion(prepared: Any) -> None:
     with pytest.raises(UsageError, match="did you mean 'leak'"):
         prepared(PAIRS, allow=("leek",))
 

@@ -1,4 +1,4 @@
-"""Padding is on the right and never learned; each example comes once an epoch, among others of its length."""
+"""Padding is on the right and carries no loss; an epoch has each example once, in batches of similar length."""
 
 import numpy as np
 from hypothesis import given
@@ -20,7 +20,7 @@ def test_padding_has_no_mask_and_no_loss_even_where_pad_is_eos() -> None:
     assert {batch["input_ids"].dtype, batch["attention_mask"].dtype, batch["labels"].dtype} == {np.dtype(np.int64)}
 
 
-def test_a_class_is_one_label_a_row() -> None:
+def test_a_class_is_one_label_per_row() -> None:
     batch = collate([Example(1, [5, 6], [3], 2, "d", 0), Example(2, [5], [0], 1, "a", 0)], 0, "text-classification")
     assert batch["labels"].tolist() == [[3], [0]]
     assert batch["input_ids"].tolist() == [[5, 6], [5, 0]]

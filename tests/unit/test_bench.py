@@ -151,7 +151,7 @@ def test_a_classifiers_text_keeps_the_tokens_around_it(tmp_path: Path) -> None:
     tokenizer = TextTokenizer.load(write_classifier(tmp_path / "classifier"))
     ids = classifier_ids(tokenizer, 2000)
     assert len(ids) == 2000
-    assert (ids[0], ids[-1]) == tuple(tokenizer.encode_classifier("", 2).ids)
+    assert (ids[0], ids[-1]) == tuple(tokenizer.encode_framed("", 2).ids)
     with pytest.raises(UsageError, match="--prompt-tokens 1 is too few"):
         classifier_ids(tokenizer, 1)
 

@@ -24,7 +24,7 @@ def test_a_text_gets_the_likeliest_label_and_the_probability_of_each(classifier:
     assert list(found.scores) == ["no", "maybe", "yes"]
     assert sum(found.scores.values()) == pytest.approx(1)
     assert found.scores[found.label] == max(found.scores.values())
-    ids = classifier.tokenizer.encode_classifier("short", 16).ids
+    ids = classifier.tokenizer.encode_framed("short", 16).ids
     [logits] = classifier.logits(np.array([ids]), np.ones((1, len(ids)), np.int64))
     assert classifier.labels[int(logits.argmax())] == found.label
 
@@ -52,7 +52,7 @@ def test_no_texts_give_no_results(classifier: TextClassifier) -> None:
 
 
 def test_the_loss_is_the_nll_of_the_right_class(classifier: TextClassifier) -> None:
-    rows = [classifier.tokenizer.encode_classifier(text, 16).ids for text in ("abc", "xyz")]
+    rows = [classifier.tokenizer.encode_framed(text, 16).ids for text in ("abc", "xyz")]
     nll, predicted = classifier.token_nll(
         {
             "input_ids": np.array(rows),

@@ -1,4 +1,4 @@
-"""Columns are recognised by name or named by templates; a value that cannot be used names its row."""
+"""Columns are recognised by name or named by templates; an error about a value names its row."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def test_messages_win_and_their_last_answer_is_the_completion() -> None:
     assert found.completion == "b"
 
 
-def test_a_template_knows_columns_braces_and_the_escapes_of_a_shell() -> None:
+def test_a_template_has_columns_braces_and_escapes() -> None:
     found = only({"q": "{a}\\n", "a b": 3}, prompt=r"{{{q}}}\n\tC:\\new {a b}", completion="{a b}")
     assert (found.prompt, found.completion) == ("{{a}\\n}\n\tC:\\new 3", "3")
 
@@ -61,7 +61,7 @@ def test_values_are_never_read_as_templates(first: str, second: str) -> None:
         ("passage}", "lone }"),
     ],
 )
-def test_a_template_is_no_code(template: str, message: str) -> None:
+def test_a_template_cannot_run_code(template: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         find_columns(["passage"], RowsConfig(prompt=template), None)
 
@@ -89,7 +89,7 @@ def test_a_class_and_its_text(fields: dict[str, Any], config: dict[str, Any], te
         (["a", "label"], {"prompt": "{a}", "completion": "{a}"}, "text-classification", "--completion is for"),
     ],
 )
-def test_what_is_missing_is_said(names: list[str], config: dict[str, Any], task: Task | None, message: str) -> None:
+def test_missing_columns_are_named(names: list[str], config: dict[str, Any], task: Task | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
         find_columns(names, RowsConfig(**config), task)
 
@@ -124,7 +124,7 @@ def test_a_row_may_lack_a_column_that_others_have() -> None:
     assert record(Row(3, {"prompt": "p"}), columns, answer=False) == Record(3, None, "p", None, None)
 
 
-def test_fits_wants_every_column_that_is_read() -> None:
+def test_fits_requires_every_column_that_is_read() -> None:
     asks = Columns("template", "{a} {{b}}", "{c}")
     assert asks.fits(["a", "c", "z"])
     assert not asks.fits(["a"])
@@ -134,7 +134,7 @@ def test_fits_wants_every_column_that_is_read() -> None:
     assert Columns("messages").fits(["messages"])
 
 
-def test_a_bare_text_goes_into_a_template_of_one_column() -> None:
+def test_a_text_fills_a_template_of_one_column() -> None:
     asks = Columns("template", "Q {{x}}: {q}\nA:", "{a}")
     assert fill_text(asks, "why?") == "Q {x}: why?\nA:"
     assert fill_text(asks, "Q {x}: why\nnot?\nA:") == "Q {x}: why\nnot?\nA:"
@@ -142,7 +142,7 @@ def test_a_bare_text_goes_into_a_template_of_one_column() -> None:
         assert fill_text(other, "why {q}?") == "why {q}?"
 
 
-def test_a_text_in_the_templates_form_is_taken_apart_into_its_values() -> None:
+def test_a_text_in_the_templates_form_is_split_into_its_values() -> None:
     asks = Columns("template", "<s>{q}{{{q}}}</s>", "{a}")
     for text, values in (("why?", ("why?", "why?")), ("<s>a\n<s>{b}</s>", ("a\n<s>", "b"))):
         found = fill_text(asks, text)
@@ -150,14 +150,14 @@ def test_a_text_in_the_templates_form_is_taken_apart_into_its_values() -> None:
         assert found.parts == ("<s>", values[0], "{", values[1], "}</s>")
 
 
-def test_rows_of_text_alone_ask_nothing() -> None:
+def test_rows_of_only_a_text_have_no_prompt() -> None:
     text = Columns("text", None, "{text}")
     assert text.fits(["text"])
     assert not text.fits(["text"], answer=False)
 
 
 @pytest.mark.parametrize(("label", "name"), [(1.0, "1"), (-2.0, "-2"), (1, "1"), ("1.0", "1.0")])
-def test_a_whole_number_that_a_table_made_a_float_is_a_class(label: Any, name: str) -> None:
+def test_a_whole_number_that_a_table_stores_as_float_is_a_class(label: Any, name: str) -> None:
     assert only({"text": "t", "label": label}, "text-classification").label == name
 
 

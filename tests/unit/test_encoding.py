@@ -1,4 +1,4 @@
-"""What the model reads in training is what it is asked with at run time, and loss lies on answers alone."""
+"""The model reads the same tokens in training and at run time, and only answers carry the loss."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_plain_rows_are_prompt_completion_and_eos(tokenizer: TextTokenizer) -> N
     assert (example.row, example.reference, example.cut) == (1, "world", 0)
 
 
-def test_bos_goes_in_front_of_plain_text_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
+def test_bos_comes_before_plain_text_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
     adds = TextTokenizer.load(write_bpe(tmp_path, bos="<|endoftext|>", chat_template=None))
     plain = rendering(adds, PAIRS)
     assert (plain.bos, plain.appended_eos, plain.chat_template) == (0, 2, None)
@@ -100,7 +100,7 @@ def test_an_empty_answer_still_learns_to_stop(tokenizer: TextTokenizer) -> None:
     assert learned(tokenizer, encode_example(plain, tokenizer, Record(1, None, "hi", "", None))) == ["<|im_end|>"]
 
 
-def test_long_rows_lose_their_end_and_say_how_much(tokenizer: TextTokenizer) -> None:
+def test_long_rows_are_cut_at_their_end_and_the_lost_tokens_are_counted(tokenizer: TextTokenizer) -> None:
     plain = rendering(tokenizer, PAIRS, max_length=8, chat_template="none")
     example = encode_example(plain, tokenizer, Record(1, None, "q", "x" * 10, None))
     assert (len(example.input_ids), example.prompt_length, example.cut) == (8, 1, 4)
@@ -108,12 +108,12 @@ def test_long_rows_lose_their_end_and_say_how_much(tokenizer: TextTokenizer) -> 
     assert (example.prompt_length, set(example.labels), example.cut) == (8, {-100}, 14)
 
 
-def test_an_answer_that_was_never_mapped_is_an_error(tokenizer: TextTokenizer) -> None:
+def test_a_row_without_an_answer_column_is_an_error(tokenizer: TextTokenizer) -> None:
     with pytest.raises(DataError, match="row 1 has no answer to learn: give --completion"):
         encode_rows(rendering(tokenizer, Columns("template", "{q}")), tokenizer, [Row(1, {"q": "hi"})])
 
 
-def test_control_tokens_of_a_written_template_are_read_those_of_values_are_not(tokenizer: TextTokenizer) -> None:
+def test_control_tokens_are_read_in_a_template_but_not_in_values(tokenizer: TextTokenizer) -> None:
     columns = Columns("template", "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n", "{a}<|im_end|>")
     chosen = rendering(tokenizer, columns)
     assert chosen.chat_template is None
@@ -159,7 +159,7 @@ words = st.lists(st.sampled_from(["hello", " ", "\n", "\n\n", "é🙂", "<|im_en
 
 
 @given(words, words)
-def test_training_starts_from_the_very_prompt_of_run_time(tokenizer: TextTokenizer, question: str, answer: str) -> None:
+def test_training_reads_the_same_prompt_as_run_time(tokenizer: TextTokenizer, question: str, answer: str) -> None:
     messages = chat(question, answer)
     example = encode(tokenizer, messages)
     assume(not example.cut)
@@ -170,7 +170,7 @@ def test_training_starts_from_the_very_prompt_of_run_time(tokenizer: TextTokeniz
     assert example.input_ids.count(2) == 3, "a user's text ends no turn"
 
 
-def test_a_template_that_trims_loses_no_end(tokenizer: TextTokenizer) -> None:
+def test_a_template_that_strips_spaces_keeps_the_end_of_turn(tokenizer: TextTokenizer) -> None:
     trims = CHATML.replace("message['content']", "message['content'] | trim")
     assert learned(tokenizer, encode(tokenizer, chat("q", " hello \n", "r", "x"), trims)) == [
         "hello<|im_end|>",
@@ -199,13 +199,13 @@ def test_a_greeting_before_any_question_is_context(tokenizer: TextTokenizer) -> 
     assert (learned(tokenizer, example), example.unlearned_turns) == (["hello<|im_end|>"], 1)
 
 
-def test_nothing_behind_the_last_answer_is_read(tokenizer: TextTokenizer) -> None:
+def test_nothing_after_the_last_answer_is_read(tokenizer: TextTokenizer) -> None:
     assert encode(tokenizer, chat("a", "b", "thanks")).input_ids == encode(tokenizer, chat("a", "b")).input_ids
     closing = CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
     assert learned(tokenizer, encode(tokenizer, chat("a", "b", "c", "d"), closing)) == ["b<|im_end|>", "d<|im_end|>"]
 
 
-def test_a_template_that_prompts_otherwise_than_it_answers_is_refused(tokenizer: TextTokenizer) -> None:
+def test_a_template_whose_answers_do_not_start_with_its_prompt_is_refused(tokenizer: TextTokenizer) -> None:
     template = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>bot\n' }}")
     with pytest.raises(DataError, match="row 7: the chat template does not begin the last assistant turn with its own"):
         encode(tokenizer, chat("a", "b"), template)
@@ -248,7 +248,7 @@ def test_chats_and_pairs_get_the_models_template_texts_do_not(tokenizer: TextTok
     assert rendering(tokenizer, Columns("template", "{a}", "{b}"), chat_template="auto").chat_template == CHATML
 
 
-def test_pairs_become_an_exchange(tokenizer: TextTokenizer) -> None:
+def test_a_prompt_and_its_completion_become_a_chat(tokenizer: TextTokenizer) -> None:
     row = Row(4, {"prompt": "hi", "completion": "hello"})
     assert encode_rows(rendering(tokenizer, PAIRS), tokenizer, [row])[0].input_ids == (
         encode(tokenizer, chat("hi", "hello")).input_ids
@@ -287,7 +287,7 @@ def test_broken_and_hostile_templates_are_refused(tokenizer: TextTokenizer, temp
         render_chat(template, chat("hi"), False, tokenizer)
 
 
-def test_what_templates_of_transformers_may_use(tokenizer: TextTokenizer) -> None:
+def test_functions_that_templates_of_transformers_use_are_there(tokenizer: TextTokenizer) -> None:
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{% continue %}{% endif %}"
         "{% generation %}{{ m | tojson }}{%- endgeneration %}{% endfor %}{{ strftime_now('') }}{{ eos_token }}"

@@ -1,4 +1,4 @@
-"""The gate's arithmetic, and each of its refusals refusing."""
+"""The gate computes its figures correctly and refuses for each of its reasons."""
 
 from dataclasses import replace
 from typing import Any
@@ -54,7 +54,7 @@ def test_each_reason_to_refuse_refuses(
     assert any(says in reason for reason in reasons), reasons
 
 
-def test_a_fall_that_few_rows_explain_does_not_refuse() -> None:
+def test_a_drop_that_can_be_chance_does_not_refuse() -> None:
     """One row of 20 changed its mind: 5 points, and no evidence."""
     trained, shipped = scores(1.0), scores(1.0)
     few = [
@@ -67,7 +67,7 @@ def test_a_fall_that_few_rows_explain_does_not_refuse() -> None:
     assert verdict.reasons == ()
 
 
-def test_limits_are_what_was_asked_for() -> None:
+def test_the_limits_can_be_changed() -> None:
     loose = Limits(max_tax=0.5, min_retained=0.5, max_metric_drop=0.5)
     assert evaluate_gate(scores(3.0), scores(1.0), scores(1.4, right=0.5), loose, True).reasons == ()
 
@@ -87,7 +87,7 @@ def judged(gold: list[list[Any]], found: list[list[Any]], task: str, labels: tup
     return metric.name, metric.value(RowScores(np.ones(len(gold)), counts, right, [np.array(row) for row in found]))
 
 
-def test_each_task_is_judged_by_its_own_metric() -> None:
+def test_each_task_has_its_own_metric() -> None:
     assert judged([[0], [1], [1], [0]], [[0], [1], [0], [0]], "text-classification", ("a", "b")) == ("accuracy", 0.75)
     assert judged([[7, 8], [9]], [[7, 1], [9]], "text-generation", ()) == ("token_accuracy", pytest.approx(2 / 3))
     name, value = judged([[1.0], [2.0], [4.0]], [[0.1], [0.5], [0.2]], "text-classification", ("price",))
@@ -98,7 +98,7 @@ def test_each_task_is_judged_by_its_own_metric() -> None:
     assert (name, value) == ("micro_f1", pytest.approx(expected))
 
 
-def test_tags_are_judged_by_their_spans() -> None:
+def test_tags_are_scored_by_their_spans() -> None:
     labels = ("B-PER", "I-PER", "O")
     gold, found = [[0, 1, 2, 0], [2, 2]], [[0, 1, 2, 2], [2, 0]]
     tags = [[[labels[tag] for tag in row] for row in rows] for rows in (gold, found)]
@@ -106,7 +106,7 @@ def test_tags_are_judged_by_their_spans() -> None:
     assert judged(gold, found, "token-classification", ("x", "y", "z"))[0] == "accuracy"
 
 
-def test_a_fall_of_the_tasks_own_metric_refuses() -> None:
+def test_a_drop_of_the_task_metric_refuses() -> None:
     """Every number in its place before; after shipping none is, while losses stay as they were."""
     gold = np.arange(50.0)
     ranks = task_metric_for([example([number]) for number in gold], "text-classification", ("price",))

@@ -1,4 +1,4 @@
-"""Scores agree with their definitions, and their intervals are as wide as theory says."""
+"""Metrics agree with their definitions, and their intervals are as wide as theory predicts."""
 
 import math
 
@@ -10,15 +10,15 @@ from scipy.stats import spearmanr
 from sklearn.metrics import f1_score
 
 from edge_ft.evaluate.metrics import (
-    accuracy,
     bootstrap,
     exact_match,
+    interval,
     macro_f1,
     mean,
     number_metrics,
-    paired_bootstrap,
     perplexity,
     proportion,
+    ratio,
     token_f1,
     verbatim_match,
     wilson,
@@ -62,7 +62,7 @@ def test_answers_that_do_not_match(answer: str, reference: str) -> None:
     assert not exact_match(answer, reference)
 
 
-def test_token_f1_is_squads() -> None:
+def test_token_f1_is_that_of_squad() -> None:
     assert token_f1("the cat sat", "A cat stood up") == pytest.approx(2 * 1 / (2 + 3))
     assert token_f1("cat cat", "cat") == pytest.approx(2 / 3)
     assert token_f1("The", "a") == 1
@@ -89,16 +89,16 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
     assert score["high"] - score["low"] == pytest.approx(2 * 1.96 * math.sqrt(0.75 * 0.25 / 400), rel=0.2)
 
 
-def test_class_scores_are_scikit_learns() -> None:
+def test_class_metrics_are_those_of_scikit_learn() -> None:
     random = np.random.default_rng(3)
     for classes in (2, 5):
         gold, predicted = random.integers(0, classes, (2, 60))
         assert macro_f1(predicted, gold, classes)["value"] == pytest.approx(f1_score(gold, predicted, average="macro"))
         # Of one class a row, micro F1 is accuracy.
-        assert accuracy(predicted, gold)["value"] == pytest.approx(f1_score(gold, predicted, average="micro"))
+        assert proportion(predicted == gold)["value"] == pytest.approx(f1_score(gold, predicted, average="micro"))
 
 
-def test_spearman_is_scipys_ties_included() -> None:
+def test_spearman_is_that_of_scipy_with_ties() -> None:
     random = np.random.default_rng(4)
     gold = random.integers(0, 6, 200).astype(float)
     predicted = gold + random.normal(0, 2, 200).round()
@@ -110,7 +110,7 @@ def test_spearman_is_scipys_ties_included() -> None:
 
 
 def test_accuracy_is_never_certain() -> None:
-    assert accuracy(np.array([1, 0, 1, 1]), np.array([1, 1, 1, 1]))["value"] == 0.75
+    assert proportion([True, False, True, True])["value"] == 0.75
     sure = proportion([True] * 10)
     assert (sure["value"], sure["high"]) == pytest.approx((1, 1))
     assert sure["low"] == pytest.approx(0.722, abs=1e-3)  # Wilson's for 10 of 10
@@ -118,7 +118,7 @@ def test_accuracy_is_never_certain() -> None:
     assert wilson(5, 10) == pytest.approx((0.237, 0.763), abs=1e-3)
 
 
-def test_a_bootstrap_interval_is_as_wide_as_theory_says() -> None:
+def test_a_bootstrap_interval_is_as_wide_as_theory_predicts() -> None:
     values = np.random.default_rng(1).normal(5, 2, 1000)
     low, high = bootstrap(values)
     assert low < values.mean() < high
@@ -133,9 +133,11 @@ def test_weights_are_tokens_of_a_row() -> None:
     assert (found["low"], found["high"]) == (1, 4)
 
 
-def test_pairs_cancel_what_both_share() -> None:
+def test_a_paired_interval_ignores_what_both_share() -> None:
     shared = np.random.default_rng(2).normal(0, 10, 200)
-    low, high = paired_bootstrap(shared + 0.1, shared)
+    ones = np.ones(200)
+    first, second = ratio(shared + 0.1, ones), ratio(shared, ones)
+    low, high = interval(lambda rows: first(rows) - second(rows), 200)
     assert low == pytest.approx(0.1)
     assert high == pytest.approx(0.1)
 
@@ -145,7 +147,7 @@ def test_perplexity_is_finite() -> None:
     assert math.isfinite(perplexity(1e6))
 
 
-def test_a_verbatim_match_minds_case_and_punctuation() -> None:
+def test_a_verbatim_match_needs_equal_case_and_punctuation() -> None:
     assert verbatim_match(" It rained, again.", "It rained, again. ")
     assert not verbatim_match("it rained again", "It rained, again.")
     assert exact_match("it rained again", "It rained, again.")
@@ -159,5 +161,5 @@ def test_a_verbatim_match_minds_case_and_punctuation() -> None:
         ("5", "5G networks"),
     ],
 )
-def test_a_digit_in_front_does_not_make_a_text_a_number(answer: str, reference: str) -> None:
+def test_a_text_that_starts_with_a_digit_is_not_a_number(answer: str, reference: str) -> None:
     assert not exact_match(answer, reference)

@@ -29,13 +29,13 @@ def test_pairs_are_framed_and_cut_as_the_models_own_tokenizer_does(
     whole = own.encode(first, second)
     own.enable_truncation(max_length, strategy="longest_first")
     expected = own.encode(first, second)
-    found = TextTokenizer.load(folder).encode_classifier(first, max_length, second)
+    found = TextTokenizer.load(folder).encode_framed(first, max_length, second)
     assert (found.ids, found.type_ids) == (expected.ids, expected.type_ids)
     assert found.cut == len(whole.ids) - len(expected.ids)
 
 
 def test_a_control_token_in_a_text_stays_text(folder: Path) -> None:
-    found = TextTokenizer.load(folder).encode_classifier("good", 32, "[SEP]")
+    found = TextTokenizer.load(folder).encode_framed("good", 32, "[SEP]")
     assert found.ids.count(3) == 2
 
 

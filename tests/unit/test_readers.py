@@ -1,4 +1,4 @@
-"""Rows carry the line that they start on, and a broken file is named down to the line."""
+"""Rows keep the line on which they start, and an error about a file names the line."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_jsonl_counts_blank_lines_and_drops_a_byte_order_mark(tmp_path: Path) ->
     assert read_rows(source) == [Row(1, {"a": "x"}), Row(3, {"a": 2})]
 
 
-def test_line_separators_inside_a_json_string_end_no_line(tmp_path: Path) -> None:
+def test_line_separators_inside_a_json_string_do_not_end_a_line(tmp_path: Path) -> None:
     rows = read_rows(write(tmp_path, "d.ndjson", '{"a": "x\u2028y\x85z"}\n{"a": "b"}'))
     assert [(row.number, row.fields["a"]) for row in rows] == [(1, "x\u2028y\x85z"), (2, "b")]
 
@@ -46,7 +46,7 @@ def test_tsv_and_very_long_fields(tmp_path: Path) -> None:
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.fixed_dictionaries({"p": st.text(), "q": st.text()}), min_size=1, max_size=4))
-def test_what_json_writes_is_read_back(tmp_path: Path, records: list[dict[str, str]]) -> None:
+def test_rows_written_as_json_are_read_back(tmp_path: Path, records: list[dict[str, str]]) -> None:
     source = write(tmp_path, "d.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     assert [row.fields for row in read_rows(source)] == records
 
@@ -80,7 +80,7 @@ def test_classes_of_a_saved_set_keep_their_names(tmp_path: Path) -> None:
     assert [row.fields["label"] for row in read_rows(str(tmp_path / "d"))] == ["yes", "no", None, None]
 
 
-def test_a_colon_in_the_name_of_a_file_is_no_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_colon_in_a_file_name_does_not_name_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path, "a:train.jsonl", '{"a": 1}')
     assert read_rows(source) == [Row(1, {"a": 1})]
     assert split_names(source) == []
@@ -132,18 +132,18 @@ def test_dates_in_a_table_become_text(tmp_path: Path) -> None:
         ("d.txt", "hello", r"unknown format.*\.jsonl"),
     ],
 )
-def test_broken_files_are_named_to_the_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+def test_errors_about_broken_files_name_the_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_rows(write(tmp_path, name, content))
 
 
-def test_a_missing_file_is_matched_with_its_neighbours(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     write(tmp_path, "train.jsonl", "{}")
     with pytest.raises(DataError, match=r"does not exist \(did you mean 'train.jsonl'\?\)"):
         read_rows(str(tmp_path / "tran.jsonl"))
 
 
-def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
     def unreachable(*_: object, **__: object) -> None:
@@ -154,5 +154,5 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -
         read_rows("nobody/nothing")
 
 
-def test_columns_of_all_rows_count() -> None:
+def test_columns_of_all_rows_are_listed() -> None:
     assert column_names([Row(1, {"a": 1}), Row(2, {"b": 1, "a": 2})]) == ["a", "b"]

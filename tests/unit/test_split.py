@@ -1,4 +1,4 @@
-"""No row lies in two splits, the same seed gives the same splits, and content alone makes the fingerprint."""
+"""No row is in two splits, a seed gives the same splits, and the fingerprint depends on the content alone."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +42,7 @@ def test_overlap_names_rows_of_both_sides_and_ignores_the_order_of_fields() -> N
     assert overlap(first, second) == [(1, 5), (1, 7)]
 
 
-def test_a_key_says_which_rows_are_equal() -> None:
+def test_a_key_decides_which_rows_are_equal() -> None:
     rows = [Row(number, {"id": number, "a": number % 5}) for number in range(1, 51)]
     splits = split_rows(rows, (0.6, 0.2, 0.2), 0, key=lambda row: str(row.fields["a"]))
     held = [{row.fields["a"] for row in part} for part in splits.values()]
@@ -52,7 +52,7 @@ def test_a_key_says_which_rows_are_equal() -> None:
     assert overlap(first, second, key=lambda row: str(row.fields["a"])) == [(1, 7)]
 
 
-def test_the_fingerprint_is_of_content_in_its_order() -> None:
+def test_the_fingerprint_depends_on_content_and_order() -> None:
     rows = [Row(1, {"a": "é", "b": 2}), Row(2, {"a": None})]
     assert fingerprint(rows) == fingerprint([Row(8, {"b": 2, "a": "é"}), Row(9, {"a": None})])
     assert fingerprint(rows) != fingerprint(rows[::-1])

@@ -116,7 +116,7 @@ def test_conll_files_are_read_sentence_by_sentence(tmp_path: Path) -> None:
         Row(7, {"tokens": ["Peter"], "tags": ["B-PER"]}),
     ]
     file.write_text("EU B-ORG\nrejects\n")
-    with pytest.raises(DataError, match=r"a\.conll line 2 holds 'rejects' alone"):
+    with pytest.raises(DataError, match=r"a\.conll line 2 holds only 'rejects'"):
         read_rows(str(file))
 
 

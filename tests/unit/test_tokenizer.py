@@ -1,4 +1,4 @@
-"""A user's text gives text tokens only; everything else is as the model's own files say."""
+"""A user's text never becomes a control token; everything else is as the model's own files define it."""
 
 import copy
 import importlib.metadata
@@ -41,7 +41,7 @@ def test_no_text_becomes_a_control_token(bpe: TextTokenizer, minilm: TextTokeniz
         assert control.isdisjoint(tokenizer.encode_template(tokenizer.shield(text)))
 
 
-def test_a_unigram_model_does_not_find_its_own_control_piece(tmp_path: Path) -> None:
+def test_a_unigram_model_does_not_read_its_own_control_piece(tmp_path: Path) -> None:
     tokenizer = TextTokenizer.load(write_unigram(tmp_path))
     assert tokenizer.eos_id == 1
     assert 1 not in tokenizer.encode("ab</s></s>")
@@ -49,7 +49,7 @@ def test_a_unigram_model_does_not_find_its_own_control_piece(tmp_path: Path) -> 
     assert tokenizer.encode_template("ab</s>")[-1] == 1
 
 
-def test_control_tokens_that_take_blanks_along_or_are_one_character(tmp_path: Path) -> None:
+def test_control_tokens_that_include_spaces_or_are_one_character_are_cut(tmp_path: Path) -> None:
     from tokenizers import AddedToken, Tokenizer
 
     file = write_bpe(tmp_path) / "tokenizer.json"
@@ -61,12 +61,12 @@ def test_control_tokens_that_take_blanks_along_or_are_one_character(tmp_path: Pa
     assert tokenizer.decode(tokenizer.encode("a§b")) == "ab"
 
 
-def test_templates_do_write_control_tokens(bpe: TextTokenizer) -> None:
+def test_templates_write_control_tokens(bpe: TextTokenizer) -> None:
     ids = bpe.encode_template("<|im_start|>hello" + bpe.shield("<|im_end|>") + "<|im_end|>")
     assert ids == [1, *bpe.encode("hello"), *bpe.encode("<|im_end|>"), 2]
 
 
-def test_a_filled_template_writes_control_tokens_its_values_do_not(bpe: TextTokenizer) -> None:
+def test_a_filled_template_writes_control_tokens_but_its_values_do_not(bpe: TextTokenizer) -> None:
     filled = Filled(["<|im_start|>user\n", "hello<|im_end|>", "<|im_end|>"])
     value = bpe.encode("user\nhello<|im_end|>")
     assert bpe.encode(filled) == [1, *value, 2]
@@ -76,7 +76,7 @@ def test_a_filled_template_writes_control_tokens_its_values_do_not(bpe: TextToke
     assert bpe.without_controls("<|im_end|>") == "<|im_end|>"
 
 
-def test_texts_in_a_row_keep_what_each_may_write(bpe: TextTokenizer) -> None:
+def test_concatenated_texts_keep_their_control_tokens(bpe: TextTokenizer) -> None:
     joined = Filled.concat([Filled(["<|im_start|>", "a", "<|im_end|>"]), "<|im_end|>", Filled(["<|im_end|>"])])
     assert joined == "<|im_start|>a<|im_end|><|im_end|><|im_end|>"
     assert bpe.encode(joined) == [1, *bpe.encode("a"), 2, *bpe.encode("<|im_end|>"), 2]
@@ -93,7 +93,7 @@ def test_no_value_becomes_a_control_token_in_a_template(
         assert [tokenizer.control_tokens[token] for token in ids] == [end]
 
 
-def test_ends_are_what_the_model_says(tmp_path: Path) -> None:
+def test_stop_tokens_are_those_of_the_model(tmp_path: Path) -> None:
     tokenizer = TextTokenizer.load(write_bpe(tmp_path))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 2, 2)
     assert tokenizer.stop_ids == {2}
@@ -103,13 +103,13 @@ def test_ends_are_what_the_model_says(tmp_path: Path) -> None:
         assert TextTokenizer.load(tmp_path).stop_ids == expected
 
 
-def test_bos_is_only_what_the_tokenizer_itself_adds(tmp_path: Path) -> None:
+def test_bos_is_only_set_if_the_tokenizer_itself_adds_it(tmp_path: Path) -> None:
     tokenizer = TextTokenizer.load(write_bpe(tmp_path, bos="<|endoftext|>"))
     assert tokenizer.bos_id == 0
     assert 0 not in tokenizer.encode("hello"), "plain text gets none"
 
 
-def test_names_come_as_text_or_as_objects_and_templates_by_name(tmp_path: Path) -> None:
+def test_special_tokens_are_texts_or_objects_and_templates_may_be_named(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     eos = {"content": "<|im_start|>", "lstrip": False}
     folder = write_bpe(tmp_path, eos_token=eos, pad_token=None, chat_template=None)
@@ -122,16 +122,16 @@ def test_names_come_as_text_or_as_objects_and_templates_by_name(tmp_path: Path) 
 def test_a_classifier_keeps_its_last_separator(minilm: TextTokenizer) -> None:
     assert minilm.pad_id == 0
     assert minilm.bos_id is None
-    assert minilm.encode_classifier("Hello, world!", 16) == Framed([101, 7592, 1010, 2088, 999, 102], [0] * 6, 1, 0)
-    assert minilm.encode_classifier("Hello, world!", 4) == Framed([101, 7592, 1010, 102], [0] * 4, 1, 2)
-    assert minilm.encode_classifier("", 16) == Framed([101, 102], [0, 0], 1, 0)
+    assert minilm.encode_framed("Hello, world!", 16) == Framed([101, 7592, 1010, 2088, 999, 102], [0] * 6, 1, 0)
+    assert minilm.encode_framed("Hello, world!", 4) == Framed([101, 7592, 1010, 102], [0] * 4, 1, 2)
+    assert minilm.encode_framed("", 16) == Framed([101, 102], [0, 0], 1, 0)
 
 
 def test_the_files_own_truncation_is_off(minilm: TextTokenizer) -> None:
     assert len(minilm.encode("word " * 500)) == 500
 
 
-def test_files_are_enough_to_load_again(bpe: TextTokenizer, tmp_path: Path) -> None:
+def test_the_listed_files_are_enough_to_load_it_again(bpe: TextTokenizer, tmp_path: Path) -> None:
     for file in bpe.files():
         (tmp_path / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
     again = TextTokenizer.load(tmp_path)

@@ -6,7 +6,7 @@ from edge_ft.evaluate.loading import open_run_model
 from edge_ft.models.scorer import TorchScorer
 
 
-def test_together_or_alone_torch_answers_the_same(llama_run: RunFolder) -> None:
+def test_torch_answers_the_same_in_batches_and_alone(llama_run: RunFolder) -> None:
     model, _ = open_run_model(llama_run)
     scorer = TorchScorer(model, "text-generation", frozenset({2}))
     tokenizer = TextTokenizer.load(llama_run.tokenizer)

@@ -1,4 +1,4 @@
-"""Figures of generated answers: those of the libraries that define them, and counted by hand where none does."""
+"""Metrics of generated answers equal those of the libraries that define them, or are counted by hand."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ def test_overlaps_are_those_of_rouge_score_and_sacrebleu() -> None:
     assert (first["rouge1"], first["rouge2"], first["rougeL"]) == pytest.approx((0.6, 0.5, 0.6))
 
 
-def test_a_right_answer_has_every_point() -> None:
+def test_a_right_answer_has_full_scores() -> None:
     found = figures([REFERENCE], [REFERENCE])
     assert all(found[name] == pytest.approx(1) for name in found if name != "repetition_4"), found
     assert found["repetition_4"] == 0
@@ -51,7 +51,7 @@ def test_repetition_is_counted_within_an_answer() -> None:
     assert found["repetition_4"] == pytest.approx((3 / 5 + 0) / 2)
 
 
-def test_answers_too_short_to_repeat_themselves_say_nothing_of_it() -> None:
+def test_answers_that_are_too_short_have_no_repetition_metric() -> None:
     found = figures(["yes", ""], ["yes", "no"])
     assert "repetition_4" not in found
     assert "distinct_2" not in found
@@ -69,7 +69,7 @@ def test_every_figure_lies_in_its_interval() -> None:
         assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1, name
 
 
-def test_on_a_device_what_needs_the_extra_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_its_metrics_are_left_out_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str, extra: str) -> None:
         raise MissingExtra(f"this needs the package {name!r}: pip install 'edge-ft[{extra}]'")
 
@@ -103,7 +103,7 @@ class Counter:
         return list(range(1, min(max_new_tokens, prompt_ids[0]) + 1))
 
 
-def test_an_answer_that_was_cut_did_not_end_and_none_goes_beyond_the_model() -> None:
+def test_an_answer_that_was_cut_has_not_ended_and_none_exceeds_the_models_limit() -> None:
     counter = Counter()
     found = generate_answers(counter, str, examples([2], [9], [], [9] * 6, [9] * 8), 4, 8, Silent())  # type: ignore[arg-type]
     assert [(answer.text, answer.ended) for answer in found] == [
