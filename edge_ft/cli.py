@@ -55,7 +55,7 @@ def _default_text(value: Any) -> Any:
 app = App(
     name="edge-ft",
     version_flags=(),  # the command `version` below takes -v
-    help="Fine-tune a small model over the 4-bit weights that ship, export it to ONNX, run it and measure it.",
+    help="Fine-tune a small model with LoRA on 4-bit weights, export it to ONNX, run it and measure it.",
     default_parameter=Parameter(negative_iterable=(), show_default=_default_text),
     suppress_keyboard_interrupt=False,  # `main` reports what was saved
 )
@@ -169,7 +169,7 @@ def plan(
 def export(
     source: str, /, *, settings: Annotated[ExportConfig, FLAT], output: Annotated[Output, FLAT] = Output()
 ) -> None:
-    """Export a run, or a model with or without an adapter, to an ONNX bundle, and compare the two on held-out rows.
+    """Export a run, or a model with or without an adapter, to an ONNX bundle, and check what the export lost.
 
     Parameters
     ----------

@@ -101,7 +101,7 @@ def main(*, out: Path = Path("out/claims"), write: Path | None = None, only: str
     """Measure the claims, and write their tables.
 
     Args:
-        out: Folder for rows, runs, bundles and results; what is there is not done again.
+        out: Folder for rows, runs, bundles and results; finished stages are skipped.
         write: File for the tables, written again after every case; default claims.md in --out.
         only: One claim: understanding, coherence, domains, size, overfitting, rows, compute or recipe. The tables also
             show what was measured before.

@@ -132,7 +132,7 @@ def main(
 
     Args:
         race: What is trained.
-        out: Folder of results; a training whose result is there is not done again.
+        out: Folder of results; trainings with a result there are skipped.
         batch_sizes: Rows in a batch; several with commas, each training is done for each.
         json: Write the results to this file.
         quiet: No progress.

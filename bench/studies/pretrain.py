@@ -195,7 +195,7 @@ def main(name: str, *, out: Annotated[Path | None, Parameter(name="--out")] = No
 
     Args:
         name: gpt2 or t5.
-        out: Copy it there; without it, only say where the cache has it.
+        out: Folder to copy the model to; default: only print where the cache has it.
     """
     if out is not None:
         refuse_existing(out)

@@ -66,22 +66,22 @@ class Race:
     task: Task | None = None
     """As in edge-ft tune."""
     train_rows: int | None = None
-    """So many of the train rows, drawn once; default all."""
+    """Number of training rows, drawn once; default: all."""
     eval_rows: int | None = None
-    """So many of the held-out rows, drawn once; default all."""
+    """Number of held-out rows, drawn once; default: all."""
     epochs: float | None = None
-    """Of both trainers; by default ours takes its own default and the baseline 2."""
+    """Epochs of both trainers; default: that of edge-ft tune, and 2 for the baseline."""
     rank: int = 8
-    """Of both adapters."""
+    """Rank of both adapters."""
     batch_size: int | None = None
-    """Of both trainers; by default ours takes its own default and the baseline 8."""
+    """Rows in a batch of both trainers; default: that of edge-ft tune, and 8 for the baseline."""
     max_length: int | None = None
     """As in edge-ft tune."""
     eval_steps: int | None = None
-    """Steps of ours between two evaluations; the baseline's come after as many rows. By default there are twelve."""
+    """Steps of edge-ft between evaluations; the baseline is evaluated after as many rows. Default: 12 evaluations."""
     base_format: Literal["int4", "int8", "fp32"] | None = None
-    """Of ours; by default that of edge-ft tune. With --same-recipe the baseline trains over the weights that its codes
-    stand for."""
+    """Base format of edge-ft; default: that of edge-ft tune. With --same-recipe the baseline trains over the
+    dequantized weights."""
     threads: int | None = None
     """CPU threads of both; default all cores."""
 
@@ -110,7 +110,7 @@ class Trainings:
     seeds: int = 3
     """Trainings of each; rows stay the same."""
     baseline_rates: str = "2e-4,5e-4,1e-3,2e-3"
-    """Learning rates that the baseline is swept over on seed 0, with commas."""
+    """Learning rates of the baseline's sweep on seed 0, separated by commas."""
     same_recipe: bool = False
     """Give the baseline our batches, schedule and layers: the curves must agree, and only the speed differs."""
     quick: bool = False
@@ -287,8 +287,8 @@ def main(
         race: What is trained on what.
         trainings: Seeds, rates and recipe.
         json: Write the report to this file; - is stdout, and then nothing else goes there.
-        plot: Picture of loss over seconds.
-        out: Folder of results; a training whose result is there is not done again.
+        plot: File for a plot of loss over seconds.
+        out: Folder of results; trainings with a result there are skipped.
         quiet: No progress.
 
     Raises:

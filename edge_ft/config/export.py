@@ -18,14 +18,14 @@ class ExportConfig(RowsConfig):
     out: Annotated[Path, Group.INPUT]
     """Bundle folder to write; it must not exist."""
     adapter: Annotated[Path | None, Group.INPUT] = None
-    """PEFT adapter to put on a plain model SOURCE, trained with any tool."""
+    """PEFT adapter to add to a plain model SOURCE; any tool may have trained it."""
     task: Annotated[Task | None, Group.INPUT] = None
     """Task of a plain model SOURCE; a run folder has its own."""
     data: Annotated[str | None, Group.INPUT] = None
     """Rows on which to score a plain model SOURCE; a run folder brings its validation and test rows."""
     weights: Annotated[Weights | None, Group.BUNDLE] = None
-    """Weight format of the bundle; int8-dynamic and int8-static (encoders) compute in int8 too; default: int4, or what
-    a run was trained over with --lane adapter."""
+    """Weight format of the bundle; int8-dynamic and int8-static (encoders) compute in int8 too; default: int4, but
+    with --lane adapter the format that the run was trained over."""
     lane: Annotated[Literal["merged", "adapter"], Group.BUNDLE] = "merged"
     """merged: the adapter becomes part of the weights; adapter: the base keeps its codes and the adapter stays in
     float beside them."""
@@ -54,8 +54,8 @@ class VerifyConfig(RowsConfig):
     data: Annotated[str | None, Group.INPUT] = None
     """Rows to score: the validation rows of the export must score as they did then, other rows are only scored."""
     max_tax: Annotated[float | None, Group.GATE] = None
-    """Highest quantization tax of the export's validation rows, and of accuracy level 4 on the probe texts, in nats per
-    target token; default: the limit of the export."""
+    """Maximum quantization tax on the export's validation rows, and maximum change of accuracy level 4 on the probe
+    texts, in nats per target token; default: the limit of the export."""
     threads: Threads = None
     """CPU threads; default: all CPUs that the process may use."""
 

@@ -36,7 +36,7 @@ class TuneConfig(RowsConfig):
     split: Annotated[tuple[float, float, float], Group.INPUT] = (0.8, 0.1, 0.1)
     """Shares of --data for training, validation and test."""
     allow: Annotated[tuple[str, ...], Group.ROWS] = ()
-    """Findings of the data audit to accept although they would refuse the rows, by their codes, e.g. leak."""
+    """Codes of audit findings to accept that would otherwise stop the command, e.g. leak."""
     show: Annotated[int, Group.ROWS] = 0
     """Number of training rows to print as the model reads them, with the trained tokens marked."""
     rank: Annotated[int, Group.LORA] = 8
@@ -50,13 +50,12 @@ class TuneConfig(RowsConfig):
     layers: Annotated[str, Group.LORA] = "all"
     """Transformer layers to adapt: all, or last:K for the last K (in an encoder-decoder the last K of each stack)."""
     base_format: Annotated[BaseFormat, Group.BASE] = "int4"
-    """Weight format of the frozen base: int4 and int8 (the codes of ONNX Runtime), nf4 (bitsandbytes), bf16, or
-    fp32."""
+    """Weight format of the frozen base: int4 or int8 (as in ONNX Runtime), nf4 (as in bitsandbytes), bf16, or fp32."""
     block_size: Annotated[Literal[16, 32, 64, 128], Group.BASE] = 32
     """Weights that share one scale in int4 and int8; in nf4 it is always 64."""
     calibration_rows: Annotated[int, Group.BASE] = 64
-    """Most training rows over which GPTQ (arXiv:2210.17323) chooses the int4 codes, here and in a merged export; 0
-    rounds to the nearest code."""
+    """Maximum number of training rows from which GPTQ (arXiv:2210.17323) chooses the int4 codes, here and in a merged
+    export; 0 rounds each weight to the nearest code instead."""
     learning_rate: Annotated[float | None, Group.TRAINING] = None
     """Peak learning rate of AdamW; default: 1e-3 for encoders, 2e-3 for others."""
     schedule: Annotated[Literal["cosine", "constant"], Group.TRAINING] = "cosine"
@@ -86,12 +85,12 @@ class TuneConfig(RowsConfig):
     patience: Annotated[int | None, Group.EVALUATION] = None
     """Stop after this many evaluations without a lower validation loss; default: never."""
     memory: Annotated[Memory | None, Group.RESOURCES] = None
-    """Speed against memory, with the same result: high keeps dequantized weights between steps, low recomputes
-    activations; default: normal, or high where steps are short and memory is plentiful."""
+    """Use of memory, with the same result: high is faster and keeps dequantized weights between steps, low is slower
+    and recomputes activations; default: normal, or high where steps are short and memory is plentiful."""
     threads: Threads = None
     """CPU threads; default: all CPUs that the process may use."""
     checkpoint_minutes: Annotated[float, Group.CHECKPOINTS] = 5.0
-    """Most minutes between checkpoints; 0 turns these checkpoints off."""
+    """Maximum minutes between checkpoints; 0 turns these checkpoints off."""
     checkpoint_steps: Annotated[int | None, Group.CHECKPOINTS] = None
     """Also write a checkpoint every N optimizer steps."""
     resume: Annotated[bool, Group.CHECKPOINTS] = False
