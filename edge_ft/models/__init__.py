@@ -1,1 +1,1 @@
-"""The base model: finding and loading it, LoRA on top, losses, fused operations and the torch scorer."""
+"""The base model: find and load it, LoRA on top, losses, fused operations and the torch scorer."""

@@ -97,7 +97,7 @@ def score_targets(
 def _logit_tiles(hidden: Tensor, head: Any, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
     """Compute the logits in tiles.
 
-    A head that is more than its weight and bias gives the whole vocabulary at once, and no weights.
+    A head that is not one linear layer computes the whole vocabulary at once; no weights are yielded then.
 
     Yields:
         Positions, first entry of the vocabulary, logits float32 [positions, entries] and weights [hidden, entries].
@@ -122,7 +122,7 @@ def target_loss(
 ) -> Tensor:
     """Return the cross-entropy summed over positions, float32 scalar, differentiable in `hidden`.
 
-    The gradient is computed together with the loss, so that no logits are kept (as Liger's fused linear
+    The gradient is computed together with the loss, so that no logits are saved (as Liger's fused linear
     cross-entropy, arXiv:2410.10989). Arguments are those of `score_targets`; the head is frozen.
     """
     loss: Tensor = _TargetLoss.apply(hidden, head, labels, dtype, softcap)

@@ -1,14 +1,15 @@
 """Compute precision, fused operations and activation memory of a training step.
 
-A PEFT model with `Compute` gives the same as without, up to rounding, for less time and memory:
+A PEFT model computes the same with `Compute` as without, up to rounding, in less time and memory:
 
-- attention over short sequences keeps no scores (`edge_ft.models.short_attention`);
-- the frozen and the low-rank product of an adapted layer are one operation, RMSNorm and a gated unit keep their inputs
-  alone, and what they give is recomputed where an adapted layer's backward pass needs it (`edge_ft.models.fused_ops`);
+- attention over short sequences saves no scores (`edge_ft.models.short_attention`);
+- the frozen and the low-rank product of an adapted layer are one operation, RMSNorm and a gated unit save only their
+  inputs, and their outputs are recomputed where an adapted layer's backward pass needs them
+  (`edge_ft.models.fused_ops`);
 - in bfloat16 everything between the embedding and the head is stored and multiplied in it, while normalisation and
   loss are computed in float32 and the trained parameters stay float32;
-- with memory `high` frozen layers keep their dequantized weights;
-- with memory `low` only the inputs of the transformer layers are kept (Chen et al., arXiv:1604.06174).
+- with memory `high` dequantized weights are cached;
+- with memory `low` only the inputs of the transformer layers are saved (Chen et al., arXiv:1604.06174).
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Fused operations of a training step: each keeps little for its backward pass and recomputes the rest there.
+"""Fused operations of a training step: each saves few tensors for its backward pass and recomputes the rest there.
 
 All multiply in the dtype of their input; frozen weights get no gradient.
 """
@@ -14,11 +14,11 @@ from edge_ft.quant.layers import transposed_weight
 __all__ = ["Recomputable", "gated_lora_matmul", "lora_matmul", "rms_norm", "rms_norm_parameters", "swiglu"]
 
 Recomputable = tuple[Tensor, Callable[[Tensor], Tensor]]
-"""A tensor that is kept anyway, and a function that recomputes the input of a layer from it."""
+"""A tensor that is saved anyway, and a function that recomputes the input of a layer from it."""
 
 
 def rms_norm_parameters(norm: Any) -> tuple[Tensor, float] | None:
-    """Find what RMSNorm (arXiv:1910.07467) a module computes by probing it: they all look alike.
+    """Find which form of RMSNorm (arXiv:1910.07467) a module computes, by a probe: the classes of all forms look alike.
 
     Returns:
         Factor and eps of factor · x / sqrt(mean(x²) + eps), where the factor is the module's weight, or that plus 1
@@ -38,16 +38,16 @@ def rms_norm_parameters(norm: Any) -> tuple[Tensor, float] | None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return weight · x / sqrt(mean(x²) + eps) over the last dimension (arXiv:1910.07467); keeps x and a number a row.
+    """Return weight · x / sqrt(mean(x²) + eps) over the last dimension; saves x and one number per row.
 
-    It is computed in float32 and returned in x's dtype.
+    See arXiv:1910.07467. It is computed in float32 and returned in x's dtype.
     """
     y: Tensor = _RMSNorm.apply(x, weight, eps)
     return y
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) · up (Shazeer, arXiv:2002.05202); keeps these two."""
+    """Return silu(gate) · up (Shazeer, arXiv:2002.05202); saves gate and up."""
     y: Tensor = _SwiGLU.apply(gate, up)
     return y
 
@@ -63,7 +63,7 @@ def lora_matmul(
         b: [out, rank]; trained, float32.
         scaling: Of the low-rank product.
         layer: Float or quantized.
-        recomputable: What x can be recomputed from; None: x is kept.
+        recomputable: What x can be recomputed from; None: x is saved.
 
     Returns:
         [..., out].
@@ -73,7 +73,7 @@ def lora_matmul(
 
 
 def gated_lora_matmul(gate: Tensor, up: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear) -> Tensor:
-    """Return `lora_matmul` of silu(gate) · up [..., in]; keeps these two."""
+    """Return `lora_matmul` of silu(gate) · up [..., in]; saves gate and up."""
     y: Tensor = _GatedLoraMatMul.apply(gate, up, a, b, scaling, layer)
     return y
 

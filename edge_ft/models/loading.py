@@ -29,21 +29,21 @@ __all__ = ["BITS", "ModelSpec", "load_model", "quantize_calibrated"]
 
 BITS: dict[BaseFormat, Bits] = {"int4": 4, "int8": 8}
 ADAPTATIONS: dict[str, Callable[[Any], None]] = {"mpnet": use_attention_interface}
-"""Functions that add to a family's model what transformers has in all others."""
+"""Functions that add to a family's model what transformers implements in all others."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The task model to load of a base, and the format that its frozen weights are held in."""
+    """Which task model of a base to load, and the format of its frozen weights."""
 
     base: Base
     task: Task
     base_format: BaseFormat = "fp32"
-    """int4, int8 and bf16 hold the token embedding too; nf4 leaves it and the output layer in float32."""
+    """int4, int8 and bf16 include the token embedding; with nf4 it and the output layer stay float32."""
     block_size: int = 32
     """Weights per scale of int4 and int8."""
     labels: tuple[str, ...] = ()
-    """Classes of a classifier in the order of its logits; none: as many as the checkpoint's config says."""
+    """Classes of a classifier in the order of its logits; (): the checkpoint's own."""
     seed: int = 0
     """Initialises a classification head that the checkpoint lacks, or has for other classes."""
     problem_type: ProblemType | None = None
@@ -89,7 +89,7 @@ class ModelSpec:
 
     @property
     def unused_modules(self) -> tuple[str, ...]:
-        """Modules that the task does not read: an embedding is made of the last hidden states."""
+        """Modules that the task does not use: a text's vector is computed from the last hidden states."""
         return self.base.family.heads[self.task] if self.task == "feature-extraction" else ()
 
     @property
@@ -304,10 +304,7 @@ class _Tensors:
 
 
 def _untie(model: Any, tensors: _Tensors) -> None:
-    """Untie weights of which the checkpoint has two that differ, as `from_pretrained` does, whatever the config says.
-
-    FLAN-T5's head is such a weight.
-    """
+    """Untie weights that differ in the checkpoint, as `from_pretrained` does (FLAN-T5's head)."""
     for target, source in list(model.all_tied_weights_keys.items()):
         if target in tensors.shapes and source in tensors.shapes and tensors.differ(target, source):
             _set_parameter(model, target, torch.empty(tensors.shapes[target], device="meta"))
@@ -320,7 +317,7 @@ def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _quantize(model: nn.Module, spec: ModelSpec, read: ReadWeight | None) -> None:
-    """Bring a model's layers to `spec.base_format`, in place; `read` as for `quantize_model`."""
+    """Convert a model's layers to `spec.base_format`, in place; `read` as for `quantize_model`."""
     keep = spec.base.family.trained_head(spec.task)
     if spec.base_format == "nf4":
         require("bitsandbytes", "train")

@@ -91,10 +91,8 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
         saved = set(weights.keys())
     # PEFT only warns when the tensors of the adapter are not those of the model's LoRA layers.
     if odd := sorted(saved ^ taken):
-        what = "holds no" if odd[0] in taken else "has no place in this model for"
-        raise ModelError(
-            f"the adapter {folder} {what} {odd[0]} ({len(odd)} tensors differ): it is of another model or torn"
-        )
+        what = f"lacks {odd[0]}" if odd[0] in taken else f"has {odd[0]}, which this model lacks"
+        raise ModelError(f"the adapter {folder} {what} ({len(odd)} tensors differ): it is of another model or damaged")
     return loaded
 
 

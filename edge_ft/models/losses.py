@@ -66,7 +66,7 @@ def tag_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, 
 
 
 def mask_losses(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return nll and likeliest token of each masked token [targets]; logits are computed there alone."""
+    """Return nll and likeliest token of each masked token [targets]; logits are computed only there."""
     labels = torch.from_numpy(batch["labels"]).to(device)
     at = labels != IGNORED
     task_model = task_model_of(model)

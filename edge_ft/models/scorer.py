@@ -212,7 +212,7 @@ class TorchScorer:
 
     @torch.inference_mode()
     def answer_nll(self, prompt_ids: list[int], answers: Sequence[list[int]]) -> NDArray[np.float64]:
-        """Return the negative log-likelihood (nats) of each whole answer to one prompt, which is computed once."""
+        """Return the negative log-likelihood (nats) of each answer to one prompt; the prompt is computed once."""
         self.model.eval()
         targets = torch.from_numpy(pad(answers, IGNORED)[0]).to(self.device)
         prompt = torch.tensor([prompt_ids], device=self.device)

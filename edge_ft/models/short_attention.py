@@ -1,7 +1,7 @@
 """Attention over short sequences for training: plain matrix products, with the scores recomputed in backward.
 
-PyTorch's fused attention on a CPU is made for long sequences: on rows of 70 tokens, its bfloat16 backward
-alone took a quarter of a training step, seven times as long as this.
+PyTorch's fused attention on a CPU is optimised for long sequences: on rows of 70 tokens, its bfloat16 backward pass
+took a quarter of a training step, seven times as long as this.
 """
 
 import math
@@ -24,7 +24,7 @@ MAX_LENGTH = {torch.bfloat16: 256, torch.float32: 128}
 def use_short_attention(model: PreTrainedModel) -> None:
     """Let `model` use `short_attention`, in place.
 
-    A model whose attention PyTorch's does not express keeps its own (Gemma 2 caps its scores).
+    A model that PyTorch's attention cannot compute is left as it is (Gemma 2 caps its scores).
     """
     if not model._supports_sdpa:
         return
@@ -42,7 +42,7 @@ def short_attention(
     scaling: float | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """Attend, as an attention function of transformers; what is not short and on a CPU goes to PyTorch's attention.
+    """Compute attention, with the interface of transformers; PyTorch's computes long sequences and those on a GPU.
 
     Args:
         module: The attention layer; its `is_causal` decides where there is no mask.
@@ -52,7 +52,7 @@ def short_attention(
         attention_mask: [batch, 1, seq, seq], True or 0 where a query attends; None: all, or causal.
         scaling: Of the scores; None: 1 / sqrt(dim).
         keywords: `dropout`, above 0 only for PyTorch's attention; `is_causal`, instead of the module's;
-            `position_bias` [batch or 1, heads, seq, seq], added to the scores; others are for PyTorch's alone.
+            `position_bias` [batch or 1, heads, seq, seq], added to the scores; others are passed to PyTorch's.
 
     Returns:
         [batch, seq, heads, dim], and None for the weights.
@@ -88,12 +88,12 @@ def _causal_bias(length: int) -> Tensor:
 
 
 class _ShortAttention(torch.autograd.Function):
-    """softmax(scale * q kT + bias) v over q [batch, kv_heads, heads / kv_heads * seq, dim]; keeps q, k and v."""
+    """softmax(scale * q kT + bias) v over q [batch, kv_heads, heads / kv_heads * seq, dim]; saves q, k and v."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        # Not among the saved tensors: it may have been made while scoring, in inference mode.
+        # Not among the saved tensors: it may have been created during an evaluation, in inference mode.
         ctx.bias, ctx.scale = bias, scale
         return _probabilities(query, key, bias, scale).to(value.dtype) @ value
 

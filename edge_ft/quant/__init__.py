@@ -1,1 +1,1 @@
-"""The blockwise grid that is trained over and shipped: its codes, how they are chosen, the layers that hold them."""
+"""Quantization: the blockwise grid, how codes are chosen, frozen layers over quantized weights."""

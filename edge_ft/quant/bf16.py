@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_ft.quant.conversion import ReadWeight, current_weights, embedding_scale, replace_linear_layers
-from edge_ft.quant.layers import FrozenLinear
+from edge_ft.quant.layers import FrozenEmbedding, FrozenLinear
 
 __all__ = ["BF16Embedding", "BF16Linear", "has_bf16", "round_to_bf16"]
 
@@ -41,19 +41,14 @@ class BF16Linear(FrozenLinear):
         return self.qweight[columns].T.to(dtype)
 
 
-class BF16Embedding(nn.Embedding):
-    """A frozen embedding in bfloat16: ids [...] -> float32 [..., embedding_dim]."""
+class BF16Embedding(FrozenEmbedding):
+    """A `FrozenEmbedding` in bfloat16: ids [...] -> float32 [..., embedding_dim]."""
 
     qweight: Tensor
     """bfloat16 [num_embeddings, embedding_dim]"""
 
     def __init__(self, weight: Tensor, padding_idx: int | None = None, scale: float = 1.0) -> None:
-        """`scale` is what every embedding is multiplied by."""
-        nn.Module.__init__(self)
-        self.scale = scale
-        self.num_embeddings, self.embedding_dim = weight.shape
-        self.padding_idx = padding_idx
-        self.register_parameter("weight", None)
+        super().__init__(weight.shape[0], weight.shape[1], padding_idx, scale)
         self.register_buffer("qweight", weight.to(torch.bfloat16))
 
     def forward(self, input_ids: Tensor) -> Tensor:

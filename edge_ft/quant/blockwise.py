@@ -89,7 +89,7 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, threa
     """
     rows, columns = weight.shape
     if not np.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinity")
+        raise ValueError("the weight contains NaN or infinity")
     padding = -columns % block_size
     padded = np.pad(weight, ((0, 0), (0, padding))) if padding else weight
     blocks = padded.astype(np.float32, copy=False).reshape(-1, block_size)
@@ -116,7 +116,7 @@ def _round_blocks(
     largest = 2**bits - 1
     # [block_size, blocks]: every step below runs along the blocks, in full vectors
     values = np.ascontiguousarray(blocks.T)
-    # The range always holds 0, so that the zero point is a code and padding is exact.
+    # The range always includes 0, so that the zero point is a code and padding is exact.
     low, high = np.minimum(values.min(axis=0), 0), np.maximum(values.max(axis=0), 0)
     scales, zero_points = np.ones_like(low), np.zeros_like(low)
     least_error = np.full(low.shape, np.inf, np.float32)
@@ -156,7 +156,7 @@ def _round_blocks(
 
 
 def dequantize(codes: Codes) -> NDArray[np.float32]:
-    """Return the weight [N, K] that the codes stand for: scale · (code - zero_point)."""
+    """Return the weight [N, K] of the codes: scale · (code - zero_point)."""
     rows, blocks = codes.scales.shape
     values, zero_points = codes.qweight, codes.zero_points
     if codes.bits == 4:

@@ -28,12 +28,12 @@ _ROUNDED = 2**19
 
 
 def current_weights(model: nn.Module) -> ReadWeight:
-    """Return what reads the parameters that `model` has at the time of the call."""
+    """Return a function that reads the parameters of `model` as they are when it is called."""
     return lambda name, rows: model.get_parameter(name)[rows]
 
 
 def retained_weights(model: nn.Module) -> ReadWeight:
-    """Return what reads the parameters that `model` has now, also after its layers were replaced."""
+    """Return a function that reads the parameters of `model` as they are now, also after its layers were replaced."""
     weights = dict(model.named_parameters())
     return lambda name, rows: weights[name].detach()[rows]
 
@@ -77,7 +77,7 @@ def replace_linear_layers(
         model: Any model.
         keep: Names of modules that stay as they are with all that is in them.
         read: Reads the biases.
-        replacement: Returns the new layer for a name, the layer there and its bias; None leaves that layer alone.
+        replacement: Returns the new layer for a name, the layer there and its bias; None leaves it as it is.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and not is_within(name, keep):
@@ -128,7 +128,7 @@ def quantize_model(
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     names = {module: name for name, module in model.named_modules()}
     replace_linear_layers(model, keep, read, replacement)
-    # Only whole blocks: GatherBlockQuantized knows no padded last block.
+    # GatherBlockQuantized supports no padded last block.
     if embedding.embedding_dim % block_size:
         return
     codes = codes_of(names[embedding], embedding.weight.shape)

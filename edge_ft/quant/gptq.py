@@ -50,7 +50,7 @@ def gptq_quantize(weight: Tensor, factor: Tensor, nearest: Codes) -> Codes:
     """Quantize a weight to 4 bits so that the layer's output changes as little as possible.
 
     Columns are rounded one after the other, and each column's error is compensated for in the columns that follow.
-    Scales and zero points stay those of `nearest`: to choose them anew as the weight changes took half of the time
+    Scales and zero points stay those of `nearest`: choosing them again as the weight changes took half of the time
     and gained nothing (docs/decisions/015).
 
     Args:

@@ -5,7 +5,7 @@ named `qweight`: PEFT reads a quantized layer's device from a tensor of that nam
 
 A blockwise weight is transposed in memory (K before N, where the file has N before K), so that each step of
 dequantizing runs along N in full vectors; along the file's inner dimension, one block, it took 20 times as long.
-Under ONNX export (`exporting`) a layer holds the file's layout and becomes one operator.
+During an export (`exporting`) a layer has the file's layout and becomes one ONNX operator.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from edge_ft.quant.blockwise import Bits, Codes, pack_nibbles, unpack_nibbles
 
 __all__ = [
     "BUFFERS",
+    "FrozenEmbedding",
     "FrozenLinear",
     "QuantEmbedding",
     "QuantLinear",
@@ -115,7 +116,7 @@ class _BlockwiseWeight(nn.Module):
 
 @contextmanager
 def exporting(model: nn.Module) -> Iterator[None]:
-    """While inside, the quantized layers of `model` hold the file's layout and become ONNX operators over it."""
+    """Give the quantized layers of `model` the file's layout while inside, and trace them as ONNX operators over it."""
     global _exporting
     layers = [module for module in model.modules() if isinstance(module, _BlockwiseWeight)]
     before = [dict(layer._buffers) for layer in layers]
@@ -138,7 +139,7 @@ class FrozenLinear(nn.Linear):
     """A frozen linear layer without a float weight: [..., in_features] -> [..., out_features], in x's dtype."""
 
     weight_cache: "WeightCache | None" = None
-    """Dequantized weights that are kept between calls, where time is worth more than memory."""
+    """Dequantized weights that are kept between calls; None: none are."""
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
@@ -176,7 +177,7 @@ class WeightCache:
 
 
 class _FrozenMatMul(torch.autograd.Function):
-    """x Wᵀ with W dequantized in forward and again in backward, so that no float weight is kept between."""
+    """x Wᵀ with W dequantized in forward and again in backward, so that no float weight is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
@@ -224,16 +225,22 @@ def transposed_weight(layer: nn.Module, dtype: torch.dtype, columns: slice | Ten
     return layer.get_parameter("weight")[columns].T.to(dtype)
 
 
-class QuantEmbedding(_BlockwiseWeight, nn.Embedding):
-    """A frozen embedding over a blockwise weight: ids [...] -> float32 [..., embedding_dim]."""
+class FrozenEmbedding(nn.Embedding):
+    """A frozen embedding without a float weight."""
 
-    def __init__(self, codes: Codes, padding_idx: int | None = None, scale: float = 1.0) -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, scale: float) -> None:
         """`scale` is what every embedding is multiplied by (Gemma's square root of the width)."""
         nn.Module.__init__(self)
-        self.scale = scale
-        self.num_embeddings, self.embedding_dim = codes.qweight.shape[0], codes.in_features
-        self.padding_idx = padding_idx
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.scale = padding_idx, scale
         self.register_parameter("weight", None)
+
+
+class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
+    """A `FrozenEmbedding` over a blockwise weight: ids [...] -> float32 [..., embedding_dim]."""
+
+    def __init__(self, codes: Codes, padding_idx: int | None = None, scale: float = 1.0) -> None:
+        FrozenEmbedding.__init__(self, codes.qweight.shape[0], codes.in_features, padding_idx, scale)
         self.set_codes(codes)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -241,7 +248,7 @@ class QuantEmbedding(_BlockwiseWeight, nn.Embedding):
         if _exporting:
             embedded = torch.onnx.ops.symbolic(
                 "com.microsoft::GatherBlockQuantized",
-                # The operator wants [N, blob]: edge_ft.export.trace gives it the same bytes in that shape.
+                # The operator's weight is [N, bytes]: edge_ft.export reshapes it.
                 [self.qweight, input_ids, self.scales, self.zero_points],
                 {"gather_axis": 0, "quantize_axis": 1, "block_size": self.block_size, "bits": self.bits},
                 dtype=torch.float32,

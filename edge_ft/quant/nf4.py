@@ -16,7 +16,7 @@ BLOCK = 64
 
 
 class NF4Linear(FrozenLinear):
-    """A `FrozenLinear` over the bytes that `bitsandbytes.nn.Linear4bit` holds of the same weight, scales in float32."""
+    """A `FrozenLinear` over the same bytes as `bitsandbytes.nn.Linear4bit`, with float32 scales."""
 
     qweight: Tensor
     """uint8 [blocks * BLOCK / 2, 1], the weight [N, K] row after row; the high nibble is the earlier one."""
@@ -26,7 +26,7 @@ class NF4Linear(FrozenLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias)
         if not torch.isfinite(weight).all():
-            raise ValueError("the weight holds NaN or infinity")
+            raise ValueError("the weight contains NaN or infinity")
         # Blocks run over the ends of rows, but the CPU kernel of bitsandbytes 0.50 gives each row blocks of its
         # own: where K is no multiple of BLOCK it reads wrong scales. As [blocks, BLOCK] both mean the same.
         flat = nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
