@@ -84,7 +84,7 @@ def decoder(out: Path) -> None:
     trivial = _share(out / "rows" / "test.jsonl", lambda row: row["transcript"].capitalize() + "." == row["written"])
     speed = {name: _speeds(records, name) for name in ("base", "run", "bundle")}
     header = (
-        *("", "loss (nats/token)", "token accuracy", "sentence right to the letter"),
+        *("", "loss (nats/token)", "token accuracy", "exactly right sentences"),
         *("size MB", "prefill tok/s", "decode tok/s", "peak RSS MB"),
     )
     table: Table = [header]
