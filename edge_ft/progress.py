@@ -46,24 +46,32 @@ class Silent:
 class Lines:
     """Plain lines for logs and pipes: one every few seconds, with the elapsed and the remaining time."""
 
-    def __init__(self, stream: TextIO | None = None, interval: float = 5.0) -> None:
+    def __init__(self, stream: TextIO | None = None, interval: float = 4.0) -> None:
         self.stream = stream or sys.stderr
         self.interval = interval
-        self.stage, self.started, self.shown, self.first = "", 0.0, 0.0, 0
+        self.stage, self.started, self.first, self.shown = "", 0.0, 0, time.monotonic()
+        self.count, self.counting = "", False
 
     def say(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        self.counting = False
+        self._print(text)
 
     def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        if total == 0 and self.counting and stage != self.stage:
+            return  # a part of that step is counted, and reported on its own
         now = time.monotonic()
+        if total or stage != self.stage:
+            self.count, self.counting = f" {done}/{total}" if total else "", done < total
         if stage != self.stage:
             # A stage that continues after another one is timed from here on.
-            self.stage, self.started, self.shown, self.first = stage, now, now, max(done - 1, 0)
+            self.stage, self.started, self.first = stage, now, max(done - 1, 0)
         if 0 < done == total or now - self.shown >= self.interval:
-            self.shown = now
             time_left = eta(done - self.first, total - self.first, now - self.started)
-            count = f" {done}/{total}" if total else ""
-            self.say(f"{stage}{count}  {time_left}  {detail}".rstrip())
+            self._print(f"{stage}{self.count}  {time_left}  {detail}".rstrip())
+
+    def _print(self, text: str) -> None:
+        self.shown = time.monotonic()
+        print(text, file=self.stream, flush=True)
 
 
 class ProgressBars:
@@ -84,7 +92,7 @@ class ProgressBars:
         )
         self._display = RichProgress(*columns, console=Console(stderr=True), transient=True)
         self._task: TaskID | None = None
-        self._stage = ""
+        self._stage, self._counting = "", False
 
     def __enter__(self) -> "ProgressBars":
         self._display.start()
@@ -97,10 +105,14 @@ class ProgressBars:
 
     def say(self, text: str) -> None:
         """Print a message above the bar."""
+        self._counting = False
         self._display.console.print(text, markup=False, highlight=False)
 
     def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
         """Move the bar of `stage`; another stage gets a new bar."""
+        if total == 0 and (self._counting or stage == self._stage):
+            return  # a part of that step is counted, and has a bar of its own; the elapsed time moves by itself
+        self._counting = done < total
         if stage != self._stage or self._task is None:
             if self._task is not None:
                 self._display.remove_task(self._task)
@@ -123,8 +135,10 @@ def track(progress: Progress, stage: str, items: Iterable[T], total: int) -> Ite
 
 
 @contextmanager
-def heartbeat(progress: Progress, step: str, seconds: float = 2.0) -> Iterator[None]:
+def heartbeat(progress: Progress, step: str, seconds: float = 1.0) -> Iterator[None]:
     """Report a step that cannot be counted: at its start, and with the elapsed time until it ends.
+
+    Parts of it may be counted by `advance`; those are shown while they last.
 
     Args:
         progress: Receives the reports.

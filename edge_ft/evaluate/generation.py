@@ -12,7 +12,7 @@ from edge_ft.data.example import IGNORED
 from edge_ft.errors import MissingExtra, require
 from edge_ft.evaluate.metrics import Metric, exact_match, macro_f1, mean, proportion, token_f1, verbatim_match
 from edge_ft.evaluate.scoring import Answerer
-from edge_ft.progress import Progress, track
+from edge_ft.progress import Progress, heartbeat, track
 
 __all__ = ["Answer", "Chooser", "answer_metrics", "choice_metrics", "generate_answers"]
 
@@ -83,13 +83,14 @@ def generate_answers(
     batched = {row for batch in batches for row in batch}
     batches += [[row] for row in prompted if row not in batched]
     found: dict[int, Answer] = {}
-    for batch in track(progress, stage, batches, len(batches)):
-        if len(batch) > 1 and isinstance(answerer, BatchAnswerer):
-            written = answerer.answer_batch([prompts[row] for row in batch], max_new_tokens)
-        else:
-            written = [answerer.answer(prompts[row], longest[row]) for row in batch]
-        for row, ids in zip(batch, written, strict=True):
-            found[row] = Answer(decode(ids), examples[row].reference, len(ids) < longest[row])
+    with heartbeat(progress, stage):  # a batch may take longer than a reader waits
+        for batch in track(progress, stage, batches, len(batches)):
+            if len(batch) > 1 and isinstance(answerer, BatchAnswerer):
+                written = answerer.answer_batch([prompts[row] for row in batch], max_new_tokens)
+            else:
+                written = [answerer.answer(prompts[row], longest[row]) for row in batch]
+            for row, ids in zip(batch, written, strict=True):
+                found[row] = Answer(decode(ids), examples[row].reference, len(ids) < longest[row])
     return [found[row] for row in prompted]
 
 

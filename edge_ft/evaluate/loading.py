@@ -10,7 +10,7 @@ from edge_ft.config import EvalConfig
 from edge_ft.data import Rendering, Row, TextTokenizer, plain_rendering, stop_ids, trained_rendering
 from edge_ft.errors import ModelError, UsageError
 from edge_ft.evaluate.scoring import Scorer
-from edge_ft.progress import Progress, Silent
+from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import use_threads
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
         source: Folder of a run or bundle, or a model as `find_base` takes it.
         config: The user's settings: a run or bundle renders rows as in its training unless they differ.
         rows: Rows to score, whose columns decide how they are rendered.
-        progress: Receives the import of torch, which takes seconds; None is silent.
+        progress: Receives what is loaded; None is silent.
 
     Returns:
         The scorer: ONNX Runtime for a bundle, else torch on the GPU if there is one.
@@ -48,21 +48,23 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
         ModelError: the model cannot be opened.
         DataError: the rows do not fit the source.
     """
-    kind = kind_of(source)
+    progress, kind = progress or Silent(), kind_of(source)
     if kind == "bundle":
-        return _open_bundle(Path(source), config, rows)
+        with heartbeat(progress, f"opening {source}"):
+            return _open_bundle(Path(source), config, rows)
     if config.accuracy_level is not None:
         raise UsageError("--accuracy-level is for bundles: runs and models have one graph")
     from edge_ft.models.libraries import import_libraries
 
-    torch = import_libraries(progress or Silent())
+    torch = import_libraries(progress)
     use_threads(config.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "run":
-        return _open_run(RunFolder.open(Path(source)), config, rows, device)
-    if config.adapter is not None:
-        raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter")
-    return _open_model(source, config, rows, device)
+    with heartbeat(progress, f"loading {source}"):
+        if kind == "run":
+            return _open_run(RunFolder.open(Path(source)), config, rows, device)
+        if config.adapter is not None:
+            raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter")
+        return _open_model(source, config, rows, device)
 
 
 def torch_source(model: Any, rendering: Rendering, tokenizer: TextTokenizer, model_limit: int) -> LoadedSource:

@@ -216,11 +216,10 @@ def _measure_choices(
     for option in _options(job.config, job.base):
         refuse_large_base(job.base, option, available)
         name = f"layers {option.layers}, memory {option.memory}"
-        progress.say(f"loading {name}")
         began = time.monotonic()
         # GPTQ does not change what a step takes; it runs once in each memory mode, for its own time and memory.
         loaded = option if option.memory not in peaks else replace(option, calibration_rows=0)
-        with PeakMemory() as loading:
+        with PeakMemory() as loading, heartbeat(progress, f"loading {name}"):
             try:
                 model = load_trainable_model(replace(job, config=loaded), Processes(device), progress)
             except UsageError:

@@ -15,7 +15,7 @@ from edge_ft.artifacts import RunFolder, disk_full, write_json, write_text
 from edge_ft.config import TuneConfig, as_plain
 from edge_ft.errors import Interrupted, UsageError, WillNotFit, require
 from edge_ft.models.base_model import find_base
-from edge_ft.progress import Progress
+from edge_ft.progress import Progress, heartbeat
 from edge_ft.quant.serialization import write_codes
 from edge_ft.system import Available, device_memory, peak_rss_bytes, release_memory, use_threads
 from edge_ft.tune.checkpoint import Checkpoint, has_checkpoint, read_checkpoint, remove_checkpoint, write_checkpoint
@@ -84,10 +84,10 @@ def load(job: Job, opened: OpenedRun, processes: Processes, progress: Progress) 
     base, prepared, available = job.base, job.prepared, Available.here(opened.folder.path)
     config = resolve_memory(job, available, processes.device, processes.count)
     refuse_large_base(base, config, available)
-    progress.say(f"loading {base.name} as {config.base_format} on {processes.device}")
     codes = opened.folder.codes if opened.folder.codes.is_file() else None
-    model = load_trainable_model(replace(job, config=config), processes, progress, codes)
-    opened.refuse_other({"codes_sha256": model.codes_sha256})
+    with heartbeat(progress, f"loading {base.name} as {config.base_format} on {processes.device}"):
+        model = load_trainable_model(replace(job, config=config), processes, progress, codes)
+        opened.refuse_other({"codes_sha256": model.codes_sha256})
     config = replace(config, task=prepared.task, max_length=prepared.rendering.max_length, compute=model.compute)
     processes.wait()  # the main process is about to write: all have seen what was there
     return replace(job, config=config), model

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from edge_ft.progress import Lines, Silent, eta, heartbeat, track
+from edge_ft.progress import Lines, ProgressBars, Silent, eta, heartbeat, track
 
 
 def test_the_time_left_follows_from_what_is_done() -> None:
@@ -51,3 +51,48 @@ def test_a_step_that_cannot_be_counted_is_reported_until_it_ends() -> None:
     assert set(reports) == {("tracing", 0, 0)}
     time.sleep(0.05)
     assert len(reports) == count  # nothing after its end
+
+
+def test_a_counted_part_is_shown_instead_of_the_step_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("edge_ft.progress.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    lines = Lines(stream)
+    for stage, done, total in [
+        *[("loading", 0, 0)] * 2,
+        *[("codes", 1, 3), ("loading", 0, 0), ("codes", 2, 3), ("loading", 0, 0), ("codes", 3, 3)],
+        *[("loading", 0, 0)] * 2,
+    ]:
+        now[0] += 3
+        lines.advance(stage, done, total)
+    assert stream.getvalue().splitlines() == [
+        "loading  3 s",  # and not the counted one 3 s later
+        "codes 2/3  6 s, 3 s left",
+        "codes 3/3  12 s",
+        "loading  3 s",
+    ]
+
+
+def test_a_slow_part_of_a_counted_stage_keeps_its_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("edge_ft.progress.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.advance("answers", 0, 2)
+    lines.advance("answers", 1, 2)
+    now[0] += 5
+    lines.advance("answers", 0, 0)
+    assert stream.getvalue().splitlines() == ["answers 1/2  5 s"]
+
+
+def test_bars_show_the_counted_part_of_a_step() -> None:
+    bars = ProgressBars()
+    bars.advance("loading", 0, 0)
+    bars.advance("codes", 1, 3)
+    bars.advance("loading", 0, 0)
+    (task,) = bars._display.tasks
+    assert (task.description, task.completed, task.total) == ("codes", 1, 3)
+    bars.say("chosen")
+    bars.advance("loading", 0, 0)
+    (task,) = bars._display.tasks
+    assert (task.description, task.total) == ("loading", None)
