@@ -57,7 +57,7 @@ def test_the_adapter_loads_on_the_plain_base(whole_blocks: Path, nf4_run: RunFol
     assert not torch.allclose(before, after)
 
 
-def test_a_run_knows_the_bytes_that_it_was_trained_over(nf4_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_checks_the_bytes_that_it_was_trained_over(nf4_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = open_run_model(nf4_run)
     assert nf4_run.base()["codes_sha256"] == codes_sha256(model)
     monkeypatch.setattr("edge_ft.quant.nf4.quantize_4bit", lambda weight, **how: quantize_4bit(weight * 1.01, **how))

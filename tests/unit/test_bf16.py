@@ -8,7 +8,7 @@ from tiny_models import write_llama
 
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
-from edge_ft.quant.bf16 import BF16Linear
+from edge_ft.quant.bf16 import BF16Linear, has_bf16
 from edge_ft.quant.layers import to_device
 
 IDS = torch.arange(3, 27)[None]
@@ -26,7 +26,7 @@ def test_the_model_is_the_float_model_with_rounded_matrices(tie: bool, tmp_path:
     assert model(IDS).logits.dtype == torch.float32
 
 
-def test_a_layer_gives_what_it_holds_in_any_dtype() -> None:
+def test_a_layer_dequantizes_to_any_dtype() -> None:
     weight = torch.randn(6, 5)
     layer = BF16Linear(weight, torch.ones(6))
     assert torch.equal(layer.dequantize(torch.bfloat16, slice(1, 3)), weight.bfloat16()[1:3].T)
@@ -45,3 +45,11 @@ def test_tied_codes_stay_tied_on_another_device(base_format: str, tmp_path: Path
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert head.qweight.is_meta
     assert head.qweight is embedding.qweight
+
+
+def test_bfloat16_needs_hardware_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in ({"avx512_bf16": True}, {"amx_bf16": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        assert has_bf16(torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    assert not has_bf16(torch.device("cpu"))

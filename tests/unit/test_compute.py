@@ -6,22 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recorded_operators import RecordedOperators
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edge_ft.config import TuneConfig
 from edge_ft.data import Batch
 from edge_ft.families import family_of
 from edge_ft.models.base_model import find_base
-from edge_ft.models.chunked_loss import score_targets, target_loss
 from edge_ft.models.compute import Compute
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.models.scorer import TorchScorer
-from edge_ft.models.short_attention import short_attention
-from edge_ft.quant.bf16 import has_bf16
-from edge_ft.quant.blockwise import quantize
 from edge_ft.quant.conversion import quantize_model
 from edge_ft.quant.layers import QuantLinear
 from edge_ft.tune import torch_backend
@@ -127,29 +123,16 @@ def test_a_bfloat16_step_points_the_same_way(family: str, base_format: str, requ
     assert nn.functional.cosine_similarity(flat, exact, dim=0) > 0.99
 
 
-class Operators(TorchDispatchMode):
-    """Records the operators that torch runs, with the shape and dtype of their first argument."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, torch.Size, torch.dtype]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and isinstance(args[0], Tensor):
-            self.calls.append((func.overloadpacket.__name__, args[0].shape, args[0].dtype))
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_layer_norm_computes_in_float32(bert: Path) -> None:
     """Its weight is float32, and a GPU refuses to mix dtypes in it, as a CPU does not."""
     settings = config(compute="bf16")
     model = adapted(bert, settings)
-    with Operators() as operators:
+    with RecordedOperators() as operators:
         backend_gradients(model, "bert", classifier_batch(), settings)
     assert {dtype for name, _, dtype in operators.calls if name == "native_layer_norm"} == {torch.float32}
 
 
-def test_what_can_be_recomputed_is_not_kept(llama: Path) -> None:
+def test_what_can_be_recomputed_is_not_saved(llama: Path) -> None:
     """Of a layer: the inputs of its two norms and what attention gives, the two inputs of its gated unit."""
     model = adapted(llama, config())
     backend, shape = TorchBackend(model, family_of("llama"), "text-generation", config()), model.config
@@ -166,7 +149,7 @@ def test_what_can_be_recomputed_is_not_kept(llama: Path) -> None:
     assert widths.count(shape.hidden_size) <= 3 * shape.num_hidden_layers + 1  # and the last norm
 
 
-def test_low_memory_keeps_fewer_activations(llama: Path) -> None:
+def test_low_memory_saves_fewer_activations(llama: Path) -> None:
     kept = {}
     for memory in ("normal", "low"):
         settings = config(memory=memory)
@@ -218,7 +201,7 @@ def test_high_memory_dequantizes_once_and_changes_no_bit(
 def test_a_norm_is_recomputed_once_for_all_layers_that_read_it(llama: Path) -> None:
     model = adapted(llama, config())
     backend = TorchBackend(model, family_of("llama"), "text-generation", config())
-    with Operators() as operators:
+    with RecordedOperators() as operators:
         backend.gradient(decoder_batch(), 1)
     norms = 2 * model.config.num_hidden_layers
     assert [name for name, *_ in operators.calls].count("rsqrt_") == 2 * norms  # forward and backward
@@ -253,7 +236,7 @@ def test_a_step_after_an_evaluation(llama: Path) -> None:
     assert backend.gradient(decoder_batch(length=37), 1) > 0
 
 
-def test_an_adapter_that_is_switched_off_is_off(llama: Path) -> None:
+def test_a_disabled_adapter_has_no_effect(llama: Path) -> None:
     model = adapted(llama, config())
     backend = TorchBackend(model, family_of("llama"), "text-generation", config())
     on = backend.token_nll(decoder_batch())[0]
@@ -265,80 +248,6 @@ def test_an_adapter_that_is_switched_off_is_off(llama: Path) -> None:
     )[0]
     np.testing.assert_allclose(off, expected, rtol=1e-5, atol=1e-5)
     assert np.abs(on - off).max() > 1e-3
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("mask", ["causal", "padding", "none"])
-def test_short_attention_is_attention(groups: int, mask: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(2, heads, 7, 16, generator=generator, requires_grad=True) for heads in (2 * groups, 2, 2)
-    )
-    allowed = None
-    if mask == "padding":
-        allowed = torch.ones(2, 1, 7, 7, dtype=torch.bool)
-        allowed[1, :, :, 4:] = False
-    module = nn.Module()
-    module.is_causal = mask == "causal"  # type: ignore[assignment]
-    found, _ = short_attention(module, query, key, value, allowed)
-    expected = nn.functional.scaled_dot_product_attention(
-        query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), allowed, is_causal=mask == "causal"
-    ).transpose(1, 2)
-    torch.testing.assert_close(found, expected)
-    slope = torch.randn(expected.shape, generator=generator)
-    for one, other in zip(
-        torch.autograd.grad(found, (query, key, value), slope, retain_graph=True),
-        torch.autograd.grad(expected, (query, key, value), slope),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("softcap", [None, 0.5])
-@pytest.mark.parametrize("quantized", [True, False])
-def test_the_loss_in_chunks_is_cross_entropy(quantized: bool, softcap: float | None) -> None:
-    """Of more entries and more logits than are computed at a time."""
-    torch.manual_seed(0)
-    layer: nn.Linear = nn.Linear(32, 20_000).requires_grad_(False)
-    if quantized:
-        layer = QuantLinear(quantize(layer.weight.numpy(), 32), layer.bias.data)
-    hidden = torch.randn(600, 32, requires_grad=True)
-    labels = torch.randint(20_000, (600,))
-    logits = layer(hidden) if softcap is None else softcap * torch.tanh(layer(hidden) / softcap)
-    expected = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    found = target_loss(hidden, layer, labels, torch.float32, softcap)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, hidden)[0], torch.autograd.grad(expected, hidden)[0])
-    with Operators() as operators:
-        scores = score_targets(hidden.detach(), layer, labels, softcap=softcap)
-    assert max(shape.numel() for name, shape, _ in operators.calls if name == "exp_") < logits.numel() / 2
-    torch.testing.assert_close(scores.nll, nn.functional.cross_entropy(logits, labels, reduction="none").detach())
-    assert torch.equal(scores.predicted, logits.argmax(1))
-
-
-def test_the_gradient_of_a_sure_answer_is_not_lost_in_bfloat16() -> None:
-    """It is small beside the weights whose difference it is."""
-    torch.manual_seed(0)
-    layer = nn.Linear(32, 20_000, bias=False).requires_grad_(False)
-    layer.weight.data = layer.weight.bfloat16().float()
-    labels = torch.tensor([5, 12_000])
-    hidden = layer.weight[labels].div(layer.weight[labels].square().sum(1, keepdim=True)).mul(16).bfloat16().float()
-    exact = hidden.double().requires_grad_()
-    loss = nn.functional.cross_entropy(exact @ layer.weight.double().T, labels, reduction="sum")
-    assert loss < 0.5
-    found = score_targets(hidden, layer, labels, torch.bfloat16, with_grad=True).grad
-    assert found is not None
-    expected = torch.autograd.grad(loss, exact)[0]
-    assert (found - expected).norm() < 0.03 * expected.norm()
-
-
-def test_a_head_with_an_adapter_is_scored_whole() -> None:
-    torch.manual_seed(0)
-    adapted = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 20))
-    adapted.out_features = 20  # type: ignore[assignment]
-    hidden, labels = torch.randn(5, 8), torch.randint(20, (5,))
-    expected = nn.functional.cross_entropy(adapted(hidden), labels, reduction="none")
-    torch.testing.assert_close(score_targets(hidden, adapted, labels).nll, expected)
 
 
 def test_a_norm_of_another_form_computes_as_before() -> None:
@@ -358,14 +267,6 @@ def test_a_norm_of_another_form_computes_as_before() -> None:
     expected = peft_model(input_ids=ids).logits
     with Compute(peft_model, family_of("llama"), torch.float32, "normal"):
         torch.testing.assert_close(peft_model(input_ids=ids).logits, expected)
-
-
-def test_bfloat16_needs_hardware_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for known in ({"avx512_bf16": True}, {"amx_bf16": True}):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
-        assert has_bf16(torch.device("cpu"))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
-    assert not has_bf16(torch.device("cpu"))
 
 
 def test_auto_is_bfloat16_where_the_processor_has_it_and_the_loss_agrees(

@@ -33,7 +33,7 @@ def test_the_weight_is_not_written_to(rows: int) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(8, 24), st.sampled_from([64, 80, 33]), st.sampled_from([16, 32]), st.integers(0, 99))
-def test_what_the_layer_gives_over_these_inputs_changes_less_than_by_rounding_to_nearest(
+def test_the_output_error_is_lower_than_with_rounding_to_nearest(
     rows: int, columns: int, block_size: int, seed: int
 ) -> None:
     weight, inputs = a_layer(rows, columns, seed)
@@ -46,14 +46,14 @@ def test_what_the_layer_gives_over_these_inputs_changes_less_than_by_rounding_to
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 5), st.sampled_from([64, 70]), st.sampled_from([16, 32]))
-def test_where_inputs_do_not_go_together_nothing_can_be_made_up_for(rows: int, columns: int, block_size: int) -> None:
+def test_uncorrelated_inputs_give_the_nearest_codes(rows: int, columns: int, block_size: int) -> None:
     weight, _ = a_layer(rows, columns)
     nearest = quantize(weight.numpy(), block_size)
     over = gptq_quantize(weight, inverse_hessian_factor(torch.eye(columns)), nearest)
     np.testing.assert_array_equal(over.qweight, nearest.qweight, strict=True)
 
 
-def test_inputs_that_are_always_zero_do_no_harm() -> None:
+def test_inputs_that_are_always_zero_are_supported() -> None:
     weight, inputs = a_layer(4, 64)
     inputs[:, 10:20] = 0
     codes = gptq_quantize(weight, inverse_hessian_factor(inputs.T @ inputs), quantize(weight.numpy(), 32))
@@ -67,14 +67,14 @@ def test_fewer_inputs_than_columns_are_enough() -> None:
     assert lost(codes, weight, inputs[:3]) < 0.01 * lost(quantize(weight.numpy(), 32), weight, inputs[:3])
 
 
-def test_inputs_that_float32_is_too_coarse_for_do_no_harm() -> None:
+def test_nearly_singular_inputs_get_more_damping() -> None:
     _, inputs = a_layer(4, 64)
     inputs[:, 0] *= 1e6
     inputs[:, 1] = inputs[:, 0]
     assert torch.isfinite(inverse_hessian_factor(inputs.T @ inputs)).all()
 
 
-def test_inputs_that_are_not_numbers_are_refused() -> None:
+def test_inputs_that_are_not_finite_are_refused() -> None:
     for odd in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="not finite"):
             inverse_hessian_factor(torch.eye(8).index_fill(0, torch.tensor([3]), odd))

@@ -25,7 +25,7 @@ def by_hand(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_weight_is_what_bitsandbytes_codes_stand_for(shape: tuple[int, int]) -> None:
+def test_the_weight_is_the_one_that_bitsandbytes_dequantizes(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape)
     layer = NF4Linear(weight)
@@ -56,6 +56,6 @@ def test_embedding_and_output_layer_stay_float(tmp_path: Path) -> None:
         assert sum(isinstance(module, NF4Linear) for module in model.modules()) == 14
 
 
-def test_a_weight_that_is_no_number_is_refused() -> None:
+def test_a_weight_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         NF4Linear(torch.full((2, 64), float("inf")))

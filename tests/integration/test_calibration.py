@@ -20,7 +20,7 @@ def short_tune(model: Path, sums: Path, out: Path, **settings: Any) -> RunFolder
     return tune(TuneConfig(model=str(model), data=str(sums), out=out, max_steps=2, eval_steps=2, **settings))
 
 
-def test_the_option_changes_what_is_trained_over_and_the_run_keeps_it(llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_the_option_changes_the_codes_and_the_run_stores_them(llama: Path, sums: Path, tmp_path: Path) -> None:
     plain = short_tune(llama, sums, tmp_path / "plain", calibration_rows=0)
     chosen = short_tune(llama, sums, tmp_path / "chosen", calibration_rows=8)
     assert not plain.codes.exists()
@@ -40,7 +40,7 @@ def test_the_option_changes_what_is_trained_over_and_the_run_keeps_it(llama: Pat
         ("other", "are not those that"),
     ],
 )
-def test_a_run_whose_codes_are_lost_is_refused(how: str, says: str, llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_a_run_without_its_codes_is_refused(how: str, says: str, llama: Path, sums: Path, tmp_path: Path) -> None:
     run = short_tune(llama, sums, tmp_path / "run", calibration_rows=8)
     if how == "missing":
         run.codes.unlink()
@@ -54,7 +54,7 @@ def test_a_run_whose_codes_are_lost_is_refused(how: str, says: str, llama: Path,
 
 
 @pytest.mark.parametrize("lane", ["merged", "adapter"])
-def test_a_bundle_says_how_its_codes_were_chosen(lane: Any, llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_the_manifest_has_the_calibration_of_the_codes(lane: Any, llama: Path, sums: Path, tmp_path: Path) -> None:
     loose: dict[str, Any] = {"max_tax": 9.0, "min_retained": -9.0, "max_metric_drop": 1.0}
     methods = {}
     for rows in (0, 8):

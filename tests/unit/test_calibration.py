@@ -38,7 +38,7 @@ def examples(task: Task, count: int = 24) -> list[Example]:
 
 
 @given(st.lists(st.integers(), max_size=50), st.integers(0, 60))
-def test_rows_come_from_all_over_the_list(items: list[int], count: int) -> None:
+def test_rows_are_evenly_spaced(items: list[int], count: int) -> None:
     indices = evenly_spaced(range(len(items)), count)
     assert len(indices) == min(count, len(items)) == len(set(indices))
     assert indices == sorted(indices)
@@ -48,7 +48,7 @@ def test_rows_come_from_all_over_the_list(items: list[int], count: int) -> None:
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=100), st.integers(1, 120))
-def test_long_rows_are_fewer(lengths: list[int], rows: int) -> None:
+def test_fewer_long_rows_are_selected(lengths: list[int], rows: int) -> None:
     found = make_calibration([Example(0, [1] * n, [1] * n, 0, "", 0) for n in lengths], rows, 0, "text-generation")
     assert found is not None
     count = len(found.batch["input_ids"])
@@ -56,7 +56,7 @@ def test_long_rows_are_fewer(lengths: list[int], rows: int) -> None:
     assert count == 1 or found.batch["input_ids"].size <= MAX_TOKENS
 
 
-def test_no_rows_are_no_calibration() -> None:
+def test_zero_rows_switch_calibration_off() -> None:
     assert make_calibration(examples("text-generation"), 0, 0, "text-generation") is None
 
 
@@ -92,7 +92,7 @@ def outcome(model: Any, task: Task, calibration: Calibration) -> np.ndarray:
         ("bert", "feature-extraction"),
     ],
 )
-def test_the_model_is_closer_to_the_float_one_over_the_rows(name: str, task: Task, models: dict[str, Path]) -> None:
+def test_calibration_lowers_the_error_on_its_rows(name: str, task: Task, models: dict[str, Path]) -> None:
     base, labels = find_base(str(models[name])), ("a", "b") if task == "text-classification" else ()
     rows = make_calibration(examples(task), 24, base.dims.config.pad_token_id or 0, task)
     assert rows is not None
@@ -119,7 +119,7 @@ def test_the_model_is_closer_to_the_float_one_over_the_rows(name: str, task: Tas
     assert codes_sha256(again) == codes_sha256(chosen)
 
 
-def test_padding_has_no_say(models: dict[str, Path]) -> None:
+def test_padding_does_not_change_the_codes(models: dict[str, Path]) -> None:
     base = find_base(str(models["llama"]))
     found = []
     for pad_id in (0, 7):
@@ -128,14 +128,14 @@ def test_padding_has_no_say(models: dict[str, Path]) -> None:
     assert found[0] == found[1]
 
 
-def test_layers_that_are_run_through_several_times_are_rounded_by_themselves(models: dict[str, Path]) -> None:
+def test_shared_layers_are_rounded_without_calibration(models: dict[str, Path]) -> None:
     base, task = find_base(str(models["albert"])), "text-classification"
     rows = make_calibration(examples(task), 24, 0, task)  # type: ignore[arg-type]
     models_of = [load_model(ModelSpec(base, task, "int4", labels=("a", "b"), codes=codes)) for codes in (rows, None)]  # type: ignore[arg-type]
     assert codes_sha256(models_of[0]) == codes_sha256(models_of[1])
 
 
-def test_a_damaged_model_is_named_as_such(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_damaged_model_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(models["llama"], folder)
     weights = load_file(folder / "model.safetensors")
@@ -146,7 +146,7 @@ def test_a_damaged_model_is_named_as_such(models: dict[str, Path], tmp_path: Pat
         load_model(ModelSpec(find_base(str(folder)), "text-generation", "int4", codes=rows))
 
 
-def test_half_of_an_embedders_rows_are_answers(tmp_path: Path) -> None:
+def test_half_of_the_rows_of_an_embedding_model_are_second_texts(tmp_path: Path) -> None:
     rows = make_calibration(examples("feature-extraction", 4), 4, 0, "feature-extraction")
     assert rows is not None
     given_ids = examples("feature-extraction", 4)

@@ -40,7 +40,7 @@ def test_missing_weights_are_not_initialised_at_random(tmp_path: Path) -> None:
         load_model(ModelSpec(find_base(str(folder)), "text-generation"))
 
 
-def test_an_encoder_without_a_head_cannot_classify_yet(bert: Path) -> None:
+def test_an_encoder_without_a_head_is_refused_for_classification(bert: Path) -> None:
     with pytest.raises(ModelError, match="no head for text-classification, tune it first"):
         load_model(ModelSpec(find_base(str(bert)), "text-classification"))
 
@@ -49,7 +49,7 @@ def test_an_encoder_without_a_head_cannot_classify_yet(bert: Path) -> None:
     ("changes", "message"),
     [({"head_dim": 24}, "multiples of 16"), ({"model_type": "bloom"}, "'bloom' are not supported")],
 )
-def test_what_cannot_be_exported_is_refused_before_any_work(
+def test_a_model_that_cannot_be_exported_is_refused_at_once(
     tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
@@ -71,7 +71,7 @@ def test_a_config_that_is_not_an_object_is_refused(tmp_path: Path) -> None:
         find_base(str(tmp_path))
 
 
-def test_a_head_with_default_names_has_them(tmp_path: Path) -> None:
+def test_a_head_without_names_has_default_names(tmp_path: Path) -> None:
     folder = write_headed(tmp_path / "model", ("LABEL_0", "LABEL_1"))
     assert find_base(str(folder)).labels("text-classification") == ("LABEL_0", "LABEL_1")
 
@@ -84,7 +84,7 @@ def test_class_numbers_follow_the_order_of_the_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", ["int4", "int8", "nf4", "bf16"])
 @pytest.mark.parametrize("name", ["llama", "untied", "bert"])
-def test_codes_of_one_weight_after_the_other_are_those_of_the_whole_model(
+def test_loading_by_tensor_gives_the_codes_of_the_whole_model(
     name: str, bits: Any, llama: Path, bert: Path, tmp_path: Path
 ) -> None:
     folder = {"llama": llama, "bert": bert}.get(name) or write_llama(tmp_path / "untied", tie=False)
@@ -114,7 +114,7 @@ def test_an_embedding_that_stays_float_stays_tied(base_format: Any, tmp_path: Pa
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_names_that_are_not_the_models_are_left_to_transformers(llama: Path, tmp_path: Path) -> None:
+def test_unknown_names_are_left_to_transformers(llama: Path, tmp_path: Path) -> None:
     """As in old checkpoints, which transformers renames while it loads them."""
     folder = tmp_path / "old"
     shutil.copytree(llama, folder)

@@ -24,7 +24,7 @@ def write_headed(folder: Path, names: tuple[str, ...]) -> Path:
     return folder
 
 
-def test_a_head_is_kept_in_its_own_order(tmp_path: Path, reviews: Path) -> None:
+def test_a_head_keeps_the_order_of_its_classes(tmp_path: Path, reviews: Path) -> None:
     folder = write_headed(tmp_path / "model", ("praise", "blame"))
     run = tune(TuneConfig(model=str(folder), data=str(reviews), out=tmp_path / "run", max_steps=1))
     assert run.rendering()["labels"] == ["praise", "blame"]
@@ -32,7 +32,7 @@ def test_a_head_is_kept_in_its_own_order(tmp_path: Path, reviews: Path) -> None:
     torch.testing.assert_close(kept.classifier.weight, load_file(folder / "model.safetensors")["classifier.weight"])
 
 
-def test_a_head_for_other_classes_is_drawn_anew(tmp_path: Path, reviews: Path) -> None:
+def test_a_head_for_other_classes_is_initialised(tmp_path: Path, reviews: Path) -> None:
     folder = write_headed(tmp_path / "model", ("cat", "dog"))
     run = tune(TuneConfig(model=str(folder), data=str(reviews), out=tmp_path / "run", max_steps=1))
     assert run.rendering()["labels"] == ["blame", "praise"]
@@ -48,20 +48,20 @@ def test_a_rare_class_does_not_stop_a_run(bert: Path, reviews: Path, tmp_path: P
         assert run.rendering()["labels"] == ["blame", "praise", "rare"]
 
 
-def test_a_decoder_asked_to_classify_is_refused(llama: Path, reviews: Path, tmp_path: Path) -> None:
+def test_a_decoder_is_refused_for_classification(llama: Path, reviews: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="text-generation here, not text-classification"):
         tune(TuneConfig(model=str(llama), data=str(reviews), out=tmp_path / "run", label="label"))
     with pytest.raises(DataError):
         tune(TuneConfig(model=str(llama), data=str(reviews), out=tmp_path / "run", label="lable"))
 
 
-def test_python_values_are_taken_as_they_come(llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_python_values_are_accepted(llama: Path, sums: Path, tmp_path: Path) -> None:
     settings = {"model": llama, "data": sums, "out": str(tmp_path / "run"), "target_modules": ["q_proj,v_proj"]}
     run = tune(TuneConfig(**settings, max_steps=1))  # type: ignore[arg-type]
     assert run.path == tmp_path / "run"
 
 
-def test_a_run_that_failed_before_it_learned_leaves_its_place(llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_at_once_leaves_no_folder(llama: Path, sums: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="not a number"):
         tune(
             TuneConfig(

@@ -105,7 +105,7 @@ def test_the_adapter_lane_of_an_int8_run_ships_its_codes_byte_for_byte(
     assert bits["MatMulNBits"] == bits["GatherBlockQuantized"] == {8}
 
 
-def test_the_adapter_lane_ships_what_was_trained_over_unless_told_otherwise(
+def test_the_adapter_lane_ships_the_trained_format_by_default(
     runs: dict[tuple[str, str], RunFolder], tmp_path: Path
 ) -> None:
     own = export(str(runs["llama", "fp32"].path), ExportConfig(out=tmp_path / "own", lane="adapter"))
@@ -113,7 +113,7 @@ def test_the_adapter_lane_ships_what_was_trained_over_unless_told_otherwise(
 
 
 @pytest.mark.parametrize("base_format", ["nf4", "bf16"])
-def test_a_run_over_what_no_bundle_holds_has_no_adapter_lane(
+def test_a_base_format_that_no_bundle_has_is_refused_for_the_adapter_lane(
     base_format: str, runs: dict[tuple[str, str], RunFolder], tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=rf"trained over {base_format}.*--lane merged"):
@@ -146,7 +146,7 @@ def test_int8_runs_with_int8_activations_where_they_passed(
     assert verify(bundle.path, VerifyConfig(data=str(sums)))["same_rows"]
 
 
-def test_fewer_bits_take_less_room(tmp_path: Path) -> None:
+def test_fewer_bits_take_less_space(tmp_path: Path) -> None:
     model = write_llama(tmp_path / "wide", hidden_size=256, intermediate_size=768, vocab_size=1024, tie=False)
     row = Example(1, list(range(40, 60)), list(range(40, 60)), 1, "", 0)
     sizes = {}
@@ -162,7 +162,7 @@ def test_fewer_bits_take_less_room(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_fp16_is_how_matrices_lie_in_the_file_alone(
+def test_fp16_is_only_the_format_of_matrices_in_the_file(
     family: str, runs: dict[tuple[str, str], RunFolder], tmp_path: Path
 ) -> None:
     bundle = export(

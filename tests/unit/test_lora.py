@@ -46,7 +46,7 @@ def base_model(llama: Path, base_format: Any = "fp32") -> Any:
     ],
     ids=["plain", "patterns", "rslora"],
 )
-def test_pairs_carry_each_layers_own_scaling(llama: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_lora_pairs_include_the_scaling_of_their_layer(llama: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     folder = save_adapter(llama, tmp_path / "adapter", **settings)
     peft_model = load_adapter(base_model(llama), folder)
     pairs = lora_pairs(peft_model)
@@ -57,7 +57,7 @@ def test_pairs_carry_each_layers_own_scaling(llama: Path, tmp_path: Path, settin
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["plain", "dora", "rslora"])
-def test_merging_gives_what_peft_computes(llama: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_a_merged_model_computes_what_peft_computes(llama: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     folder = save_adapter(llama, tmp_path / "adapter", **settings)
     with torch.inference_mode():
         beside = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), folder).eval()(IDS).logits
@@ -70,7 +70,7 @@ def test_merging_gives_what_peft_computes(llama: Path, tmp_path: Path, settings:
     [({"use_dora": True}, "Dora"), ({"target_modules": ["embed_tokens"]}, "embedding")],
 )
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True")
-def test_the_adapter_lane_refuses_by_name_what_a_and_b_do_not_hold(
+def test_the_adapter_lane_refuses_variants_beyond_a_and_b(
     llama: Path, tmp_path: Path, settings: dict[str, Any], named: str
 ) -> None:
     peft_model = load_adapter(base_model(llama), save_adapter(llama, tmp_path / "adapter", **settings))
@@ -101,7 +101,7 @@ def test_merging_into_one_of_two_tied_weights_is_refused(llama: Path, tmp_path: 
         ("layer_replication", [[0, 2]], "layer_replication"),
     ],
 )
-def test_adapters_that_would_be_dropped_in_part_are_refused(
+def test_adapters_with_options_that_an_export_would_lose_are_refused(
     llama: Path, tmp_path: Path, field: str, value: Any, named: str
 ) -> None:
     folder = save_adapter(llama, tmp_path / "adapter")
@@ -141,12 +141,12 @@ def test_all_linear_is_every_linear_layer_but_the_head(llama: Path, tmp_path: Pa
     assert len(targets(llama, tmp_path)) == 14
 
 
-def test_named_targets_and_last_layers_narrow_it(llama: Path, tmp_path: Path) -> None:
+def test_target_modules_and_layers_select_linear_layers(llama: Path, tmp_path: Path) -> None:
     found = targets(llama, tmp_path, target_modules=("q_proj", "up_proj"), layers="last:1")
     assert found == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
 
 
-def test_a_target_that_is_not_there_is_answered_with_a_near_one(llama: Path, tmp_path: Path) -> None:
+def test_an_unknown_target_module_gets_a_suggestion(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean 'q_proj'"):
         targets(llama, tmp_path, target_modules=("q_prj",))
 
@@ -157,7 +157,7 @@ def test_more_layers_than_there_are_is_refused(llama: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("change", ["lost", "renamed"])
-def test_an_adapter_of_which_a_part_would_be_ignored_is_refused(llama: Path, tmp_path: Path, change: str) -> None:
+def test_an_adapter_with_other_tensors_is_refused(llama: Path, tmp_path: Path, change: str) -> None:
     folder = save_adapter(llama, tmp_path / "adapter")
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
