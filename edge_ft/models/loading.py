@@ -18,7 +18,7 @@ from edge_ft.models.base_model import Base
 from edge_ft.models.dims import ModelDims
 from edge_ft.models.logging import silence_libraries
 from edge_ft.models.mpnet import use_attention_interface
-from edge_ft.models.scorer import HIDDEN, LOSSES
+from edge_ft.models.scorer import HEAD_INPUTS, LOSSES
 from edge_ft.quant.bf16 import round_to_bf16
 from edge_ft.quant.blockwise import Bits
 from edge_ft.quant.calibration import Calibration, calibrate
@@ -166,8 +166,8 @@ def _calibrate(model: Any, task: Task, read: ReadWeight, calibration: Calibratio
     """Calibrate the int4 codes of a model, but for shared layers (ALBERT): each of their calls has other inputs."""
 
     def forward(model: Any, batch: Batch) -> Tensor | None:
-        found, _ = (HIDDEN.get(task) or LOSSES[task])(model, batch, torch.device("cpu"))
-        return found if task in HIDDEN else None
+        found, _ = (HEAD_INPUTS.get(task) or LOSSES[task])(model, batch, torch.device("cpu"))
+        return found if task in HEAD_INPUTS else None
 
     if not ModelDims(model.config).shares_layers:
         calibrate(model, task, read, calibration, forward)

@@ -15,10 +15,10 @@ from edge_ft.data.example import IGNORED
 from edge_ft.models.chunked_loss import logit_softcap, score_targets
 from edge_ft.models.losses import class_losses, contrastive_losses, embed, mask_losses, tag_losses, task_model_of
 
-__all__ = ["HIDDEN", "LOSSES", "TorchScorer", "head_input", "task_model_of"]
+__all__ = ["HEAD_INPUTS", "LOSSES", "TorchScorer", "head_input", "task_model_of"]
 
 
-def target_hidden(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+def decoder_head_inputs(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Compute the inputs of a decoder's head at the labelled positions: on instruction data a few percent of all.
 
     Args:
@@ -39,7 +39,7 @@ def target_hidden(model: Any, batch: Batch, device: torch.device) -> tuple[Tenso
     return hidden[:, :-1][targets].float(), labels[:, 1:][targets]
 
 
-def target_hidden_seq2seq(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+def seq2seq_head_inputs(model: Any, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Compute the inputs of an encoder-decoder's head at the labelled positions.
 
     Args:
@@ -77,9 +77,9 @@ ScoreTargets = Callable[[Any, Batch, torch.device], tuple[Tensor, Tensor]]
 Step = Callable[[Tensor | None, Any], Any]
 """tokens [rows, 1] or None at the first step, cache -> transformers' output."""
 
-HIDDEN: dict[Task, ScoreTargets] = {
-    "text-generation": target_hidden,
-    "text2text-generation": target_hidden_seq2seq,
+HEAD_INPUTS: dict[Task, ScoreTargets] = {
+    "text-generation": decoder_head_inputs,
+    "text2text-generation": seq2seq_head_inputs,
 }
 """Tasks whose targets are tokens: inputs of the head over the vocabulary, float32, and labels."""
 
@@ -113,8 +113,8 @@ class TorchScorer:
             is no target.
         """
         self.model.eval()
-        if self.task in HIDDEN:
-            hidden, targets = HIDDEN[self.task](self.model, batch, self.device)
+        if self.task in HEAD_INPUTS:
+            hidden, targets = HEAD_INPUTS[self.task](self.model, batch, self.device)
             task_model = task_model_of(self.model)
             head = task_model.get_output_embeddings()
             scores = score_targets(hidden, head, targets, self.dtype, logit_softcap(task_model))

@@ -14,7 +14,7 @@ from edge_ft.data import Batch
 from edge_ft.families import Family
 from edge_ft.models.chunked_loss import logit_softcap, target_loss
 from edge_ft.models.compute import Compute
-from edge_ft.models.scorer import HIDDEN, LOSSES, TorchScorer, task_model_of
+from edge_ft.models.scorer import HEAD_INPUTS, LOSSES, TorchScorer, task_model_of
 from edge_ft.quant.bf16 import has_bf16
 
 __all__ = ["TorchBackend"]
@@ -55,8 +55,8 @@ class TorchBackend(TorchScorer):
         """Accumulate the gradient of the batch's summed loss / `targets`; return that loss (nats)."""
         self.model.train()
         with self.compute:
-            if self.task in HIDDEN:
-                hidden, labels = HIDDEN[self.task](self.model, batch, self.device)
+            if self.task in HEAD_INPUTS:
+                hidden, labels = HEAD_INPUTS[self.task](self.model, batch, self.device)
                 task_model = task_model_of(self.model)
                 head = task_model.get_output_embeddings()
                 loss = target_loss(hidden, head, labels, self.dtype, logit_softcap(task_model))

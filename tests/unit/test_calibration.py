@@ -18,7 +18,7 @@ from edge_ft.errors import ModelError
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.losses import embed
-from edge_ft.models.scorer import HIDDEN, LOSSES
+from edge_ft.models.scorer import HEAD_INPUTS, LOSSES
 from edge_ft.quant.calibration import MAX_TOKENS, Calibration, evenly_spaced, make_calibration
 from edge_ft.quant.serialization import codes_sha256, frozen_layers
 
@@ -78,7 +78,7 @@ def outcome(model: Any, task: Task, calibration: Calibration) -> np.ndarray:
     with torch.no_grad():
         if task == "feature-extraction":
             return np.asarray(embed(model, calibration.batch, CPU)[0])
-        return np.asarray((HIDDEN.get(task) or LOSSES[task])(model, calibration.batch, CPU)[0])
+        return np.asarray((HEAD_INPUTS.get(task) or LOSSES[task])(model, calibration.batch, CPU)[0])
 
 
 @pytest.mark.parametrize(

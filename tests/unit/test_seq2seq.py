@@ -141,9 +141,9 @@ def test_a_fused_step_has_the_loss_and_the_gradient_of_a_plain_one(t5: Callable[
         compute = Compute(model, base.family, torch.float32, memory)
         model.train()
         compute.active = fused
-        from edge_ft.models.scorer import HIDDEN
+        from edge_ft.models.scorer import HEAD_INPUTS
 
-        hidden, _ = HIDDEN[TASK](model, batch, torch.device("cpu"))
+        hidden, _ = HEAD_INPUTS[TASK](model, batch, torch.device("cpu"))
         hidden.square().sum().backward()
         found.append((hidden.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
     for hidden, gradients in found[1:]:
