@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+from tiny_models import write_t5
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import PlanConfig, TuneConfig
 from edge_ft.errors import WillNotFit
 from edge_ft.system import Available
+from edge_ft.tune import measure as measuring
 from edge_ft.tune import trainable_model as adapted
 from edge_ft.tune import tune
 from edge_ft.tune.plan import plan
@@ -57,6 +59,81 @@ def test_a_base_too_large_is_refused_before_it_is_loaded(
     with pytest.raises(WillNotFit, match="take a smaller model"):
         tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_best_choice_that_fits_is_recommended_with_a_reason(planned: dict[str, Any]) -> None:
+    assert [(choice["layers"], choice["memory"]) for choice in planned["choices"]] == [
+        ("all", "normal"),
+        ("all", "low"),
+        ("last:1", "normal"),
+        ("last:1", "low"),
+    ]
+    for choice in planned["choices"]:
+        assert choice["fits"] and min(choice[key] for key in ("seconds", "peak_rss_bytes", "disk_bytes")) > 0
+    assert planned["recommended"] == planned["choices"][0]
+    assert "layers all with normal memory is the best of the choices" in planned["reason"]
+
+
+def test_steps_that_do_not_fit_are_refused_without_taking_them(
+    llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest batch would need more memory than is available, which a few of its rows show."""
+    rows = measuring.resident_bytes() + 2**28  # enough for the weights and a few rows of this tiny model
+    taken: list[int] = []
+    watched = measuring.PeakMemory.__exit__
+
+    def heavy(self: Any, *arguments: object) -> None:
+        """As if every pass took 200 MB."""
+        watched(self, *arguments)
+        self.bytes = measuring.resident_bytes() + 200_000_000
+
+    def collated(examples: Any, *arguments: Any) -> Any:
+        taken.append(len(examples))
+        return collate(examples, *arguments)
+
+    collate = measuring.collate
+    monkeypatch.setattr(measuring.PeakMemory, "__exit__", heavy)
+    monkeypatch.setattr(measuring, "collate", collated)
+    with pytest.raises(WillNotFit, match=r"of memory and .* are free: give .*--batch-size"):
+        plan(PlanConfig(model=str(llama), data=str(sums), batch_size=16), available=Available(rows, AMPLE.disk_bytes))
+    assert max(taken) < 16
+
+
+def test_the_given_settings_are_among_the_choices(llama: Path, sums: Path) -> None:
+    found = plan(PlanConfig(model=str(llama), data=str(sums), layers="last:2", memory="low"), available=AMPLE)
+    assert {choice["layers"] for choice in found["choices"]} == {"last:2", "last:1"}
+
+
+def test_fewer_layers_are_no_choice_where_none_of_them_is_trained(llama: Path, sums: Path) -> None:
+    first = ("model.layers.0.self_attn.q_proj",)
+    found = plan(PlanConfig(model=str(llama), data=str(sums), target_modules=first, max_steps=2), available=AMPLE)
+    assert {choice["layers"] for choice in found["choices"]} == {"all"}
+
+
+def test_an_encoder_decoders_answers_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources of one length and answers of several: the longest answers are among what is measured."""
+    rows = tmp_path / "rows.jsonl"
+    answers = [" ".join(["two"] * (1 + n % 8)) for n in range(40)]
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"one {n:02d}", "completion": a}) + "\n" for n, a in enumerate(answers))
+    )
+    lengths = []
+
+    def collated(examples: Any, *arguments: Any) -> Any:
+        lengths.append(max(len(example.labels) for example in examples))
+        return collate(examples, *arguments)
+
+    collate = measuring.collate
+    monkeypatch.setattr(measuring, "collate", collated)
+    model = write_t5(tmp_path / "t5")
+    plan(PlanConfig(model=str(model), data=str(rows), batch_size=2, memory="low", layers="last:1"), available=AMPLE)
+    assert max(lengths) > 2 * min(lengths)
+
+
+def test_a_classifier_is_planned_too(bert: Path, reviews: Path) -> None:
+    found = plan(PlanConfig(model=str(bert), data=str(reviews)), available=AMPLE)
+    assert found["recommended"]["layers"] == "all"
+    assert [finding["code"] for finding in found["findings"]] in ([], ["duplicated"])
 
 
 @pytest.fixture(scope="module")

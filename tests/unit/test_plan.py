@@ -1,33 +1,24 @@
 """A plan estimates time, memory and disk of a training, recommends a choice that fits, and refuses what does not."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tiny_models import tiny_encoder_config, write_encoder, write_t5
+from tiny_models import tiny_encoder_config, write_encoder
 
 from edge_ft.config import PlanConfig
 from edge_ft.errors import AuditRefused, WillNotFit
+from edge_ft.models.base_model import find_base
 from edge_ft.progress import Silent
 from edge_ft.system import Available
-from edge_ft.tune import measure as measuring
 from edge_ft.tune import plan as planning
-from edge_ft.tune import trainable_model as loading
-from edge_ft.tune.job import prepare_job
-from edge_ft.tune.measure import Curve
-from edge_ft.tune.plan import duration, plan, resolve_memory
-
-
-class Loaded(Exception):
-    """The base was about to be loaded."""
-
-
-def refuse_to_load(*_: object) -> None:
-    raise Loaded
-
+from edge_ft.tune.job import Job, prepare_job
+from edge_ft.tune.measure import Curve, Measured, batch_tokens, training_batches
+from edge_ft.tune.plan import duration, plan, refuse_large_base, resolve_memory
+from edge_ft.tune.report import BATCH_COST, SAMPLE_TOKENS
 
 AMPLE = Available(memory_bytes=2**50, disk_bytes=2**50)
 SCARCE = Available(memory_bytes=600_000, disk_bytes=2**50)
@@ -35,98 +26,159 @@ SCARCE = Available(memory_bytes=600_000, disk_bytes=2**50)
 
 
 @pytest.fixture(scope="module")
-def planned(llama: Path, sums: Path) -> dict[str, Any]:
-    return plan(PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2), memory="normal"), available=AMPLE)
+def job(llama: Path, sums: Path) -> Job:
+    """24 train, 8 validation and 8 test rows; 12 steps of 4 rows."""
+    settings = PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2), memory="normal")
+    return prepare_job(settings, Silent())
 
 
-def test_the_best_choice_that_fits_is_recommended_with_a_reason(planned: dict[str, Any]) -> None:
-    assert [(choice["layers"], choice["memory"]) for choice in planned["choices"]] == [
-        ("all", "normal"),
-        ("all", "low"),
-        ("last:1", "normal"),
-        ("last:1", "low"),
-    ]
-    for choice in planned["choices"]:
-        assert choice["fits"] and min(choice[key] for key in ("seconds", "peak_rss_bytes", "disk_bytes")) > 0
-    assert planned["recommended"] == planned["choices"][0]
-    assert "layers all with normal memory is the best of the choices" in planned["reason"]
+def measured(**changes: Any) -> Measured:
+    """A batch of any size takes 2 s to train on and 0.5 s to score, a token of an answer 0.1 s."""
+    values: dict[str, Any] = {
+        "step": Curve([1], [2.0]),
+        "evaluation": Curve([1], [0.5]),
+        "report": 3.0,
+        "token": 0.0,
+        "memory": Curve([0, 10], [1e9, 1e9]),
+        "loading": 10**6,
+        "answering": 0,
+        "trainable": 1000,
+    }
+    return Measured(**values | changes)
 
 
-def test_fewer_layers_are_recommended_where_more_do_not_fit(planned: dict[str, Any], llama: Path, sums: Path) -> None:
-    all_layers, half = planned["choices"][0]["disk_bytes"], planned["choices"][2]["disk_bytes"]
-    assert half < all_layers
-    available = Available(AMPLE.memory_bytes, (all_layers + half) // 2 * 10 // 9)
-    found = plan(PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2)), available=available)
-    assert [choice["fits"] for choice in found["choices"]] == [False, False, True, True]
-    assert found["recommended"]["layers"] == "last:1"
-    assert "best of the choices that fit" in found["reason"]
+def with_settings(job: Job, **settings: Any) -> Job:
+    return replace(job, config=replace(job.config, **settings))
+
+
+def test_the_time_is_that_of_all_steps_evaluations_and_the_report(job: Job) -> None:
+    assert [len(batch) for batch in training_batches(job.config, job.prepared.examples["train"])] == [4] * 12
+    # 12 steps; six evaluations of two batches; the test rows twice and eight train rows, in float32.
+    steps, evaluations, report = 12 * 2.0, 6 * 1.0, 3 * (2 * 1.0 + 1.0)
+    evaluations = 5 * 1.0  # before the first step, and every third
+    assert planning._seconds(job, measured()) == pytest.approx(steps + evaluations + report)
+    accumulated = with_settings(job, gradient_accumulation=2, max_steps=12)
+    assert planning._seconds(accumulated, measured()) == pytest.approx(2 * steps + evaluations + report)
+    frequent = with_settings(job, eval_steps=1)
+    assert planning._seconds(frequent, measured()) == pytest.approx(steps + 13 * 1.0 + report)
+    bf16 = with_settings(job, compute="bf16")
+    assert planning._seconds(bf16, measured()) == pytest.approx(steps + evaluations + report + 3 * 2 * 1.0)
+    generating = planning._seconds(job, measured(token=0.1)) - planning._seconds(job, measured())
+    assert 0.1 * BATCH_COST * SAMPLE_TOKENS < generating <= 0.1 * BATCH_COST * 2 * SAMPLE_TOKENS
+
+
+def test_max_minutes_limits_the_estimated_time(job: Job) -> None:
+    long = with_settings(job, max_steps=10**6)
+    limited = with_settings(long, max_minutes=1)
+    assert planning._seconds(long, measured()) > 10**6 > 70 > planning._seconds(limited, measured()) > 60
+
+
+def test_the_peak_is_that_of_loading_or_of_the_longest_batch_or_of_the_report(job: Job) -> None:
+    train, state = job.prepared.examples["train"], 3 * 4 * 1000
+    longest = max(batch_tokens(batch, train, "text-generation") for batch in training_batches(job.config, train))
+    step = measured(memory=Curve([0, longest], [1e9, 2e9]))
+    assert planning._peak_bytes(job, step) == round((2e9 + state) * planning.FRAGMENTATION)
+    report = replace(step, answering=3 * 10**9)
+    assert planning._peak_bytes(job, report) == round((4e9 + state) * planning.FRAGMENTATION)
+    assert planning._peak_bytes(job, replace(step, loading=5 * 10**9)) == 5 * 10**9
+
+
+def test_the_disk_holds_rows_tokenizer_adapter_and_checkpoint_each_twice(job: Job) -> None:
+    fixed = planning._disk_bytes(job, measured(trainable=0))
+    tokenizer = sum(file.stat().st_size for file in job.tokenizer.files())
+    assert 1_000_000 + tokenizer < fixed < 1_100_000 + tokenizer
+    assert planning._disk_bytes(job, measured(trainable=1000)) - fixed == 2 * 5 * 4 * 1000
 
 
 @pytest.mark.parametrize(
-    ("available", "says"),
-    [(Available(AMPLE.memory_bytes, 10), "of disk and"), (Available(10, AMPLE.disk_bytes), "of memory as int4")],
+    ("available", "fits"),
+    [(AMPLE, True), (Available(10**9, 2**50), False), (Available(2**50, 10**6), False)],
+)
+def test_a_choice_fits_into_memory_and_disk(job: Job, available: Available, fits: bool) -> None:
+    choice = planning._choice(job, measured(), 7.0, 5000, available)
+    assert choice["fits"] is fits
+    assert (choice["layers"], choice["memory"], choice["trainable_parameters"]) == ("all", "normal", 1000)
+    assert choice["seconds"] == pytest.approx(7 + planning._seconds(job, measured()) + planning.FINAL_SECONDS)
+    assert choice["disk_bytes"] == 5000 + planning._disk_bytes(job, measured())
+
+
+def options(llama: Path, **settings: Any) -> list[tuple[str, str | None]]:
+    config = PlanConfig(model=str(llama), data="rows", **settings)
+    return [(option.layers, option.memory) for option in planning._options(config, find_base(str(llama)))]
+
+
+def test_the_choices_are_all_layers_half_of_them_and_the_given_ones(llama: Path, tmp_path: Path) -> None:
+    assert options(llama, memory="normal") == [
+        *(("all", "normal"), ("all", "low"), ("last:1", "normal"), ("last:1", "low"))
+    ]
+    assert options(llama, layers="last:2", memory="high") == [
+        *(("last:2", "high"), ("last:2", "low"), ("last:1", "high"), ("last:1", "low"))
+    ]
+    albert = write_encoder(tmp_path / "albert", tiny_encoder_config("albert"))  # it repeats one layer
+    assert options(albert, memory="high") == [("all", "high"), ("all", "low")]
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, *fitting: bool) -> None:
+    """Let a plan find choices of which these fit, each with less memory than the one before."""
+    names = [("all", "high"), ("all", "low"), ("last:1", "low")]
+    choices = [
+        {"layers": layers, "memory": memory, "trainable_parameters": 9, "seconds": 600.0, "fits": fits}
+        | {"peak_rss_bytes": (9 - at) * 10**9, "disk_bytes": 10**6}
+        for at, ((layers, memory), fits) in enumerate(zip(names, fitting, strict=False))
+    ]
+    monkeypatch.setattr(planning, "_measure_choices", lambda *_: choices)
+
+
+def test_the_first_choice_that_fits_is_recommended(llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PlanConfig(model=str(llama), data=str(sums), show=2)
+    chosen(monkeypatch, True, True)
+    best = plan(config, available=AMPLE)
+    assert best["recommended"] is best["choices"][0]
+    assert "layers all with high memory is the best of the choices: it takes 9000 MB of " in best["reason"]
+    assert best["reason"].endswith(" available disk and 10 min")
+    assert len(best["shown"]) == 2 and all("⟦" in text for text in best["shown"])
+    chosen(monkeypatch, False, False, True)
+    found = plan(replace(config, show=0), available=AMPLE)
+    assert found["recommended"] is found["choices"][2]
+    assert "last:1 with low memory is the best of the choices that fit" in found["reason"]
+    assert "shown" not in found
+    chosen(monkeypatch, True)
+    assert "the only setting requested" in plan(config, available=AMPLE)["reason"]
+
+
+@pytest.mark.parametrize(
+    ("available", "message"),
+    [
+        (Available(2**50, 10), "layers last:1 with low memory takes 1 MB of disk and 0 MB are free: free some"),
+        (Available(10, 2**50), "takes 7000 MB of memory and 0 MB are free: give a smaller --batch-size"),
+    ],
 )
 def test_a_training_that_fits_with_no_choice_is_refused(
-    llama: Path, sums: Path, available: Available, says: str
+    llama: Path, sums: Path, available: Available, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(WillNotFit, match=says):
+    chosen(monkeypatch, False, False, False)
+    with pytest.raises(WillNotFit, match=message):
         plan(PlanConfig(model=str(llama), data=str(sums)), available=available)
 
 
-def test_steps_that_do_not_fit_are_refused_without_taking_them(
-    llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The longest batch would need more memory than is available, which a few of its rows show."""
-    rows = measuring.resident_bytes() + 2**28  # enough for the weights and a few rows of this tiny model
-    taken: list[int] = []
-    watched = measuring.PeakMemory.__exit__
-
-    def heavy(self: Any, *arguments: object) -> None:
-        """As if every pass took 200 MB."""
-        watched(self, *arguments)
-        self.bytes = measuring.resident_bytes() + 200_000_000
-
-    def collated(examples: Any, *arguments: Any) -> Any:
-        taken.append(len(examples))
-        return collate(examples, *arguments)
-
-    collate = measuring.collate
-    monkeypatch.setattr(measuring.PeakMemory, "__exit__", heavy)
-    monkeypatch.setattr(measuring, "collate", collated)
-    with pytest.raises(WillNotFit, match=r"of memory and .* are free: give .*--batch-size"):
-        plan(PlanConfig(model=str(llama), data=str(sums), batch_size=16), available=Available(rows, AMPLE.disk_bytes))
-    assert max(taken) < 16
-
-
-def test_dequantized_weights_count_before_a_base_is_loaded(
-    llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_whose_weights_exceed_the_memory_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(loading, "load_model", refuse_to_load)
+    base, config = find_base(str(llama)), PlanConfig(model=str(llama), data="rows", memory="normal")
     weights = sum(array.size for file in llama.glob("*.safetensors") for array in load_file(file).values())
-    settings: dict[str, Any] = {"model": str(llama), "data": str(sums), "memory": "high"}
+    high = replace(config, memory="high", compute="bf16")  # 0.65 and 2.05 bytes a weight
+    with pytest.raises(WillNotFit, match=r"of memory as int4: .*; take a smaller model"):
+        refuse_large_base(base, config, Available(weights // 2, 2**50))
+    refuse_large_base(base, config, Available(weights, 2**50))
     with pytest.raises(WillNotFit, match=r"as int4 and dequantized: .* give --memory normal, or take a smaller model"):
-        plan(PlanConfig(**settings), available=Available(2 * weights, AMPLE.disk_bytes))
-    with pytest.raises(Loaded):
-        plan(PlanConfig(**settings), available=Available(4 * weights, AMPLE.disk_bytes))
+        refuse_large_base(base, high, Available(2 * weights, 2**50))
+    refuse_large_base(base, high, Available(4 * weights, 2**50))
     with pytest.raises(WillNotFit, match="and dequantized"):
-        plan(PlanConfig(**settings, compute="fp32"), available=Available(4 * weights, AMPLE.disk_bytes))
+        refuse_large_base(base, replace(high, compute="fp32"), Available(4 * weights, 2**50))
 
 
 def test_rows_that_train_nothing_are_refused_by_a_plan_too(llama: Path, sums: Path) -> None:
     with pytest.raises(AuditRefused):
         plan(PlanConfig(model=str(llama), data=str(sums), max_length=10), available=AMPLE)
-
-
-def test_the_given_settings_are_among_the_choices(llama: Path, sums: Path) -> None:
-    found = plan(PlanConfig(model=str(llama), data=str(sums), layers="last:2", memory="low"), available=AMPLE)
-    assert {choice["layers"] for choice in found["choices"]} == {"last:2", "last:1"}
-
-
-def test_a_model_that_repeats_its_layers_has_one_choice_of_layers(reviews: Path, tmp_path: Path) -> None:
-    albert = write_encoder(tmp_path / "albert", tiny_encoder_config("albert"))
-    found = plan(PlanConfig(model=str(albert), data=str(reviews), max_steps=2, memory="high"), available=AMPLE)
-    assert [(choice["layers"], choice["memory"]) for choice in found["choices"]] == [("all", "high"), ("all", "low")]
 
 
 @pytest.mark.parametrize(
@@ -156,53 +208,6 @@ def test_memory_is_high_where_steps_are_short_and_memory_is_ample(
     monkeypatch.setattr("edge_ft.quant.bf16.has_bf16", lambda device: bf16)
     job = prepare_job(PlanConfig(model=str(llama), data=str(sums), **settings), Silent())
     assert resolve_memory(job, available, torch.device("cpu")).memory == expected
-
-
-def test_fewer_layers_are_no_choice_where_none_of_them_is_trained(llama: Path, sums: Path) -> None:
-    first = ("model.layers.0.self_attn.q_proj",)
-    found = plan(PlanConfig(model=str(llama), data=str(sums), target_modules=first, max_steps=2), available=AMPLE)
-    assert {choice["layers"] for choice in found["choices"]} == {"all"}
-
-
-def test_an_encoder_decoders_answers_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sources of one length and answers of several: the longest answers are among what is measured."""
-    rows = tmp_path / "rows.jsonl"
-    answers = [" ".join(["two"] * (1 + n % 8)) for n in range(40)]
-    rows.write_text(
-        "".join(json.dumps({"prompt": f"one {n:02d}", "completion": a}) + "\n" for n, a in enumerate(answers))
-    )
-    lengths = []
-
-    def collated(examples: Any, *arguments: Any) -> Any:
-        lengths.append(max(len(example.labels) for example in examples))
-        return collate(examples, *arguments)
-
-    collate = measuring.collate
-    monkeypatch.setattr(measuring, "collate", collated)
-    model = write_t5(tmp_path / "t5")
-    plan(PlanConfig(model=str(model), data=str(rows), batch_size=2, memory="low", layers="last:1"), available=AMPLE)
-    assert max(lengths) > 2 * min(lengths)
-
-
-def test_max_minutes_limits_the_estimated_time(llama: Path, sums: Path) -> None:
-    settings: dict[str, Any] = {"model": str(llama), "data": str(sums), "max_steps": 10**6}
-    free, limited = (
-        plan(PlanConfig(**settings, max_minutes=minutes), available=AMPLE)["choices"][0]["seconds"]
-        for minutes in (None, 1)
-    )
-    assert free > 1000 > limited > 60
-
-
-def test_a_plan_shows_as_many_rows_as_requested(llama: Path, sums: Path, planned: dict[str, Any]) -> None:
-    assert "shown" not in planned
-    found = plan(PlanConfig(model=str(llama), data=str(sums), show=2), available=AMPLE)
-    assert len(found["shown"]) == 2 and all("⟦" in text for text in found["shown"])
-
-
-def test_a_classifier_is_planned_too(bert: Path, reviews: Path) -> None:
-    found = plan(PlanConfig(model=str(bert), data=str(reviews)), available=AMPLE)
-    assert found["recommended"]["layers"] == "all"
-    assert [finding["code"] for finding in found["findings"]] in ([], ["duplicated"])
 
 
 def test_a_curve_goes_through_its_points_and_on_from_them() -> None:
