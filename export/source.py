@@ -124,22 +124,23 @@ class ExportSource:
             model = self.load("fp32")
             if self.adapter is not None:
                 model = merge_adapter(model, self.adapter)
-        self._quantize(model, progress)
+        if self.weights == "int4" and self.rows.calibration:
+            examples = self.rows.calibration
+            rows = make_calibration(examples, len(examples), self.tokenizer.pad_id, self.task, progress)
+            assert rows is not None
+            quantize_calibrated(model, self.task, self.block_size, self._float_modules, rows)  # reports its layers
+        elif self.weights != "fp32":
+            with heartbeat(progress, f"rounding the weights to {self.weights}"):
+                self._round(model)
         return model
 
-    def _quantize(self, model: Any, progress: Progress) -> None:
-        """Round a float model in place to the weights that ship."""
+    def _round(self, model: Any) -> None:
+        """Round a float model in place to the weights that ship, each weight by itself."""
         if self.weights == "fp16":
             self._round_to_fp16(model)
         elif self.weights in INT8_ACTIVATIONS:
             layers = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
             quantize_model(model, self.block_size, layers, 8)
-        elif self.weights == "int4" and self.rows.calibration:
-            examples = self.rows.calibration
-            rows = make_calibration(examples, len(examples), self.tokenizer.pad_id, self.task, progress)
-            assert rows is not None
-            with heartbeat(progress, "choosing int4 codes"):
-                quantize_calibrated(model, self.task, self.block_size, self._float_modules, rows)
         elif self.weights == "int4" or self.weights == "int8":
             quantize_model(model, self.block_size, self._float_modules, BITS[self.weights])
 
