@@ -96,6 +96,9 @@ def refuse_existing(out: Path) -> None:
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out`, which is renamed to `out` if the block succeeds and removed if it fails.
 
+    Yields:
+        The temporary folder.
+
     Raises:
         UsageError: `out` exists.
     """
@@ -131,6 +134,9 @@ class RunFolder:
     def open(cls, path: Path) -> "RunFolder":
         """Open a finished run.
 
+        Returns:
+            The run.
+
         Raises:
             UsageError: the folder is not a run, or the run did not finish.
         """
@@ -153,6 +159,7 @@ class RunFolder:
 
     @property
     def report_path(self) -> Path:
+        """The report, which a finished run has."""
         return self.path / "report.json"
 
     @property
@@ -179,25 +186,32 @@ class RunFolder:
         return _read_json(self.report_path)
 
     def base(self) -> dict[str, Any]:
-        """Identity of the base: `model`, `path`, `content_sha256`, `format`, `block_size`, `calibration_rows`,
-        `calibration` (what choosing int4 codes took, or null), `codes_sha256`."""
+        """Read the identity of the base.
+
+        Returns:
+            `model`, `path`, `content_sha256`, `format`, `block_size`, `calibration_rows`, `calibration` (figures of
+            choosing int4 codes, or null) and `codes_sha256`.
+        """
         return _read_json(self.path / "base.json")
 
     def rendering(self) -> dict[str, Any]:
-        """What `edge_ft.data.Rendering.from_dict` takes."""
+        """The rendering of the rows, for `edge_ft.data.Rendering.from_dict`."""
         return _read_json(self.path / "rendering.json")
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder with everything a device needs; opened only when every byte is as it was written."""
+    """A folder with everything that a device needs; it opens only if no file has changed since the export."""
 
     path: Path
     manifest: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path) -> "Bundle":
-        """Read the manifest and hash every file it lists.
+        """Read the manifest, and hash every file that it lists.
+
+        Returns:
+            The bundle.
 
         Raises:
             BundleError: not a bundle, of another version, or a file that is missing, changed or unlisted.
@@ -238,7 +252,7 @@ class Bundle:
 
     @staticmethod
     def seal(folder: Path, manifest: dict[str, Any]) -> None:
-        """Write `manifest` with the size and sha256 of every file that lies in `folder`."""
+        """Write the manifest, with the size and the sha256 of every file in `folder`."""
         files = {
             file.relative_to(folder).as_posix(): {"sha256": file_sha256(file), "bytes": file.stat().st_size}
             for file in sorted(folder.rglob("*"))
@@ -248,6 +262,7 @@ class Bundle:
 
     @property
     def task(self) -> str:
+        """The task, as transformers' pipelines call it."""
         return str(self.manifest["task"])
 
     @property
@@ -256,7 +271,10 @@ class Bundle:
         return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
 
     def graph(self, accuracy_level: int | None = None) -> Path:
-        """The ONNX file of an accuracy level; the manifest's `model` when None.
+        """The ONNX file of an accuracy level; None is the choice of the manifest.
+
+        Returns:
+            Its path.
 
         Raises:
             BundleError: verification did not pass that level, so the bundle has no graph of it.
@@ -271,7 +289,10 @@ class Bundle:
         return self.path / graphs[str(accuracy_level)]
 
     def encoder_graph(self, accuracy_level: int | None = None) -> Path:
-        """The encoder that goes with `graph(accuracy_level)` in an encoder-decoder's bundle.
+        """The ONNX file of the encoder that belongs to `graph(accuracy_level)`, of an encoder-decoder.
+
+        Returns:
+            Its path.
 
         Raises:
             BundleError: there is none.

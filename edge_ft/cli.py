@@ -95,10 +95,8 @@ def tune(
 ) -> None:
     """Train a LoRA adapter over a frozen, quantized base and write a run folder.
 
-    Parameters
-    ----------
-    print_config
-        Print the settings as YAML, in the format of --config, and stop.
+    Args:
+        print_config: Print the settings as YAML, in the format of --config, and stop.
     """
     if print_config:
         import yaml
@@ -171,10 +169,8 @@ def export(
 ) -> None:
     """Export a run, or a model with or without an adapter, to an ONNX bundle, and check what the export lost.
 
-    Parameters
-    ----------
-    source
-        A run folder, or a model (hub id, checkpoint folder or GGUF file).
+    Args:
+        source: A run folder, or a model (hub id, checkpoint folder or GGUF file).
     """
     from edge_ft.export import export as run_export
 
@@ -208,10 +204,8 @@ def verify(
 ) -> None:
     """Check the files and graphs of a bundle on this machine, and its scores on --data; needs no torch.
 
-    Parameters
-    ----------
-    bundle
-        A bundle folder.
+    Args:
+        bundle: A bundle folder.
     """
     from edge_ft.evaluate.verify import verify as run_verify
 
@@ -229,10 +223,8 @@ def evaluate(
 ) -> None:
     """Measure loss and task metrics of a run, a bundle or a model on rows.
 
-    Parameters
-    ----------
-    source
-        A run folder, a bundle, or a model (hub id, checkpoint folder or GGUF file).
+    Args:
+        source: A run folder, a bundle, or a model (hub id, checkpoint folder or GGUF file).
     """
     from edge_ft.evaluate import evaluate as run_evaluate
 
@@ -264,18 +256,15 @@ def run(
 ) -> None:
     """Generate or classify with a bundle; needs no torch.
 
-    Parameters
-    ----------
-    bundle
-        A bundle folder.
-    prompt
-        The prompt, or the text to classify; default: read from stdin.
-    interactive
-        Chat on the terminal.
-    jsonl
-        File with rows to answer; needs --out.
-    out
-        File to write for --jsonl: one line per row, in the same order.
+    Args:
+        bundle: A bundle folder.
+        prompt: The prompt, or the text to classify; default: read from stdin.
+        interactive: Chat on the terminal.
+        jsonl: File with rows to answer; needs --out.
+        out: File to write for --jsonl: one line per row, in the same order.
+
+    Raises:
+        UsageError: --jsonl without --out, or the reverse.
     """
     from edge_ft.runtime.run import run_chat, run_file, run_text
 
@@ -306,10 +295,11 @@ def bench(
 ) -> None:
     """Measure speed, memory, size and quality of bundles, runs and models; bundles need no torch.
 
-    Parameters
-    ----------
-    subjects
-        Bundle folders, run folders, or models (hub id, checkpoint folder or GGUF file).
+    Args:
+        subjects: Bundle folders, run folders, or models (hub id, checkpoint folder or GGUF file).
+
+    Raises:
+        BudgetFailed: a measured value does not keep its budget.
     """
     from edge_ft.bench import bench as run_bench
     from edge_ft.bench.report import budget_failures, table
@@ -327,10 +317,8 @@ def bench(
 def version(*, verbose: Annotated[bool, Parameter(alias="-v", negative=())] = False) -> None:
     """Print the version; with -v also those of the libraries, and the threads, memory, GPU and cache folder.
 
-    Parameters
-    ----------
-    verbose
-        Print all of these.
+    Args:
+        verbose: Print all of these.
     """
     if not verbose:
         print(__version__)
@@ -376,13 +364,13 @@ def _with_config(
 ) -> Any:
     """Read settings from files, then run a command.
 
-    Parameters
-    ----------
-    config
-        YAML file with settings; flags override it.
-    preset
-        Settings that come with edge-ft, for tune and plan: default, final-layers, thorough or low-memory; --config and
-        flags override them.
+    Args:
+        config: YAML file with settings; flags override it.
+        preset: Settings that come with edge-ft, for tune and plan: default, final-layers, thorough or low-memory;
+            --config and flags override them.
+
+    Returns:
+        What the command returns: nothing.
     """
     files = [*([config] if config is not None else []), *([preset_file(preset)] if preset is not None else [])]
     app.config = [_settings_in(file) for file in files]

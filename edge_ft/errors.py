@@ -103,6 +103,9 @@ def did_you_mean(word: str, known: list[str]) -> str:
 def require(module: str, extra: str) -> ModuleType:
     """Import a module that `edge-ft[extra]` installs.
 
+    Returns:
+        The module.
+
     Raises:
         MissingExtra: it is not installed.
     """

@@ -1,6 +1,6 @@
-"""What differs between model families, a row each.
+"""The differences between model families, one row for each family.
 
-Everything that is not in a row is read from the model's own config or modules.
+Everything else is read from the config or the modules of a model.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ __all__ = ["CLASSIFIERS", "FAMILIES", "Family", "Kind", "family_of"]
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 
 CLASSIFIERS: tuple[Task, ...] = ("text-classification", "token-classification")
-"""Tasks whose head has an output for each of the user's classes."""
+"""Tasks whose head has one output for each class of the user's rows."""
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,24 @@ class Family:
     name: str
     """`model_type` in config.json."""
     heads: dict[Task, tuple[str, ...]]
-    """What can be tuned and exported, the default first, and dotted names of the modules that make its output from
-    the layers'. LoRA leaves them alone; the last of a classifier's has a row of weights for each class."""
+    """Supported tasks, the default first, each with the dotted names of the modules after the layers. LoRA does not
+    adapt these; the last module of a classifier has a row of weights for each class."""
     layers: str
     """Dotted name of the list of transformer layers inside a task model; of two stacks, the decoder's."""
     kind: Kind
     """decoder: causal, with a KV cache; encoder: bidirectional, one pass; encoder-decoder: one of each."""
     learning_rate: float
-    """Peak rate for LoRA; as the next two, chosen by measurement (docs/decisions/010)."""
+    """Default peak learning rate; chosen by measurement, like the next two (docs/decisions/010)."""
     epochs: float = 3.0
-    """Passes over the training rows."""
+    """Default passes over the training rows."""
     batch_size: int = 8
-    """Rows of a step."""
+    """Default rows in a forward pass."""
     positions_after_pad: bool = False
-    """Positions are numbered from `pad_token_id` + 1 on, so that many of the table are never used."""
+    """Positions begin at `pad_token_id` + 1, so that the first entries of the position table are never used."""
     fan_in_fan_out: bool = False
-    """The checkpoint's linear layers lie the other way round, [in, out] (transformers' Conv1D; PEFT's name for it)."""
+    """Linear layers of the checkpoint are [in, out] instead of [out, in] (transformers' Conv1D; PEFT's name for it)."""
     encoder_layers: str | None = None
-    """Dotted name of the encoder's layers (encoder-decoder)."""
+    """Dotted name of the list of encoder layers (encoder-decoder)."""
 
     @property
     def stacks(self) -> tuple[str, ...]:
@@ -50,19 +50,19 @@ class Family:
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """What can be tuned and exported; the first is the default."""
+        """Supported tasks; the first is the default."""
         return tuple(self.heads)
 
     def trained_head(self, task: Task) -> tuple[str, ...]:
-        """Modules that stay float and are trained in full: a classifier's head is made for the user's own classes."""
+        """Modules of a new classifier head, which are trained in full and stay in float."""
         return self.heads[task] if task in CLASSIFIERS and not self.decoder else ()
 
     def class_weights(self, task: Task) -> tuple[str, str]:
-        """Names that a classifier's weight [classes, hidden] may have: of a linear layer, of the last of several."""
+        """Possible names of a classifier's weight [classes, hidden]: of one linear layer, or of the last of several."""
         return f"{self.heads[task][-1]}.weight", f"{self.heads[task][-1]}.out_proj.weight"
 
     def resolve(self, config: TuneConfig) -> TuneConfig:
-        """`config` with the family's recipe where it leaves that open."""
+        """The settings, with the family's learning rate, epochs and batch size if the user gave none."""
         return replace(
             config,
             learning_rate=config.learning_rate or self.learning_rate,
@@ -72,7 +72,7 @@ class Family:
 
     @property
     def decoder(self) -> bool:
-        """Whether it is one decoder and nothing else."""
+        """Whether it is a decoder without an encoder."""
         return self.kind == "decoder"
 
 
@@ -143,10 +143,13 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: str, task: Task | None = None) -> Family:
-    """The row of a `model_type`.
+    """Find the family of a `model_type`.
+
+    Returns:
+        Its row.
 
     Raises:
-        ModelError: no such row, or the family cannot do `task`; the message names what is supported.
+        ModelError: the family, or `task` for this family, is not supported; the message lists what is.
     """
     family = FAMILIES.get(model_type)
     if family is None:

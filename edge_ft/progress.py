@@ -37,10 +37,10 @@ class Silent:
     """Reports nothing."""
 
     def say(self, text: str) -> None:
-        pass
+        """Ignore a message."""
 
     def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        pass
+        """Ignore the state of a stage."""
 
 
 class Lines:
@@ -53,10 +53,12 @@ class Lines:
         self.count, self.counting = "", False
 
     def say(self, text: str) -> None:
+        """Print a message."""
         self.counting = False
         self._print(text)
 
     def advance(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """Print the state of a stage: when it is finished, and otherwise if nothing was printed for `interval`."""
         if total == 0 and self.counting and stage != self.stage:
             return  # a part of that step is counted, and reported on its own
         now = time.monotonic()

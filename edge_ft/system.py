@@ -71,10 +71,13 @@ class PeakMemory:
 
 
 def resident_bytes(pid: int | None = None) -> int:
-    """Resident memory of a process now, mapped files included; 0 when the process has ended.
+    """Measure the resident memory of a process, mapped files included.
 
     Args:
-        pid: The process; None is this one, and where there is no /proc its peak is returned instead.
+        pid: The process; None is this one.
+
+    Returns:
+        Bytes; 0 if the process has ended. Where there is no /proc, the peak of this process.
     """
     pages = _numbers(PROC / (str(pid) if pid else "self") / "statm")
     if len(pages) > 1:
@@ -83,10 +86,13 @@ def resident_bytes(pid: int | None = None) -> int:
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident memory of this process since its program started, mapped files included.
+    """Measure the peak of the resident memory of this process, mapped files included.
 
-    Read from VmHWM, since getrusage's ru_maxrss is not reset when a program starts: a small program that a large one
-    started would report the large one's memory. ru_maxrss is used only where there is no /proc.
+    It is read from VmHWM, since getrusage's ru_maxrss is not reset when a program starts: a small program that a
+    large one started would report the large one's memory. ru_maxrss is used only where there is no /proc.
+
+    Returns:
+        Bytes.
     """
     if peak := _numbers(PROC / "self/status", "VmHWM:"):
         return peak[0] * 1024
@@ -113,9 +119,12 @@ def release_memory() -> None:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may keep busy: those of its affinity, within the CPU quota of its cgroups; at least 1.
+    """Count the CPUs that this process may keep busy: those of its affinity, within the CPU quota of its cgroups.
 
     A quota of 1.5 CPUs counts as 1: two threads would use it up before the end of each period and then stand still.
+
+    Returns:
+        The number, at least 1.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _cgroups("cpu"):
@@ -127,9 +136,11 @@ def usable_cpus() -> int:
 
 
 def default_threads() -> int:
-    """CPU threads of every command without --threads: OMP_NUM_THREADS where it is set, else `usable_cpus`.
+    """Choose the number of CPU threads for commands without --threads.
 
-    `accelerate launch` sets OMP_NUM_THREADS where several processes share the machine.
+    Returns:
+        OMP_NUM_THREADS if it is set, as `accelerate launch` does where several processes share the machine; else
+        `usable_cpus`.
     """
     with suppress(ValueError):
         return max(int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0]), 1)
@@ -137,7 +148,13 @@ def default_threads() -> int:
 
 
 def use_threads(threads: int | None) -> int:
-    """Let torch compute with so many CPU threads, by default `default_threads`, and return their number.
+    """Set the number of CPU threads of torch.
+
+    Args:
+        threads: The number; None is `default_threads`.
+
+    Returns:
+        The number.
 
     Raises:
         MissingExtra: torch is not installed.
@@ -159,7 +176,10 @@ class DeviceMemory:
 
 
 def device_memory(device: Any) -> DeviceMemory | None:
-    """The memory of a `torch.device`; None for the CPU.
+    """Measure the memory of a `torch.device`.
+
+    Returns:
+        Its memory; None for the CPU.
 
     Raises:
         MissingExtra: torch is not installed.

@@ -130,6 +130,9 @@ class TuneConfig(RowsConfig):
     def from_preset(cls, name: str, **settings: Any) -> Self:
         """The settings of a preset, overridden by those given here.
 
+        Returns:
+            The settings.
+
         Raises:
             UsageError: there is no such preset.
         """
@@ -147,7 +150,10 @@ class PlanConfig(TuneConfig):
 
 
 def last_layers(layers: str) -> int | None:
-    """The K of `last:K`, or None for `all`.
+    """Read the value of --layers.
+
+    Returns:
+        The K of `last:K`; None for `all`.
 
     Raises:
         UsageError: neither form.
@@ -186,7 +192,10 @@ def without_retired(settings: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 
 def preset_file(name: str) -> Path:
-    """The YAML file of a preset, in the format that --config reads.
+    """The YAML file of a preset.
+
+    Returns:
+        Its path; the format is that of --config.
 
     Raises:
         UsageError: there is no such preset.

@@ -203,6 +203,9 @@ def _measure_choices(
 ) -> list[dict[str, Any]]:
     """Load and measure each of `_options`; `before` are the seconds that a tune takes until it loads the model.
 
+    Returns:
+        The `choices` of the plan.
+
     Raises:
         WillNotFit: the weights alone exceed the available memory.
         UsageError: --target-modules names no layer.
