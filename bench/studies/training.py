@@ -5,7 +5,7 @@ its result in the --out folder; docs/studies.md describes the method.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from shutil import rmtree
@@ -209,10 +209,11 @@ def run(race: Race, out: Path, trainings: Trainings, progress: Progress | None =
     """
     require("scipy.stats", "metrics")  # before hours of training, not after
     trainers = _Trainers(race, out, trainings.same_recipe, progress or Silent())
-    baseline, unswept, ours, sweep = (_same_recipe if trainings.same_recipe else _swept)(trainers, trainings)
-    samples = [result["sgemm_gflops"] for result in {id(r): r for r in [*sweep, *baseline, *unswept, *ours]}.values()]
+    done = (_same_recipe if trainings.same_recipe else _swept)(trainers, trainings)
+    every = {id(result): result for result in [*done.sweep, *done.baseline, *done.unswept, *done.ours]}
+    samples = [result["sgemm_gflops"] for result in every.values()]
     work = {"flops_per_token": trainers.case["flops_per_token"], "sgemm_gflops": median(samples)}
-    rates = [result["learning_rate"] for result in sweep]
+    rates = [result["learning_rate"] for result in done.sweep]
     return {
         "machine": machine()
         | {
@@ -228,44 +229,58 @@ def run(race: Race, out: Path, trainings: Trainings, progress: Progress | None =
             "model": race.model,
             "base_format": trainers.base_format,
         },
-        **compare(baseline, unswept, ours, work, same_recipe=trainings.same_recipe),
-        "sweep": [{"learning_rate": r["learning_rate"], "best_nll": best_nll(r["curve"])} for r in sweep],
-        "sweep_at_edge": len(rates) > 1 and baseline[0]["learning_rate"] in (min(rates), max(rates)),
-        "same_recipe": _agreement(baseline, ours, trainers.base_format) if trainings.same_recipe else None,
+        **compare(done.baseline, done.unswept, done.ours, work, same_recipe=trainings.same_recipe),
+        "sweep": [{"learning_rate": r["learning_rate"], "best_nll": best_nll(r["curve"])} for r in done.sweep],
+        "sweep_at_edge": len(rates) > 1 and done.baseline[0]["learning_rate"] in (min(rates), max(rates)),
+        "same_recipe": _agreement(done, trainers.base_format) if trainings.same_recipe else None,
     }
 
 
-Results = list[dict[str, Any]]
+@dataclass(frozen=True)
+class _Done:
+    """Results of a race's trainings, by seed."""
+
+    baseline: list[dict[str, Any]] = field(default_factory=list)
+    """At the best rate of the sweep."""
+    ours: list[dict[str, Any]] = field(default_factory=list)
+    unswept: list[dict[str, Any]] = field(default_factory=list)
+    """The baseline at its library's rate."""
+    sweep: list[dict[str, Any]] = field(default_factory=list)
+    """The baseline at each rate, on seed 0."""
 
 
-def _same_recipe(trainers: _Trainers, trainings: Trainings) -> tuple[Results, Results, Results, Results]:
-    rate = float(trainers.tune["learning_rate"])
-    pairs = [(trainers.baseline(seed, rate), trainers.ours(seed)) for seed in range(trainings.seeds)]
-    return [first for first, _ in pairs], [], [second for _, second in pairs], []
+def _same_recipe(trainers: _Trainers, trainings: Trainings) -> _Done:
+    done = _Done()
+    for seed in range(trainings.seeds):
+        done.baseline.append(trainers.baseline(seed, float(trainers.tune["learning_rate"])))
+        done.ours.append(trainers.ours(seed))
+    return done
 
 
-def _swept(trainers: _Trainers, trainings: Trainings) -> tuple[Results, Results, Results, Results]:
-    """The baseline at its best rate, at its library's, ours, and the sweep on seed 0."""
+def _swept(trainers: _Trainers, trainings: Trainings) -> _Done:
+    done = _Done()
     first, *rates = trainings.rates
-    sweep, ours = [trainers.baseline(0, first)], [trainers.ours(0)]
-    sweep += [trainers.baseline(0, rate) for rate in rates]
-    unswept = [trainers.baseline(0, LIBRARY_RATE)]
-    best = min(sweep, key=lambda result: best_nll(result["curve"]))
-    baseline = [best]
+    done.sweep.append(trainers.baseline(0, first))
+    done.ours.append(trainers.ours(0))
+    done.sweep.extend(trainers.baseline(0, rate) for rate in rates)
+    done.unswept.append(trainers.baseline(0, LIBRARY_RATE))
+    best = min(done.sweep, key=lambda result: best_nll(result["curve"]))
+    done.baseline.append(best)
     for seed in range(1, trainings.seeds):
-        baseline.append(trainers.baseline(seed, best["learning_rate"]))
-        ours.append(trainers.ours(seed))
+        done.baseline.append(trainers.baseline(seed, best["learning_rate"]))
+        done.ours.append(trainers.ours(seed))
         if not trainings.quick:
-            unswept.append(trainers.baseline(seed, LIBRARY_RATE))
-    return baseline, unswept, ours, sweep
+            done.unswept.append(trainers.baseline(seed, LIBRARY_RATE))
+    return done
 
 
-def _agreement(baseline: Results, ours: Results, base_format: str) -> dict[str, Any]:
-    largest = max(largest_difference(a["curve"], b["curve"]) for a, b in zip(baseline, ours, strict=True))
+def _agreement(done: _Done, base_format: str) -> dict[str, Any]:
+    pairs = zip(done.baseline, done.ours, strict=True)
+    largest = max(largest_difference(first["curve"], second["curve"]) for first, second in pairs)
     known = largest if largest < float("inf") else None
     return {
         "base_format": base_format,
-        "compute": ours[0]["config"]["compute"],
+        "compute": done.ours[0]["config"]["compute"],
         "max_difference": known,
         "limit": AGREEMENT,
         "agrees": largest <= AGREEMENT,
