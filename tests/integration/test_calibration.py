@@ -17,7 +17,9 @@ from edge_ft.tune import tune
 
 
 def short_tune(model: Path, sums: Path, out: Path, **settings: Any) -> RunFolder:
-    return tune(TuneConfig(model=str(model), data=str(sums), out=out, max_steps=2, eval_steps=2, **settings))
+    return tune(
+        TuneConfig(model=str(model), data=str(sums), out=out, max_steps=2, eval_steps=2, compute="fp32", **settings)
+    )
 
 
 def test_the_option_changes_the_codes_and_the_run_stores_them(llama: Path, sums: Path, tmp_path: Path) -> None:

@@ -42,7 +42,15 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(bert: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     out = tmp_path_factory.mktemp("runs") / "embed"
     return tune(
-        TuneConfig(model=str(bert), data=str(rows), out=out, epochs=10, learning_rate=3e-3, split=(0.5, 0.3, 0.2))
+        TuneConfig(
+            model=str(bert),
+            data=str(rows),
+            out=out,
+            epochs=10,
+            learning_rate=3e-3,
+            compute="fp32",
+            split=(0.5, 0.3, 0.2),
+        )
     )
 
 

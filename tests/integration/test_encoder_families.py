@@ -50,6 +50,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunFolde
                 learning_rate=1e-2,
                 max_length=48,
                 split=(0.6, 0.3, 0.1),
+                compute="fp32",
             )
             runs[name] = tune(settings)
         return runs[name]

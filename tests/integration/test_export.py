@@ -180,7 +180,9 @@ def test_an_adapter_that_changes_nothing_is_refused(llama: Path, foreign_adapter
 
 
 def test_nothing_learned_is_refused(llama: Path, sums: Path, tmp_path: Path) -> None:
-    settings = TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", max_steps=1, learning_rate=1e-9)
+    settings = TuneConfig(
+        model=str(llama), data=str(sums), out=tmp_path / "run", max_steps=1, learning_rate=1e-9, compute="fp32"
+    )
     run = tune(settings)
     with pytest.raises(GateRefused, match="nothing was learned"):
         export(str(run.path), ExportConfig(out=tmp_path / "bundle"))

@@ -89,6 +89,7 @@ class Family:
             eval_steps=8,
             learning_rate=1e-2,
             split=(0.7, 0.3, 0.0),
+            compute="fp32",
         )
         return tune(settings)
 

@@ -37,7 +37,9 @@ def run(bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     work = tmp_path_factory.mktemp("fill")
     headed = write_bert(work / "headed")
     BertForMaskedLM.from_pretrained(bert).save_pretrained(headed)
-    return tune(TuneConfig(model=str(headed), data=str(texts), out=work / "run", epochs=12, learning_rate=1e-2))
+    return tune(
+        TuneConfig(model=str(headed), data=str(texts), out=work / "run", epochs=12, learning_rate=1e-2, compute="fp32")
+    )
 
 
 @pytest.fixture(scope="module")

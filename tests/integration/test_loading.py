@@ -26,7 +26,7 @@ def write_headed(folder: Path, names: tuple[str, ...]) -> Path:
 
 def test_a_head_keeps_the_order_of_its_classes(tmp_path: Path, reviews: Path) -> None:
     folder = write_headed(tmp_path / "model", ("praise", "blame"))
-    run = tune(TuneConfig(model=str(folder), data=str(reviews), out=tmp_path / "run", max_steps=1))
+    run = tune(TuneConfig(model=str(folder), data=str(reviews), out=tmp_path / "run", max_steps=1, compute="fp32"))
     assert run.rendering()["labels"] == ["praise", "blame"]
     kept = load_model(ModelSpec(find_base(str(folder)), "text-classification", labels=("praise", "blame")))
     torch.testing.assert_close(kept.classifier.weight, load_file(folder / "model.safetensors")["classifier.weight"])
@@ -34,7 +34,7 @@ def test_a_head_keeps_the_order_of_its_classes(tmp_path: Path, reviews: Path) ->
 
 def test_a_head_for_other_classes_is_initialised(tmp_path: Path, reviews: Path) -> None:
     folder = write_headed(tmp_path / "model", ("cat", "dog"))
-    run = tune(TuneConfig(model=str(folder), data=str(reviews), out=tmp_path / "run", max_steps=1))
+    run = tune(TuneConfig(model=str(folder), data=str(reviews), out=tmp_path / "run", max_steps=1, compute="fp32"))
     assert run.rendering()["labels"] == ["blame", "praise"]
     fresh = load_model(ModelSpec(find_base(str(folder)), "text-classification", labels=("blame", "praise")))
     assert not torch.equal(fresh.classifier.weight, load_file(folder / "model.safetensors")["classifier.weight"])
@@ -44,7 +44,11 @@ def test_a_rare_class_does_not_stop_a_run(bert: Path, reviews: Path, tmp_path: P
     rows = tmp_path / "rows.jsonl"
     rows.write_text(reviews.read_text() + '{"text": "the film was a [ film", "label": "rare"}\n')
     for seed in range(3):
-        run = tune(TuneConfig(model=str(bert), data=str(rows), out=tmp_path / str(seed), max_steps=1, seed=seed))
+        run = tune(
+            TuneConfig(
+                model=str(bert), data=str(rows), out=tmp_path / str(seed), max_steps=1, compute="fp32", seed=seed
+            )
+        )
         assert run.rendering()["labels"] == ["blame", "praise", "rare"]
 
 
@@ -57,7 +61,7 @@ def test_a_decoder_is_refused_for_classification(llama: Path, reviews: Path, tmp
 
 def test_python_values_are_accepted(llama: Path, sums: Path, tmp_path: Path) -> None:
     settings = {"model": llama, "data": sums, "out": str(tmp_path / "run"), "target_modules": ["q_proj,v_proj"]}
-    run = tune(TuneConfig(**settings, max_steps=1))  # type: ignore[arg-type]
+    run = tune(TuneConfig(**settings, max_steps=1, compute="fp32"))  # type: ignore[arg-type]
     assert run.path == tmp_path / "run"
 
 

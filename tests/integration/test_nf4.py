@@ -28,7 +28,13 @@ def whole_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def nf4_run(whole_blocks: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     out = tmp_path_factory.mktemp("nf4") / "run"
-    settings = {"base_format": "nf4", "max_steps": 5, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
+    settings = {
+        "base_format": "nf4",
+        "max_steps": 5,
+        "learning_rate": 1e-2,
+        "split": (0.6, 0.2, 0.2),
+        "compute": "fp32",
+    }
     return tune(TuneConfig(model=str(whole_blocks), data=str(sums), out=out, **settings))  # type: ignore[arg-type]
 
 

@@ -25,7 +25,13 @@ def run(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     data = write_pairs(work / "pairs.jsonl")
     return tune(
         TuneConfig(
-            model=str(bert), data=str(data), out=work / "run", epochs=8, learning_rate=1e-2, split=(0.6, 0.2, 0.2)
+            model=str(bert),
+            data=str(data),
+            out=work / "run",
+            epochs=8,
+            learning_rate=1e-2,
+            split=(0.6, 0.2, 0.2),
+            compute="fp32",
         )
     )
 

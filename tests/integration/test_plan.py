@@ -20,7 +20,7 @@ from edge_ft.tune.plan import plan
 
 AMPLE = Available(memory_bytes=2**50, disk_bytes=2**50)
 
-FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
+FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2), "compute": "fp32"}
 
 
 class Heard:

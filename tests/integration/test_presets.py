@@ -22,7 +22,7 @@ def tuned(sums: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def run(name: str) -> RunFolder:
         if name not in runs:
-            settings: dict[str, Any] = {"model": str(model), "data": str(sums), "out": folder / name}
+            settings: dict[str, Any] = {"model": str(model), "data": str(sums), "out": folder / name, "compute": "fp32"}
             runs[name] = tune(TuneConfig.from_preset(name, **settings))
         return runs[name]
 

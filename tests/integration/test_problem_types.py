@@ -28,6 +28,7 @@ def shipped(model: Path, data: Path, out: Path, **settings: Any) -> tuple[TextCl
         epochs=10,
         learning_rate=1e-2,
         split=(0.6, 0.2, 0.2),
+        compute="fp32",
         **settings,
     )
     run = tune(config)
@@ -81,6 +82,13 @@ def test_the_option_overrides_the_values(bert: Path, tmp_path: Path) -> None:
     lines = [{"text": f"the film {'very ' * (n // 2)}{['good', 'bad'][n % 2]}", "label": n % 2} for n in range(40)]
     data = write(tmp_path / "rows.jsonl", lines)
     run = tune(
-        TuneConfig(model=str(bert), data=str(data), out=tmp_path / "run", max_steps=2, problem_type="regression")
+        TuneConfig(
+            model=str(bert),
+            data=str(data),
+            out=tmp_path / "run",
+            max_steps=2,
+            problem_type="regression",
+            compute="fp32",
+        )
     )
     assert set(run.report()["metrics"]) == {"mse", "pearson", "spearman"}

@@ -82,6 +82,10 @@ def test_labels_are_shown_before_and_after(bert_run: RunFolder) -> None:
 
 
 def test_without_test_rows_samples_are_of_the_validation(llama: Path, sums: Path, tmp_path: Path) -> None:
-    run = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", split=(0.8, 0.2, 0.0), max_steps=1))
+    run = tune(
+        TuneConfig(
+            model=str(llama), data=str(sums), out=tmp_path / "run", split=(0.8, 0.2, 0.0), max_steps=1, compute="fp32"
+        )
+    )
     assert {sample["split"] for sample in run.report()["samples"]} == {"validation"}
     assert run.report()["nll"]["test"] is None

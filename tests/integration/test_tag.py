@@ -35,7 +35,15 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(bert: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     out = tmp_path_factory.mktemp("runs") / "tags"
     return tune(
-        TuneConfig(model=str(bert), data=str(rows), out=out, epochs=8, learning_rate=1e-2, split=(0.6, 0.2, 0.2))
+        TuneConfig(
+            model=str(bert),
+            data=str(rows),
+            out=out,
+            epochs=8,
+            learning_rate=1e-2,
+            compute="fp32",
+            split=(0.6, 0.2, 0.2),
+        )
     )
 
 

@@ -21,7 +21,7 @@ from edge_ft.models.base_model import find_base
 from edge_ft.tune import tune
 from edge_ft.tune.torch_backend import TorchBackend
 
-FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
+FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2), "compute": "fp32"}
 
 
 def adapter(run: RunFolder) -> dict[str, bytes]:
@@ -150,7 +150,14 @@ def test_given_validation_and_test_files_are_used_as_they_are(llama: Path, sums:
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
     given = {name: str(tmp_path / f"{name}.jsonl") for name in ("validation", "test")}
     run = tune(
-        TuneConfig(model=str(llama), data=str(tmp_path / "train.jsonl"), out=tmp_path / "run", max_steps=1, **given)
+        TuneConfig(
+            model=str(llama),
+            data=str(tmp_path / "train.jsonl"),
+            out=tmp_path / "run",
+            max_steps=1,
+            compute="fp32",
+            **given,
+        )
     )
     assert run.report()["rows"] == {"train": 20, "validation": 10, "test": 10}
 
@@ -279,7 +286,11 @@ def test_rows_that_differ_only_in_an_unused_column_stay_together(llama: Path, tm
     rows = tmp_path / "rows.jsonl"
     lines = [{"id": n, "prompt": f"hello {n % 4}", "completion": " seven"} for n in range(40)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = tune(TuneConfig(model=str(llama), data=str(rows), out=tmp_path / "run", split=(0.5, 0.25, 0.25), max_steps=1))
+    run = tune(
+        TuneConfig(
+            model=str(llama), data=str(rows), out=tmp_path / "run", split=(0.5, 0.25, 0.25), max_steps=1, compute="fp32"
+        )
+    )
     prompts = [
         {json.loads(line)["prompt"] for line in run.split(name).read_text().splitlines()}
         for name in ("train", "validation", "test")
@@ -293,5 +304,7 @@ def test_a_saved_set_of_splits_is_used_as_it_is(llama: Path, sums: Path, tmp_pat
     datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()}).save_to_disk(
         str(tmp_path / "set")
     )
-    run = tune(TuneConfig(model=str(llama), data=str(tmp_path / "set"), out=tmp_path / "run", max_steps=1))
+    run = tune(
+        TuneConfig(model=str(llama), data=str(tmp_path / "set"), out=tmp_path / "run", max_steps=1, compute="fp32")
+    )
     assert run.report()["rows"] == {"train": 20, "validation": 8, "test": 12}
