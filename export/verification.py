@@ -8,9 +8,9 @@ from edge_ft.artifacts import Bundle
 from edge_ft.config import INT8_ACTIVATIONS, ExportConfig
 from edge_ft.data import Example
 from edge_ft.evaluate.gate import Limits, evaluate_gate
-from edge_ft.evaluate.scoring import RowScores, summary
+from edge_ft.evaluate.scoring import Batching, RowScores, score, summary
 from edge_ft.evaluate.task_metric import task_metric_for
-from edge_ft.evaluate.verify import SAME, largest_difference, probe_examples, score_examples
+from edge_ft.evaluate.verify import SAME, largest_difference, probe_examples
 from edge_ft.export.bundle import make_manifest
 from edge_ft.export.source import ExportSource
 from edge_ft.models.scorer import TorchScorer
@@ -84,7 +84,7 @@ def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) ->
 
     def scored(model: Any, examples: list[Example], stage: str) -> RowScores:
         scorer = TorchScorer(model, source.task)
-        return score_examples(scorer, examples, source.tokenizer, source.rendering, progress, stage)
+        return score(scorer, examples, Batching(source.task, source.tokenizer.pad_id), progress, stage)
 
     validation = source.rows.validation
     probes = probe_examples(source.tokenizer, source.rendering)
@@ -186,12 +186,13 @@ def _score_graph(
     """Return the scores of the graph of one accuracy level."""
     with heartbeat(progress, f"opening the graph of level {level}"):
         scorer = load(bundle, accuracy_level=level, threads=threads)
-    tokenizer, rendering, validation = source.tokenizer, source.rendering, source.rows.validation
 
     def scored(examples: list[Example], stage: str) -> RowScores:
-        return score_examples(scorer, examples, tokenizer, rendering, progress, f"{stage}, level {level}")
+        batching = Batching(source.task, source.tokenizer.pad_id)
+        return score(scorer, examples, batching, progress, f"{stage}, level {level}")
 
-    probe = scored(probe_examples(tokenizer, rendering), "probe")
+    probe = scored(probe_examples(source.tokenizer, source.rendering), "probe")
+    validation = source.rows.validation
     return GraphScores(probe, scored(validation, "validation") if validation else None)
 
 
@@ -247,7 +248,8 @@ def _test(
         return None
     report = source.run.report()
     scorer = load(bundle, accuracy_level=level, threads=threads)
-    scores = score_examples(scorer, test, source.tokenizer, source.rendering, progress, "test rows, as shipped")
+    batching = Batching(source.task, source.tokenizer.pad_id)
+    scores = score(scorer, test, batching, progress, "test rows, as shipped")
     shipped = summary(scores, test, source.task, source.rendering.labels)
     return {
         "rows": len(test),

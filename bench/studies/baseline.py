@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from edge_ft.data import Example, collate, train_batches
-from edge_ft.evaluate.scoring import score
+from edge_ft.evaluate.scoring import Batching, score
 from edge_ft.models.base_model import Base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import PEFT_TASKS, add_lora
@@ -58,11 +58,9 @@ def held_out_nll(model: nn.Module, job: Job) -> float:
     scores = score(
         TorchScorer(model, job.prepared.task),
         job.prepared.examples["validation"],
-        task=job.prepared.task,
-        pad_id=job.tokenizer.pad_id,
-        batch_size=BATCH_SIZE,
-        progress=Silent(),
-        stage="",
+        Batching(job.prepared.task, job.tokenizer.pad_id, BATCH_SIZE),
+        Silent(),
+        "",
     )
     return scores.mean_nll
 

@@ -18,7 +18,7 @@ from edge_ft.config import BenchConfig, ExportConfig, Weights
 from edge_ft.data import encode_rows, read_rows
 from edge_ft.errors import GateRefused, UsageError
 from edge_ft.evaluate.metrics import bootstrap
-from edge_ft.evaluate.scoring import RowScores, scorable, score
+from edge_ft.evaluate.scoring import Batching, RowScores, scorable, score
 from edge_ft.progress import Lines, Progress, Silent
 from edge_ft.runtime import TextClassifier, load
 
@@ -139,14 +139,11 @@ def _scores(bundle: Bundle, run: RunFolder, threads: int | None, progress: Progr
     assert isinstance(classifier, TextClassifier)
     rows = read_rows(str(run.split("test")))
     examples = scorable(encode_rows(classifier.rendering, classifier.tokenizer, rows))
-    pad_id = classifier.tokenizer.pad_id
     # One row at a time: dynamic ranges are those of a batch, and a device classifies as texts come.
     return score(
         classifier,
         examples,
-        task=bundle.task,
-        pad_id=pad_id,
-        batch_size=1,
-        progress=progress,
-        stage=f"test rows, {bundle.path.name}",
+        Batching(bundle.task, classifier.tokenizer.pad_id, size=1),
+        progress,
+        f"test rows, {bundle.path.name}",
     )

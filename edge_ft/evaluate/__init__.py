@@ -8,13 +8,12 @@ from typing import Any
 
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.config import TEXT_TASKS, EvalConfig
-from edge_ft.data import Example, Row, answer_ids, encode_rows, longest_sequence, read_rows
+from edge_ft.data import Row, encode_rows, longest_sequence, read_rows
 from edge_ft.errors import UsageError
 from edge_ft.evaluate.few_shot import encode_few_shot
-from edge_ft.evaluate.generation import Chooser, answer_metrics, choice_metrics, generate_answers
+from edge_ft.evaluate.generation import answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.loading import LoadedSource, open_source
-from edge_ft.evaluate.metrics import Metric
-from edge_ft.evaluate.scoring import Answerer, drop_unscorable, score, summary
+from edge_ft.evaluate.scoring import Batching, drop_unscorable, score, summary
 from edge_ft.progress import Progress, Silent
 
 __all__ = ["evaluate", "evaluate_loaded"]
@@ -75,19 +74,13 @@ def evaluate_loaded(
     else:
         examples = encode_rows(rendering, tokenizer, rows)
     examples, counts = drop_unscorable(examples, config.data, rendering.max_length, progress)
-    scores = score(
-        opened.scorer,
-        examples,
-        task=rendering.task,
-        pad_id=tokenizer.pad_id,
-        batch_size=config.batch_size,
-        progress=progress,
-        stage="score",
-    )
+    batching = Batching(rendering.task, tokenizer.pad_id, config.batch_size)
+    scores = score(opened.scorer, examples, batching, progress, "score")
     result = summary(scores, examples, rendering.task, rendering.labels)
     has_prompts = rendering.columns.kind == "messages" or bool(rendering.columns.prompt)
     if rendering.task in TEXT_TASKS and config.generate and has_prompts:
-        result["metrics"] |= _metrics_of_answers(opened, examples, config.max_new_tokens, progress)
+        answers = generate_answers(opened, examples, config.max_new_tokens, progress)
+        result["metrics"] |= answer_metrics(answers, progress) | choice_metrics(opened, examples, progress)
     return {
         "task": rendering.task,
         **counts,
@@ -95,20 +88,6 @@ def evaluate_loaded(
         "shots": config.shots,
         "seconds": round(time.monotonic() - started, 2),
     }
-
-
-def _metrics_of_answers(
-    opened: LoadedSource, examples: Sequence[Example], max_new_tokens: int, progress: Progress
-) -> dict[str, Metric]:
-    """Return the metrics of generated answers, and of choices where the training rows had few different answers."""
-    scorer, tokenizer, limit = opened.scorer, opened.tokenizer, opened.model_limit
-    assert isinstance(scorer, Answerer)
-    answers = generate_answers(scorer, tokenizer.decode, examples, max_new_tokens, limit, progress)
-    metrics = answer_metrics(answers, progress)
-    if opened.rendering.answers and isinstance(scorer, Chooser):
-        choices = [answer_ids(opened.rendering, tokenizer, answer) for answer in opened.rendering.answers]
-        metrics |= choice_metrics(scorer, examples, choices, limit, progress)
-    return metrics
 
 
 def _shot_rows(source: str, config: EvalConfig) -> Sequence[Row]:

@@ -1,15 +1,16 @@
 """Generated answers and their metrics: similarity to the right answers, whether they end, how often they repeat."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_ft.data import Example, eval_batches
+from edge_ft.data import Example, answer_ids, eval_batches
 from edge_ft.data.example import IGNORED
 from edge_ft.errors import MissingExtra, require
+from edge_ft.evaluate.loading import LoadedSource
 from edge_ft.evaluate.metrics import Metric, exact_match, macro_f1, mean, proportion, token_f1, verbatim_match
 from edge_ft.evaluate.scoring import Answerer
 from edge_ft.progress import Progress, heartbeat, track
@@ -49,29 +50,23 @@ class Answer:
 
 
 def generate_answers(
-    answerer: Answerer,
-    decode: Callable[[list[int]], str],
-    examples: Sequence[Example],
-    max_new_tokens: int,
-    model_limit: int,
-    progress: Progress,
-    stage: str = "answer",
+    opened: LoadedSource, examples: Sequence[Example], max_new_tokens: int, progress: Progress, stage: str = "answer"
 ) -> list[Answer]:
     """Generate greedy answers to the prompts of `examples`.
 
     Args:
-        answerer: The model.
-        decode: Token ids -> text.
+        opened: The model; its scorer is an `Answerer`.
         examples: Rows; those without a prompt, or without a free position for an answer, are left out.
         max_new_tokens: Longest answer in tokens.
-        model_limit: Number of positions of the model.
         progress: Receives the state of the generation.
         stage: Name of the stage for `progress`.
 
     Returns:
         The answers, in the order of `examples`.
     """
-    longest = [min(max_new_tokens, model_limit - example.shared_positions) for example in examples]
+    answerer = opened.scorer
+    assert isinstance(answerer, Answerer)
+    longest = [min(max_new_tokens, opened.model_limit - example.shared_positions) for example in examples]
     prompted = [row for row, example in enumerate(examples) if example.prompt_length and longest[row] > 0]
     prompts = {row: examples[row].input_ids[: examples[row].prompt_length] for row in prompted}
     batches: list[list[int]] = []
@@ -90,7 +85,7 @@ def generate_answers(
             else:
                 written = [answerer.answer(prompts[row], longest[row]) for row in batch]
             for row, ids in zip(batch, written, strict=True):
-                found[row] = Answer(decode(ids), examples[row].reference, len(ids) < longest[row])
+                found[row] = Answer(opened.tokenizer.decode(ids), examples[row].reference, len(ids) < longest[row])
     return [found[row] for row in prompted]
 
 
@@ -125,28 +120,25 @@ def answer_metrics(answers: Sequence[Answer], progress: Progress) -> dict[str, M
 
 
 def choice_metrics(
-    chooser: Chooser,
-    examples: Sequence[Example],
-    answers: Sequence[list[int]],
-    model_limit: int,
-    progress: Progress,
-    stage: str = "choose",
+    opened: LoadedSource, examples: Sequence[Example], progress: Progress, stage: str = "choose"
 ) -> dict[str, Metric]:
     """Return `choice_accuracy` and `choice_macro_f1` of the likeliest of the possible answers.
 
     Args:
-        chooser: The model.
+        opened: The model, with the few answers of its training rows.
         examples: Rows; those whose prompt leaves too few positions for the longest answer are left out, and those
-            with another answer than `answers` count as wrong.
-        answers: Token ids of the possible answers, each with the token that ends it.
-        model_limit: Number of positions of the model.
+            with another answer count as wrong.
         progress: Receives the state of the scoring.
         stage: Name of the stage for `progress`.
 
     Returns:
-        The metrics; none if no row is left.
+        The metrics; none if the training rows had many answers, the model is no `Chooser`, or no row is left.
     """
-    longest_prompt = model_limit - max(map(len, answers))
+    chooser, rendering = opened.scorer, opened.rendering
+    if not rendering.answers or not isinstance(chooser, Chooser):
+        return {}
+    answers = [answer_ids(rendering, opened.tokenizer, answer) for answer in rendering.answers]
+    longest_prompt = opened.model_limit - max(map(len, answers))
     prompted = [example for example in examples if 0 < example.prompt_length <= longest_prompt]
     if not prompted:
         return {}
@@ -154,7 +146,7 @@ def choice_metrics(
     for row, example in enumerate(track(progress, stage, prompted, len(prompted))):
         right = [int(label) for label in example.labels[example.prompt_length :] if label != IGNORED]
         if right in answers:
-            gold[row] = list(answers).index(right)
+            gold[row] = answers.index(right)
         predicted[row] = chooser.answer_nll(example.input_ids[: example.prompt_length], answers).argmin()
     classes = len(answers) + 1
     return {"choice_accuracy": proportion(predicted == gold), "choice_macro_f1": macro_f1(predicted, gold, classes)}

@@ -27,6 +27,7 @@ from edge_ft.progress import Progress, track
 
 __all__ = [
     "Answerer",
+    "Batching",
     "Embedder",
     "RowScores",
     "Scorer",
@@ -59,6 +60,17 @@ class Embedder(Scorer, Protocol):
 
     def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the embeddings of a batch's first and second texts, [batch, hidden] each, of length 1."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How examples become batches."""
+
+    task: str
+    pad_id: int
+    """Token id of the padding."""
+    size: int = 8
+    """Rows per batch; feature-extraction always has `SCORED_TOGETHER`."""
 
 
 @dataclass(frozen=True)
@@ -129,24 +141,13 @@ def drop_unscorable(
     return kept, {"rows": len(kept), "dropped": dropped, "cut": len(cut), "cut_tokens": sum(cut)}
 
 
-def score(
-    scorer: Scorer,
-    examples: Sequence[Example],
-    *,
-    task: str,
-    pad_id: int,
-    batch_size: int,
-    progress: Progress,
-    stage: str,
-) -> RowScores:
+def score(scorer: Scorer, examples: Sequence[Example], batching: Batching, progress: Progress, stage: str) -> RowScores:
     """Score every example, in batches of similar length.
 
     Args:
         scorer: The model; an `Embedder` for feature-extraction.
         examples: Rows with at least one target each.
-        task: Task of the model.
-        pad_id: Token id of the padding.
-        batch_size: Rows per batch; feature-extraction always has `SCORED_TOGETHER`.
+        batching: How they become batches.
         progress: Receives the state of the scoring.
         stage: Name of the stage for `progress`.
 
@@ -158,12 +159,14 @@ def score(
     tokens = np.zeros(count, np.int64)
     correct = np.zeros(count, np.int64)
     predicted: list[NDArray[Any]] = [np.zeros(0, np.int64)] * count
-    embeds = task == "feature-extraction"
+    embeds = batching.task == "feature-extraction"
     vectors: list[list[NDArray[np.float32]]] = [[], []]
     order: list[int] = []
-    batches = eval_batches([len(example.input_ids) for example in examples], SCORED_TOGETHER if embeds else batch_size)
+    batches = eval_batches(
+        [len(example.input_ids) for example in examples], SCORED_TOGETHER if embeds else batching.size
+    )
     for indices in track(progress, stage, batches, len(batches)):
-        batch = collate([examples[index] for index in indices], pad_id, task)
+        batch = collate([examples[index] for index in indices], batching.pad_id, batching.task)
         if embeds:
             assert isinstance(scorer, Embedder)
             pair = scorer.vectors(batch)
@@ -173,7 +176,7 @@ def score(
                 found.extend(some)
         else:
             losses, likeliest = scorer.token_nll(batch)
-        labels, targets = batch["labels"], target_mask(batch["labels"], task)
+        labels, targets = batch["labels"], target_mask(batch["labels"], batching.task)
         for position, index in enumerate(indices):
             at = targets[position]
             nll[index] = losses[position][at].sum()

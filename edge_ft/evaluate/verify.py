@@ -23,12 +23,12 @@ from edge_ft.data import (
 from edge_ft.data.seq2seq import encode_pair
 from edge_ft.errors import GateRefused
 from edge_ft.evaluate.metrics import bootstrap
-from edge_ft.evaluate.scoring import RowScores, Scorer, drop_unscorable, score, summary
+from edge_ft.evaluate.scoring import Batching, RowScores, drop_unscorable, score, summary
 from edge_ft.families import CLASSIFIERS
 from edge_ft.progress import Progress, Silent
 from edge_ft.runtime import load
 
-__all__ = ["SAME", "VERIFY_ROWS", "largest_difference", "probe_examples", "score_examples", "verify"]
+__all__ = ["SAME", "VERIFY_ROWS", "largest_difference", "probe_examples", "verify"]
 
 VERIFY_ROWS = 512
 """Most validation rows that verification reads: enough for an interval of ±0.01 nats on most data."""
@@ -64,7 +64,7 @@ class _Graphs:
 
     def score(self, level: str, examples: Sequence[Example], stage: str, adapter: str | None = None) -> RowScores:
         scorer = load(self.bundle, accuracy_level=int(level), threads=self.threads, adapter=adapter)  # type: ignore[arg-type]
-        return score_examples(scorer, examples, self.tokenizer, self.rendering, self.progress, stage)
+        return score(scorer, examples, Batching(self.rendering.task, self.tokenizer.pad_id), self.progress, stage)
 
     def tolerance(self, level: str) -> float:
         """Return by how many nats per token scores of one level may differ between machines."""
@@ -210,20 +210,6 @@ def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Examp
         return encode_rows(replace(rendering, columns=bare_columns(rendering.task)), tokenizer, rows)
     encoded = [tokenizer.encode(text)[: rendering.max_length] for text in PROBES]
     return [Example(row, ids, list(ids), 1, "", 0) for row, ids in enumerate(encoded, 1)]
-
-
-def score_examples(
-    scorer: Scorer,
-    examples: Sequence[Example],
-    tokenizer: TextTokenizer,
-    rendering: Rendering,
-    progress: Progress,
-    stage: str,
-) -> RowScores:
-    """Return the scores of examples of a verification, see `score`."""
-    return score(
-        scorer, examples, task=rendering.task, pad_id=tokenizer.pad_id, batch_size=8, progress=progress, stage=stage
-    )
 
 
 def largest_difference(first: RowScores, second: RowScores) -> float:

@@ -19,7 +19,7 @@ from edge_ft.artifacts import disk_full
 from edge_ft.config import TuneConfig
 from edge_ft.data import Batch, Example, collate, target_mask, train_batches
 from edge_ft.errors import UsageError
-from edge_ft.evaluate.scoring import Embedder, RowScores, Scorer, score
+from edge_ft.evaluate.scoring import Batching, Embedder, RowScores, Scorer, score
 from edge_ft.progress import Progress
 from edge_ft.tune.stopwatch import Stopwatch
 
@@ -343,11 +343,9 @@ class _Loop:
             scores = score(
                 _PolledScorer(self.backend, self.callbacks),
                 self.rows.validation,
-                task=self.rows.task,
-                pad_id=self.rows.pad_id,
-                batch_size=self.config.rows_at_once,
-                progress=self.progress,
-                stage=f"validation at step {step}" if step else "validation, base",
+                Batching(self.rows.task, self.rows.pad_id, self.config.rows_at_once),
+                self.progress,
+                f"validation at step {step}" if step else "validation, base",
             )
         self.callbacks.on_metrics(
             {

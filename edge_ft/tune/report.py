@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_ft.config import TEXT_TASKS
-from edge_ft.data import Example, TextTokenizer, answer_ids
-from edge_ft.evaluate.generation import Answer, Chooser, answer_metrics, choice_metrics, generate_answers
+from edge_ft.data import Example, TextTokenizer
+from edge_ft.evaluate.generation import Answer, answer_metrics, choice_metrics, generate_answers
+from edge_ft.evaluate.loading import LoadedSource
 from edge_ft.evaluate.metrics import Metric
-from edge_ft.evaluate.scoring import Answerer, RowScores, format_prediction, score, summary
+from edge_ft.evaluate.scoring import Answerer, Batching, RowScores, format_prediction, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.system import release_memory
 from edge_ft.tune.loop import Fit
@@ -114,15 +115,8 @@ def _scores(job: "Job", scorer: Answerer, base: Base, fitted: Fit, progress: Pro
 
 
 def _score(job: "Job", scorer: Answerer, examples: Sequence[Example], progress: Progress, stage: str) -> RowScores:
-    return score(
-        scorer,
-        examples,
-        task=job.prepared.task,
-        pad_id=job.tokenizer.pad_id,
-        batch_size=job.config.rows_at_once,
-        progress=progress,
-        stage=stage,
-    )
+    batching = Batching(job.prepared.task, job.tokenizer.pad_id, job.config.rows_at_once)
+    return score(scorer, examples, batching, progress, stage)
 
 
 def _overfitting(job: "Job", scorer: Answerer, best: float, fitted: Fit, progress: Progress) -> dict[str, Any]:
@@ -153,24 +147,21 @@ def _answers(
     job: "Job", scorer: Answerer, base: Base, examples: Sequence[Example], progress: Progress
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Greedy answers of the base and of the tuned model: a few as samples, and the metrics of all."""
-    tokenizer, rendering, model_limit = job.tokenizer, job.prepared.rendering, job.base.max_length
+    tokenizer, model_limit = job.tokenizer, job.base.max_length
     examples = [example for example in examples if example.prompt_length and example.shared_positions < model_limit]
     if not examples:
         return [], None
     answers: dict[str, list[Answer]] = {}
     chosen: dict[str, dict[str, Metric]] = {}
-    choices = [answer_ids(rendering, tokenizer, answer) for answer in rendering.answers]
+    opened = LoadedSource(scorer, tokenizer, job.prepared.rendering, model_limit)
     for name, context in (("base", base), ("tuned", nullcontext)):
         with context():
-            answers[name] = generate_answers(
-                scorer, tokenizer.decode, examples, SAMPLE_TOKENS, model_limit, progress, f"answers, {name}"
-            )
-            if choices and isinstance(scorer, Chooser):
-                chosen[name] = choice_metrics(scorer, examples, choices, model_limit, progress, f"choices, {name}")
+            answers[name] = generate_answers(opened, examples, SAMPLE_TOKENS, progress, f"answers, {name}")
+            chosen[name] = choice_metrics(opened, examples, progress, f"choices, {name}")
     release_memory()  # ROUGE imports libraries of 160 MB, on top of what the answers took
     metrics: dict[str, dict[str, Any]] = {}
     for name, texts in answers.items():
-        found = answer_metrics(texts, progress if name == "base" else Silent()) | chosen.get(name, {})
+        found = answer_metrics(texts, progress if name == "base" else Silent()) | chosen[name]
         for metric, value in found.items():
             metrics.setdefault(metric, {"base": None, "tuned": None})[name] = value
     samples = []

@@ -231,13 +231,14 @@ def test_nothing_is_answered_where_there_is_no_prompt(llama: Path, llama_run: Ru
     assert TorchScorer(model, "text-generation").answer([], 3) == []
 
 
-def test_answers_end_at_the_models_limit(llama_run: RunFolder, tmp_path: Path) -> None:
+def test_answers_end_at_the_models_limit(llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lines = [{"prompt": "\x01" * length, "completion": "\x02" * 40} for length in (20, 195)]
     data = read_rows(write(tmp_path / "long.jsonl", lines))
     opened = open_source(str(llama_run.path), EvalConfig(data="-"), data)
     endless = TorchScorer(open_run_model(llama_run)[0], "text-generation", stop_ids=frozenset())
     examples = encode_rows(opened.rendering, opened.tokenizer, data)
-    answers = generate_answers(endless, lambda ids: str(len(ids)), examples, 64, opened.model_limit, Silent())
+    monkeypatch.setattr(opened.tokenizer, "decode", lambda ids: str(len(ids)))
+    answers = generate_answers(replace(opened, scorer=endless), examples, 64, Silent())
     assert [answer.text for answer in answers] == ["64", str(256 - examples[1].prompt_length)]
     assert examples[1].prompt_length > 256 - 64
 

@@ -1,6 +1,8 @@
 """Metrics of generated answers equal those of the libraries that define them, or are counted by hand."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from recorded_progress import RecordedProgress
@@ -90,25 +92,20 @@ def examples(*prompts: list[int]) -> list[Example]:
 
 
 class Counter:
-    """Writes 1, 2, 3 … up to as many tokens as it is asked for, or to the prompt's first token."""
-
-    def __init__(self) -> None:
-        self.asked: list[int] = []
+    """Writes 1, 2, 3 … up to the longest answer allowed, or to the prompt's first token."""
 
     def token_nll(self, batch: object) -> None:  # type: ignore[return]
         ...
 
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        self.asked.append(max_new_tokens)
         return list(range(1, min(max_new_tokens, prompt_ids[0]) + 1))
 
 
 def test_an_answer_that_was_cut_has_not_ended_and_none_exceeds_the_models_limit() -> None:
-    counter = Counter()
-    found = generate_answers(counter, str, examples([2], [9], [], [9] * 6, [9] * 8), 4, 8, Silent())  # type: ignore[arg-type]
+    opened: Any = SimpleNamespace(scorer=Counter(), tokenizer=SimpleNamespace(decode=str), model_limit=8)
+    found = generate_answers(opened, examples([2], [9], [], [9] * 6, [9] * 8), 4, Silent())
     assert [(answer.text, answer.ended) for answer in found] == [
         ("[1, 2]", True),
         ("[1, 2, 3, 4]", False),
-        ("[1, 2]", False),  # 6 of 8 positions were taken; the row without a prompt and the full one are not asked
+        ("[1, 2]", False),  # 6 of 8 positions are taken; the rows without a prompt or a free position have no answer
     ]
-    assert counter.asked == [4, 4, 2]
