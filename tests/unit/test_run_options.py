@@ -39,7 +39,7 @@ def test_threads_are_those_of_the_session(tmp_path: Path, threads: list[int]) ->
 def test_an_evaluation_of_a_bundle_uses_as_many_threads(tmp_path: Path, threads: list[int]) -> None:
     bundle, rows = write_decoder(tmp_path / "decoder"), tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Is it:", "completion": "yes"}\n')
-    settings = EvalConfig(data=str(rows), generate=False)
+    settings = EvalConfig(data=str(rows), prompt="{prompt}", completion="{completion}", generate=False)
     scored = [evaluate(str(bundle), replace(settings, threads=given))["nll"] for given in (None, 2)]
     assert threads == [3, 2]
     assert scored[0] == pytest.approx(scored[1])
