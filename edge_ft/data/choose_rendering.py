@@ -86,7 +86,9 @@ def make_rendering(
                 "rows of messages need a chat template and there is none: give one with --chat-template FILE"
             )
     if tokenizer.eos_id is None:
-        raise ModelError("the tokenizer names no eos_token: the model could not learn to stop")
+        raise ModelError(
+            "the tokenizer names no eos_token, without which a model cannot learn to stop: choose one that does"
+        )
     bos = tokenizer.bos_id if template is None and task == "text-generation" else None
     return Rendering(task, template, columns, labels, max_length, bos, tokenizer.eos_id)
 
@@ -146,7 +148,9 @@ def trained_rendering(
     if config.pooling not in (None, own.pooling):
         raise DataError(f"--pooling {config.pooling}: this model was made with {own.pooling or 'none'}, leave it out")
     if config.problem_type not in (None, own.problem_type):
-        raise DataError(f"--problem-type {config.problem_type}: this model was trained for {own.problem_type}")
+        raise DataError(
+            f"--problem-type {config.problem_type}: this model learned {own.problem_type or own.task}, leave it out"
+        )
     fits = own.columns.fits(names)
     requested = (config.prompt, config.completion, config.label, config.text_pair, config.chat_template)
     if fits and all(value is None for value in requested):

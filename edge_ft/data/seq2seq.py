@@ -30,7 +30,9 @@ def check_pairs(columns: Columns, chat_template: str | None) -> None:
         DataError: the rows are chats or single texts, or a chat template was given.
     """
     if chat_template not in (None, "none"):
-        raise DataError("--chat-template is for decoders: an encoder-decoder reads its prompt as --prompt writes it")
+        raise DataError(
+            "--chat-template is for decoders: an encoder-decoder reads the prompt as --prompt writes it, leave it out"
+        )
     if columns.kind == "messages" or columns.prompt is None:
         what = "chats" if columns.kind == "messages" else "single texts"
         raise DataError(

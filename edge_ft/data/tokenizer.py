@@ -77,7 +77,9 @@ class TextTokenizer:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         # The library raises a bare Exception for every kind of broken file.
         except Exception as error:
-            raise ModelError(f"{folder / 'tokenizer.json'} cannot be read as a tokenizer: {error}") from error
+            raise ModelError(
+                f"{folder / 'tokenizer.json'} cannot be read as a tokenizer ({error}): save it again"
+            ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
@@ -265,7 +267,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from error
+        raise ModelError(f"{path} is not JSON ({error}): save or download it again") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold one JSON object")
+        raise ModelError(f"{path} must hold one JSON object: save or download it again")
     return content

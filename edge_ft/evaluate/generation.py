@@ -71,7 +71,7 @@ def generate_answers(
     prompts = {row: examples[row].input_ids[: examples[row].prompt_length] for row in prompted}
     batches: list[list[int]] = []
     if isinstance(answerer, BatchAnswerer):
-        # A row near the model's limit has a shorter longest answer than the others: it is answered alone.
+        # A row near the model's limit has a shorter longest answer than the others: it is answered by itself.
         free = [row for row in prompted if longest[row] == max_new_tokens]
         chunks = eval_batches([len(prompts[row]) for row in free], BATCH)
         batches = [[free[index] for index in chunk] for chunk in chunks]

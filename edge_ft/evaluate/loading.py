@@ -53,7 +53,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
         with heartbeat(progress, f"opening {source}"):
             return _open_bundle(Path(source), config, rows)
     if config.accuracy_level is not None:
-        raise UsageError("--accuracy-level is for bundles: runs and models have one graph")
+        raise UsageError("--accuracy-level is for bundles: runs and models have no such levels, leave it out")
     from edge_ft.models.libraries import import_libraries
 
     torch = import_libraries(progress)
@@ -63,7 +63,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
         if kind == "run":
             return _open_run(RunFolder.open(Path(source)), config, rows, device)
         if config.adapter is not None:
-            raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter")
+            raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter, leave it out")
         return _open_model(source, config, rows, device)
 
 
@@ -101,10 +101,11 @@ def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
 def _open_run(run: RunFolder, config: EvalConfig, rows: Sequence[Row], device: str) -> LoadedSource:
     from edge_ft.quant.layers import to_device
 
-    tokenizer, limit = TextTokenizer.load(run.tokenizer), find_run_base(run).max_length
-    rendering = trained_rendering(Rendering.from_dict(run.rendering()), config, rows, tokenizer, limit)
-    model, _ = open_run_model(run, adapter=config.adapter != "none")
-    return torch_source(to_device(model, device), rendering, tokenizer, limit)
+    base, tokenizer = find_run_base(run), TextTokenizer.load(run.tokenizer)
+    own = Rendering.from_dict(run.rendering())
+    rendering = trained_rendering(own, config, rows, tokenizer, base.max_length)
+    model, _ = open_run_model(run, config.adapter != "none", base)
+    return torch_source(to_device(model, device), rendering, tokenizer, base.max_length)
 
 
 def _open_model(source: str, config: EvalConfig, rows: Sequence[Row], device: str) -> LoadedSource:
@@ -138,12 +139,13 @@ def find_run_base(run: RunFolder) -> "Base":
     return replace(base, name=identity["model"])
 
 
-def open_run_model(run: RunFolder, adapter: bool = True) -> "tuple[Any, Base]":
+def open_run_model(run: RunFolder, adapter: bool = True, base: "Base | None" = None) -> "tuple[Any, Base]":
     """Load the torch model of a run on the CPU, over the 4-bit codes it was trained on.
 
     Args:
         run: The run folder.
         adapter: Whether to put the run's adapter on the base.
+        base: What `find_run_base` returned, which reads all weights; default it is called.
 
     Returns:
         The model, frozen, and its base.
@@ -156,7 +158,7 @@ def open_run_model(run: RunFolder, adapter: bool = True) -> "tuple[Any, Base]":
     from edge_ft.quant.serialization import codes_sha256
 
     identity = run.base()
-    base = find_run_base(run)
+    base = base or find_run_base(run)
     rendering, seed = Rendering.from_dict(run.rendering()), int(run.report()["seed"])
     codes = run.codes if run.codes.is_file() else None
     if codes is None and identity["format"] == "int4" and identity.get("calibration_rows"):

@@ -24,6 +24,7 @@ __all__ = [
     "interval",
     "macro_f1",
     "mean",
+    "micro_f1",
     "multi_label_f1",
     "number_metrics",
     "perplexity",
@@ -114,8 +115,12 @@ def multi_label_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> dic
         right, count = drawn @ hits, drawn @ seen  # [samples, classes]
         return np.asarray((2 * right / np.maximum(count, 1)).sum(1) / np.maximum((count > 0).sum(1), 1))
 
-    micro = ratio(2 * hits.sum(1), seen.sum(1))
-    return {"micro_f1": _metric(micro, len(gold)), "macro_f1": _metric(macro, len(gold))}
+    return {"micro_f1": _metric(micro_f1(predicted, gold), len(gold)), "macro_f1": _metric(macro, len(gold))}
+
+
+def micro_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> Statistic:
+    """Return F1 over all labels of all rows as a statistic; both arrays [rows, classes]."""
+    return ratio(2 * (predicted & gold).sum(1), predicted.sum(1) + gold.sum(1))
 
 
 def number_metrics(predicted: NDArray[Any], gold: NDArray[Any]) -> dict[str, Metric]:
@@ -160,9 +165,9 @@ def span_counts(predicted: list[list[str]], gold: list[list[str]]) -> tuple[NDAr
     if find_spec("seqeval") is None or not any(tag[:2] in ("B-", "I-") for row in gold for tag in row):
         return None
     entities = require("seqeval.metrics.sequence_labeling", "metrics").get_entities
-    spans = [(set(entities(ours)), set(entities(right))) for ours, right in zip(predicted, gold, strict=True)]
-    hits = np.array([2 * len(ours & right) for ours, right in spans])
-    return hits, np.array([len(ours) + len(right) for ours, right in spans])
+    spans = [(set(entities(found)), set(entities(right))) for found, right in zip(predicted, gold, strict=True)]
+    hits = np.array([2 * len(found & right) for found, right in spans])
+    return hits, np.array([len(found) + len(right) for found, right in spans])
 
 
 def ratio(parts: Numbers, wholes: Numbers) -> Statistic:

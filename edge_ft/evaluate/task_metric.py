@@ -3,14 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Example
-from edge_ft.evaluate.metrics import Statistic, correlation, ratio, span_counts
+from edge_ft.evaluate.metrics import Statistic, correlation, micro_f1, ratio, span_counts
 from edge_ft.evaluate.scoring import RowScores, tag_names
 
 __all__ = ["ACCURACY", "TaskMetric", "task_metric_for"]
@@ -47,12 +45,8 @@ def task_metric_for(examples: Sequence[Example], task: str, labels: tuple[str, .
         if len(labels) == 1:
             name = "spearman" if find_spec("scipy") is not None else "pearson"
             return TaskMetric(name, lambda scores: correlation(np.stack(scores.predicted)[:, 0], gold[:, 0], name))
-        return TaskMetric("micro_f1", lambda scores: ratio(*_micro_f1_counts(np.stack(scores.predicted) > 0, gold > 0)))
+        return TaskMetric("micro_f1", lambda scores: micro_f1(np.stack(scores.predicted) > 0, gold > 0))
     return TaskMetric("token_accuracy", ACCURACY.of) if task in TEXT_TASKS else ACCURACY
-
-
-def _micro_f1_counts(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
-    return 2 * (predicted & gold).sum(1), predicted.sum(1) + gold.sum(1)
 
 
 def _span_f1(scores: RowScores, examples: Sequence[Example], labels: tuple[str, ...]) -> Statistic:

@@ -93,7 +93,7 @@ def test_a_trained_model_renders_as_in_training_unless_settings_or_columns_diffe
     [
         ({"max_length": 9999}, "beyond the model's 256 positions"),
         ({"pooling": "cls"}, "--pooling cls: this model was made with none"),
-        ({"problem_type": "regression"}, "--problem-type regression: this model was trained for None"),
+        ({"problem_type": "regression"}, "--problem-type regression: this model learned text-generation"),
     ],
 )
 def test_settings_that_contradict_the_training_are_refused(
