@@ -19,8 +19,7 @@ VOCABULARY_CHUNK = {"cpu": 8192, "cuda": 2**16}
 
 def logit_softcap(model: Any) -> float | None:
     """Return the cap of a task model whose logits are cap · tanh(logit / cap) (Gemma 2); None without one."""
-    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
-    return cap
+    return getattr(model.config, "final_logit_softcapping", None)
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,7 @@ def target_loss(
     The gradient is computed together with the loss, so that no logits are saved (as Liger's fused linear
     cross-entropy, arXiv:2410.10989). Arguments are those of `score_targets`; the head is frozen.
     """
-    loss: Tensor = _TargetLoss.apply(hidden, head, labels, dtype, softcap)
-    return loss
+    return _TargetLoss.apply(hidden, head, labels, dtype, softcap)
 
 
 class _TargetLoss(torch.autograd.Function):

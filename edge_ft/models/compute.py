@@ -148,10 +148,9 @@ class Compute:
                 return plain(x)
             gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
             adapter = self._adapter(down)
-            if adapter is not None:
-                return gated_lora_matmul(gate, up, *adapter, down.base_layer)
-            y: Tensor = down(swiglu(gate, up))
-            return y
+            if adapter is None:
+                return down(swiglu(gate, up))
+            return gated_lora_matmul(gate, up, *adapter, down.base_layer)
 
         mlp.forward = forward
 
@@ -172,9 +171,8 @@ class Compute:
         if not (self.active and hasattr(layer, "lora_A") and isinstance(layer.base_layer, nn.Linear)):
             return None
         name = layer.active_adapters[0]
-        if layer.disable_adapters or layer.merged or layer.lora_variant:
-            return None
-        if layer.training and getattr(layer.lora_dropout[name], "p", 0):
+        dropout = layer.training and getattr(layer.lora_dropout[name], "p", 0)
+        if layer.disable_adapters or layer.merged or layer.lora_variant or dropout:
             return None
         return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 

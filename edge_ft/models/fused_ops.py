@@ -42,14 +42,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     See arXiv:1910.07467. It is computed in float32 and returned in x's dtype.
     """
-    y: Tensor = _RMSNorm.apply(x, weight, eps)
-    return y
+    return _RMSNorm.apply(x, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) · up (Shazeer, arXiv:2002.05202); saves gate and up."""
-    y: Tensor = _SwiGLU.apply(gate, up)
-    return y
+    return _SwiGLU.apply(gate, up)
 
 
 def lora_matmul(
@@ -68,14 +66,12 @@ def lora_matmul(
     Returns:
         [..., out].
     """
-    y: Tensor = _LoraMatMul.apply(x, a, b, scaling, layer, recomputable)
-    return y
+    return _LoraMatMul.apply(x, a, b, scaling, layer, recomputable)
 
 
 def gated_lora_matmul(gate: Tensor, up: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear) -> Tensor:
     """Return `lora_matmul` of silu(gate) · up [..., in]; saves gate and up."""
-    y: Tensor = _GatedLoraMatMul.apply(gate, up, a, b, scaling, layer)
-    return y
+    return _GatedLoraMatMul.apply(gate, up, a, b, scaling, layer)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -134,32 +134,17 @@ class TorchScorer:
         first, second = embed(self.model, batch, self.device)
         return first.cpu().numpy(), second.cpu().numpy()
 
-    @torch.inference_mode()
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
         """Return the greedy answer to one prompt, without the stop token that ends it; an empty one to no prompt."""
-        if not prompt_ids:
-            return []
-        if self.task == "text2text-generation":
-            return self.answer_batch([prompt_ids], max_new_tokens)[0]
-        prompt = torch.tensor([prompt_ids], device=self.device)
-
-        def step(tokens: Tensor | None, past: Any) -> Any:
-            ids = prompt if tokens is None else tokens
-            return self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
-
-        return self._decode(step, 1, max_new_tokens)[0]
+        return self.answer_batch([prompt_ids], max_new_tokens)[0] if prompt_ids else []
 
     @torch.inference_mode()
     def answer_batch(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Return `answer` to each of the prompts, none of them empty; they are computed together."""
-        step = self._seq2seq_step if self.task == "text2text-generation" else self._decoder_step
-        return self._decode(step(prompts), len(prompts), max_new_tokens)
-
-    def _decode(self, step: Step, rows: int, max_new_tokens: int) -> list[list[int]]:
-        """Decode greedily until every row has a stop token, which is left out."""
         self.model.eval()
-        answers: list[list[int]] = [[] for _ in range(rows)]
-        unfinished, tokens, past = set(range(rows)), None, None
+        step = (self._seq2seq_step if self.task == "text2text-generation" else self._decoder_step)(prompts)
+        answers: list[list[int]] = [[] for _ in prompts]
+        unfinished, tokens, past = set(range(len(prompts))), None, None
         for _ in range(max_new_tokens):
             output = step(tokens, past)
             past, tokens = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
@@ -197,7 +182,6 @@ class TorchScorer:
 
     def _seq2seq_step(self, sources: Sequence[list[int]]) -> Step:
         """Return the step of an encoder-decoder; sources are padded on the right."""
-        self.model.eval()
         model = task_model_of(self.model)
         input_ids, attention_mask = (torch.from_numpy(array).to(self.device) for array in pad(sources, 0))
         encoded = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
@@ -225,5 +209,4 @@ class TorchScorer:
             later = self.model(input_ids=targets[:, :-1].clamp(min=0), past_key_values=past, use_cache=True)  # type: ignore[operator]
             logits = torch.cat((logits, later.logits.float()), dim=1)
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        nll: NDArray[np.float64] = losses.sum(1).double().cpu().numpy()
-        return nll
+        return losses.sum(1).double().cpu().numpy()

@@ -58,8 +58,7 @@ def pack_nibbles(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return values 0..15 [..., n] as bytes [..., ceil(n / 2)], the earlier one in the low nibble, 0 after an odd n."""
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
-    packed: NDArray[np.uint8] = values[..., 0::2] | (values[..., 1::2] << np.uint8(4))
-    return packed
+    return values[..., 0::2] | (values[..., 1::2] << np.uint8(4))
 
 
 def unpack_nibbles(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:

@@ -157,7 +157,7 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]; the weight is dequantized to x's dtype."""
-        y: Tensor = _FrozenMatMul.apply(x, self)
+        y = _FrozenMatMul.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
