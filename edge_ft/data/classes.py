@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from edge_ft.config import ProblemType
@@ -37,7 +38,8 @@ def read_classes(value: Any, problem: ProblemType, where: str) -> tuple[str, ...
     """
     if problem == "multi_label_classification":
         if isinstance(value, str):  # tables store lists as text
-            value = _list(value)
+            with suppress(ValueError):
+                value = json.loads(value)
         if not isinstance(value, list) or not all(isinstance(name, str | int) for name in value):
             raise DataError(
                 f"{where} is {value!r}: with several classes per row it must be a list of texts or whole numbers"
@@ -98,10 +100,3 @@ def _number(value: Any) -> float | None:
         return float(value)
     except ValueError:
         return None
-
-
-def _list(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

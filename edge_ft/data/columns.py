@@ -51,6 +51,16 @@ class Columns:
         return columns_in(self.prompt) | columns_in(self.pair) | (answers if answer else set()) <= set(names)
 
 
+TEXT_COLUMNS = {
+    ("messages",): Columns("messages"),
+    ("prompt", "completion"): Columns("prompt_completion", "{prompt}", "{completion}"),
+    ("instruction", "output"): Columns("instruction", "{instruction}", "{output}"),
+    ("text", "label"): Columns("text_label", "{text}\n", "{label}"),  # a separator between the text and its class
+    ("text",): Columns("text", None, "{text}"),
+}
+"""Columns that a decoder learns from, by their names; the first that are all there are used."""
+
+
 def guess_task(names: Sequence[str], config: RowsConfig, kind: Kind) -> Task:
     """Return the task that the kind of model and the column names suggest.
 
@@ -75,7 +85,7 @@ def guess_task(names: Sequence[str], config: RowsConfig, kind: Kind) -> Task:
     return "text-classification"
 
 
-def find_columns(names: Sequence[str], config: RowsConfig, task: Task | None) -> Columns:
+def find_columns(names: Sequence[str], config: RowsConfig, task: Task) -> Columns:
     """Return the columns that the user's templates name, or that are recognised by name.
 
     In --prompt, --completion and --text-pair `{column}` is the column's value, `{{` and `}}` are braces, and the
@@ -85,7 +95,7 @@ def find_columns(names: Sequence[str], config: RowsConfig, task: Task | None) ->
     Args:
         names: All columns of the rows.
         config: Templates and label column that the user named.
-        task: None: any task that has no labels.
+        task: Task of the model.
 
     Raises:
         DataError: a named column is missing, or no known set of columns was found.
@@ -95,7 +105,7 @@ def find_columns(names: Sequence[str], config: RowsConfig, task: Task | None) ->
     )
     for flag, template in (("--prompt", prompt), ("--completion", completion), ("--text-pair", pair)):
         check_template(template, flag, names)
-    if task == "text-classification" or (task is None and config.label is not None):
+    if task == "text-classification":
         if completion is not None:
             raise DataError("--completion is for text-generation: name the column of the class with --label")
         label = _label_column(names, config)
@@ -115,7 +125,13 @@ def find_columns(names: Sequence[str], config: RowsConfig, task: Task | None) ->
         return Columns("template", prompt or _text_template(names, ""))
     if prompt is not None:
         return Columns("template", prompt, completion)
-    return _known_columns(names)
+    found = next((columns for needed, columns in TEXT_COLUMNS.items() if set(needed) <= set(names)), None)
+    if found is None:
+        raise DataError(
+            f"the columns are {', '.join(names)}: name yours with --prompt and --completion, "
+            "or call them messages, prompt and completion, instruction and output, or text"
+        )
+    return found
 
 
 def find_problem(rows: Sequence[Row], columns: Columns, requested: ProblemType | None) -> Columns:
@@ -134,29 +150,6 @@ def bare_columns(task: Task, problem_type: ProblemType | None = None) -> Columns
         "feature-extraction": Columns("pair", "{text}", "{positive}"),
     }
     return known.get(task, Columns("prompt_completion", "{prompt}", "{completion}"))
-
-
-def _known_columns(names: Sequence[str]) -> Columns:
-    """Return the columns of a chat, a prompt with its completion, or a text, recognised by name.
-
-    Raises:
-        DataError: no known set of columns.
-    """
-    if "messages" in names:
-        return Columns("messages")
-    if "prompt" in names and "completion" in names:
-        return Columns("prompt_completion", "{prompt}", "{completion}")
-    if "instruction" in names and "output" in names:
-        return Columns("instruction", "{instruction}", "{output}")
-    if "text" in names and "label" in names:
-        # A decoder needs a separator between the text and its class.
-        return Columns("text_label", "{text}\n", "{label}")
-    if "text" in names:
-        return Columns("text", None, "{text}")
-    raise DataError(
-        f"the columns are {', '.join(names)}: name yours with --prompt and --completion, "
-        "or call them messages, prompt and completion, instruction and output, or text"
-    )
 
 
 def _label_column(names: Sequence[str], config: RowsConfig) -> str:

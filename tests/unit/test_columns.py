@@ -63,7 +63,7 @@ def test_values_are_never_read_as_templates(first: str, second: str) -> None:
 )
 def test_a_template_cannot_run_code(template: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        find_columns(["passage"], RowsConfig(prompt=template), None)
+        find_columns(["passage"], RowsConfig(prompt=template), "text-generation")
 
 
 @pytest.mark.parametrize(
@@ -82,14 +82,14 @@ def test_a_class_and_its_text(fields: dict[str, Any], config: dict[str, Any], te
 @pytest.mark.parametrize(
     ("names", "config", "task", "message"),
     [
-        (["question", "answer"], {}, None, "the columns are question, answer: name yours with --prompt"),
+        (["question", "answer"], {}, "text-generation", "the columns are question, answer: name yours with --prompt"),
         (["text", "lable"], {}, "text-classification", r"no column 'label'.*did you mean 'lable'"),
         (["a", "b", "label"], {}, "text-classification", "which of a, b, label is the text"),
         (["text", "label"], {"label": "label"}, "text-generation", "--label label is for text-classification"),
         (["a", "label"], {"prompt": "{a}", "completion": "{a}"}, "text-classification", "--completion is for"),
     ],
 )
-def test_missing_columns_are_named(names: list[str], config: dict[str, Any], task: Task | None, message: str) -> None:
+def test_missing_columns_are_named(names: list[str], config: dict[str, Any], task: Task, message: str) -> None:
     with pytest.raises(DataError, match=message):
         find_columns(names, RowsConfig(**config), task)
 
