@@ -160,8 +160,7 @@ def score(scorer: Scorer, examples: Sequence[Example], batching: Batching, progr
     correct = np.zeros(count, np.int64)
     predicted: list[NDArray[Any]] = [np.zeros(0, np.int64)] * count
     embeds = batching.task == "feature-extraction"
-    vectors: list[list[NDArray[np.float32]]] = [[], []]
-    order: list[int] = []
+    vectors: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
     batches = eval_batches(
         [len(example.input_ids) for example in examples], SCORED_TOGETHER if embeds else batching.size
     )
@@ -171,9 +170,7 @@ def score(scorer: Scorer, examples: Sequence[Example], batching: Batching, progr
             assert isinstance(scorer, Embedder)
             pair = scorer.vectors(batch)
             losses, likeliest = in_batch_loss(*pair, batch)
-            order += indices
-            for found, some in zip(vectors, pair, strict=True):
-                found.extend(some)
+            vectors |= zip(indices, zip(*pair, strict=True), strict=True)
         else:
             losses, likeliest = scorer.token_nll(batch)
         labels, targets = batch["labels"], target_mask(batch["labels"], batching.task)
@@ -185,8 +182,8 @@ def score(scorer: Scorer, examples: Sequence[Example], batching: Batching, progr
             correct[index] = (predicted[index] == labels[position][at]).sum()
     if not embeds:
         return RowScores(nll, tokens, correct, predicted)
-    places = np.argsort(order)
-    return RowScores(nll, tokens, correct, predicted, (np.stack(vectors[0])[places], np.stack(vectors[1])[places]))
+    first, second = zip(*(vectors[index] for index in range(count)), strict=True)
+    return RowScores(nll, tokens, correct, predicted, (np.stack(first), np.stack(second)))
 
 
 def tag_names(
