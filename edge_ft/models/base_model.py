@@ -196,7 +196,7 @@ def _convert_gguf(file: Path) -> Path:
     Raises:
         ModelError: the file cannot be converted.
         OSError: the cache cannot be written.
-    """
+    """  # noqa: DOC501 - of the errors below only an OSError is raised again
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -195,9 +195,12 @@ def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _without_weights(peft_model: Any) -> Any:
-    """Set the `weight` of LoRA layers over quantized layers to None, as in the layers inside, and return the model.
+    """Set the `weight` of LoRA layers over quantized layers to None, as in the layers inside.
 
     PEFT's property returns the codes, and T5 casts the input of its `wo` to the dtype of that weight: to uint8.
+
+    Returns:
+        The same model.
     """
     for module in peft_model.modules():
         if hasattr(module, "lora_A") and isinstance(module.base_layer, FrozenLinear):

@@ -24,6 +24,7 @@ def decoder_head_inputs(model: Any, batch: Batch, device: torch.device) -> tuple
     Args:
         model: The task model, with or without PEFT around it.
         batch: `input_ids` [batch, seq] and `labels` [batch, seq] with -100 where there is no loss.
+        device: Where the model is.
 
     Returns:
         Inputs [targets, hidden] float32 and labels [targets] int64.
@@ -45,6 +46,7 @@ def seq2seq_head_inputs(model: Any, batch: Batch, device: torch.device) -> tuple
     Args:
         model: The task model, with or without PEFT around it.
         batch: `input_ids` and `attention_mask` [batch, source], `labels` [batch, target] with -100 behind each end.
+        device: Where the model is.
 
     Returns:
         Inputs [targets, hidden] float32 and labels [targets] int64.

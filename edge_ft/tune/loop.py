@@ -193,6 +193,7 @@ def fit(
     Raises:
         UsageError: loss or gradient was too often not finite, or --max-minutes leaves no step.
         KeyboardInterrupt: from `callbacks.poll` or `progress`; a checkpoint of the last whole step was saved.
+        StopAtOnce: from `callbacks.poll`; nothing was saved.
     """
     callbacks = callbacks or Callbacks()
     loop = _Loop(backend, rows, config, progress, callbacks, Stopwatch(clock))
@@ -361,6 +362,9 @@ class _Loop:
         """Return how many of `steps` fit into --max-minutes, from one measured step.
 
         The number is fixed before the first step, so that the schedule ends there.
+
+        Raises:
+            UsageError: none fits.
         """
         evaluation_seconds = self.watch.elapsed  # all that was done so far is one evaluation
         batch = next(_endless_batches(self.rows, self.config))
