@@ -128,7 +128,8 @@ class ExportSource:
             examples = self.rows.calibration
             rows = make_calibration(examples, len(examples), self.tokenizer.pad_id, self.task, progress)
             assert rows is not None
-            quantize_calibrated(model, self.task, self.block_size, self._float_modules, rows)  # reports its layers
+            with heartbeat(progress, "choosing int4 codes"):
+                quantize_calibrated(model, self.task, self.block_size, self._float_modules, rows)
         elif self.weights != "fp32":
             with heartbeat(progress, f"rounding the weights to {self.weights}"):
                 self._round(model)

@@ -42,7 +42,7 @@ class BenchConfig(RowsConfig):
     max_size_mb: Annotated[float | None, Group.BUDGETS] = None
     """Largest size on disk, in MB."""
     threads: Threads = None
-    """CPU threads of every subject; default: all CPUs that the process may use."""
+    """CPU threads of every subject; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
     memory_limit: Annotated[int | None, Group.RESOURCES] = None
     """Memory limit of each subject's process in MB; a subject that needs more is reported as not fitting."""
 

@@ -38,7 +38,7 @@ class EvalConfig(RowsConfig):
     batch_size: Annotated[int, Group.EVALUATION] = 8
     """Rows scored in one forward pass."""
     threads: Threads = None
-    """CPU threads; default: all CPUs that the process may use."""
+    """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

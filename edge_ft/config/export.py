@@ -39,7 +39,7 @@ class ExportConfig(RowsConfig):
     """Refuse a bundle whose task metric (0 to 1) is lower by more than this, unless the 95% interval of the drop
     includes 0."""
     threads: Threads = None
-    """CPU threads; default: all CPUs that the process may use."""
+    """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +57,7 @@ class VerifyConfig(RowsConfig):
     """Maximum quantization tax on the export's validation rows, and maximum change of accuracy level 4 on the probe
     texts, in nats per target token; default: the limit of the export."""
     threads: Threads = None
-    """CPU threads; default: all CPUs that the process may use."""
+    """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,7 +48,7 @@ class RunConfig:
     """Choose the likeliest of these answers instead of generating one (text-generation); auto: the answers of the
     training rows, where they were few."""
     threads: Threads = None
-    """CPU threads; default: all CPUs that the process may use."""
+    """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(name for names in self.labels for name in names.split(",") if name))

@@ -88,7 +88,7 @@ class TuneConfig(RowsConfig):
     """Use of memory, with the same result: high is faster and keeps dequantized weights between steps, low is slower
     and recomputes activations; default: normal, or high where steps are short and memory is plentiful."""
     threads: Threads = None
-    """CPU threads; default: all CPUs that the process may use."""
+    """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
     checkpoint_minutes: Annotated[float, Group.CHECKPOINTS] = 5.0
     """Maximum minutes between checkpoints; 0 turns these checkpoints off."""
     checkpoint_steps: Annotated[int | None, Group.CHECKPOINTS] = None
