@@ -1,4 +1,4 @@
-"""The command line: one sentence and a documented exit code for every mistake, JSON for scripts."""
+"""The command line: a message of one line and a documented exit code for every error, and JSON for scripts."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def edge_ft(*arguments: str | Path, stdin: str = "", **environment: str) -> subp
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
-    """The one line that a refused command leaves on stderr."""
+    """The message of a refused command on stderr."""
     assert done.returncode == code, done
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("edge-ft: ")]
@@ -39,7 +39,7 @@ def test_help_and_version_need_no_model() -> None:
     assert "--learning-rate" in edge_ft("tune", "--help").stdout
 
 
-def test_the_version_alone_or_with_all_that_it_depends_on(tmp_path: Path) -> None:
+def test_version_prints_the_version_and_with_v_the_environment(tmp_path: Path) -> None:
     environment = {"EDGE_FT_CACHE": str(tmp_path), "OMP_NUM_THREADS": "3"}
     assert edge_ft("--version", **environment).stdout == f"{__version__}\n"
     lines = edge_ft("--version", "-v", **environment).stdout.splitlines()
@@ -51,7 +51,7 @@ def test_the_version_alone_or_with_all_that_it_depends_on(tmp_path: Path) -> Non
     assert lines[-1] == f"cache folder: {tmp_path}"
 
 
-def test_a_library_that_is_not_installed_is_listed_as_such() -> None:
+def test_version_v_lists_libraries_that_are_not_installed() -> None:
     script = (
         "import runpy, sys; from importlib import metadata; installed = metadata.version\n"
         "def version(name):\n"
@@ -65,7 +65,22 @@ def test_a_library_that_is_not_installed_is_listed_as_such() -> None:
     assert "GPU: none (torch is not installed)\n" in done.stdout
 
 
-def test_a_mistyped_flag_is_answered_with_a_near_one() -> None:
+@pytest.mark.parametrize("command", ["tune", "export", "eval"])
+def test_the_first_line_comes_before_torch_is_imported(command: str, tmp_path: Path) -> None:
+    """That import takes longer than a reader waits."""
+    (tmp_path / "torch.py").write_text("raise ImportError('imported now')")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    flags = {
+        "tune": ("--model", tmp_path, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run"),
+        "export": (tmp_path, "--out", tmp_path / "bundle"),
+        "eval": (tmp_path, "--data", tmp_path / "rows.jsonl"),
+    }
+    done = edge_ft(command, *flags[command], PYTHONPATH=str(tmp_path))
+    assert "imported now" in refused(done, 2)
+    assert "loading torch and transformers\n" in done.stderr.partition("edge-ft:")[0]
+
+
+def test_an_unknown_flag_is_refused_with_a_similar_one() -> None:
     assert "--max-steps" in refused(edge_ft("tune", "--model", "m", "--data", "d", "--out", "o", "--max-stps", "3"), 2)
 
 
@@ -83,11 +98,11 @@ def test_a_mistyped_flag_is_answered_with_a_near_one() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_value_that_cannot_be_is_refused_at_the_door(flags: list[str], says: str) -> None:
+def test_an_invalid_value_is_refused(flags: list[str], says: str) -> None:
     assert says in refused(edge_ft("tune", "--model", "m", "--data", "d", "--out", "o", *flags), 2)
 
 
-def test_flags_win_over_the_config_file_and_the_result_can_be_printed(tmp_path: Path) -> None:
+def test_flags_override_the_config_file_and_print_config_prints_the_result(tmp_path: Path) -> None:
     config = tmp_path / "tune.yaml"
     config.write_text("model: m\ndata: d\nout: o\nrank: 4\nsplit: [0.7, 0.2, 0.1]\n")
     printed = edge_ft("tune", "--config", config, "--rank", "2", "--print-config")
@@ -95,7 +110,7 @@ def test_flags_win_over_the_config_file_and_the_result_can_be_printed(tmp_path: 
     assert (found["model"], found["rank"], found["split"], found["alpha"]) == ("m", 2, [0.7, 0.2, 0.1], 16.0)
 
 
-def test_flags_and_the_config_file_win_over_a_preset(tmp_path: Path) -> None:
+def test_flags_and_the_config_file_override_a_preset(tmp_path: Path) -> None:
     config = tmp_path / "tune.yaml"
     config.write_text("model: m\ndata: d\nout: o\npatience: 7\n")
     flags = ("--preset", "thorough", "--config", config, "--epochs", "9", "--max-length", "auto")
@@ -104,7 +119,7 @@ def test_flags_and_the_config_file_win_over_a_preset(tmp_path: Path) -> None:
     assert found["max_length"] == "auto"
 
 
-def test_a_plan_is_printed_for_people_and_for_scripts(llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_a_plan_is_printed_as_a_table_and_as_json(llama: Path, sums: Path, tmp_path: Path) -> None:
     flags = ("plan", "--model", llama, "--data", sums, "--preset", "low-memory", "--show", "1", "--quiet")
     for_people = edge_ft(*flags, "--json", tmp_path / "plan.json")
     assert for_people.stderr == ""
@@ -115,7 +130,7 @@ def test_a_plan_is_printed_for_people_and_for_scripts(llama: Path, sums: Path, t
     assert found["recommended"] in found["choices"]
 
 
-def test_a_plan_refuses_with_the_codes_of_a_tune(llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_a_plan_has_the_exit_codes_of_a_tune(llama: Path, sums: Path, tmp_path: Path) -> None:
     flags = ("plan", "--model", llama, "--data", sums, "--quiet")
     assert "--allow leak" in refused(edge_ft(*flags, "--validation", sums), 5)
     assert "did you mean 'leak'" in refused(edge_ft(*flags, "--allow", "leek"), 2)
@@ -128,13 +143,13 @@ def test_a_plan_refuses_with_the_codes_of_a_tune(llama: Path, sums: Path, tmp_pa
     assert "take a smaller model" in refused(done, 4)
 
 
-def test_a_config_file_that_is_not_there_or_has_an_unknown_key_is_refused(tmp_path: Path) -> None:
+def test_a_missing_config_file_or_an_unknown_key_is_refused(tmp_path: Path) -> None:
     assert "no such file" in refused(edge_ft("tune", "--config", tmp_path / "none.yaml"), 2)
     (tmp_path / "typo.yaml").write_text("model: m\ndata: d\nout: o\nrnk: 4\n")
     assert "rnk" in refused(edge_ft("tune", "--config", tmp_path / "typo.yaml"), 2)
 
 
-def test_the_whole_way_by_command(llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_tune_export_run_eval_and_verify_by_command(llama: Path, sums: Path, tmp_path: Path) -> None:
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     tuned = edge_ft(
         *("tune", "--model", llama, "--data", sums, "--out", run, "--epochs", "8", "--learning-rate", "0.01"),
@@ -160,20 +175,20 @@ def test_a_refused_export_exits_with_3(llama_run: RunFolder, tmp_path: Path) -> 
     assert "--min-retained" in refused(done, 3)
 
 
-def test_a_missing_extra_names_its_pip_command(llama_run: RunFolder, tmp_path: Path) -> None:
+def test_a_missing_extra_is_refused_with_its_pip_command(llama_run: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     done = edge_ft("tune", "--model", "m", "--data", "d", "--out", "o", PYTHONPATH=str(tmp_path))
     assert "pip install 'edge-ft[train]'" in refused(done, 2)
 
 
-def test_a_tampered_bundle_is_refused(llama_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_changed_bundle_is_refused(llama_bundle: Bundle, tmp_path: Path) -> None:
     shutil.copytree(llama_bundle.path, tmp_path / "bundle")
     (tmp_path / "bundle" / "config.json").write_text("{}")
     for command in ("run", "verify", "bench"):
         assert "sha256" in refused(edge_ft(command, tmp_path / "bundle", *(["x"] if command == "run" else [])), 2)
 
 
-def test_something_that_is_no_bundle_is_refused(llama: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle_is_refused(llama: Path, tmp_path: Path) -> None:
     assert "not a bundle" in refused(edge_ft("run", llama, "x"), 2)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
@@ -191,7 +206,7 @@ def test_rows_that_cannot_be_read_are_named(llama: Path, tmp_path: Path, content
     assert says in refused(done, 2)
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(llama_run: RunFolder, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(llama_run: RunFolder, tmp_path: Path) -> None:
     """A file size limit makes every write of the weights fail, as a full disk does."""
     script = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -229,7 +244,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in done.stderr
 
 
-def test_a_conversation_goes_on_line_after_line(llama_bundle: Bundle) -> None:
+def test_a_chat_answers_every_line(llama_bundle: Bundle) -> None:
     done = edge_ft(
         "run", llama_bundle.path, "-i", "--max-new-tokens", "4", stdin="hello 1 the answer\nhello 2 the answer\n"
     )
@@ -251,9 +266,7 @@ def test_a_file_of_rows_is_answered_in_order(llama_bundle: Bundle, llama_run: Ru
     assert "exists already" in refused(edge_ft("run", llama_bundle.path, "--jsonl", rows, "--out", out), 2)
 
 
-def test_rows_of_any_known_kind_are_answered_and_a_bad_one_costs_only_itself(
-    llama_bundle: Bundle, tmp_path: Path
-) -> None:
+def test_rows_of_all_kinds_are_answered_and_one_bad_row_fails_alone(llama_bundle: Bundle, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "seven"}]
     rows = [{"messages": turns}, {"prompt": "hello " * 300}, {"instruction": "hello", "input": "3"}, {"text": "hello"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -266,14 +279,14 @@ def test_rows_of_any_known_kind_are_answered_and_a_bad_one_costs_only_itself(
     assert answers[0]["text"] == answers[3]["text"]
 
 
-def test_a_newline_at_the_end_of_stdin_is_not_part_of_the_prompt(llama_bundle: Bundle) -> None:
+def test_the_last_newline_of_stdin_is_not_part_of_the_prompt(llama_bundle: Bundle) -> None:
     flags = ("--max-new-tokens", "3", "--json", "-")
     piped = json.loads(edge_ft("run", llama_bundle.path, *flags, stdin="hello 3\n").stdout)
     given = json.loads(edge_ft("run", llama_bundle.path, "hello 3", *flags).stdout)
     assert piped["prompt_tokens"] == given["prompt_tokens"]
 
 
-def test_a_full_conversation_starts_anew(llama_bundle: Bundle) -> None:
+def test_a_chat_that_exceeds_the_model_limit_starts_a_new_one(llama_bundle: Bundle) -> None:
     done = edge_ft("run", llama_bundle.path, "-i", "--max-new-tokens", "40", stdin="hello the answer is seven\n" * 12)
     assert done.returncode == 0, done.stderr
     assert "starting a new one" in done.stdout
@@ -291,7 +304,7 @@ def test_a_classifier_cannot_chat(bert_bundle: Bundle) -> None:
     assert "text-classification bundle" in refused(edge_ft("run", bert_bundle.path, "-i"), 2)
 
 
-def test_a_model_in_pieces_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_a_broken_model_file_is_refused(tmp_path: Path) -> None:
     folder = write_bert(tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"not safetensors")
     done = edge_ft("export", folder, "--out", tmp_path / "bundle", "--task", "text-classification")

@@ -51,7 +51,7 @@ def test_a_plan_counts_rows_tokens_steps_and_parameters(planned: dict[str, Any],
     json.dumps(planned, allow_nan=False)
 
 
-def test_a_base_too_large_is_refused_before_it_is_loaded(
+def test_a_base_that_exceeds_the_memory_is_refused_before_it_is_loaded(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Available, "here", classmethod(lambda cls, out: Available(1000, AMPLE.disk_bytes)))
@@ -104,14 +104,16 @@ def test_the_given_settings_are_among_the_choices(llama: Path, sums: Path) -> No
     assert {choice["layers"] for choice in found["choices"]} == {"last:2", "last:1"}
 
 
-def test_fewer_layers_are_no_choice_where_none_of_them_is_trained(llama: Path, sums: Path) -> None:
+def test_layers_without_a_target_module_are_no_choice(llama: Path, sums: Path) -> None:
     first = ("model.layers.0.self_attn.q_proj",)
     found = plan(PlanConfig(model=str(llama), data=str(sums), target_modules=first, max_steps=2), available=AMPLE)
     assert {choice["layers"] for choice in found["choices"]} == {"all"}
 
 
-def test_an_encoder_decoders_answers_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sources of one length and answers of several: the longest answers are among what is measured."""
+def test_the_longest_answers_of_an_encoder_decoder_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sources have the same length."""
     rows = tmp_path / "rows.jsonl"
     answers = [" ".join(["two"] * (1 + n % 8)) for n in range(40)]
     rows.write_text(
@@ -130,7 +132,7 @@ def test_an_encoder_decoders_answers_count(tmp_path: Path, monkeypatch: pytest.M
     assert max(lengths) > 2 * min(lengths)
 
 
-def test_a_classifier_is_planned_too(bert: Path, reviews: Path) -> None:
+def test_a_plan_of_a_classifier(bert: Path, reviews: Path) -> None:
     found = plan(PlanConfig(model=str(bert), data=str(reviews)), available=AMPLE)
     assert found["recommended"]["layers"] == "all"
     assert [finding["code"] for finding in found["findings"]] in ([], ["duplicated"])
@@ -156,7 +158,7 @@ def test_a_tune_reports_its_plan_before_its_first_step_and_writes_it(with_plan: 
     assert any("⟦" in line for line in heard.lines)
 
 
-def test_a_plan_leaves_the_run_as_it_would_have_been(
+def test_a_plan_does_not_change_the_adapter(
     with_plan: tuple[RunFolder, Heard], llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edge_ft.tune.run.make_plan", lambda *_, **__: {})

@@ -37,21 +37,21 @@ def weights(run: RunFolder) -> dict[str, Any]:
     return load_file(run.adapter / "adapter_model.safetensors")
 
 
-def test_final_layers_trains_the_last_two_alone_in_a_higher_rank(tuned: Any) -> None:
+def test_final_layers_trains_only_the_last_two_layers_with_a_higher_rank(tuned: Any) -> None:
     found = weights(tuned("final-layers"))
     assert {name.split(".layers.")[1][0] for name in found} == {"1", "2"}
     assert {min(tensor.shape) for tensor in found.values()} == {32}
     assert {name.split(".layers.")[1][0] for name in weights(tuned("default"))} == {"0", "1", "2"}
 
 
-def test_thorough_takes_more_and_smaller_steps_and_may_end_early(tuned: Any) -> None:
+def test_thorough_has_more_epochs_a_lower_learning_rate_and_patience(tuned: Any) -> None:
     thorough, default = settings(tuned("thorough")), settings(tuned("default"))
     assert thorough["max_steps"] > default["max_steps"]
     assert thorough["learning_rate"] < default["learning_rate"]
     assert thorough["patience"] is not None
 
 
-def test_low_memory_takes_as_many_steps_of_as_many_rows(tuned: Any) -> None:
+def test_low_memory_has_as_many_steps_of_as_many_rows(tuned: Any) -> None:
     low, default = settings(tuned("low-memory")), settings(tuned("default"))
     assert low["memory"] == "low" != default["memory"]
     assert low["batch_size"] < default["batch_size"]

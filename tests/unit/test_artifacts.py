@@ -1,4 +1,4 @@
-"""A bundle opens only as it was written, and nothing is ever half written."""
+"""A bundle opens only if nothing has changed, and files are written whole or not at all."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_bundle import write_decoder
 
-from edge_ft.artifacts import Bundle, RunFolder, atomic_folder, kind_of, write_text
+from edge_ft.artifacts import Bundle, RunFolder, atomic_folder, kind_of, write_json, write_text
 from edge_ft.errors import BundleError, UsageError
 
 
@@ -15,7 +15,7 @@ def bundle(tmp_path: Path) -> Path:
     return write_decoder(tmp_path / "bundle")
 
 
-def test_a_whole_bundle_opens_and_knows_its_size(bundle: Path) -> None:
+def test_an_unchanged_bundle_opens_and_has_a_size(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     files = [path for path in bundle.rglob("*") if path.is_file() and path.name != "manifest.json"]
     assert opened.size_bytes == sum(path.stat().st_size for path in files)
@@ -27,7 +27,7 @@ def edit(bundle: Path, **changes: object) -> None:
     (bundle / "manifest.json").write_text(json.dumps({**manifest, **changes}))
 
 
-def test_a_changed_byte_is_found(bundle: Path) -> None:
+def test_a_changed_byte_is_refused(bundle: Path) -> None:
     graph = Bundle.open(bundle).graph()
     content = bytearray(graph.read_bytes())
     content[len(content) // 2] ^= 1
@@ -36,13 +36,13 @@ def test_a_changed_byte_is_found(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
-def test_a_missing_file_is_named(bundle: Path) -> None:
+def test_a_missing_file_is_refused_by_name(bundle: Path) -> None:
     (bundle / "tokenizer.json").unlink()
     with pytest.raises(BundleError, match=r"lacks tokenizer\.json"):
         Bundle.open(bundle)
 
 
-def test_an_unlisted_file_is_named(bundle: Path) -> None:
+def test_an_unlisted_file_is_refused_by_name(bundle: Path) -> None:
     (bundle / "onnx" / "extra.onnx").write_text("x")
     with pytest.raises(BundleError, match=r"does not list: onnx/extra\.onnx"):
         Bundle.open(bundle)
@@ -73,12 +73,12 @@ def test_a_folder_without_a_manifest_is_not_a_bundle(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
-def test_an_accuracy_level_that_did_not_pass_has_no_graph(bundle: Path) -> None:
+def test_an_accuracy_level_that_verification_refused_has_no_graph(bundle: Path) -> None:
     with pytest.raises(BundleError, match="no verified graph of accuracy level 3"):
         Bundle.open(bundle).graph(3)
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_an_atomic_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out") as folder:
         (folder / "half").write_text("x")
         raise KeyboardInterrupt
@@ -88,7 +88,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_an_atomic_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "old")
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "file", "new \ud800")
@@ -104,7 +104,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_bundles_runs_and_models_are_told_apart(bundle: Path, llama: Path, run: Path) -> None:
+def test_the_kind_of_a_source_is_bundle_run_or_model(bundle: Path, llama: Path, run: Path) -> None:
     assert [kind_of(str(path)) for path in (bundle, run, llama)] == ["bundle", "run", "model"]
 
 
@@ -113,3 +113,11 @@ def test_an_unfinished_run_is_refused(run: Path) -> None:
     (run / "report.json").unlink()
     with pytest.raises(UsageError, match="no finished run"):
         RunFolder.open(run)
+
+
+def test_json_without_nan_is_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "new" / "file.json", {"loss": 1.5, "name": "é"})
+    assert (tmp_path / "new" / "file.json").read_text(encoding="utf-8") == '{\n  "loss": 1.5,\n  "name": "é"\n}\n'
+    with pytest.raises(ValueError, match="nan"):
+        write_json(tmp_path / "file.json", {"loss": float("nan")})
+    assert not (tmp_path / "file.json").exists()

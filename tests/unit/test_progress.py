@@ -1,4 +1,4 @@
-"""Progress says how far, how fast, and how long still."""
+"""Progress reports what is done, and the elapsed and the remaining time."""
 
 import io
 import threading
@@ -9,19 +9,19 @@ import pytest
 from edge_ft.progress import Lines, ProgressBars, Silent, eta, heartbeat, track
 
 
-def test_the_time_left_follows_from_what_is_done() -> None:
+def test_the_remaining_time_is_extrapolated() -> None:
     assert eta(0, 10, 5.0) == "5 s"
     assert eta(5, 10, 5.0) == "5 s, 5 s left"
     assert eta(10, 10, 9.0) == "9 s"
 
 
-def test_lines_are_plain_and_the_last_step_is_always_one() -> None:
+def test_the_last_step_is_always_printed() -> None:
     stream = io.StringIO()
     assert list(track(Lines(stream), "score", "abc", 3)) == ["a", "b", "c"]
     assert stream.getvalue().splitlines() == ["score 3/3  0 s"]
 
 
-def test_a_stage_that_goes_on_after_another_counts_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_continues_after_another_one_is_timed_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("edge_ft.progress.time.monotonic", lambda: now[0])
     stream = io.StringIO()
