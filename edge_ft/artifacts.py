@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ __all__ = [
     "file_sha256",
     "kind_of",
     "write_json",
+    "write_jsonl",
     "write_text",
 ]
 
@@ -72,6 +73,11 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: a number is NaN or infinite, which JSON does not know.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, values: Iterable[Any]) -> None:
+    """`write_text` of one JSON value a line; what JSON has no form for is written as text."""
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False, default=str) + "\n" for value in values))
 
 
 def disk_full(error: BaseException) -> bool:
@@ -180,6 +186,21 @@ class RunFolder:
     def split(self, name: str) -> Path:
         """JSONL file with the rows of `train`, `validation` or `test`, as the user gave them."""
         return self.path / "splits" / f"{name}.jsonl"
+
+    def settings(self) -> dict[str, Any]:
+        """The content of config.yaml; none before it is written."""
+        import yaml
+
+        if not self.config_path.is_file():
+            return {}
+        settings: dict[str, Any] = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        return settings
+
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """Write config.yaml, which gives the same run again: with --resume, or with another --out."""
+        import yaml
+
+        write_text(self.config_path, yaml.safe_dump({**settings, "resume": False}, sort_keys=False))
 
     def report(self) -> dict[str, Any]:
         """The content of report.json."""

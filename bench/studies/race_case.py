@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from edge_ft.artifacts import atomic_file, write_text
+from edge_ft.artifacts import atomic_file, write_jsonl, write_text
 from edge_ft.bench.studies.baseline import MODEL_CLASSES
 from edge_ft.config import TuneConfig
 from edge_ft.errors import UsageError
@@ -24,7 +23,6 @@ from edge_ft.quant.conversion import is_within
 from edge_ft.quant.layers import QuantEmbedding, QuantLinear
 from edge_ft.tune.job import Job, prepare_job
 from edge_ft.tune.loop import planned_steps
-from edge_ft.tune.prepare import write_splits
 
 __all__ = ["prepare_race"]
 
@@ -55,11 +53,9 @@ def prepare_race(job: dict[str, Any]) -> dict[str, Any]:
     problem = whole.rendering.problem_type
     if whole.task not in MODEL_CLASSES or problem not in (None, "single_label_classification"):
         raise UsageError(f"the baseline learns {' and '.join(MODEL_CLASSES)} of one label, not {problem or whole.task}")
-    chosen = {}
-    for name, wanted in (("train", job["train_rows"]), ("validation", job["eval_rows"])):
+    for name, wanted in (("train", job["train_rows"]), ("validation", job["eval_rows"]), ("test", 0)):
         order = np.random.default_rng(0).permutation(len(whole.rows[name]))[:wanted]
-        chosen[name] = [whole.rows[name][index] for index in sorted(order)]
-    write_splits(replace(whole, rows=chosen | {"test": []}), Path(job["rows"]))
+        write_jsonl(Path(job["rows"]) / f"{name}.jsonl", [whole.rows[name][index].fields for index in sorted(order)])
     ours = prepare_job(TuneConfig(out=Path("unused"), **job["tune"] | {"task": whole.task}), Silent())
     model = ours.base.path
     if job["same_recipe"]:

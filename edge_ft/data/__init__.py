@@ -2,7 +2,7 @@
 
 from edge_ft.data.answer_choices import answer_ids, find_answers
 from edge_ft.data.audit import Finding, audit, template_marks
-from edge_ft.data.batches import Batch, collate, eval_batches, pad, target_mask, train_batches
+from edge_ft.data.batches import Batch, batch_tokens, collate, eval_batches, pad, target_mask, train_batches
 from edge_ft.data.chat import render_chat
 from edge_ft.data.choose_rendering import (
     longest_sequence,
@@ -18,6 +18,7 @@ from edge_ft.data.example import Example
 from edge_ft.data.readers import Row, column_names, read_rows, split_names
 from edge_ft.data.records import Message, Record, fill_text, find_labels, has_answer, is_empty, record
 from edge_ft.data.rendering import Rendering
+from edge_ft.data.show import show_example
 from edge_ft.data.split import fingerprint, overlap, split_rows
 from edge_ft.data.tokenizer import TextTokenizer
 
@@ -34,6 +35,7 @@ __all__ = [
     "answer_ids",
     "audit",
     "bare_columns",
+    "batch_tokens",
     "class_numbers",
     "collate",
     "column_names",
@@ -58,6 +60,7 @@ __all__ = [
     "read_rows",
     "record",
     "render_chat",
+    "show_example",
     "split_names",
     "split_rows",
     "stop_ids",

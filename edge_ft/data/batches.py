@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from edge_ft.data.example import IGNORED, Example
 
-__all__ = ["Batch", "collate", "eval_batches", "pad", "target_mask", "train_batches"]
+__all__ = ["Batch", "batch_tokens", "collate", "eval_batches", "pad", "target_mask", "train_batches"]
 
 ONE_TARGET = ("text-classification", "feature-extraction")
 """Tasks with labels for a whole text, not for its tokens."""
@@ -56,6 +56,15 @@ def collate(examples: Sequence[Example], pad_id: int, task: str) -> Batch:
     if task == "feature-extraction":
         batch["pair_input_ids"], batch["pair_attention_mask"] = pad([example.pair_ids for example in examples], pad_id)
     return batch
+
+
+def batch_tokens(batch: Sequence[int], examples: Sequence[Example], task: str) -> int:
+    """Tokens of a batch with its padding, those of a second text or of an encoder-decoder's answer included."""
+    rows = [examples[index] for index in batch]
+    longest = max(len(row.input_ids) for row in rows) + max(len(row.pair_ids) for row in rows)
+    if task == "text2text-generation":
+        longest += max(len(row.labels) for row in rows)
+    return len(batch) * longest
 
 
 def pad(rows: Sequence[Sequence[float]], value: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,13 +1,9 @@
 """Train a LoRA adapter over a frozen base: model and rows in, run folder out."""
 
-import time
-
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
 from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent
-from edge_ft.tune.opening import open_run
-from edge_ft.tune.plot import plot_losses
 
 __all__ = ["tune"]
 
@@ -25,6 +21,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         The finished run folder at `config.out`.
 
     Raises:
+        MissingExtra: torch, transformers or PEFT is not installed.
         UsageError: a model, rows or options that cannot be used, or that are not those of the run to resume.
         AuditRefused: the rows would train nothing, or overlap between splits.
         WillNotFit: it takes more memory or disk than is available, or the disk is full; saved files are whole.
@@ -32,30 +29,6 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     """
     progress = progress or Silent()
     import_libraries(progress, "peft")
-    from edge_ft.tune import run as steps
-    from edge_ft.tune.distributed import Processes
+    from edge_ft.tune.run import run_steps
 
-    started = time.monotonic()
-    processes = Processes.from_environment(progress)
-    if not processes.is_main:
-        progress = Silent()
-
-    opened = open_run(config.out, config.resume)
-    run = opened.folder
-    if opened.is_finished:
-        progress.say(f"{run.path} is finished: nothing was changed")
-        return run
-    job = steps.prepare(config, opened, processes, progress)
-    job, model = steps.load(job, opened, processes, progress)
-    with steps.explain_stop(opened, processes.is_main):
-        if processes.is_main:
-            steps.begin(run, job, model)
-            if opened.checkpoint is None:
-                steps.estimate(run, job, model, progress, time.monotonic() - started)
-        fitted = steps.train(opened, job, model, processes, progress)
-        evaluated = steps.evaluate(job, model, fitted, progress)
-        if processes.is_main:
-            plot_losses(run, progress)
-            steps.write_report(opened, job, model, processes, fitted, evaluated, time.monotonic() - started)
-        processes.wait()
-    return run
+    return run_steps(config, progress)

@@ -7,19 +7,18 @@ extrapolated.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from edge_ft.config import TEXT_TASKS, Task, TuneConfig
-from edge_ft.data import Example, collate, train_batches
+from edge_ft.config import TEXT_TASKS
+from edge_ft.data import batch_tokens, collate
 from edge_ft.system import Available, PeakMemory, release_memory, resident_bytes
 from edge_ft.tune.job import Job
-from edge_ft.tune.loop import planned_steps
 from edge_ft.tune.trainable_model import TrainableModel
 
-__all__ = ["Curve", "Measured", "batch_tokens", "measure", "training_batches"]
+__all__ = ["Curve", "Measured", "measure"]
 
 
 @dataclass(frozen=True)
@@ -74,26 +73,6 @@ class _Point:
     peak_bytes: int
 
 
-def training_batches(config: TuneConfig, train: Sequence[Example]) -> list[list[int]]:
-    """The batches of the first three epochs of the run, as indices of train rows; those of later epochs are alike."""
-    lengths = [len(example.input_ids) for example in train]
-    count = planned_steps(len(train), config) * config.gradient_accumulation
-    found: list[list[int]] = []
-    for epoch in range(3):
-        if len(found) < count:
-            found += train_batches(lengths, config.rows_at_once, config.seed, epoch)
-    return found[:count]
-
-
-def batch_tokens(batch: Sequence[int], examples: Sequence[Example], task: Task) -> int:
-    """Tokens of a batch with its padding, those of a second text or of an encoder-decoder's answer included."""
-    rows = [examples[index] for index in batch]
-    longest = max(len(row.input_ids) for row in rows) + max(len(row.pair_ids) for row in rows)
-    if task == "text2text-generation":
-        longest += max(len(row.labels) for row in rows)
-    return len(batch) * longest
-
-
 def measure(job: Job, model: TrainableModel, available: Available, loading: int) -> Measured:
     """Train and score a few batches of the run; the weights and the optimizer stay as they were.
 
@@ -107,7 +86,7 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
         The measurements.
     """
     train, task = job.prepared.examples["train"], job.prepared.task
-    batches = sorted(training_batches(job.config, train), key=lambda batch: batch_tokens(batch, train, task))
+    batches = sorted(job.batches, key=lambda batch: batch_tokens(batch, train, task))
     few, typical, longest = batches[0][: max(1, len(batches[0]) // 4)], batches[len(batches) // 2], batches[-1]
     _train_on(few, job, model)  # the first pass also pays for what later ones find ready
     release_memory()

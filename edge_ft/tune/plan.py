@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import safe_open
 
-from edge_ft.artifacts import RunFolder
+from edge_ft.artifacts import RunFolder, write_json
 from edge_ft.config import TEXT_TASKS, Memory, TuneConfig, last_layers
-from edge_ft.data import Example, eval_batches
+from edge_ft.data import Example, batch_tokens, eval_batches
 from edge_ft.errors import UsageError, WillNotFit
 from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory, resident_bytes, use_threads
 from edge_ft.tune.job import Job, prepare_job
-from edge_ft.tune.loop import EVALUATIONS, planned_steps
-from edge_ft.tune.measure import Measured, batch_tokens, measure, training_batches
-from edge_ft.tune.prepare import SPLITS
+from edge_ft.tune.loop import EVALUATIONS
+from edge_ft.tune.measure import Measured, measure
 from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS
+from edge_ft.tune.splits import SPLITS
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from edge_ft.models.base_model import Base
     from edge_ft.tune.trainable_model import TrainableModel
 
-__all__ = ["make_plan", "plan", "refuse_large_base", "resolve_memory"]
+__all__ = ["estimate", "plan", "refuse_large_base", "resolve_memory"]
 
 SHORT_STEP_TOKENS = 512
 """Up to this many tokens a step, keeping the dequantized weights in bfloat16 saves at least a sixth of its time."""
@@ -74,7 +74,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, available: Availa
     use_threads(config.threads)
     job = prepare_job(config, progress)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    job = replace(job, config=resolve_memory(job, available, device))
+    job = resolve_memory(job, available, device)
     choices = _measure_choices(job, device, available, time.monotonic() - started, progress)
     recommended = next((choice for choice in choices if choice["fits"]), None)
     if recommended is None:
@@ -82,17 +82,18 @@ def plan(config: TuneConfig, progress: Progress | None = None, available: Availa
     return _result(job, available, choices, recommended)
 
 
-def make_plan(
-    job: Job, model: "TrainableModel", progress: Progress, before: float, available: Available | None = None
+def estimate(
+    run: RunFolder, job: Job, model: "TrainableModel", available: Available, progress: Progress, before: float
 ) -> dict[str, Any]:
-    """Estimate the training that `tune` is about to begin, and report the estimate.
+    """Estimate the training that `tune` is about to begin, report the estimate and write it to plan.json.
 
     Args:
+        run: The run folder; its codes are written.
         job: The training.
         model: Its weights and optimizer stay as they are; each step of a run seeds its own random numbers.
+        available: Memory and disk to plan for.
         progress: Receives the plan.
         before: Seconds that the tune has run so far.
-        available: Memory and disk to plan for; None is what this machine has free.
 
     Returns:
         As `plan` does, with one choice.
@@ -100,12 +101,11 @@ def make_plan(
     Raises:
         WillNotFit: it takes more memory or disk than is available.
     """
-    available, began = available or Available.here(job.config.out), time.monotonic()
-    with heartbeat(progress, "measuring a few batches"):
+    began = time.monotonic()
+    with heartbeat(progress, "measuring a few batches"), model.backend.unshared():
         measured = measure(job, model, available, peak_rss_bytes())
     before += time.monotonic() - began
-    codes = RunFolder(job.config.out).codes
-    choice = _choice(job, measured, before, codes.stat().st_size if codes.is_file() else 0, available)
+    choice = _choice(job, measured, before, run.codes.stat().st_size if run.codes.is_file() else 0, available)
     for text in job.prepared.shown:
         progress.say(text)
     result = _result(job, available, [choice], choice)
@@ -118,11 +118,12 @@ def make_plan(
     )
     if not choice["fits"]:
         raise WillNotFit(_does_not_fit(choice, available))
+    write_json(run.path / "plan.json", result)
     return result
 
 
-def resolve_memory(job: Job, available: Available, device: "torch.device", processes: int = 1) -> TuneConfig:
-    """The settings with --memory chosen if the user left it open.
+def resolve_memory(job: Job, available: Available, device: "torch.device", processes: int = 1) -> Job:
+    """The job with --memory chosen if the user left it open.
 
     It becomes high if steps are short, so that dequantizing takes much of their time, and if the dequantized weights
     take little of the available memory.
@@ -134,18 +135,18 @@ def resolve_memory(job: Job, available: Available, device: "torch.device", proce
         processes: How many train together; each holds all weights.
 
     Returns:
-        The settings.
+        The job.
     """
     from edge_ft.quant.bf16 import has_bf16
 
-    config, train, task = job.config, job.prepared.examples["train"], job.prepared.task
+    config = job.config
     if config.memory is not None:
-        return config
-    tokens = statistics.fmean(batch_tokens(batch, train, task) for batch in training_batches(config, train))
+        return job
+    tokens = statistics.fmean(job.batch_tokens)
     bf16 = device.type == "cpu" and config.compute != "fp32" and has_bf16(device)
     saves_time = bf16 and config.base_format in ("int4", "int8", "nf4") and tokens <= SHORT_STEP_TOKENS
     fits = 2 * _count_weights(job.base) * processes <= HIGH_MEMORY_SHARE * available.memory_bytes
-    return replace(config, memory="high" if saves_time and fits else "normal")
+    return job.with_settings(memory="high" if saves_time and fits else "normal")
 
 
 def refuse_large_base(base: "Base", config: TuneConfig, available: Available) -> None:
@@ -268,10 +269,8 @@ def _seconds(job: Job, measured: Measured) -> float:
         batches = eval_batches([len(row.input_ids) for row in rows], config.rows_at_once)
         return sum(measured.evaluation.at(batch_tokens(batch, rows, task)) for batch in batches)
 
-    steps = planned_steps(len(train), config)
-    sizes = [batch_tokens(batch, train, task) for batch in training_batches(config, train)]
-    training = steps * config.gradient_accumulation * statistics.fmean(map(measured.step.at, sizes))
-    evaluations = 1 + math.ceil(steps / (config.eval_steps or math.ceil(steps / EVALUATIONS)))
+    training = job.steps * config.gradient_accumulation * statistics.fmean(map(measured.step.at, job.batch_tokens))
+    evaluations = 1 + math.ceil(job.steps / (config.eval_steps or math.ceil(job.steps / EVALUATIONS)))
     loop = training + evaluations * evaluation(validation)
     if config.max_minutes is not None:
         loop = min(loop, config.max_minutes * 60)
@@ -286,10 +285,8 @@ def _seconds(job: Job, measured: Measured) -> float:
 
 def _peak_bytes(job: Job, measured: Measured) -> int:
     """Peak of the resident memory: of loading, of a step with the longest batch, or of the report."""
-    train, task = job.prepared.examples["train"], job.prepared.task
-    longest = max(batch_tokens(batch, train, task) for batch in training_batches(job.config, train))
     # What a step takes is released before the report is made.
-    most = max(measured.memory.at(longest), measured.memory.values[0] + measured.answering)
+    most = max(measured.memory.at(max(job.batch_tokens)), measured.memory.values[0] + measured.answering)
     # The two moments of AdamW and the best weights come on top of what was measured.
     return max(measured.loading, round((most + 3 * 4 * measured.trainable) * FRAGMENTATION))
 
@@ -328,7 +325,7 @@ def _result(
         },
         "max_length": prepared.rendering.max_length,
         "trainable_parameters": recommended["trainable_parameters"],
-        "steps": planned_steps(len(lengths), job.config),
+        "steps": job.steps,
         "findings": prepared.findings,
         "available": {"memory_bytes": available.memory_bytes, "disk_bytes": available.disk_bytes},
         "choices": choices,

@@ -18,6 +18,7 @@ from edge_ft.tune.loop import Fit
 
 if TYPE_CHECKING:
     from edge_ft.tune.job import Job
+    from edge_ft.tune.trainable_model import TrainableModel
 
 __all__ = ["results"]
 
@@ -37,15 +38,14 @@ Base = Callable[[], AbstractContextManager[Any]]
 """Gives a context in which the tuned model answers as the untuned base."""
 
 
-def results(job: "Job", scorer: Answerer, base: Base, fitted: Fit, progress: Progress) -> dict[str, Any]:
-    """Score the tuned model and compare it with its base.
+def results(job: "Job", model: "TrainableModel", fitted: Fit, progress: Progress) -> dict[str, Any]:
+    """Score the tuned model in float32 and compare it with its base.
 
-    The validation rows chose the weights that `scorer` holds; the test rows are read here, once.
+    The validation rows chose the weights that `model` holds; the test rows are read here, once.
 
     Args:
         job: The resolved settings and the rows.
-        scorer: The tuned model, in float32.
-        base: Inside the context that this gives, `scorer` is the untuned base.
+        model: With the best weights.
         fitted: The loop's result.
         progress: Gets over-fitting and sample answers.
 
@@ -53,6 +53,9 @@ def results(job: "Job", scorer: Answerer, base: Base, fitted: Fit, progress: Pro
         `nll`, `metrics`, `overfitting`, `guards`, `answers` and `samples` of report.json; `answers` scores the
         answers to the first `ANSWERS` rows of a model that writes text, and is None for others.
     """
+    model.backend.compute.cache_weights(None)
+    release_memory()  # what is scored here would come on top of what the steps took
+    scorer, base = model.scorer, model.peft_model.disable_adapter
     prepared, examples = job.prepared, job.prepared.examples
     split = "test" if examples["test"] else "validation"
     scores = _scores(job, scorer, base, fitted, progress)

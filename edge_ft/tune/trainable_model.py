@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge_ft.data import collate, stop_ids
+from edge_ft.errors import UsageError
 from edge_ft.models.compute import set_malloc_thresholds
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
@@ -57,8 +58,10 @@ def load_trainable_model(
 
     Raises:
         ModelError: the weights cannot be loaded.
-        UsageError: --target-modules names no layer of it.
+        UsageError: --target-modules names no layer of it, or the task cannot be trained in several processes.
     """
+    if job.prepared.task == "feature-extraction" and processes.count > 1:
+        raise UsageError("feature-extraction compares the texts of a whole batch: train it in one process")
     config, base, prepared = job.config, job.base, job.prepared
     task, rendering, pad_id = prepared.task, prepared.rendering, job.tokenizer.pad_id
     set_malloc_thresholds(config.memory == "low")  # before codes are chosen, which takes as much as a step

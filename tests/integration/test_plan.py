@@ -161,7 +161,7 @@ def test_a_tune_reports_its_plan_before_its_first_step_and_writes_it(with_plan: 
 def test_a_plan_does_not_change_the_adapter(
     with_plan: tuple[RunFolder, Heard], llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_ft.tune.run.make_plan", lambda *_, **__: {})
+    monkeypatch.setattr("edge_ft.tune.run.estimate", lambda *_, **__: {})
     without = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", dropout=0.3, **FAST))
     adapters = [load_file(run.adapter / "adapter_model.safetensors") for run in (with_plan[0], without)]
     assert all((adapters[0][name] == adapters[1][name]).all() for name in adapters[1])

@@ -1,10 +1,13 @@
-"""`tune` writes a complete run folder, every option of it matters, and what would train nothing is refused."""
+"""`tune` writes a complete run folder, every option does what it promises, and what would train nothing is refused."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -89,44 +92,207 @@ def test_what_is_left_open_is_the_familys_recipe(family: Family) -> None:
     assert family.resolve(given) == given
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"alpha": 32.0},
-        {"base_format": "fp32"},
-        {"base_format": "int8"},
-        {"base_format": "nf4"},
-        {"base_format": "bf16"},
-        {"batch_size": 8},
-        {"block_size": 16},
-        {"chat_template": "none"},
-        {"dropout": 0.3},
-        {"epochs": 1.0, "max_steps": None},
-        {"gradient_accumulation": 2},
-        {"layers": "last:1"},
-        {"learning_rate": 2e-2},
-        {"max_grad_norm": 0.01},
-        {"max_length": 40},
-        {"max_steps": 2},
-        {"prompt": "{prompt}:", "completion": "{completion}"},
-        {"rank": 2},
-        {"schedule": "constant"},
-        {"seed": 1},
-        {"split": (0.5, 0.3, 0.2)},
-        {"target_modules": ("q_proj",)},
-        {"warmup": 0.9},
-        {"weight_decay": 0.5},
-    ],
-    ids=lambda option: "-".join(option),
-)
-def test_every_option_changes_the_adapter(
-    option: dict[str, Any], plain_run: RunFolder, llama: Path, sums: Path, tmp_path: Path
-) -> None:
-    settings = {"model": str(llama), "data": str(sums), "out": tmp_path / "run", **FAST, **option}
-    assert adapter(tune(TuneConfig(**settings))) != adapter(plain_run)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "one step": {},
+    "few weights": {"rank": 2, "target_modules": ("q_proj", "v_proj"), "layers": "last:1"},
+    "decayed": {"weight_decay": 0.5},
+    "clipped": {"max_grad_norm": 1e-10, "alpha": 32.0},
+    "dropped": {"dropout": 0.3},
+    "an epoch": {"max_steps": None, "epochs": 1.0, "batch_size": 8, "schedule": "constant", "warmup": 0.0},
+    "accumulated": {"max_steps": None, "epochs": 1.0, "gradient_accumulation": 2, "warmup": 0.9, "learning_rate": 2e-2},
+    "two steps": {"max_steps": 2, "warmup": 0.0, "block_size": 16},
+    "without turns": {"chat_template": "none"},
+    "written": {"prompt": "{prompt}:", "completion": "{completion}"},
+    "cut": {"max_length": 40, "split": (0.5, 0.3, 0.2)},
+    "another seed": {"seed": 1},
+    "fp32": {"base_format": "fp32"},
+    "bf16": {"base_format": "bf16"},
+    "int8": {"base_format": "int8"},
+    "nf4": {"base_format": "nf4"},
+}
+"""A training for each test, or for several options that do not disturb each other: one step where that is enough."""
 
 
-def test_eval_steps_sets_how_often_validation_is_looked_at(llama: Path, sums: Path, tmp_path: Path) -> None:
+Trained = Callable[[str], RunFolder]
+
+
+@pytest.fixture(scope="module")
+def trained(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The run of a name in OPTIONS."""
+
+    @cache
+    def run(name: str) -> RunFolder:
+        settings = {**FAST, "max_steps": 1, "compute": "fp32", **OPTIONS[name]}
+        return tune(
+            TuneConfig(model=str(llama), data=str(sums), out=tmp_path_factory.mktemp("run") / "run", **settings)
+        )
+
+    return run
+
+
+def weights(run: RunFolder) -> dict[str, Any]:
+    """The adapter's matrices by their short names, such as 0.self_attn.q_proj.lora_A."""
+    found = load_file(run.adapter / "adapter_model.safetensors")
+    return {name.partition("layers.")[2].removesuffix(".weight"): tensor for name, tensor in found.items()}
+
+
+def steps(run: RunFolder) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def test_rank_is_the_size_of_both_matrices(trained: Trained) -> None:
+    found = weights(trained("few weights"))
+    assert {tensor.shape[0 if name.endswith("A") else 1] for name, tensor in found.items()} == {2}
+    report = trained("few weights").report()
+    assert report["trainable_parameters"] == sum(tensor.size for tensor in found.values())
+    assert report["trainable_parameters"] < trained("one step").report()["trainable_parameters"] / 4
+
+
+def test_target_modules_are_the_layers_that_are_adapted(trained: Trained) -> None:
+    assert {name.split(".")[2] for name in weights(trained("few weights"))} == {"q_proj", "v_proj"}
+    every = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.split(".")[2] for name in weights(trained("one step"))} == every
+
+
+def test_layers_last_k_adapts_exactly_the_last_k(trained: Trained) -> None:
+    assert {name.split(".")[0] for name in weights(trained("few weights"))} == {"1"}
+    assert {name.split(".")[0] for name in weights(trained("one step"))} == {"0", "1"}
+
+
+def test_weight_decay_shrinks_what_has_no_gradient(trained: Trained) -> None:
+    """B is 0 before the first step, so that A has no gradient in it."""
+    plain, decayed = weights(trained("one step")), weights(trained("decayed"))
+    (step,) = steps(trained("decayed"))
+    for name in plain:
+        if name.endswith("lora_A"):
+            np.testing.assert_allclose(decayed[name], plain[name] * (1 - step["learning_rate"] * 0.5), rtol=1e-5)
+
+
+def test_max_grad_norm_bounds_the_step_and_not_what_is_reported(trained: Trained) -> None:
+    """Below AdamW's epsilon of 1e-8 a gradient hardly moves a weight."""
+    plain, clipped = weights(trained("one step")), weights(trained("clipped"))
+    for name in plain:
+        if name.endswith("lora_B"):
+            assert np.abs(clipped[name]).max() < np.abs(plain[name]).max() / 10
+    assert steps(trained("clipped"))[0]["grad_norm"] > 1e-3
+
+
+def test_alpha_scales_the_gradient(trained: Trained) -> None:
+    (plain,), (doubled,) = steps(trained("one step")), steps(trained("clipped"))
+    assert doubled["loss"] == pytest.approx(plain["loss"], rel=1e-5)  # B is 0
+    assert doubled["grad_norm"] == pytest.approx(2 * plain["grad_norm"], rel=1e-3)
+    assert json.loads((trained("clipped").adapter / "adapter_config.json").read_text())["lora_alpha"] == 32
+
+
+def test_dropout_changes_the_training_and_not_the_scores(trained: Trained) -> None:
+    (plain,), (dropped,) = steps(trained("one step")), steps(trained("dropped"))
+    assert dropped["loss"] == pytest.approx(plain["loss"], rel=1e-5)  # B is 0
+    assert dropped["grad_norm"] != pytest.approx(plain["grad_norm"], rel=1e-3)
+    assert trained("dropped").report()["nll"]["base"] == trained("one step").report()["nll"]["base"]
+    assert json.loads((trained("dropped").adapter / "adapter_config.json").read_text())["lora_dropout"] == 0.3
+
+
+def test_epochs_are_passes_over_the_train_rows(trained: Trained) -> None:
+    rows = trained("an epoch").report()["rows"]["train"]
+    assert [step["step"] for step in steps(trained("an epoch"))] == list(range(1, round(rows / 8) + 1))
+    tokens = sum(step["tokens"] for step in steps(trained("an epoch")))
+    assert sum(step["tokens"] for step in steps(trained("accumulated"))) == tokens  # every row once
+
+
+def test_batch_size_is_the_rows_of_a_step(trained: Trained) -> None:
+    (plain,), epoch = steps(trained("one step")), steps(trained("an epoch"))
+    assert epoch[0]["tokens"] == pytest.approx(2 * plain["tokens"], rel=0.3)
+
+
+def test_gradient_accumulation_takes_several_batches_a_step(trained: Trained) -> None:
+    rows = trained("accumulated").report()["rows"]["train"]
+    accumulated = steps(trained("accumulated"))
+    assert len(accumulated) == round(rows / (4 * 2))
+    assert accumulated[0]["tokens"] == pytest.approx(2 * steps(trained("one step"))[0]["tokens"], rel=0.3)
+
+
+def test_max_steps_are_the_steps(trained: Trained) -> None:
+    assert [step["step"] for step in steps(trained("two steps"))] == [1, 2]
+    assert trained("two steps").report()["steps"] == 2
+
+
+def test_learning_rate_is_the_peak(trained: Trained) -> None:
+    assert max(step["learning_rate"] for step in steps(trained("accumulated"))) == pytest.approx(2e-2)
+    assert max(step["learning_rate"] for step in steps(trained("two steps"))) == pytest.approx(1e-2)
+
+
+def test_warmup_is_the_share_of_steps_in_which_the_rate_rises(trained: Trained) -> None:
+    rates = [step["learning_rate"] for step in steps(trained("accumulated"))]
+    assert rates == pytest.approx([2e-2 * step / len(rates) for step in range(1, len(rates) + 1)])
+
+
+def test_the_constant_schedule_keeps_the_rate_and_the_cosine_lowers_it(trained: Trained) -> None:
+    assert {step["learning_rate"] for step in steps(trained("an epoch"))} == {1e-2}
+    first, second = (step["learning_rate"] for step in steps(trained("two steps")))
+    assert second < first == 1e-2
+
+
+def test_chat_template_none_trains_on_the_rows_as_they_are_written(trained: Trained) -> None:
+    run = trained("without turns")
+    assert run.rendering()["chat_template"] is None
+    assert trained("one step").rendering()["chat_template"] is not None
+    assert steps(run)[0]["tokens"] < steps(trained("one step"))[0]["tokens"]
+
+
+def test_prompt_and_completion_are_what_the_model_reads(trained: Trained) -> None:
+    run = trained("written")
+    row = json.loads(run.split("test").read_text().splitlines()[0])
+    sample = run.report()["samples"][0]
+    assert (sample["prompt"], sample["reference"]) == (row["prompt"] + ":", row["completion"])
+
+
+def test_max_length_cuts_rows_and_is_reported(trained: Trained) -> None:
+    run = trained("cut")
+    assert run.rendering()["max_length"] == 40
+    assert "truncated" in {finding["code"] for finding in run.report()["findings"]}
+    assert steps(run)[0]["tokens"] <= 4 * 40
+
+
+def test_split_gives_the_shares_of_the_rows(trained: Trained, sums: Path) -> None:
+    count = len(sums.read_text().splitlines())
+    lines = {name: trained("cut").split(name).read_text().splitlines() for name in ("train", "validation", "test")}
+    assert {name: len(part) for name, part in lines.items()} == {
+        "train": count * 5 // 10,
+        "validation": count * 3 // 10,
+        "test": count * 2 // 10,
+    }
+
+
+def test_seed_draws_the_split_and_the_new_weights(trained: Trained) -> None:
+    plain, other = trained("one step"), trained("another seed")
+    assert plain.split("train").read_text() != other.split("train").read_text()
+    a, b = (weights(run)["0.self_attn.q_proj.lora_A"] for run in (plain, other))
+    assert np.isclose(a, b).mean() < 0.1
+
+
+@pytest.mark.parametrize("base_format", ["fp32", "bf16", "int8", "nf4"])
+def test_base_format_is_what_the_base_is_held_in(trained: Trained, base_format: str) -> None:
+    """The finer the format, the nearer the untuned loss to that of the float weights."""
+    run = trained(base_format)
+    assert run.base()["format"] == base_format
+    assert (run.base()["codes_sha256"] is None) == (base_format == "fp32")
+    assert not run.codes.exists()  # only int4 codes are chosen over rows
+    exact = trained("fp32").report()["nll"]["base"]
+    distance = abs(run.report()["nll"]["base"] - exact)
+    if base_format in ("bf16", "int8"):
+        assert distance < abs(trained("one step").report()["nll"]["base"] - exact)
+    assert distance < 0.2
+
+
+def test_block_size_is_the_weights_of_a_scale(trained: Trained) -> None:
+    for name, size in (("one step", 32), ("two steps", 16)):
+        assert trained(name).base()["block_size"] == size
+        scales = load_file(trained(name).codes)["model.layers.0.self_attn.q_proj.scales"]
+        assert scales.size == 64 * 64 / size  # of a matrix of 64 x 64
+
+
+def test_eval_steps_sets_how_often_validation_is_evaluated(llama: Path, sums: Path, tmp_path: Path) -> None:
     run = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", eval_steps=2, **FAST))
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "validation_nll" in line] == [0, 2, 3]

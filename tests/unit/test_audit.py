@@ -122,7 +122,10 @@ def test_a_value_that_holds_marks_of_a_chat_template_is_reported(tmp_path: Path)
 def prepared(tmp_path: Path) -> Any:
     """Rows to what `prepare` makes of them."""
     tokenizer = TextTokenizer.load(write_bpe(tmp_path))
-    base = Base("m", tmp_path, family_of("llama"), "", {"max_position_embeddings": 256})
+
+    def base(label: str | None) -> Base:
+        family = "llama" if label is None else "bert"
+        return Base("m", tmp_path, family_of(family), "", {"max_position_embeddings": 256})
 
     def run(train: list[Any] | str, validation: list[Any] | None = None, **config: Any) -> Prepared:
         content = train if isinstance(train, str) else "".join(json.dumps(one) + "\n" for one in train)
@@ -132,7 +135,7 @@ def prepared(tmp_path: Path) -> Any:
             (tmp_path / "held.jsonl").write_text("".join(json.dumps(one) + "\n" for one in validation))
             config["validation"] = str(tmp_path / "held.jsonl")
         settings = TuneConfig(model="m", data=str(data), out=tmp_path / "run", **config)
-        return prepare(settings, base, tokenizer, Silent())
+        return prepare(settings, base(settings.label), tokenizer, Silent())
 
     return run
 
@@ -212,7 +215,7 @@ def test_a_training_set_of_one_class_is_refused_unless_allowed(prepared: Any) ->
 
 
 def test_nothing_to_learn_cannot_be_allowed(prepared: Any) -> None:
-    for allow, says in (((), "--max-length 10"), (("nothing-to-learn",), "--allow cannot mend")):
+    for allow, says in (((), "--max-length 10"), (("nothing-to-learn",), "--allow cannot change that")):
         with pytest.raises(AuditRefused, match=says):
             prepared(PAIRS, max_length=10, allow=allow)
 

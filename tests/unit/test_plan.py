@@ -16,7 +16,7 @@ from edge_ft.progress import Silent
 from edge_ft.system import Available
 from edge_ft.tune import plan as planning
 from edge_ft.tune.job import Job, prepare_job
-from edge_ft.tune.measure import Curve, Measured, batch_tokens, training_batches
+from edge_ft.tune.measure import Curve, Measured
 from edge_ft.tune.plan import duration, plan, refuse_large_base, resolve_memory
 from edge_ft.tune.report import BATCH_COST, SAMPLE_TOKENS
 
@@ -52,7 +52,7 @@ def with_settings(job: Job, **settings: Any) -> Job:
 
 
 def test_the_time_is_that_of_all_steps_evaluations_and_the_report(job: Job) -> None:
-    assert [len(batch) for batch in training_batches(job.config, job.prepared.examples["train"])] == [4] * 12
+    assert [len(batch) for batch in job.batches] == [4] * 12
     # 12 steps; six evaluations of two batches; the test rows twice and eight train rows, in float32.
     steps, evaluations, report = 12 * 2.0, 6 * 1.0, 3 * (2 * 1.0 + 1.0)
     evaluations = 5 * 1.0  # before the first step, and every third
@@ -74,8 +74,8 @@ def test_max_minutes_limits_the_estimated_time(job: Job) -> None:
 
 
 def test_the_peak_is_that_of_loading_or_of_the_longest_batch_or_of_the_report(job: Job) -> None:
-    train, state = job.prepared.examples["train"], 3 * 4 * 1000
-    longest = max(batch_tokens(batch, train, "text-generation") for batch in training_batches(job.config, train))
+    state = 3 * 4 * 1000
+    longest = max(job.batch_tokens)
     step = measured(memory=Curve([0, longest], [1e9, 2e9]))
     assert planning._peak_bytes(job, step) == round((2e9 + state) * planning.FRAGMENTATION)
     report = replace(step, answering=3 * 10**9)
@@ -207,7 +207,7 @@ def test_memory_is_high_where_steps_are_short_and_memory_is_ample(
 ) -> None:
     monkeypatch.setattr("edge_ft.quant.bf16.has_bf16", lambda device: bf16)
     job = prepare_job(PlanConfig(model=str(llama), data=str(sums), **settings), Silent())
-    assert resolve_memory(job, available, torch.device("cpu")).memory == expected
+    assert resolve_memory(job, available, torch.device("cpu")).config.memory == expected
 
 
 def test_a_curve_goes_through_its_points_and_on_from_them() -> None:

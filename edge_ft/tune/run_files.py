@@ -1,0 +1,104 @@
+"""What a tune writes into its run folder before and after the training."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from edge_ft.artifacts import RunFolder, write_json, write_jsonl, write_text
+from edge_ft.config import as_plain
+from edge_ft.quant.serialization import write_codes
+from edge_ft.system import device_memory, peak_rss_bytes
+from edge_ft.tune.checkpoint import remove_checkpoint
+from edge_ft.tune.distributed import Processes
+from edge_ft.tune.job import Job
+from edge_ft.tune.loop import Fit
+from edge_ft.tune.opening import OpenedRun
+from edge_ft.tune.trainable_model import TrainableModel
+
+__all__ = ["begin", "write_report"]
+
+
+def begin(run: RunFolder, job: Job, model: TrainableModel) -> None:
+    """Write what the run folder holds before the first step; an interrupted run has the same already.
+
+    Args:
+        run: The folder, new or not.
+        job: With all settings resolved.
+        model: Its codes are written where they were chosen now.
+    """
+    config, base, prepared = job.config, job.base, job.prepared
+    known = run.base() if (run.path / "base.json").is_file() else {}
+    calibration = model.calibration.to_dict() if model.calibration is not None else known.get("calibration")
+    for name, rows in prepared.rows.items():
+        write_jsonl(run.split(name), [row.fields for row in rows])
+    write_json(run.path / "rendering.json", prepared.rendering.to_dict())
+    write_json(
+        run.path / "base.json",
+        {
+            "model": base.name,
+            "path": str(base.path.resolve()),
+            "model_type": base.family.name,
+            "content_sha256": base.content_sha256,
+            "format": config.base_format,
+            "block_size": config.block_size,
+            "calibration_rows": config.calibration_rows,
+            "calibration": calibration,
+            "codes_sha256": model.codes_sha256,
+            "data_fingerprint": prepared.fingerprint,
+        },
+    )
+    for file in job.tokenizer.files():
+        write_text(run.tokenizer / file.name, file.read_text(encoding="utf-8"))
+    run.write_settings(as_plain(config))
+    if model.calibration is not None:
+        write_codes(run.codes, model.peft_model.get_base_model())
+
+
+def write_report(
+    opened: OpenedRun,
+    job: Job,
+    model: TrainableModel,
+    processes: Processes,
+    fitted: Fit,
+    evaluated: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Write report.json, which makes the run a finished one, and remove the checkpoint.
+
+    Args:
+        opened: The run folder.
+        job: With all settings resolved.
+        model: What was trained.
+        processes: Those that trained together.
+        fitted: The loop's result.
+        evaluated: What `evaluate` returned.
+        seconds: How long this process has run; those of the interrupted run are added.
+    """
+    run, device = opened.folder, processes.device
+    on_device = device_memory(device)
+    report = {
+        "model": job.base.name,
+        "family": job.base.family.name,
+        "task": job.prepared.task,
+        "rows": job.prepared.counts,
+        "calibration": run.base()["calibration"],
+        "findings": job.prepared.findings,
+        "trainable_parameters": sum(parameter.numel() for parameter in model.backend.parameters),
+        "seconds": round(opened.elapsed + seconds, 2),
+        "steps": fitted.steps,
+        "best_step": fitted.best_step,
+        "stopped": fitted.stopped,
+        "resumed_from_step": opened.resumed_from,
+        "tokens_per_second": round(fitted.tokens / fitted.seconds, 1),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": on_device.peak_bytes if on_device else None,
+        **evaluated,
+        "seed": job.config.seed,
+        "device": str(device),
+        "threads": job.config.threads,
+        "processes": processes.count,
+        "versions": {name: version(name) for name in ("edge-ft", "torch", "transformers", "peft")},
+        "machine": platform.platform(),
+    }
+    write_json(run.report_path, report)
+    remove_checkpoint(run.path)
