@@ -81,13 +81,13 @@ class ProgressBars:
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[detail]}"),
@@ -118,8 +118,9 @@ class ProgressBars:
         if stage != self._stage or self._task is None:
             if self._task is not None:
                 self._display.remove_task(self._task)
-            self._stage, self._task = stage, self._display.add_task(stage, total=total or None, detail=detail)
-        self._display.update(self._task, completed=done, total=total or None, detail=detail)
+            self._stage, self._task = stage, self._display.add_task(stage, total=total or None, count="", detail="")
+        count = f"{done}/{total}" if total else ""
+        self._display.update(self._task, completed=done, total=total or None, count=count, detail=detail)
 
 
 def eta(done: int, total: int, seconds: float) -> str:

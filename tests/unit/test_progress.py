@@ -91,8 +91,8 @@ def test_bars_show_the_counted_part_of_a_step() -> None:
     bars.advance("codes", 1, 3)
     bars.advance("loading", 0, 0)
     (task,) = bars._display.tasks
-    assert (task.description, task.completed, task.total) == ("codes", 1, 3)
+    assert (task.description, task.completed, task.total, task.fields["count"]) == ("codes", 1, 3, "1/3")
     bars.say("chosen")
     bars.advance("loading", 0, 0)
     (task,) = bars._display.tasks
-    assert (task.description, task.total) == ("loading", None)
+    assert (task.description, task.total, task.fields["count"]) == ("loading", None, "")
