@@ -205,12 +205,12 @@ def test_shots_may_use_the_models_whole_length(llama_bundle: Bundle, llama_run: 
     manifest = json.loads((short / "manifest.json").read_text())
     manifest["rendering"]["max_length"] = CUTS + 10
     (short / "manifest.json").write_text(json.dumps(manifest))
-    asked = EvalConfig(data=rows(llama_run), shots_from=rows(llama_run, "train"), shots=2, generate=False)
-    found = evaluate(str(short), asked)
+    config = EvalConfig(data=rows(llama_run), shots_from=rows(llama_run, "train"), shots=2, generate=False)
+    found = evaluate(str(short), config)
     assert (found["rows"], found["dropped"], found["cut"]) == (len(read_rows(rows(llama_run))), 0, 0)
     for beyond in ({"shots": 20}, {"max_length": CUTS + 10}):
         with pytest.raises(AuditRefused, match="no row has an answer"):
-            evaluate(str(short), replace(asked, **beyond))
+            evaluate(str(short), replace(config, **beyond))
 
 
 def test_rows_of_text_take_no_shots(llama_run: RunFolder, tmp_path: Path) -> None:
@@ -221,11 +221,11 @@ def test_rows_of_text_take_no_shots(llama_run: RunFolder, tmp_path: Path) -> Non
 
 def test_nothing_is_answered_where_there_is_no_prompt(llama: Path, llama_run: RunFolder, tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [{"q": "", "a": " seven"}, {"q": "hello", "a": " seven"}]
-    asked = {"prompt": "{q}", "completion": "{a}", "max_new_tokens": 4}
-    mixed = evaluate(str(llama), EvalConfig(data=write(tmp_path / "mixed.jsonl", lines), **asked))
+    settings = {"prompt": "{q}", "completion": "{a}", "max_new_tokens": 4}
+    mixed = evaluate(str(llama), EvalConfig(data=write(tmp_path / "mixed.jsonl", lines), **settings))
     assert mixed["rows"] == 2
     assert "exact_match" in mixed["metrics"]
-    empty = evaluate(str(llama), EvalConfig(data=write(tmp_path / "empty.jsonl", lines[:1]), **asked))
+    empty = evaluate(str(llama), EvalConfig(data=write(tmp_path / "empty.jsonl", lines[:1]), **settings))
     assert set(empty["metrics"]) == {"token_accuracy"}
     model, _base = open_run_model(llama_run)
     assert TorchScorer(model, "text-generation").answer([], 3) == []

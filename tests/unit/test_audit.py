@@ -215,8 +215,8 @@ def test_a_training_set_of_one_class_is_refused_unless_allowed(prepared: Any) ->
 
 
 def test_nothing_to_learn_cannot_be_allowed(prepared: Any) -> None:
-    for allow, says in (((), "--max-length 10"), (("nothing-to-learn",), "--allow cannot change that")):
-        with pytest.raises(AuditRefused, match=says):
+    for allow, message in (((), "--max-length 10"), (("nothing-to-learn",), "--allow cannot change that")):
+        with pytest.raises(AuditRefused, match=message):
             prepared(PAIRS, max_length=10, allow=allow)
 
 

@@ -125,27 +125,27 @@ def test_a_row_may_lack_a_column_that_others_have() -> None:
 
 
 def test_fits_requires_every_column_that_is_read() -> None:
-    asks = Columns("template", "{a} {{b}}", "{c}")
-    assert asks.fits(["a", "c", "z"])
-    assert not asks.fits(["a"])
-    assert asks.fits(["a"], answer=False)
-    assert not asks.fits(["c"], answer=False)
+    columns = Columns("template", "{a} {{b}}", "{c}")
+    assert columns.fits(["a", "c", "z"])
+    assert not columns.fits(["a"])
+    assert columns.fits(["a"], answer=False)
+    assert not columns.fits(["c"], answer=False)
     assert not Columns("text_label", "{text}", None, "label").fits(["text"])
     assert Columns("messages").fits(["messages"])
 
 
 def test_a_text_fills_a_template_of_one_column() -> None:
-    asks = Columns("template", "Q {{x}}: {q}\nA:", "{a}")
-    assert fill_text(asks, "why?") == "Q {x}: why?\nA:"
-    assert fill_text(asks, "Q {x}: why\nnot?\nA:") == "Q {x}: why\nnot?\nA:"
+    columns = Columns("template", "Q {{x}}: {q}\nA:", "{a}")
+    assert fill_text(columns, "why?") == "Q {x}: why?\nA:"
+    assert fill_text(columns, "Q {x}: why\nnot?\nA:") == "Q {x}: why\nnot?\nA:"
     for other in (Columns("template", "{a} {b}"), Columns("messages"), Columns("prompt_completion", "{prompt}")):
         assert fill_text(other, "why {q}?") == "why {q}?"
 
 
 def test_a_text_in_the_templates_form_is_split_into_its_values() -> None:
-    asks = Columns("template", "<s>{q}{{{q}}}</s>", "{a}")
+    columns = Columns("template", "<s>{q}{{{q}}}</s>", "{a}")
     for text, values in (("why?", ("why?", "why?")), ("<s>a\n<s>{b}</s>", ("a\n<s>", "b"))):
-        found = fill_text(asks, text)
+        found = fill_text(columns, text)
         assert isinstance(found, Filled)
         assert found.parts == ("<s>", values[0], "{", values[1], "}</s>")
 

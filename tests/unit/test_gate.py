@@ -36,7 +36,7 @@ def test_a_good_export_passes_and_its_figures_add_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "trained", "shipped", "changes", "says"),
+    ("base", "trained", "shipped", "changes", "message"),
     [
         (scores(3.0), scores(1.0), scores(1.03), True, "quantization tax"),
         (scores(1.2), scores(1.0), scores(1.015), True, "retained gain"),
@@ -48,10 +48,10 @@ def test_a_good_export_passes_and_its_figures_add_up() -> None:
     ids=["tax", "retained", "metric", "adapter", "noise", "worse"],
 )
 def test_each_reason_to_refuse_refuses(
-    base: RowScores, trained: RowScores, shipped: RowScores, changes: bool, says: str
+    base: RowScores, trained: RowScores, shipped: RowScores, changes: bool, message: str
 ) -> None:
     reasons = evaluate_gate(base, trained, shipped, LIMITS, changes).reasons
-    assert any(says in reason for reason in reasons), reasons
+    assert any(message in reason for reason in reasons), reasons
 
 
 def test_a_drop_that_can_be_chance_does_not_refuse() -> None:
@@ -72,14 +72,14 @@ def test_the_limits_can_be_changed() -> None:
     assert evaluate_gate(scores(3.0), scores(1.0), scores(1.4, right=0.5), loose, True).reasons == ()
 
 
-# What a task is judged by
+# The metric of each task
 
 
 def example(labels: list[Any]) -> Example:
     return Example(1, [0] * len(labels), labels, 0, "", 0)
 
 
-def judged(gold: list[list[Any]], found: list[list[Any]], task: str, labels: tuple[str, ...]) -> tuple[str, float]:
+def metric_of(gold: list[list[Any]], found: list[list[Any]], task: str, labels: tuple[str, ...]) -> tuple[str, float]:
     """Name and value of the metric of these rows."""
     metric = task_metric_for([example(row) for row in gold], task, labels)
     counts = np.array([len(row) for row in gold])
@@ -88,12 +88,15 @@ def judged(gold: list[list[Any]], found: list[list[Any]], task: str, labels: tup
 
 
 def test_each_task_has_its_own_metric() -> None:
-    assert judged([[0], [1], [1], [0]], [[0], [1], [0], [0]], "text-classification", ("a", "b")) == ("accuracy", 0.75)
-    assert judged([[7, 8], [9]], [[7, 1], [9]], "text-generation", ()) == ("token_accuracy", pytest.approx(2 / 3))
-    name, value = judged([[1.0], [2.0], [4.0]], [[0.1], [0.5], [0.2]], "text-classification", ("price",))
+    assert metric_of([[0], [1], [1], [0]], [[0], [1], [0], [0]], "text-classification", ("a", "b")) == (
+        "accuracy",
+        0.75,
+    )
+    assert metric_of([[7, 8], [9]], [[7, 1], [9]], "text-generation", ()) == ("token_accuracy", pytest.approx(2 / 3))
+    name, value = metric_of([[1.0], [2.0], [4.0]], [[0.1], [0.5], [0.2]], "text-classification", ("price",))
     assert (name, value) == ("spearman", pytest.approx(spearmanr([1, 2, 4], [0.1, 0.5, 0.2]).statistic))
     gold, logits = [[1.0, 0.0], [1.0, 1.0]], [[2.0, 0.5], [1.0, -1.0]]
-    name, value = judged(gold, logits, "text-classification", ("a", "b"))
+    name, value = metric_of(gold, logits, "text-classification", ("a", "b"))
     expected = f1_score(np.array(gold), np.array(logits) > 0, average="micro")
     assert (name, value) == ("micro_f1", pytest.approx(expected))
 
@@ -102,8 +105,8 @@ def test_tags_are_scored_by_their_spans() -> None:
     labels = ("B-PER", "I-PER", "O")
     gold, found = [[0, 1, 2, 0], [2, 2]], [[0, 1, 2, 2], [2, 0]]
     tags = [[[labels[tag] for tag in row] for row in rows] for rows in (gold, found)]
-    assert judged(gold, found, "token-classification", labels) == ("span_f1", pytest.approx(seqeval_f1(*tags)))
-    assert judged(gold, found, "token-classification", ("x", "y", "z"))[0] == "accuracy"
+    assert metric_of(gold, found, "token-classification", labels) == ("span_f1", pytest.approx(seqeval_f1(*tags)))
+    assert metric_of(gold, found, "token-classification", ("x", "y", "z"))[0] == "accuracy"
 
 
 def test_a_drop_of_the_task_metric_refuses() -> None:

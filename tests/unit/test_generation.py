@@ -76,11 +76,11 @@ def test_without_the_extra_its_metrics_are_left_out_with_a_message(monkeypatch: 
         raise MissingExtra(f"this needs the package {name!r}: pip install 'edge-ft[{extra}]'")
 
     monkeypatch.setattr(module, "require", missing)
-    told = RecordedProgress()
-    found = answer_metrics([Answer("yes", "yes", True)], told)
+    progress = RecordedProgress()
+    found = answer_metrics([Answer("yes", "yes", True)], progress)
     assert {"exact_match", "token_f1", "eos_rate"} <= set(found)
     assert not {"rouge1", "chrf"} & set(found)
-    assert told.lines == [
+    assert progress.lines == [
         "ROUGE and chrF are left out: this needs the package 'rouge_score.rouge_scorer': pip install 'edge-ft[metrics]'"
     ]
 

@@ -94,16 +94,16 @@ def test_a_colon_in_a_file_name_does_not_name_a_split(tmp_path: Path, monkeypatc
 
 
 def test_a_split_of_a_hub_data_set_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requested = []
 
     def load(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+        requested.append((name, split))
         return datasets.Dataset.from_dict({"a": [1]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     for source in ("nobody/nothing:test", "nobody/nothing"):
         assert read_rows(source) == [Row(1, {"a": 1})]
-    assert asked == [("nobody/nothing", "test"), ("nobody/nothing", "train")]
+    assert requested == [("nobody/nothing", "test"), ("nobody/nothing", "train")]
 
 
 def test_dates_in_a_table_become_text(tmp_path: Path) -> None:
