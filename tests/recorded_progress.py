@@ -2,7 +2,7 @@
 
 
 class RecordedProgress:
-    """Keeps what is said."""
+    """Keeps the messages."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []

@@ -85,7 +85,7 @@ def test_an_unknown_flag_is_refused_with_a_similar_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (["--rank", "0"], "--rank"),
         (["--split", "0.5", "0.1", "0.1"], "sum to 1"),
@@ -98,8 +98,8 @@ def test_an_unknown_flag_is_refused_with_a_similar_one() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_an_invalid_value_is_refused(flags: list[str], says: str) -> None:
-    assert says in refused(edge_ft("tune", "--model", "m", "--data", "d", "--out", "o", *flags), 2)
+def test_an_invalid_value_is_refused(flags: list[str], message: str) -> None:
+    assert message in refused(edge_ft("tune", "--model", "m", "--data", "d", "--out", "o", *flags), 2)
 
 
 def test_flags_override_the_config_file_and_print_config_prints_the_result(tmp_path: Path) -> None:
@@ -196,14 +196,14 @@ def test_a_folder_that_is_not_a_bundle_is_refused(llama: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [("", "holds no rows"), ('{"prompt": "a", "completion": "b"}\nnot json\n', "2"), ("[1]\n", "1")],
     ids=["empty", "not-json", "not-a-row"],
 )
-def test_rows_that_cannot_be_read_are_named(llama: Path, tmp_path: Path, content: str, says: str) -> None:
+def test_rows_that_cannot_be_read_are_named(llama: Path, tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "rows.jsonl").write_text(content)
     done = edge_ft("tune", "--model", llama, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run")
-    assert says in refused(done, 2)
+    assert message in refused(done, 2)
 
 
 def test_a_full_disk_is_reported_and_leaves_nothing(llama_run: RunFolder, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from edge_ft.config import PlanConfig, TuneConfig
 from edge_ft.errors import WillNotFit
 from edge_ft.system import Available
 from edge_ft.tune import measure as measuring
-from edge_ft.tune import trainable_model as adapted
+from edge_ft.tune import trainable_model as loading
 from edge_ft.tune import tune
 from edge_ft.tune.plan import plan
 
@@ -23,8 +23,8 @@ AMPLE = Available(memory_bytes=2**50, disk_bytes=2**50)
 FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2), "compute": "fp32"}
 
 
-class Heard:
-    """Keeps the messages."""
+class Reports:
+    """A progress that keeps messages and stages in their order."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -55,7 +55,7 @@ def test_a_base_that_exceeds_the_memory_is_refused_before_it_is_loaded(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Available, "here", classmethod(lambda cls, out: Available(1000, AMPLE.disk_bytes)))
-    monkeypatch.setattr(adapted, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     with pytest.raises(WillNotFit, match="take a smaller model"):
         tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
     assert not (tmp_path / "run").exists()
@@ -139,27 +139,27 @@ def test_a_plan_of_a_classifier(bert: Path, reviews: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def with_plan(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunFolder, Heard]]:
-    heard = Heard()
+def with_plan(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunFolder, Reports]]:
+    reports = Reports()
     settings = TuneConfig(
         model=str(llama), data=str(sums), out=tmp_path_factory.mktemp("planned") / "run", dropout=0.3, show=1, **FAST
     )
-    yield tune(settings, heard), heard
+    yield tune(settings, reports), reports
 
 
-def test_a_tune_reports_its_plan_before_its_first_step_and_writes_it(with_plan: tuple[RunFolder, Heard]) -> None:
-    run, heard = with_plan
-    kept = json.loads((run.path / "plan.json").read_text())
-    assert kept["choices"] == [kept["recommended"]]
-    assert kept["steps"] == 3 == run.report()["steps"]
-    said = next(at for at, line in enumerate(heard.lines) if line.startswith("plan: "))
-    assert "3 steps" in heard.lines[said]
-    assert said < next(at for at, line in enumerate(heard.lines) if line.startswith("train "))
-    assert any("⟦" in line for line in heard.lines)
+def test_a_tune_reports_its_plan_before_its_first_step_and_writes_it(with_plan: tuple[RunFolder, Reports]) -> None:
+    run, reports = with_plan
+    written = json.loads((run.path / "plan.json").read_text())
+    assert written["choices"] == [written["recommended"]]
+    assert written["steps"] == 3 == run.report()["steps"]
+    plan_at = next(at for at, line in enumerate(reports.lines) if line.startswith("plan: "))
+    assert "3 steps" in reports.lines[plan_at]
+    assert plan_at < next(at for at, line in enumerate(reports.lines) if line.startswith("train "))
+    assert any("⟦" in line for line in reports.lines)
 
 
 def test_a_plan_does_not_change_the_adapter(
-    with_plan: tuple[RunFolder, Heard], llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    with_plan: tuple[RunFolder, Reports], llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edge_ft.tune.run.estimate", lambda *_, **__: {})
     without = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", dropout=0.3, **FAST))
