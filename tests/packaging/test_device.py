@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from once import once
 
 from edge_ft.artifacts import Bundle
 
@@ -13,12 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh virtual environment with `pip install .`"""
-    folder = tmp_path_factory.mktemp("device")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    subprocess.run([folder / "bin" / "pip", "install", "--quiet", str(ROOT)], check=True)
-    return folder / "bin"
+def device(work: Path) -> Path:
+    """Programs of a virtual environment with nothing but `pip install .`"""
+
+    def install(folder: Path) -> None:
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([folder / "bin" / "pip", "install", "--quiet", str(ROOT)], check=True)
+
+    return once(work / "device", install) / "bin"
 
 
 def edge_ft(device: Path, *arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
