@@ -34,7 +34,7 @@ def compare(run: RunFolder, out: Path, threads: int | None, progress: Progress) 
     Args:
         run: A text-classification run.
         out: Folder of bundles, one a format; those that are there are not made again.
-        threads: CPU threads; default all cores.
+        threads: CPU threads; default: all CPUs that the process may use.
         progress: Reports each format.
 
     Returns:
@@ -103,7 +103,7 @@ def main(
         run: A finished text-classification run with test rows.
         out: Folder of bundles; those that are there are not made again.
         repeats: Fresh processes per subject, taken in turn.
-        threads: CPU threads of every subject; default all cores.
+        threads: CPU threads of every subject; default: all CPUs that the process may use.
         peers: Other engines to measure in turn with the bundles.
         json: Write both tables' figures to this file.
         quiet: No progress.

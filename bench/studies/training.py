@@ -83,7 +83,7 @@ class Race:
     """Base format of edge-ft; default: that of edge-ft tune. With --same-recipe the baseline trains over the
     dequantized weights."""
     threads: int | None = None
-    """CPU threads of both; default all cores."""
+    """CPU threads of both; default: all CPUs that the process may use."""
 
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""
