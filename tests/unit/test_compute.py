@@ -269,13 +269,19 @@ def test_a_norm_of_another_form_computes_as_before() -> None:
         torch.testing.assert_close(peft_model(input_ids=ids).logits, expected)
 
 
+@pytest.mark.parametrize(
+    ("hardware", "confident", "expected"), [(True, False, "bf16"), (True, True, "fp32"), (False, False, "fp32")]
+)
 def test_auto_is_bfloat16_where_the_processor_has_it_and_the_loss_agrees(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
+    hardware: bool, confident: bool, expected: str, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The small loss of confident predictions is another one in bfloat16."""
+    monkeypatch.setattr(torch_backend, "has_bf16", lambda _: hardware)
     settings, batch = config(compute="auto"), decoder_batch()
-    for narrow, agreement, expected in ((True, 0.05, "bf16"), (True, 0.0, "fp32"), (False, 0.05, "fp32")):
-        monkeypatch.setattr(torch_backend, "has_bf16", lambda _, narrow=narrow: narrow)
-        monkeypatch.setattr(torch_backend, "_AGREEMENT", agreement)
-        backend = TorchBackend(adapted(llama, settings), family_of("llama"), "text-generation", settings)
-        assert backend.resolve(batch) == expected
-        assert (backend.dtype == backend.compute.dtype == torch.bfloat16) == (expected == "bf16")
+    model = adapted(llama, settings)
+    if confident:
+        model.get_base_model().model.norm.weight.data *= 50
+        batch["labels"] = TorchScorer(model, "text-generation").token_nll(batch)[1]
+    backend = TorchBackend(model, family_of("llama"), "text-generation", settings)
+    assert backend.resolve(batch) == expected
+    assert (backend.dtype == backend.compute.dtype == torch.bfloat16) == (expected == "bf16")
