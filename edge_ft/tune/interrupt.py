@@ -67,8 +67,8 @@ def explain_stop(opened: OpenedRun, is_main: bool) -> Iterator[None]:
 
     Args:
         opened: The run folder.
-        is_main: Whether this is the main process, which alone says and removes something: it may still be writing
-            when another process stops.
+        is_main: Whether this is the main process. The others explain and remove nothing: the main process may still
+            be writing when they stop.
 
     Yields:
         Nothing.

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line as soon as it is known, and never one twice."""
+"""metrics.jsonl: each line is written at once, and none is written twice by a resumed run."""
 
 import json
 import os
@@ -10,15 +10,15 @@ __all__ = ["Metrics"]
 
 
 class Metrics:
-    """A file of JSON lines that goes on behind its first `keep` bytes; without a path nothing is kept."""
+    """A file of JSON lines."""
 
     def __init__(self, path: Path | None, keep: int = 0) -> None:
+        """Open the file and drop what is behind its first `keep` bytes; without a path nothing is written."""
         if path is not None:
             path.touch()
             os.truncate(path, min(keep, path.stat().st_size))
-        self.file = (path or Path(os.devnull)).open(
-            "ab", buffering=0
-        )  # a full disk is met when writing, not when closing
+        # Without a buffer a full disk shows when a line is written, not when the file is closed.
+        self.file = (path or Path(os.devnull)).open("ab", buffering=0)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line."""
@@ -27,7 +27,7 @@ class Metrics:
             data = data[self.file.write(data) :]
 
     def sync(self) -> int:
-        """Bytes so far, all of them on the disk."""
+        """Return the size in bytes, once all of it is on the disk."""
         os.fsync(self.file.fileno())
         return self.file.tell()
 

@@ -214,7 +214,10 @@ def _audit(
 
 
 def _refuse(findings: list[dict[str, Any]], allow: tuple[str, ...], progress: Progress) -> list[dict[str, Any]]:
-    """Report every finding, and return them; those that --allow names are warnings.
+    """Report every finding; those that --allow names become warnings.
+
+    Returns:
+        The findings.
 
     Raises:
         AuditRefused: one refuses the rows; `nothing-to-learn` is left to `_trainable`, which knows the splits.
@@ -232,10 +235,13 @@ def _refuse(findings: list[dict[str, Any]], allow: tuple[str, ...], progress: Pr
 
 
 def _trainable(examples: dict[str, list[Example]], max_length: int, allowed: bool) -> dict[str, list[Example]]:
-    """The examples that have a token to learn.
+    """Drop the examples that have no token to learn.
+
+    Returns:
+        The others.
 
     Raises:
-        AuditRefused: none of a split has; `allowed` says that --allow named this finding, which does not help.
+        AuditRefused: a split has no others; `allowed` says that --allow named this finding, which does not help.
     """
     trainable = {name: [example for example in examples[name] if example.targets] for name in SPLITS}
     for name in SPLITS:

@@ -26,7 +26,7 @@ SAMPLES = 3
 ANSWERS = 16
 """Rows whose generated answers are scored: one batch of the base, and one of the tuned model."""
 BATCH_COST = 3
-"""A batch of so many takes as long as this many answers alone (SmolLM2, one slow core: 13 s a batch)."""
+"""Time of a batch of ANSWERS answers, over that of a single answer (SmolLM2 on one slow core: 13 s a batch)."""
 SAMPLE_TOKENS = 32
 PROMPT_TAIL = 400
 """Characters of a prompt that a sample shows: its end, where the question is."""

@@ -8,7 +8,7 @@ __all__ = ["Stopwatch"]
 
 
 class Stopwatch:
-    """Seconds of a run, and those of the training alone: without what is done under `paused`."""
+    """Seconds of a run, and those of the training alone, which exclude what is done under `paused`."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """Start at 0, measured by `clock` (wall seconds)."""

@@ -94,7 +94,9 @@ def test_kill_9_at_ten_moments(llama: Path, sums: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_saves_and_says_how_to_go_on(llama: Path, sums: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_and_names_the_command_that_resumes(
+    llama: Path, sums: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     rare = settings(llama, sums, tmp_path / "run", **{**LONG, "max_steps": 5000, "checkpoint_steps": 2})
     running = process(rare)
     wait_for_step(rare.out, 2, running)

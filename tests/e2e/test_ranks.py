@@ -94,7 +94,7 @@ def test_a_signal_stops_both_at_the_same_step(llama: Path, sums: Path, tmp_path:
     assert max(lines) == stopped.step
 
 
-def test_what_accelerates_cpu_launcher_leaves_undone_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warning_says_that_accelerates_cpu_launcher_ignores_num_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     class RecordedProgress(Silent):
         text = ""
 

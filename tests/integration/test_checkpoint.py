@@ -34,7 +34,7 @@ def stopped(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return replace(config, resume=True)
 
 
-def test_a_run_that_is_gone_on_with_ends_as_one_that_was_not_stopped(stopped: TuneConfig, whole: RunFolder) -> None:
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(stopped: TuneConfig, whole: RunFolder) -> None:
     assert kind_of(str(stopped.out)) == "run"
     calibration = RunFolder(stopped.out).base()["calibration"]
     with pytest.raises(UsageError, match="--resume goes on"):
@@ -59,7 +59,7 @@ def test_a_classifier_goes_on_too(bert: Path, reviews: Path, tmp_path: Path, mon
     assert adapter(again) == adapter(once)
 
 
-def test_every_so_many_steps_and_minutes_are_kept(
+def test_checkpoints_are_written_every_so_many_steps_and_minutes(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped_at(settings(llama, sums, tmp_path / "steps", checkpoint_steps=3), 8, monkeypatch)
@@ -281,7 +281,7 @@ def test_a_thread_trains_without_signals(llama: Path, sums: Path, tmp_path: Path
     assert adapter(runs[0]) == adapter(whole)
 
 
-def test_a_full_disk_during_a_checkpoint_is_said_once_and_the_run_goes_on(
+def test_a_full_disk_during_a_checkpoint_is_reported_once_and_training_continues(
     stopped: TuneConfig, whole: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
