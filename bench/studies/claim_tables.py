@@ -34,8 +34,8 @@ this page. A stopped run resumes, and `--only NAME` measures one claim.
   and *shipped* is the int4 ONNX bundle.
 - Figures are of test rows, which chose nothing, with 95% intervals over rows in brackets. Losses are in nats per target
   token.
-- *Better* and *worse* mean that the intervals of base and shipped do not overlap. *Refused by the gate*: the bundle
-  would not have shipped, because of its validation rows.
+- *Better* and *worse* mean that the intervals of base and shipped do not overlap. *Refused by the
+  [gate](glossary.md#gate)*: the bundle would not have shipped, because of its validation rows.
 - Times are of a machine with {cores} cores that may have been busy with other work.
 - *Not run*: the case was not finished when this page was written.
 """

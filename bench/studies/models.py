@@ -40,8 +40,9 @@ HEAD = """# Models
 edit it by hand.
 
 Every model is built in its test from a config: two or three layers of random weights with the features of its family
-(windows, caps, norms, rotary parts, position biases). Each is tuned for a few steps, exported in both lanes, and run
-on texts longer than its sliding window, if it has one. Each difference is the largest of any value.
+(windows, caps, norms, rotary parts, position biases). Each is tuned for a few steps, exported in both
+[lanes](glossary.md#lane), and run on texts longer than its sliding window, if it has one. Each difference is the
+largest of any value.
 """
 
 FOOT = """
