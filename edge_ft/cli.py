@@ -204,6 +204,8 @@ def verify(
 ) -> None:
     """Check the files and graphs of a bundle on this machine, and its scores on --data; needs no torch.
 
+    The bundle reads rows as in its training, unless options of the group "Rows" are given.
+
     Args:
         bundle: A bundle folder.
     """
@@ -222,6 +224,8 @@ def evaluate(
     source: str, /, *, settings: Annotated[EvalConfig, FLAT], output: Annotated[Output, FLAT] = Output()
 ) -> None:
     """Measure loss and task metrics of a run, a bundle or a model on rows.
+
+    A run or bundle reads rows as in its training, unless options of the group "Rows" are given.
 
     Args:
         source: A run folder, a bundle, or a model (hub id, checkpoint folder or GGUF file).
@@ -294,6 +298,8 @@ def bench(
     *subjects: str, settings: Annotated[BenchConfig, FLAT] = BenchConfig(), output: Annotated[Output, FLAT] = Output()
 ) -> None:
     """Measure speed, memory, size and quality of bundles, runs and models; bundles need no torch.
+
+    A run or bundle reads the rows of --data as in its training, unless options of the group "Rows" are given.
 
     Args:
         subjects: Bundle folders, run folders, or models (hub id, checkpoint folder or GGUF file).

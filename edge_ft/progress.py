@@ -92,7 +92,8 @@ class ProgressBars:
             TimeRemainingColumn(),
             TextColumn("{task.fields[detail]}"),
         )
-        self._display = RichProgress(*columns, console=Console(stderr=True), transient=True)
+        # Not Console(stderr=True), which would follow sys.stderr when the output of libraries is silenced.
+        self._display = RichProgress(*columns, console=Console(file=sys.stderr), transient=True)
         self._task: TaskID | None = None
         self._stage, self._counting = "", False
 

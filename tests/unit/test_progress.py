@@ -3,6 +3,7 @@
 import io
 import threading
 import time
+from contextlib import redirect_stderr
 
 import pytest
 
@@ -96,3 +97,11 @@ def test_bars_show_the_counted_part_of_a_step() -> None:
     bars.advance("loading", 0, 0)
     (task,) = bars._display.tasks
     assert (task.description, task.total, task.fields["count"]) == ("loading", None, "")
+
+
+def test_bars_are_shown_while_the_output_of_libraries_is_silenced(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = ProgressBars()
+    with redirect_stderr(io.StringIO()) as silenced:
+        bars.say("loading the model")
+    assert silenced.getvalue() == ""
+    assert capsys.readouterr().err == "loading the model\n"
