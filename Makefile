@@ -46,7 +46,7 @@ models: install
 	$(BIN)/pip install --quiet --editable ".[peers]"
 	rm -rf out/models
 	MODELS=out/models $(BIN)/python -m pytest $(addprefix tests/,integration/test_families.py integration/test_encoder_families.py \
-		integration/test_encoder_clients.py integration/test_seq2seq.py integration/test_strangers.py packaging/test_strangers.py)
+		integration/test_encoder_clients.py integration/test_seq2seq.py integration/test_genai.py packaging/test_optimum.py)
 	$(BIN)/python -m edge_ft.bench.studies models out/models docs/models.md docs/bundle.md
 
 check: install

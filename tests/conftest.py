@@ -1,4 +1,4 @@
-"""Tiny models, and what the whole pipeline makes of them, built once per session."""
+"""Tiny and real models, and runs and bundles of them, made once for all workers of a test session."""
 
 import gc
 import os
@@ -28,7 +28,7 @@ from edge_ft.export import export
 from edge_ft.tune import tune
 
 TIERS = ("integration", "e2e", "packaging", "gpu", "unit")
-"""In the order in which they run: the small tests come last, so that no worker waits for another one's long test."""
+"""In the order in which they run. Small tests come last and fill the time in which another worker runs a long one."""
 
 
 def _tier(item: pytest.Item) -> str:
@@ -37,7 +37,7 @@ def _tier(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of a file run in one worker; those of a real model in one per model, and first."""
+    """The tests of one file run in one worker; so do all tests of one real model, and these start first."""
 
     def real_model(item: pytest.Item) -> str | None:
         callspec = getattr(item, "callspec", None)  # a parameter may name a fixture
@@ -52,14 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _frozen() -> None:
-    """What earlier imports and files left alive is not searched by each garbage collection of a tune or a trace."""
+    """Garbage collections, of which a tune makes many, do not search what earlier imports and tests left alive."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """A test that sets torch's number of threads does not set it for the next one."""
+    """Restore torch's number of threads after each test."""
     before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
     yield
     if before is not None:
@@ -68,7 +68,7 @@ def _threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all workers of this test session share; what lies in it is written by `once` and never changed."""
+    """A folder that all workers share. Its files are written by `once`, and no test changes them."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
     folder.mkdir(exist_ok=True)
@@ -108,12 +108,12 @@ def whole(work: Path, llama: Path, sums: Path) -> RunFolder:
 
 
 LEARNING: dict[str, Any] = {"learning_rate": 1e-2, "split": (0.6, 0.2, 0.2), "compute": "fp32"}
-"""Tiny models train in float32: elsewhere the compilation of bfloat16 kernels takes longer than all steps."""
+"""Tiny models train in float32: compiling bfloat16 kernels would take longer than all steps."""
 
 
 @pytest.fixture(scope="session")
 def llama_run(work: Path, llama: Path, sums: Path) -> RunFolder:
-    """A decoder that has learned something."""
+    """A tiny decoder, tuned to a lower loss."""
 
     def run(out: Path) -> None:
         tune(TuneConfig(model=str(llama), data=str(sums), out=out, epochs=30, **LEARNING))
@@ -123,7 +123,7 @@ def llama_run(work: Path, llama: Path, sums: Path) -> RunFolder:
 
 @pytest.fixture(scope="session")
 def bert_run(work: Path, bert: Path, reviews: Path) -> RunFolder:
-    """An encoder that has learned something."""
+    """A tiny encoder, tuned to a lower loss."""
 
     def run(out: Path) -> None:
         tune(TuneConfig(model=str(bert), data=str(reviews), out=out, epochs=8, **LEARNING))  # type: ignore[arg-type]
@@ -132,12 +132,12 @@ def bert_run(work: Path, bert: Path, reviews: Path) -> RunFolder:
 
 
 def exported(run: RunFolder, out: Path, **settings: Any) -> Bundle:
-    """The bundle of a run, in a folder that all workers share."""
+    """The bundle of `run`, exported once for all workers."""
     return Bundle.open(once(out, lambda folder: export(str(run.path), ExportConfig(out=folder, **settings))))
 
 
 LOOSE: dict[str, Any] = {"max_tax": 1, "min_retained": 0.5, "max_metric_drop": 1}
-"""A tiny model may lose much when its merged weights are rounded again."""
+"""Limits of the gate for tiny models, which lose more when merged weights are rounded again."""
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +161,7 @@ def bert_adapter_bundle(work: Path, bert_run: RunFolder) -> Bundle:
 
 
 def splits_of(rows: Callable[[], Rows], folder: Path, train: int, validation: int, test: int) -> dict[str, Path]:
-    """Files of so many rows."""
+    """Write `rows` as three files, keyed by split."""
     sizes = {"train": train, "validation": validation, "test": test}
     once(folder, lambda made: write_splits(rows(), made, **sizes))
     return {name: folder / f"{name}.jsonl" for name in sizes}
@@ -174,7 +174,7 @@ def smollm2_rows(work: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def smollm2_run(work: Path, smollm2_rows: dict[str, Path]) -> RunFolder:
-    """The real decoder over real rows, for a minute."""
+    """SmolLM2 tuned over transcripts for about a minute."""
     data, validation, test = (str(smollm2_rows[name]) for name in ("train", "validation", "test"))
 
     def run(out: Path) -> None:
@@ -213,7 +213,7 @@ def minilm_rows(work: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def minilm_run(work: Path, minilm_rows: dict[str, Path]) -> RunFolder:
-    """The real encoder over real rows, for half a minute."""
+    """MiniLM tuned over support questions for about half a minute."""
     data, validation, test = (str(minilm_rows[name]) for name in ("train", "validation", "test"))
 
     def run(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""What tests found out of models and clients, kept for docs/models.md and docs/bundle.md where `make models` asks."""
+"""What tests of models and clients record for docs/models.md and docs/bundle.md when `make models` runs them."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from pathlib import Path
 __all__ = ["OPENVINO_EXACT", "record", "record_client", "release"]
 
 OPENVINO_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-"""Left to itself, OpenVINO rounds activations before codes to int8 where the processor has instructions for it."""
+"""By default OpenVINO rounds activations to int8 on processors that have instructions for it."""
 
 
 def record(model: str, **columns: str) -> None:
-    """Add cells to the row of a model, in the folder that MODELS names; without it nothing is kept."""
+    """Add cells to the row of a model in the folder that MODELS names; does nothing without that variable."""
     if "MODELS" not in os.environ:
         return
     file = Path(os.environ["MODELS"]) / f"{model}.json"
@@ -22,13 +22,13 @@ def record(model: str, **columns: str) -> None:
 
 
 def record_client(model: str, task: str, weights: str, client: str, held: str, *, refused: str | None = None) -> None:
-    """Say that the test at hand has seen a client open a model's bundle, or refuse it; kept as `record` keeps its rows.
+    """Record that the current test saw a client open a model's bundle, or refuse it; does nothing without MODELS.
 
     Args:
         model: A family, or a shape of it after a dash.
         weights: Format and, where it matters, lane.
         client: Name and `release` of what opens the bundle.
-        held: What is the same there as in our runtime.
+        held: What equals the output of our runtime.
         refused: Why this model is not opened.
     """
     if "MODELS" not in os.environ:

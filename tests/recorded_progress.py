@@ -1,4 +1,4 @@
-"""A progress that a test can read."""
+"""A progress display whose messages a test can read."""
 
 
 class RecordedProgress:

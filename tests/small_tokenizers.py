@@ -1,4 +1,4 @@
-"""Tokenizers that are small enough to be made in a test: every byte is a token, and a few words are."""
+"""Tokenizers small enough to be made in a test: every byte is a token, and so are a few words."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""Like SmolLM2's: adds a system prompt where there is none."""
+"""Adds a system prompt where there is none, as SmolLM2's template does."""
 
 
 def write_bpe(
@@ -23,7 +23,7 @@ def write_bpe(
     chat_template: str | None = CHATML,
     **config: Any,
 ) -> Path:
-    """A byte-level BPE; `bos` is put in front by the tokenizer itself, pad and EOS are the last special."""
+    """A byte-level BPE tokenizer that puts `bos` in front of a text; the last special token is both pad and EOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def write_bpe(
 
 
 def write_unigram(folder: Path) -> Path:
-    """As T5's: `</s>` is also a piece of the vocabulary, which the model itself would find in a text."""
+    """A Unigram tokenizer as T5's, in whose vocabulary `</s>` is also a piece that can match in a text."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in "abcdefs</>")]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -58,7 +58,7 @@ def write_unigram(folder: Path) -> Path:
 
 
 def write_t5_tokenizer(folder: Path) -> int:
-    """Unigram as T5's: pad 0, `</s>` 1 behind every text, unk 2; returns the number of ids."""
+    """A Unigram tokenizer as T5's (pad 0, `</s>` 1 after every text, unk 2); returns the size of the vocabulary."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()

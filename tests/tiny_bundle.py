@@ -1,4 +1,4 @@
-"""Whole bundles that are small enough to be made in a test: a two-layer decoder and a pooled classifier.
+"""Bundles small enough to be made in a test: a two-layer decoder and a pooled classifier.
 
 The graphs follow the graph contract (names, shapes, overridable initializers) but are written with
 `onnx.helper`, so that run time is tested without torch. With `script` the decoder's weights are chosen so
@@ -37,7 +37,7 @@ def write_decoder(
     max_length: int = 2048,
     seed: int = 0,
 ) -> Path:
-    """A text-generation bundle; random weights (attention matters) unless a `script` is given.
+    """A text-generation bundle, of random weights unless a `script` is given.
 
     No byte may occur twice in `script`: each token decides the next one.
     """

@@ -1,4 +1,4 @@
-"""Models of every family from config objects, and rows they can learn: all made in seconds, none downloaded."""
+"""Tiny models of every family, created from config objects, and rows that they can learn."""
 
 import json
 from pathlib import Path
@@ -79,11 +79,11 @@ DECODERS: dict[str, dict[str, Any]] = {
     "opt-350m": {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     "gpt2": {"n_inner": 96},
 }
-"""What exercises a family's own: each as `model_type`, or `model_type-SHAPE`."""
+"""Settings that exercise what is specific to a family; a key is `model_type` or `model_type-SHAPE`."""
 
 
 def write_decoder(folder: Path, name: str, *, seed: int = 0, **config: Any) -> Path:
-    """A two-layer model of one of `DECODERS`, its norms and biases as random as its weights, for plain rows."""
+    """A two-layer model of one of `DECODERS` with random norms and biases, and without a chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     write_bpe(folder, chat_template=None)
     vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
@@ -121,7 +121,7 @@ def write_bert(folder: Path, *, seed: int = 0, **config: Any) -> Path:
 
 
 def padded_ids(pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ids and attention mask [3, 20] of texts for an encoder, the second one of 7 tokens."""
+    """Ids and attention mask, both int64 [3, 20]; the second text has 7 tokens and is padded."""
     ids = np.random.default_rng(0).integers(4, 15, (3, 20))
     mask = np.ones_like(ids)
     mask[1, 7:] = 0
@@ -148,7 +148,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "classifier_pooling": "mean",
     },
 }
-"""What a tiny model of each family is told besides its size."""
+"""Settings of a tiny model of each family besides its size."""
 
 
 def tiny_encoder_config(name: str) -> Any:
@@ -206,7 +206,7 @@ T5_SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_t5(folder: Path, *, model_type: str = "t5", untied: bool = False, seed: int = 0, **config: Any) -> Path:
-    """Two layers a stack: T5's first shape (relu, tied and scaled head), or with `untied` and mt5 FLAN's and mT5's."""
+    """Two layers in each stack: T5's first form (relu, tied head), or with `untied` that of FLAN and mT5."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = write_t5_tokenizer(folder)
     torch.manual_seed(seed)
@@ -244,14 +244,14 @@ def write_t5(folder: Path, *, model_type: str = "t5", untied: bool = False, seed
 
 
 def write_sums(path: Path, rows: int = 40) -> Path:
-    """prompt/completion rows, all different, whose answers are short and easy."""
+    """Distinct prompt/completion rows with short answers that are easy to learn."""
     lines = [{"prompt": f"hello {n} the answer", "completion": " seven" if n % 2 else " hello"} for n in range(rows)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
 
 def write_tagged(path: Path, rows: int = 60) -> Path:
-    """tokens/tags rows: a film is a work, what is said of it is praise or blame."""
+    """tokens/tags rows: `film` is a work, `good` is praise and `bad` is blame."""
     lines = []
     for n in range(rows):
         word, tag = [("good", "B-praise"), ("bad", "B-blame")][n % 2]
@@ -271,7 +271,7 @@ def write_tagged(path: Path, rows: int = 60) -> Path:
 
 
 def write_pairs(path: Path, rows: int = 60) -> Path:
-    """text/text_pair/label rows; a word of the second text decides."""
+    """text/text_pair/label rows; one word of the second text decides the label."""
     lines = []
     for n in range(rows):
         word, label = [("good", "praise"), ("bad", "blame")][n % 2]
@@ -282,7 +282,7 @@ def write_pairs(path: Path, rows: int = 60) -> Path:
 
 
 def write_reviews(path: Path, rows: int = 60) -> Path:
-    """text/label rows of two classes; one word decides."""
+    """text/label rows of two classes; one word decides the label."""
     kinds = [("good", "praise"), ("bad", "blame")]
     lines = []
     for n in range(rows):

@@ -36,7 +36,7 @@ KINDS = {"decoder": "Decoders", "encoder": "Encoders", "encoder-decoder": "Encod
 HEAD = """# Models
 
 `make models` writes this page from the tests of families and of other clients (`tests/integration/test_families.py`,
-`test_encoder_families.py`, `test_encoder_clients.py`, `test_seq2seq.py`, `tests/packaging/test_strangers.py`). Do not
+`test_encoder_families.py`, `test_encoder_clients.py`, `test_seq2seq.py`, `tests/packaging/test_optimum.py`). Do not
 edit it by hand.
 
 Every model is built in its test from a config: two or three layers of random weights with the features of its family

@@ -1,4 +1,4 @@
-"""edge-ft tune as a process: killed, signalled or out of disk, and resumed to the same adapter."""
+"""`edge-ft tune` as a process: stopped by a signal or a full disk, it resumes and ends with the same adapter."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_the_printed_command_resumes_the_run(
 
 
 def process(config: TuneConfig, **environment: str) -> subprocess.Popen[str]:
-    """`edge-ft tune` in a process of its own."""
+    """Start `edge-ft tune` as a process."""
     file = config.out.with_name(f"{config.out.name}.yaml")
     plain = {name: value for name, value in vars(config).items() if value is not None}
     plain |= {"out": str(config.out), "split": list(config.split), "target_modules": list(config.target_modules)}
@@ -51,7 +51,7 @@ def process(config: TuneConfig, **environment: str) -> subprocess.Popen[str]:
 
 
 def wait_for_step(run: Path, step: int, running: subprocess.Popen[str]) -> None:
-    """Until a checkpoint of `step` or later is there."""
+    """Wait for a checkpoint of `step` or a later one."""
     until = time.monotonic() + 120
     while time.monotonic() < until and running.poll() is None:
         try:
@@ -111,10 +111,10 @@ def test_a_signal_saves_and_names_the_command_that_resumes(
     assert max(steps) == found.step
 
 
-def test_a_file_size_limit_does_not_cost_the_older_checkpoint(
+def test_a_file_size_limit_leaves_the_older_checkpoint(
     llama: Path, sums: Path, tmp_path: Path, whole: RunFolder
 ) -> None:
-    """The real thing: the system refuses to write a large file, from step 3 on."""
+    """From step 4 on the system refuses to write a large file."""
     config = settings(llama, sums, tmp_path / "run")
     script = (
         "import resource, sys; from pathlib import Path; from edge_ft.config import TuneConfig\n"

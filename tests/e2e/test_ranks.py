@@ -1,4 +1,4 @@
-"""Several processes train as one does with the whole batch, into the same run folder."""
+"""Two processes that share each batch train the same adapter as one process with the whole batch."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def launched(flags: dict[str, Any], *processes: str) -> subprocess.Popen[str]:
     )
 
 
-def test_two_processes_end_as_one(llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_two_processes_train_the_same_adapter_as_one(llama: Path, sums: Path, tmp_path: Path) -> None:
     running = launched({"model": llama, "data": sums, "out": tmp_path / "two", **SETTINGS, "json": "-"})
     one = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "one", **SETTINGS))
     output, errors = running.communicate(timeout=200)
@@ -77,7 +77,7 @@ def test_two_processes_end_as_one(llama: Path, sums: Path, tmp_path: Path) -> No
         assert two.report()["nll"][name] == pytest.approx(value, abs=1e-5)
 
 
-def test_a_signal_stops_both_at_the_same_step(llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_a_signal_stops_both_processes_at_the_same_step(llama: Path, sums: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = {**SETTINGS, "max_steps": 5000, "checkpoint_steps": 2, "eval_steps": 4}
     running = launched({"model": llama, "data": sums, "out": out, **settings})

@@ -1,4 +1,4 @@
-"""The same run on a CUDA device: skipped where there is none."""
+"""Trainings and exports on a CUDA device; skipped where there is none."""
 
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,7 @@ SETTINGS: dict[str, Any] = {"max_steps": 30, "learning_rate": 1e-2, "split": (0.
 
 @pytest.mark.parametrize("base_format", ["int4", "int8", "nf4", "bf16", "fp32"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_a_decoder_learns_on_the_device(
-    base_format: Any, compute: Any, llama: Path, sums: Path, tmp_path: Path
-) -> None:
+def test_a_decoder_learns_on_the_gpu(base_format: Any, compute: Any, llama: Path, sums: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS, "base_format": base_format, "compute": compute}
     run = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **settings))
     report = run.report()
@@ -36,12 +34,12 @@ def test_a_decoder_learns_on_the_device(
     assert scores["nll"] == pytest.approx(report["nll"]["best"], abs=1e-2)
 
 
-def test_a_classifier_learns_on_the_device(bert: Path, reviews: Path, tmp_path: Path) -> None:
+def test_a_classifier_learns_on_the_gpu(bert: Path, reviews: Path, tmp_path: Path) -> None:
     run = tune(TuneConfig(model=str(bert), data=str(reviews), out=tmp_path / "run", **SETTINGS))
     assert run.report()["nll"]["best"] < run.report()["nll"]["base"]
 
 
-def test_recomputing_gives_the_same_adapter(llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_recomputed_activations_give_the_same_loss(llama: Path, sums: Path, tmp_path: Path) -> None:
     losses = []
     for memory in ("normal", "low"):
         settings = {**SETTINGS, "memory": memory, "compute": "fp32"}
@@ -50,16 +48,16 @@ def test_recomputing_gives_the_same_adapter(llama: Path, sums: Path, tmp_path: P
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
-def test_a_run_from_the_device_is_exported(llama: Path, sums: Path, tmp_path: Path) -> None:
+def test_a_run_trained_on_the_gpu_is_exported(llama: Path, sums: Path, tmp_path: Path) -> None:
     run = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **SETTINGS))
     bundle = export(str(run.path), ExportConfig(out=tmp_path / "bundle", lane="adapter"))
     assert abs(bundle.manifest["verification"]["quantization_tax"]) < 1e-2
 
 
-def test_a_stopped_run_goes_on_from_its_checkpoint(
+def test_a_stopped_run_resumes_from_its_checkpoint(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the same losses but for rounding: attention's gradients on a GPU are not summed in a fixed order."""
+    """The losses agree within rounding: a GPU sums attention's gradients in no fixed order."""
     settings: dict[str, Any] = {"model": str(llama), "data": str(sums), "checkpoint_steps": 1, **SETTINGS}
     whole = tune(TuneConfig(out=tmp_path / "whole", **settings))
     update, updates = TorchBackend.update, iter(range(12))
@@ -73,7 +71,9 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("base_format", ["int4", "int8", "nf4", "bf16"])
-def test_codes_mean_the_same_on_both_devices(base_format: Any, dtype: torch.dtype, llama: Path) -> None:
+def test_codes_dequantize_to_the_same_weights_on_both_devices(
+    base_format: Any, dtype: torch.dtype, llama: Path
+) -> None:
     model = load_model(ModelSpec(find_base(str(llama)), "text-generation", base_format))
     layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     here = [layer.dequantize(dtype) for layer in layers]

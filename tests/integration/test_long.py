@@ -1,4 +1,4 @@
-"""What takes minutes: float bundles of the real models, and a real chat."""
+"""Tests of real models that take minutes: float bundles, and a chat."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def test_float_bundles_of_the_real_models_agree_with_torch(
     assert found["adapter_changes_logits"] is True
 
 
-def test_a_real_chat_goes_on_from_its_cache_as_if_it_started_over(tmp_path: Path) -> None:
+def test_a_chat_that_reuses_its_cache_answers_as_one_that_reads_everything_again(tmp_path: Path) -> None:
     bundle = export(str(decoder_weights()), ExportConfig(out=tmp_path / "bundle"))
     generator = load(bundle)
     assert isinstance(generator, TextGenerator)

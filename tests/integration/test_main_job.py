@@ -1,4 +1,4 @@
-"""The main job on real weights and real rows, short: something is learned, and what ships has kept it."""
+"""A short main job on real weights and rows: the tuned model improves, and the bundle keeps the improvement."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from edge_ft.quant.layers import QuantLinear
 from edge_ft.runtime import load
 
 
-def test_the_decoder_learns_what_it_was_shown(smollm2_run: RunFolder) -> None:
+def test_the_decoder_learns(smollm2_run: RunFolder) -> None:
     nll = smollm2_run.report()["nll"]
     assert nll["best"] < nll["base"] - 1.0
     assert nll["test"] < nll["test_base"] - 1.0
 
 
-def test_the_encoder_learns_what_it_was_shown(minilm_run: RunFolder) -> None:
+def test_the_encoder_learns(minilm_run: RunFolder) -> None:
     report = minilm_run.report()
     assert report["nll"]["best"] < report["nll"]["base"] - 0.3
     accuracy = report["metrics"]["accuracy"]
@@ -31,7 +31,7 @@ def test_the_encoder_learns_what_it_was_shown(minilm_run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("name", ["smollm2_bundle", "minilm_bundle"])
-def test_the_shipped_bundle_keeps_it(name: str, request: pytest.FixtureRequest) -> None:
+def test_the_merged_bundle_keeps_what_was_learned(name: str, request: pytest.FixtureRequest) -> None:
     bundle: Bundle = request.getfixturevalue(name)
     found = bundle.manifest["verification"]
     assert bundle.manifest["lane"] == "merged"
@@ -84,13 +84,13 @@ def test_the_adapters_load_with_plain_peft(smollm2_run: RunFolder, minilm_run: R
         assert base.family.name in ("llama", "bert")
 
 
-def test_the_bundle_writes_sentences(smollm2_bundle: Bundle, smollm2_rows: dict[str, Path]) -> None:
+def test_the_bundle_answers_with_the_expected_sentences(smollm2_bundle: Bundle, smollm2_rows: dict[str, Path]) -> None:
     found = evaluate(str(smollm2_bundle.path), EvalConfig(data=str(smollm2_rows["test"]), limit=30, max_new_tokens=32))
     assert found["metrics"]["exact_match"]["value"] > 0.5
     assert found["metrics"]["verbatim_match"]["value"] > 0.3
 
 
-def test_the_base_of_an_adapter_bundle_is_still_there(
+def test_an_adapter_bundle_scores_as_its_base_without_the_adapter(
     smollm2_adapter_bundle: Bundle, smollm2_rows: dict[str, Path], smollm2_run: RunFolder
 ) -> None:
     config = EvalConfig(data=str(smollm2_rows["test"]), adapter="none", generate=False)

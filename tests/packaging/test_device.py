@@ -1,4 +1,4 @@
-"""A device has the base install and nothing else: there, bundles open, verify, answer and are measured."""
+"""With the base install alone, as on a device: bundles open, verify, answer, and are scored and measured."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def edge_ft(device: Path, *arguments: str | Path, stdin: str = "") -> subprocess
     return done
 
 
-def test_it_has_no_training_stack(device: Path) -> None:
+def test_the_base_install_brings_no_training_stack(device: Path) -> None:
     listed = subprocess.run([device / "pip", "list", "--format", "json"], capture_output=True, text=True, check=True)
     installed = {package["name"].lower() for package in json.loads(listed.stdout)}
     assert "onnxruntime" in installed
@@ -63,7 +63,7 @@ def test_a_real_bundle_verifies_answers_and_is_measured(
     assert metrics["size_bytes"] == bundle.size_bytes
 
 
-def test_it_scores_rows_too(device: Path, smollm2_bundle: Bundle, smollm2_rows: dict[str, Path]) -> None:
+def test_a_bundle_is_scored_over_rows(device: Path, smollm2_bundle: Bundle, smollm2_rows: dict[str, Path]) -> None:
     scored = edge_ft(
         device, "eval", smollm2_bundle.path, "--data", smollm2_rows["test"], "--no-generate", "--json", "-", "--quiet"
     )
@@ -71,7 +71,7 @@ def test_it_scores_rows_too(device: Path, smollm2_bundle: Bundle, smollm2_rows: 
     assert json.loads(scored.stdout)["nll"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_what_needs_torch_names_the_pip_command(device: Path, smollm2_bundle: Bundle, tmp_path: Path) -> None:
+def test_commands_that_need_torch_name_the_pip_command(device: Path, smollm2_bundle: Bundle, tmp_path: Path) -> None:
     for arguments in (
         ("tune", "--model", "m", "--data", "d", "--out", tmp_path / "run"),
         ("export", "m", "--out", tmp_path / "bundle"),

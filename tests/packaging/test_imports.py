@@ -1,4 +1,4 @@
-"""What importing a part of edge-ft must not import."""
+"""Imports that must not happen: the training stack with the runtime, engines in the bench's parent process."""
 
 import subprocess
 import sys

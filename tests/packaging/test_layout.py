@@ -1,4 +1,4 @@
-"""The layout that is packaged is the layout on disk, and nothing claims a name that is not ours."""
+"""The wheel holds the packages on disk, all of them below `edge_ft`, and their imports stay light."""
 
 import ast
 import os
@@ -50,7 +50,7 @@ def test_the_version_is_that_of_the_project() -> None:
 
 
 @pytest.mark.parametrize("name", ["export", "bench"])
-def test_the_top_folders_are_imported_under_our_name_only(name: str) -> None:
+def test_top_level_folders_are_imported_below_edge_ft_only(name: str) -> None:
     assert import_module(f"edge_ft.{name}").__name__ == f"edge_ft.{name}"
     outside = f"import importlib.util, sys; sys.path = [p for p in sys.path if p not in ('', {str(ROOT)!r})]; "
     done = subprocess.run(
@@ -70,15 +70,15 @@ def test_the_top_folders_are_imported_under_our_name_only(name: str) -> None:
         *("edge_ft.bench", "edge_ft.export", "edge_ft.evaluate.verify", "edge_ft.tune", "edge_ft.quant.blockwise"),
     ],
 )
-def test_importing_it_brings_no_training_stack(module: str) -> None:
-    """Although torch is installed here."""
+def test_importing_a_package_brings_no_training_stack(module: str) -> None:
+    """Even where torch is installed."""
     script = f"import sys, {module}; print([n for n in ('torch', 'transformers', 'peft', 'onnx') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("room", ["edge_ft.tune", "edge_ft.export", "edge_ft.runtime", "edge_ft.bench", "edge_ft.data"])
-def test_exported_names_are_sorted_and_there(room: str) -> None:
+def test_exported_names_are_sorted_and_exist(room: str) -> None:
     module = import_module(room)
     assert list(module.__all__) == sorted(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)

@@ -1,4 +1,4 @@
-"""Other runtimes open a bundle of real weights and give the same tokens."""
+"""onnxruntime-genai opens a bundle of real weights and generates the same tokens."""
 
 import pytest
 from models_table import record_client, release
@@ -8,7 +8,7 @@ from edge_ft.runtime import load
 
 
 @pytest.mark.long
-def test_onnxruntime_genai_answers_smollm2_as_we_do(smollm2_bundle: Bundle) -> None:
+def test_onnxruntime_genai_generates_the_same_tokens_with_smollm2(smollm2_bundle: Bundle) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     model = genai.Model(str(smollm2_bundle.path))
     generator = load(smollm2_bundle, accuracy_level=1)
@@ -17,12 +17,12 @@ def test_onnxruntime_genai_answers_smollm2_as_we_do(smollm2_bundle: Bundle) -> N
     prompt = generator.tokenizer.encode(text)
     params = genai.GeneratorParams(model)
     params.set_search_options(max_length=len(prompt) + 24)
-    stranger = genai.Generator(model, params)
-    stranger.append_tokens(prompt)
+    theirs = genai.Generator(model, params)
+    theirs.append_tokens(prompt)
     tokens = []
-    while not stranger.is_done():
-        stranger.generate_next_token()
-        tokens.append(int(stranger.get_next_tokens()[0]))
+    while not theirs.is_done():
+        theirs.generate_next_token()
+        tokens.append(int(theirs.get_next_tokens()[0]))
     ours = generator.answer(prompt, 24)
     assert ours
     assert tokens[: len(ours)] == ours

@@ -1,4 +1,7 @@
-"""fp32 bundles open in optimum's ORTModel classes, which need another transformers and so another environment."""
+"""optimum's ORTModel classes open fp32 bundles.
+
+They need another version of transformers, so they run in an environment of their own.
+"""
 
 import json
 import subprocess
@@ -35,13 +38,13 @@ NOT_IN_OPTIMUM = {  # this version
     "phi3": "starts with a cache of one head for each query head",
     "qwen3": "starts with a cache whose heads have size hidden_size / heads",
 }
-"""What it does whatever a config of these families says: its own cache does not fit the graph."""
+"""Families whose cache optimum creates with the wrong shape, whatever their config says."""
 SHAPES: dict[str, dict[str, Any]] = {
     **{name: {} for name in DECODERS},
     "phi3 with one key head for each query head": {"num_key_value_heads": 4},  # as Phi-3 mini
     "qwen3 with heads of size hidden_size / heads": {"head_dim": 16},  # as Qwen3 8B
 }
-"""Every decoder, and the shapes of those families that do open."""
+"""Every decoder, and the shapes in which the families above open."""
 T5_SHAPES: dict[str, dict[str, Any]] = {
     "t5": {"seed": 5, "initializer_factor": 2.0},  # a tied head that does not say one token alone
     "mt5": {"model_type": "mt5", "untied": True, "seed": 2},
@@ -84,7 +87,7 @@ print(json.dumps({name: tried(job) for name, job in json.load(sys.stdin).items()
 
 @pytest.fixture(scope="module")
 def optimum(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Jobs], dict[str, Any]]:
-    """What `CLIENT` finds in a fresh environment with optimum-onnx: for each job an `output` or an `error`."""
+    """Run `CLIENT` in a new environment with optimum-onnx; returns an `output` or an `error` for each job."""
     folder = tmp_path_factory.mktemp("optimum")
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     wanted = [f"optimum-onnx=={OPTIMUM}.*", "onnxruntime", f"torch=={torch.__version__.partition('+')[0]}"]
@@ -100,13 +103,13 @@ def optimum(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Jobs], dict[s
 
 
 def job(kind: str, bundle: Bundle, inputs: dict[str, Any], new_tokens: int = 0) -> dict[str, Any]:
-    """Open the fp32 graph in a class, and run it once or greedily for so many tokens."""
+    """A job of `CLIENT`: open the fp32 graph in the class `kind`; run it once, or generate `new_tokens` greedily."""
     files = {"file_name": "model.onnx"}
     return {"kind": kind, "bundle": str(bundle.path), "files": files, "inputs": inputs, "new_tokens": new_tokens}
 
 
 def seen(model: str, task: Task, kind: str, held: str, refused: str | None = None) -> None:
-    """Keep for the tables that a class opens a model, or why not."""
+    """Record for docs/bundle.md that a class opens a model, or why it does not."""
     record_client(model, task, "fp32", f"optimum-onnx {OPTIMUM}, `{kind}`", held, refused=refused)
 
 
@@ -114,7 +117,7 @@ def seen(model: str, task: Task, kind: str, held: str, refused: str | None = Non
 
 
 def greedy(bundle: Bundle) -> tuple[list[int], list[int]]:
-    """A prompt longer than any tiny model's window, and our answer to it."""
+    """A prompt longer than the attention window of every tiny model, and our answer."""
     generator = load(bundle, threads=1)
     assert isinstance(generator, TextGenerator)
     generator.stop_ids = frozenset()
@@ -126,7 +129,7 @@ def greedy(bundle: Bundle) -> tuple[list[int], list[int]]:
 def decoders(
     optimum: Callable[[Jobs], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Any, list[int]]]:
-    """Of each family what optimum made of its bundle, and prompt and answer by our runtime."""
+    """For each family: optimum's result, and the prompt and answer of our runtime."""
     ours, jobs = {}, {}
     for name, config in SHAPES.items():
         family = name.partition(" ")[0]
@@ -163,7 +166,7 @@ def test_a_decoder_answers_with_the_same_tokens(name: str, decoders: dict[str, t
 def encoder_decoders(
     optimum: Callable[[Jobs], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Any, list[list[int]]]]:
-    """Of T5 in its first shape and mT5 what optimum made of two sources, padded, and our answers to each alone."""
+    """For T5 and mT5: optimum's results for two sources in a padded batch, and our answer to each alone."""
     ours: dict[str, list[list[int]]] = {}
     jobs = {}
     for name, config in T5_SHAPES.items():
@@ -187,7 +190,7 @@ def encoder_decoders(
 def test_an_encoder_decoder_answers_with_the_same_tokens(
     name: str, encoder_decoders: dict[str, tuple[Any, list[list[int]]]]
 ) -> None:
-    """The first from a graph of its own, the rest from the one that our runtime uses."""
+    """optimum generates the first token with a graph of its own, the rest with the graph of our runtime."""
     found, expected = encoder_decoders[name]
     assert "output" in found, found
     assert [row[1:] for row in found["output"]] == expected  # before it stands what an answer begins with
@@ -203,7 +206,7 @@ def test_an_encoder_decoder_answers_with_the_same_tokens(
 def encoders(
     optimum: Callable[[Jobs], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Any, list[Any]]]:
-    """Of each family and task what optimum made of a padded batch, and what our runtime makes of it."""
+    """For each family and task: the outputs of optimum and of our runtime for a padded batch."""
     ours, jobs = {}, {}
     for name in ENCODERS:
         for task, (head, kind) in HEADS.items():
@@ -236,7 +239,7 @@ def test_an_encoder_gives_the_same_output(name: str, task: Task, encoders: dict[
 def test_a_tuned_encoder_of_real_weights_classifies_texts(
     optimum: Callable[[Jobs], dict[str, Any]], minilm_run: RunFolder, tmp_path: Path
 ) -> None:
-    """Read there with the bundle's own tokenizer files."""
+    """There the texts are tokenized with the bundle's tokenizer files."""
     bundle = export(str(minilm_run.path), ExportConfig(out=tmp_path / "bundle", weights="fp32", max_tax=0.05))
     texts = ["A patient has chest pain.", "Which nerve runs through the wrist, and which muscles does it supply?"]
     asked = job("ORTModelForSequenceClassification", bundle, {"texts": texts})
