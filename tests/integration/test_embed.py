@@ -84,7 +84,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("edge_ft.tune.run.evaluate", stopped)  # after the last step, before the report
+        patch.setattr("edge_ft.tune.run.results", stopped)  # after the last step, before the report
         tune(config)
     again = tune(replace(config, resume=True))
     assert again.report()["resumed_from_step"] == 4
