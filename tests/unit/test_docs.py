@@ -74,3 +74,12 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+def test_generated_pages_have_the_text_of_their_writers() -> None:
+    from edge_ft.bench.studies.claim_tables import INTRODUCTION
+    from edge_ft.bench.studies.models import FOOT, HEAD
+
+    models, claims = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("models.md", "claims.md"))
+    assert models.startswith(HEAD) and models.endswith(FOOT)
+    assert claims.startswith(INTRODUCTION.format(cores=2))
