@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment goes on from its checkpoint and ends as one that was not stopped."""
+"""A run that is stopped at any moment resumes from its checkpoint and ends as one that was not stopped."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ from edge_ft.tune.torch_backend import TorchBackend
 
 @pytest.fixture
 def stopped(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TuneConfig:
-    """Settings that go on with a run stopped at step 7."""
+    """Settings that resume a run stopped at step 7."""
     config = settings(llama, sums, tmp_path / "run")
     stopped_at(config, 7, monkeypatch)
     return replace(config, resume=True)
@@ -37,7 +37,7 @@ def stopped(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(stopped: TuneConfig, whole: RunFolder) -> None:
     assert kind_of(str(stopped.out)) == "run"
     calibration = RunFolder(stopped.out).base()["calibration"]
-    with pytest.raises(UsageError, match="--resume goes on"):
+    with pytest.raises(UsageError, match=r"resume it with edge-ft tune --config .* --resume"):
         RunFolder.open(stopped.out)
     run = tune(stopped)
     assert run.report()["resumed_from_step"] == 7
@@ -50,7 +50,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(stopped: TuneConfig, who
         assert run.report()[name] == whole.report()[name]
 
 
-def test_a_classifier_goes_on_too(bert: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_classifier_resumes_too(bert: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     once = tune(settings(bert, reviews, tmp_path / "once"))
     config = settings(bert, reviews, tmp_path / "run")
     stopped_at(config, 5, monkeypatch)
@@ -310,7 +310,7 @@ def test_a_full_disk_during_a_checkpoint_is_reported_once_and_training_continues
     assert (adapter(run), lines(run)) == (adapter(whole), lines(whole))
 
 
-def test_when_nothing_can_be_written_the_run_ends_and_goes_on_later(
+def test_when_nothing_can_be_written_the_run_ends_and_can_be_resumed(
     stopped: TuneConfig, whole: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
