@@ -242,17 +242,13 @@ class Bundle:
             raise BundleError(f"{path} is not a bundle: it has no manifest.json (edge-ft export makes one)")
         try:
             manifest = _read_json(manifest_path)
-            version = manifest["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"{manifest_path} cannot be read as a manifest ({error!r}): export it again") from error
-        if version != FORMAT_VERSION:
-            raise BundleError(
-                f"{path} is of bundle version {version}, this edge-ft reads version {FORMAT_VERSION}: "
-                "export it again or install the edge-ft that wrote it"
-            )
-        if missing := sorted(_KEYS - manifest.keys()):
-            raise BundleError(f"{manifest_path} lacks {missing[0]!r}: export it again")
-        try:
+            if (version := manifest["format_version"]) != FORMAT_VERSION:
+                raise BundleError(
+                    f"{path} is of bundle version {version}, this edge-ft reads version {FORMAT_VERSION}: "
+                    "export it again or install the edge-ft that wrote it"
+                )
+            if missing := sorted(_KEYS - manifest.keys()):
+                raise BundleError(f"{manifest_path} lacks {missing[0]!r}: export it again")
             files = {
                 str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()
             }

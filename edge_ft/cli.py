@@ -415,24 +415,16 @@ def main() -> None:
         # The reader of our output is gone; stdout must not be flushed into it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except OSError as error:
-        if disk_full(error):
-            _fail(
-                f"the disk is full: {error.filename or error}; free some space and run again",
-                WillNotFit.exit_code,
-                debug,
-            )
-        _fail(str(error), UsageError.exit_code, debug)
     except MemoryError:
         _fail("out of memory: give a smaller --batch-size or --max-length", WillNotFit.exit_code, debug)
     except Exception as error:  # noqa: BLE001 - whatever is left is a bug, and has its own code
         if disk_full(error):
-            _fail("the disk is full: free some space and run again", WillNotFit.exit_code, debug)
-        _fail(
-            f"internal error: {type(error).__name__}: {error} (--debug shows the traceback)",
-            EdgeFTError.exit_code,
-            debug,
-        )
+            where = getattr(error, "filename", None) or error
+            _fail(f"the disk is full: {where}; free some space and run again", WillNotFit.exit_code, debug)
+        if isinstance(error, OSError):
+            _fail(str(error), UsageError.exit_code, debug)
+        message = f"internal error: {type(error).__name__}: {error} (--debug shows the traceback)"
+        _fail(message, EdgeFTError.exit_code, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
