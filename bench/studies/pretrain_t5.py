@@ -18,9 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from edge_ft.artifacts import write_json, write_text
 from edge_ft.bench.studies.datasets import Rows, sentence_rows, transcript_of
-from edge_ft.data import TextTokenizer, collate
-from edge_ft.data.example import Example
-from edge_ft.data.seq2seq import encode_pair
+from edge_ft.data import Example, TextTokenizer, collate, encode_pair
 from edge_ft.errors import require
 from edge_ft.evaluate.metrics import token_f1
 from edge_ft.progress import Progress
@@ -119,14 +117,9 @@ def pretrain_t5(folder: Path, recipe: T5Recipe, progress: Progress) -> None:
 
 
 def _encode(tokenizer: TextTokenizer, rows: Rows) -> list[Example]:
-    examples = []
-    for number, row in enumerate(rows, 1):
-        pair = encode_pair(tokenizer, row["transcript"], row["written"], 1, 128)
-        length = len(pair.source)
-        examples.append(
-            Example(number, pair.source, pair.target, length, row["written"], pair.cut, separate_target=True)
-        )
-    return examples
+    return [
+        encode_pair(tokenizer, number, row["transcript"], row["written"], 1, 128) for number, row in enumerate(rows, 1)
+    ]
 
 
 def _train(model: Any, tokenizer: TextTokenizer, rows: Rows, recipe: T5Recipe, progress: Progress) -> int:

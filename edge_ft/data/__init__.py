@@ -1,32 +1,53 @@
 """From rows to token ids and loss masks: the same in training and at run time, without torch."""
 
-from edge_ft.data.answer_choices import answer_ids, find_answers
-from edge_ft.data.audit import Finding, audit, template_marks
-from edge_ft.data.batches import Batch, batch_tokens, collate, eval_batches, pad, target_mask, train_batches
+from edge_ft.data.audit import CODES, Finding, audit, format_rows, preview, shorten, template_marks
+from edge_ft.data.batches import (
+    IGNORED,
+    Batch,
+    Example,
+    batch_tokens,
+    collate,
+    eval_batches,
+    pad,
+    target_mask,
+    train_batches,
+)
 from edge_ft.data.chat import render_chat
-from edge_ft.data.choose_rendering import (
+from edge_ft.data.classes import class_numbers
+from edge_ft.data.columns import Columns, bare_columns, find_columns, find_problem, guess_task
+from edge_ft.data.encoders import encode_words, split_words
+from edge_ft.data.encoding import (
+    answer_ids,
+    encode_example,
+    encode_pair,
+    encode_prompt,
+    encode_rows,
+    find_answers,
+    stop_ids,
+)
+from edge_ft.data.readers import Row, column_names, read_rows, split_names
+from edge_ft.data.records import Message, Record, fill_text, find_labels, has_answer, is_empty, record
+from edge_ft.data.rendering import (
+    Rendering,
     longest_sequence,
     make_rendering,
     plain_rendering,
     trained_rendering,
     with_pooling,
 )
-from edge_ft.data.classes import class_numbers
-from edge_ft.data.columns import Columns, bare_columns, find_columns, find_problem, guess_task
-from edge_ft.data.encoding import encode_example, encode_prompt, encode_rows, stop_ids
-from edge_ft.data.example import Example
-from edge_ft.data.readers import Row, column_names, read_rows, split_names
-from edge_ft.data.records import Message, Record, fill_text, find_labels, has_answer, is_empty, record
-from edge_ft.data.rendering import Rendering
 from edge_ft.data.show import show_example
 from edge_ft.data.split import fingerprint, overlap, split_rows
-from edge_ft.data.tokenizer import TextTokenizer
+from edge_ft.data.tokenizer import Filled, Framed, TextTokenizer
 
 __all__ = [
+    "CODES",
+    "IGNORED",
     "Batch",
     "Columns",
     "Example",
+    "Filled",
     "Finding",
+    "Framed",
     "Message",
     "Record",
     "Rendering",
@@ -40,8 +61,10 @@ __all__ = [
     "collate",
     "column_names",
     "encode_example",
+    "encode_pair",
     "encode_prompt",
     "encode_rows",
+    "encode_words",
     "eval_batches",
     "fill_text",
     "find_answers",
@@ -49,6 +72,7 @@ __all__ = [
     "find_labels",
     "find_problem",
     "fingerprint",
+    "format_rows",
     "guess_task",
     "has_answer",
     "is_empty",
@@ -57,12 +81,15 @@ __all__ = [
     "overlap",
     "pad",
     "plain_rendering",
+    "preview",
     "read_rows",
     "record",
     "render_chat",
+    "shorten",
     "show_example",
     "split_names",
     "split_rows",
+    "split_words",
     "stop_ids",
     "target_mask",
     "template_marks",

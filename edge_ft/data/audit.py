@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from edge_ft.data.batches import Example
 from edge_ft.data.chat import exchange, render_chat
-from edge_ft.data.example import Example
 from edge_ft.data.records import Record
 from edge_ft.data.tokenizer import Filled, TextTokenizer
 

@@ -1,18 +1,36 @@
 """From a record to token ids for encoders: one function per task."""
 
-from collections.abc import Callable
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from edge_ft.config import Task
+from edge_ft.data.batches import IGNORED, Example
 from edge_ft.data.classes import class_targets
-from edge_ft.data.example import IGNORED, Example
-from edge_ft.data.masking import mask_tokens
 from edge_ft.data.records import Record
 from edge_ft.data.rendering import Rendering
 from edge_ft.data.tokenizer import TextTokenizer
-from edge_ft.data.words import encode_words
 from edge_ft.errors import DataError, ModelError, did_you_mean
 
-__all__ = ["ENCODERS"]
+__all__ = ["ENCODERS", "Words", "encode_words", "mask_tokens", "split_words"]
+
+MASKED_SHARE = 0.15
+"""Share of a text's tokens that are masked, as in BERT (arXiv:1810.04805)."""
+_WORD = re.compile(r"\w+(?:[.,:'’\-/]\w+)*|[^\w\s]")
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The words of a row in token ids."""
+
+    input_ids: list[int]
+    starts: list[int | None]
+    """Position of each word's first token in `input_ids`; None for a word that was cut off or has no token."""
+    cut: int
+    """Tokens that were cut off."""
 
 
 def encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
@@ -89,6 +107,58 @@ def encode_pair_of_texts(rendering: Rendering, tokenizer: TextTokenizer, record:
         first.cut + second.cut,
         pair_ids=second.ids,
     )
+
+
+def encode_words(tokenizer: TextTokenizer, words: Sequence[str], max_length: int) -> Words:
+    """Return the words joined by spaces, between the tokenizer's own special tokens ([CLS] ... [SEP])."""
+    ids: list[int] = []
+    starts: list[int | None] = []
+    for at, word in enumerate(words):
+        # A byte-level tokenizer puts the space before a word into the word's first token.
+        found = tokenizer.encode(f" {word}" if at else word)
+        starts.append(len(ids) if found else None)
+        ids += found
+    framed = tokenizer.frame(ids, max_length)
+    first, kept = framed.start, len(ids) - framed.cut
+    placed = [None if start is None or start >= kept else first + start for start in starts]
+    return Words(framed.ids, placed, framed.cut)
+
+
+def split_words(text: str) -> list[tuple[int, int]]:
+    """Return the start and the end of each word of a text.
+
+    A word is a run of letters and digits with the signs that join them (3.5, co-op, o'clock), or any other single
+    sign, as in annotated corpora.
+    """
+    return [match.span() for match in _WORD.finditer(text)]
+
+
+def mask_tokens(input_ids: list[int], start: int, stop: int, mask_id: int) -> tuple[list[int], list[int]]:
+    """Mask 15% of the tokens from `start` to `stop`, at least one.
+
+    The choice depends only on the token ids, so that tune, export, verify and eval mask a row alike in every epoch.
+    Every chosen token becomes the mask token, which learns no worse than BERT's 80/10/10 scheme (Wettig et al.,
+    arXiv:2202.08005).
+
+    Args:
+        input_ids: Token ids of the text.
+        start: First position that may be masked.
+        stop: Position after the last one that may be masked.
+        mask_id: Id of the mask token.
+
+    Returns:
+        The ids with masks, and the labels: the original ids where masked, -100 elsewhere.
+    """
+    labels = [IGNORED] * len(input_ids)
+    if stop <= start:
+        return list(input_ids), labels
+    digest = hashlib.sha256(np.array(input_ids, np.int64).tobytes()).digest()
+    random = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    count = max(1, round(MASKED_SHARE * (stop - start)))
+    masked = list(input_ids)
+    for place in (start + random.permutation(stop - start)[:count]).tolist():
+        labels[place], masked[place] = input_ids[place], mask_id
+    return masked, labels
 
 
 ENCODERS: dict[Task, Callable[[Rendering, TextTokenizer, Record], Example]] = {

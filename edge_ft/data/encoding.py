@@ -7,22 +7,35 @@
   through its end-of-turn token. Some templates rewrite earlier turns as the chat continues, e.g. to remove earlier
   thinking: then only the turns that read as they will at run time carry the loss, and `Example.unlearned_turns`
   counts the others.
-- An encoder-decoder reads prompt and completion as two sequences (`edge_ft.data.seq2seq`).
+- An encoder-decoder reads prompt and completion as two sequences, each with its own end.
+- Decoder rows with few different answers: the model can choose among these instead of generating one.
 """
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
+from edge_ft.data.batches import IGNORED, Example
 from edge_ft.data.chat import encode_chat, end_of_turn, exchange, render_chat
 from edge_ft.data.encoders import ENCODERS
-from edge_ft.data.example import IGNORED, Example
 from edge_ft.data.readers import Row
-from edge_ft.data.records import Message, Record, record
+from edge_ft.data.records import Message, Record, answer_of, fill_answer, record
 from edge_ft.data.rendering import Rendering
-from edge_ft.data.seq2seq import encode_pair, encode_source
 from edge_ft.data.tokenizer import TextTokenizer
 from edge_ft.errors import DataError
 
-__all__ = ["encode_example", "encode_prompt", "encode_rows", "stop_ids"]
+__all__ = [
+    "answer_ids",
+    "encode_example",
+    "encode_pair",
+    "encode_prompt",
+    "encode_rows",
+    "find_answers",
+    "stop_ids",
+]
+
+MAX_ANSWERS, MAX_TOKENS, MIN_ROWS = 64, 16, 4
+"""Most different answers, longest answer in tokens, and fewest rows per answer on average."""
 
 
 def stop_ids(rendering: Rendering, tokenizer: TextTokenizer) -> frozenset[int]:
@@ -47,7 +60,7 @@ def encode_prompt(rendering: Rendering, tokenizer: TextTokenizer, prompt: str | 
     if not isinstance(prompt, str):
         raise DataError("this model was not trained with a chat template: give a text instead of messages")
     if rendering.task == "text2text-generation":
-        return encode_source(tokenizer, prompt)[0]
+        return tokenizer.encode_framed(prompt, sys.maxsize).ids
     return [*([] if rendering.bos is None else [rendering.bos]), *tokenizer.encode(prompt)]
 
 
@@ -59,13 +72,13 @@ def encode_example(rendering: Rendering, tokenizer: TextTokenizer, record: Recor
     """
     if rendering.task in ENCODERS:
         return ENCODERS[rendering.task](rendering, tokenizer, record)
-    answers = [message["content"] for message in record.messages or () if message["role"] == "assistant"]
-    completion = answers[-1] if answers else record.completion
+    completion = record.completion
     if completion is None:
         raise DataError(f"row {record.row} has no answer to learn: give --completion, or a chat with an assistant turn")
-    if rendering.task == "text2text-generation":
-        return _encode_sequences(rendering, tokenizer, record, completion)
     try:
+        if rendering.appended_eos is not None and rendering.task == "text2text-generation":
+            limit, eos = rendering.max_length, rendering.appended_eos
+            return encode_pair(tokenizer, record.row, record.prompt, completion, eos, limit)
         return _encode_text(rendering, tokenizer, record, completion)
     except DataError as error:
         raise DataError(f"row {record.row}: {error}") from error
@@ -80,20 +93,43 @@ def encode_rows(rendering: Rendering, tokenizer: TextTokenizer, rows: Sequence[R
     return [encode_example(rendering, tokenizer, record(row, rendering.columns)) for row in rows]
 
 
-def _encode_sequences(rendering: Rendering, tokenizer: TextTokenizer, record: Record, completion: str) -> Example:
-    """Return a row of an encoder-decoder."""
-    assert rendering.appended_eos is not None
-    pair = encode_pair(tokenizer, record.prompt, completion, rendering.appended_eos, rendering.max_length)
+def encode_pair(tokenizer: TextTokenizer, row: int, prompt: str, completion: str, eos: int, limit: int) -> Example:
+    """Return a row of an encoder-decoder.
+
+    Args:
+        tokenizer: Tokenizer of the model; it puts its own special tokens around the prompt (T5: `</s>` at its end).
+        row: Number of the row in the user's file.
+        prompt: What the encoder reads.
+        completion: What the decoder learns; it starts from the model's decoder_start_token_id.
+        eos: Id that ends the completion; a completion that was cut has none.
+        limit: Tokens of the longest prompt, and of the longest completion.
+    """
+    source, target = tokenizer.encode_framed(prompt, limit), [*tokenizer.encode(completion), eos]
+    lost = max(len(target) - limit, 0)
+    reference, size = tokenizer.without_controls(completion), len(source.ids)
     return Example(
-        record.row,
-        pair.source,
-        pair.target,
-        len(pair.source),
-        tokenizer.without_controls(completion),
-        pair.cut,
-        cut_targets=pair.cut_targets,
-        separate_target=True,
+        row, source.ids, target[:limit], size, reference, source.cut + lost, cut_targets=lost, separate_target=True
     )
+
+
+def find_answers(rows: Sequence[Row], rendering: Rendering, tokenizer: TextTokenizer) -> tuple[str, ...]:
+    """Return the different answers of `rows` in alphabetical order, as `answer_of` returns them.
+
+    Empty unless there are 2 to `MAX_ANSWERS`, each of at most `MAX_TOKENS` tokens and with `MIN_ROWS` rows on average.
+    """
+    answers = (answer_of(row, rendering.columns) for row in rows)
+    found = sorted({answer for answer in answers if answer is not None})
+    if not 2 <= len(found) <= min(MAX_ANSWERS, len(rows) // MIN_ROWS):
+        return ()
+    longest = max(len(answer_ids(rendering, tokenizer, answer)) for answer in found)
+    return tuple(found) if longest <= MAX_TOKENS else ()
+
+
+def answer_ids(rendering: Rendering, tokenizer: TextTokenizer, answer: str) -> list[int]:
+    """Return the token ids that carry the loss of a row with this answer, including the one that ends it."""
+    record = Record(0, None, "x", fill_answer(rendering.columns, answer), None)
+    example = encode_example(replace(rendering, max_length=sys.maxsize), tokenizer, record)
+    return [int(label) for label in example.labels[example.prompt_length :] if label != IGNORED]
 
 
 def _encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record, completion: str) -> Example:

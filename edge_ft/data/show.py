@@ -1,6 +1,6 @@
 """Rows for people, as the model reads them: what is trained stands between ⟦ and ⟧."""
 
-from edge_ft.data.example import IGNORED, Example
+from edge_ft.data.batches import IGNORED, Example
 from edge_ft.data.rendering import Rendering
 from edge_ft.data.tokenizer import TextTokenizer
 

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from edge_ft.data import Example, Message, Record, Rendering, Row, TextTokenizer, encode_example, record
-from edge_ft.data.tokenizer import Filled
+from edge_ft.data import Example, Filled, Message, Record, Rendering, Row, TextTokenizer, encode_example, record
 from edge_ft.errors import UsageError
 
 __all__ = ["encode_few_shot"]
@@ -41,7 +40,7 @@ def encode_few_shot(
             system = [turn for turn in [*own, *before] if turn["role"] == "system"][:1]
             solved_turns = [turn for turn in before if turn["role"] != "system"]
             rest = [turn for turn in own if turn not in system]
-            combined = Record(row.number, [*system, *solved_turns, *rest], "", None, None)
+            combined = Record(row.number, [*system, *solved_turns, *rest], "", question.completion, None)
         elif question.messages is None:
             # `concat` keeps control tokens of the template as control tokens.
             texts = [text for shot in solved for text in (shot.prompt, shot.completion or "", Filled(["\n\n"]))]

@@ -7,8 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_ft.data import Example, answer_ids, eval_batches
-from edge_ft.data.example import IGNORED
+from edge_ft.data import IGNORED, Example, answer_ids, eval_batches
 from edge_ft.errors import MissingExtra, require
 from edge_ft.evaluate.loading import LoadedSource
 from edge_ft.evaluate.metrics import Metric, exact_match, macro_f1, mean, proportion, token_f1, verbatim_match

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_ft.config import TEXT_TASKS
-from edge_ft.data import Batch, Example, Rendering, TextTokenizer, collate, eval_batches, target_mask
+from edge_ft.data import IGNORED, Batch, Example, Rendering, TextTokenizer, collate, eval_batches, target_mask
 from edge_ft.data.contrastive import SCORED_TOGETHER, in_batch_loss
-from edge_ft.data.example import IGNORED
 from edge_ft.errors import AuditRefused
 from edge_ft.evaluate.metrics import (
     bootstrap,

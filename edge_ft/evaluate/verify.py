@@ -15,12 +15,12 @@ from edge_ft.data import (
     Row,
     TextTokenizer,
     bare_columns,
+    encode_pair,
     encode_rows,
     fingerprint,
     read_rows,
     trained_rendering,
 )
-from edge_ft.data.seq2seq import encode_pair
 from edge_ft.errors import GateRefused
 from edge_ft.evaluate.metrics import bootstrap
 from edge_ft.evaluate.scoring import Batching, RowScores, drop_unscorable, score, summary
@@ -198,11 +198,9 @@ def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Examp
     if rendering.task == "text2text-generation":
         # The answer to each text is the next one.
         assert rendering.appended_eos is not None
-        pairs = [
-            encode_pair(tokenizer, text, answer, rendering.appended_eos, rendering.max_length)
-            for text, answer in zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True)
-        ]
-        return [Example(row, pair.source, pair.target, 0, "", 0) for row, pair in enumerate(pairs, 1)]
+        limit, eos = rendering.max_length, rendering.appended_eos
+        pairs = enumerate(zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True), 1)
+        return [encode_pair(tokenizer, row, text, answer, eos, limit) for row, (text, answer) in pairs]
     if rendering.task in ("fill-mask", "feature-extraction"):
         # Pairs of unlike texts: their loss is large, and sensitive to changes of the weights.
         pairs_of_texts = enumerate(zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True), 1)

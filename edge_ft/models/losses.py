@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edge_ft.data import Batch
+from edge_ft.data import IGNORED, Batch
 from edge_ft.data.contrastive import SCALE, duplicate_texts
-from edge_ft.data.example import IGNORED
 
 __all__ = [
     "class_losses",

@@ -9,9 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_ft.config import Task
-from edge_ft.data import Batch, target_mask
-from edge_ft.data.batches import pad
-from edge_ft.data.example import IGNORED
+from edge_ft.data import IGNORED, Batch, pad, target_mask
 from edge_ft.models.chunked_loss import logit_softcap, score_targets
 from edge_ft.models.losses import class_losses, contrastive_losses, embed, mask_losses, tag_losses, task_model_of
 

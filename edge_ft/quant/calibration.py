@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from edge_ft.config import Task
-from edge_ft.data import Batch, Example, collate
-from edge_ft.data.example import IGNORED
+from edge_ft.data import IGNORED, Batch, Example, collate
 from edge_ft.errors import ModelError
 from edge_ft.progress import Progress, Silent, track
 from edge_ft.quant.bf16 import has_bf16

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_ft.data import Batch, pad
+from edge_ft.data import Batch, Framed, pad
 from edge_ft.data.contrastive import in_batch_loss, pool
-from edge_ft.data.tokenizer import Framed
 from edge_ft.runtime.encoder import Encoder
 
 __all__ = ["TextEmbedder"]

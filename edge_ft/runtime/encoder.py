@@ -8,8 +8,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_ft.artifacts import Bundle
-from edge_ft.data import Batch, eval_batches, pad, target_mask
-from edge_ft.data.tokenizer import Framed
+from edge_ft.data import Batch, Framed, eval_batches, pad, target_mask
 from edge_ft.errors import BundleError
 from edge_ft.runtime.open_bundle import OpenBundle
 from edge_ft.runtime.session import output_size

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_ft.data.tokenizer import Filled, Framed
+from edge_ft.data import Filled, Framed
 from edge_ft.errors import BundleError, UsageError
 from edge_ft.runtime.encoder import Encoder
 from edge_ft.runtime.token_scores import log_softmax

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from edge_ft.data import Columns, Rendering, Row, record
-from edge_ft.data.records import fill_text
+from edge_ft.data import Columns, Rendering, Row, fill_text, record
 from edge_ft.errors import UsageError
 from edge_ft.runtime.classify import TextClassifier
 from edge_ft.runtime.embed import TextEmbedder

@@ -9,8 +9,7 @@ from typing import Any, TextIO
 
 from edge_ft.artifacts import atomic_file, refuse_existing
 from edge_ft.config import RunConfig
-from edge_ft.data import Columns, Message, Rendering, Row, read_rows, record
-from edge_ft.data.records import fill_text
+from edge_ft.data import Columns, Message, Rendering, Row, fill_text, read_rows, record
 from edge_ft.errors import DataError, UsageError
 from edge_ft.progress import Progress, track
 from edge_ft.runtime import Classification, Conversation, Seq2SeqGenerator, TextGenerator, load

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_ft.data.tokenizer import Framed
-from edge_ft.data.words import encode_words, split_words
+from edge_ft.data import Framed, encode_words, split_words
 from edge_ft.runtime.encoder import Encoder
 from edge_ft.runtime.token_scores import log_softmax
 

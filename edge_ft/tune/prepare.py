@@ -10,6 +10,7 @@ import numpy as np
 
 from edge_ft.config import ProblemType, Task, TuneConfig
 from edge_ft.data import (
+    CODES,
     Columns,
     Example,
     Record,
@@ -33,7 +34,6 @@ from edge_ft.data import (
     template_marks,
     with_pooling,
 )
-from edge_ft.data.audit import CODES
 from edge_ft.errors import AuditRefused, DataError, UsageError, did_you_mean
 from edge_ft.families import CLASSIFIERS, family_of
 from edge_ft.progress import Progress
@@ -125,7 +125,7 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
         rendering = replace(rendering, max_length=_length_of_most(examples, base.max_length))
         examples = _encode(rendering, tokenizer, records)
         progress.say(f"--max-length auto: {rendering.max_length} tokens")
-    if task == "text-generation" and (answers := find_answers(rows["train"], columns, rendering, tokenizer)):
+    if task == "text-generation" and (answers := find_answers(rows["train"], rendering, tokenizer)):
         rendering = replace(rendering, answers=answers)
         progress.say(f"the rows have {len(answers)} different answers: run --labels auto will choose among them")
     found = [*dropped, *leaks, *_audit(given.files, records, examples, rendering, tokenizer)]

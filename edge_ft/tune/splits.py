@@ -7,15 +7,17 @@ from edge_ft.data import (
     Columns,
     Finding,
     Row,
+    format_rows,
     has_answer,
     is_empty,
     overlap,
+    preview,
     read_rows,
     record,
+    shorten,
     split_names,
     split_rows,
 )
-from edge_ft.data.audit import format_rows, preview, shorten
 from edge_ft.errors import AuditRefused, DataError
 
 __all__ = ["SPLITS", "FileFindings", "GivenRows", "drop_unusable", "read_given", "split_given"]

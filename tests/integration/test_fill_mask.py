@@ -15,7 +15,7 @@ from transformers import BertForMaskedLM
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import ExportConfig, RunConfig, TuneConfig
 from edge_ft.data import collate, encode_rows, read_rows
-from edge_ft.data.masking import mask_tokens
+from edge_ft.data.encoders import mask_tokens
 from edge_ft.errors import ModelError, UsageError
 from edge_ft.export import export
 from edge_ft.runtime import MaskFiller, load

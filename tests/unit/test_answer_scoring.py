@@ -149,7 +149,7 @@ def answers_of(values: Sequence[str | None], tmp_path: Path, columns: Columns | 
     opened = generator(write_decoder(tmp_path / "b"))
     columns = columns or Columns("prompt_completion", "{prompt}", "{completion}")
     rows = [Row(n, {"prompt": f"{n}", "completion": value}) for n, value in enumerate(values, 1)]
-    return find_answers(rows, columns, replace(opened.rendering, columns=columns), opened.tokenizer)
+    return find_answers(rows, replace(opened.rendering, columns=columns), opened.tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_encoder_config, write_decoder, write_encoder, write_t5
 
 from edge_ft.config import Task
-from edge_ft.data.example import Example
+from edge_ft.data import Example
 from edge_ft.errors import ModelError
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model

@@ -23,6 +23,7 @@ from edge_ft.data import (
     encode_rows,
     fill_text,
     make_rendering,
+    record,
     render_chat,
     stop_ids,
 )
@@ -50,7 +51,7 @@ def chat(*contents: str, system: str | None = None) -> list[Message]:
 
 def encode(tokenizer: TextTokenizer, messages: list[Message], template: str = CHATML) -> Example:
     chosen = Rendering("text-generation", template, MESSAGES, (), 512, None, None)
-    return encode_example(chosen, tokenizer, Record(7, messages, "", None, None))
+    return encode_example(chosen, tokenizer, record(Row(7, {"messages": messages}), MESSAGES))
 
 
 def learned(tokenizer: TextTokenizer, example: Example) -> list[str]:
@@ -219,7 +220,7 @@ def test_a_template_without_a_special_end_gets_eos(tokenizer: TextTokenizer, tmp
     )
     chosen = rendering(tokenizer, MESSAGES, chat_template=str(file))
     assert chosen.appended_eos == 2
-    example = encode_example(chosen, tokenizer, Record(1, chat("a", "b", "c", "d"), "", None, None))
+    example = encode_example(chosen, tokenizer, Record(1, chat("a", "b", "c", "d"), "", "d", None))
     assert learned(tokenizer, example) == ["b", "d<|im_end|>"]
 
 

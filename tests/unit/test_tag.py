@@ -15,11 +15,12 @@ from edge_ft.data import (
     Row,
     TextTokenizer,
     encode_rows,
+    encode_words,
     find_columns,
     guess_task,
     read_rows,
+    split_words,
 )
-from edge_ft.data.words import encode_words, split_words
 from edge_ft.errors import DataError
 from edge_ft.evaluate.metrics import span_metrics
 
