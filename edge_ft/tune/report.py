@@ -101,19 +101,12 @@ def _scores(job: "Job", scorer: Answerer, base: Base, fitted: Fit, progress: Pro
     examples = job.prepared.examples
     scores = {"validation_base": fitted.base, "validation": fitted.best}
     embeds = job.prepared.task == "feature-extraction"  # a checkpoint keeps losses, not vectors
-    if job.config.compute == "bf16" or (embeds and None in (fitted.base.vectors, fitted.best.vectors)):
-        # The loop scored in the precision of its steps; the report has what export will be held to.
+    # The loop scored in the precision of its steps; the report has what export will be held to.
+    again = job.config.compute == "bf16" or (embeds and None in (fitted.base.vectors, fitted.best.vectors))
+    for split in ["validation"] * again + ["test"] * bool(examples["test"]):
         with base():
-            scores["validation_base"] = _score(
-                job, scorer, examples["validation"], progress, "validation rows, base, in float32"
-            )
-        scores["validation"] = _score(
-            job, scorer, examples["validation"], progress, "validation rows, best, in float32"
-        )
-    if examples["test"]:
-        with base():
-            scores["test_base"] = _score(job, scorer, examples["test"], progress, "test rows, base")
-        scores["test"] = _score(job, scorer, examples["test"], progress, "test rows, tuned")
+            scores[f"{split}_base"] = _score(job, scorer, examples[split], progress, f"{split} rows, base")
+        scores[split] = _score(job, scorer, examples[split], progress, f"{split} rows, tuned")
     return scores
 
 
