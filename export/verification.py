@@ -184,7 +184,7 @@ def _score_graph(
     bundle: Bundle, source: ExportSource, level: int, threads: int | None, progress: Progress
 ) -> GraphScores:
     """Return the scores of the graph of one accuracy level."""
-    with heartbeat(progress, f"opening the graph of level {level}"):
+    with heartbeat(progress, f"opening the graph of accuracy level {level}"):
         scorer = load(bundle, accuracy_level=level, threads=threads)
 
     def scored(examples: list[Example], stage: str) -> RowScores:

@@ -127,7 +127,7 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
         progress.say(f"--max-length auto: {rendering.max_length} tokens")
     if task == "text-generation" and (answers := find_answers(rows["train"], rendering, tokenizer)):
         rendering = replace(rendering, answers=answers)
-        progress.say(f"the rows have {len(answers)} different answers: run --labels auto will choose among them")
+        progress.say(f"the rows have {len(answers)} different answers: edge-ft run --labels auto chooses among them")
     found = [*dropped, *leaks, *_audit(given.files, records, examples, rendering, tokenizer)]
     findings = _refuse([finding.plain(file=file) for file, finding in found], config.allow, progress)
     trainable = _trainable(examples, rendering.max_length, "nothing-to-learn" in config.allow)
