@@ -37,7 +37,7 @@ def _tier(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of one file run in one worker; so do all tests of one real model, and these start first."""
+    """The tests of a file run in one worker, but for those of each real model, which start first."""
 
     def real_model(item: pytest.Item) -> str | None:
         callspec = getattr(item, "callspec", None)  # a parameter may name a fixture
@@ -45,9 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((model for model in ("smollm2", "minilm") for name in names if name.startswith(model)), None)
 
     models = {item: real_model(item) for item in items}
-    items.sort(key=lambda item: (models[item] is None, models[item] == "minilm", TIERS.index(_tier(item))))
+    items.sort(key=lambda item: (models[item] is None, TIERS.index(_tier(item)), item.path, models[item] == "minilm"))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(models[item] or str(item.path)))
+        item.add_marker(pytest.mark.xdist_group(f"{item.path} {models[item] or ''}"))
 
 
 @pytest.fixture(scope="module", autouse=True)
