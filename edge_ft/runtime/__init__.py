@@ -6,15 +6,13 @@ from edge_ft.artifacts import Bundle
 from edge_ft.runtime.adapters import adapter_inputs
 from edge_ft.runtime.cache import KVCache
 from edge_ft.runtime.classify import Classification, TextClassifier
-from edge_ft.runtime.conversation import Conversation
 from edge_ft.runtime.decode import Generation, Timings
 from edge_ft.runtime.embed import TextEmbedder
 from edge_ft.runtime.fill_mask import Fill, FilledText, MaskFiller
-from edge_ft.runtime.results import EncoderBundle
 from edge_ft.runtime.seq2seq import Seq2SeqGenerator
 from edge_ft.runtime.session import open_session
 from edge_ft.runtime.tag import TaggedText, TaggedWord, TextTagger
-from edge_ft.runtime.text_generator import TextGenerator
+from edge_ft.runtime.text_generator import Conversation, TextGenerator
 
 __all__ = [
     "Classification",
@@ -35,13 +33,16 @@ __all__ = [
     "load",
 ]
 
-ENCODERS: dict[str, type[EncoderBundle]] = {
+EncoderBundle = TextClassifier | TextTagger | MaskFiller | TextEmbedder
+"""An open bundle whose model reads a text at once."""
+_ONE_GRAPH: dict[str, type[TextGenerator | EncoderBundle]] = {
+    "text-generation": TextGenerator,
     "text-classification": TextClassifier,
     "token-classification": TextTagger,
     "fill-mask": MaskFiller,
     "feature-extraction": TextEmbedder,
 }
-"""The class of an open bundle, for each task of encoders."""
+"""The class of an open bundle, for each task whose bundles have one graph."""
 
 
 def load(
@@ -73,7 +74,4 @@ def load(
         sessions = [open_session(graph(accuracy_level), threads) for graph in (bundle.encoder_graph, bundle.graph)]
         return Seq2SeqGenerator(bundle, *((each, adapter_inputs(bundle, each, adapter)) for each in sessions))
     session = open_session(bundle.graph(accuracy_level), threads)
-    extra = adapter_inputs(bundle, session, adapter)
-    if bundle.task in ENCODERS:
-        return ENCODERS[bundle.task](bundle, session, extra)
-    return TextGenerator(bundle, session, extra)
+    return _ONE_GRAPH[bundle.task](bundle, session, adapter_inputs(bundle, session, adapter))

@@ -79,8 +79,7 @@ class KVCache:
         self._reserve(len(self.ids) + len(ids))
         for start in range(0, len(ids), _PREFILL):
             self._run(ids[start : start + _PREFILL])
-        logits: NDArray[np.float32] = self._logits[0, 0]
-        return logits
+        return self._logits[0, 0]
 
     def extend_each(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Read a few further tokens and keep the logits of each.
@@ -98,8 +97,7 @@ class KVCache:
             self._run(ids)
         finally:
             self._bind_logits(self._logits, 1)
-        logits: NDArray[np.float32] = every[0]
-        return logits
+        return every[0]
 
     def rewind(self, ids: Sequence[int]) -> int:
         """Keep the cached tokens that `ids` begins with, and drop the rest.
@@ -112,11 +110,8 @@ class KVCache:
         Returns:
             How many tokens of `ids` are in the cache.
         """
-        same = 0
-        for old, new in zip(self.ids, ids[:-1], strict=False):
-            if old != new:
-                break
-            same += 1
+        pairs = enumerate(zip(self.ids, ids[:-1], strict=False))
+        same = next((at for at, (old, new) in pairs if old != new), min(len(self.ids), len(ids) - 1))
         del self.ids[same:]
         return same
 

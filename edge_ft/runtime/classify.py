@@ -31,13 +31,7 @@ class Classification:
 
 
 class TextClassifier(Encoder):
-    """An open text-classification bundle.
-
-    Raises:
-        BundleError: its manifest has no class names.
-    """
-
-    needs_labels = True
+    """An open text-classification bundle."""
 
     @property
     def problem(self) -> ProblemType:
@@ -63,19 +57,13 @@ class TextClassifier(Encoder):
             reads = "pairs of texts" if wanted else "single texts"
             raise UsageError(f"{self.bundle.path} was trained on {reads}: give {reads}")
         encoded = [self.tokenizer.encode_framed(first, self.rendering.max_length, second) for first, second in pairs]
-        logits = np.zeros((len(encoded), len(self.labels)), np.float32)
-        for row, output in self.outputs_of(encoded):
-            logits[row] = output
-        probabilities = self._probabilities(logits)
-        return [
-            Classification(
-                label=self._label(scores),
-                scores=dict(zip(self.labels, scores.tolist(), strict=True)),
-                prompt_tokens=len(text.ids),
-                cut=text.cut,
-            )
-            for scores, text in zip(probabilities, encoded, strict=True)
-        ]
+
+        def read(row: int, logits: NDArray[np.float32]) -> Classification:
+            scores, text = self._probabilities(logits), encoded[row]
+            named = dict(zip(self.labels, scores.tolist(), strict=True))
+            return Classification(self._label(scores), named, len(text.ids), text.cut)
+
+        return self.map_outputs(read, encoded)
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Return the loss (nats) and the prediction, shaped as the labels; as `edge_ft.models.losses.class_losses`."""

@@ -1,22 +1,22 @@
-"""The generation loop: tokens from a model that reads its own output, and their text."""
+"""The generation loop: tokens from a model that reads its own output, and their text while they are generated."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal
+from typing import Literal, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_ft.config import RunConfig
 from edge_ft.errors import UsageError
-from edge_ft.runtime.detokenizer import StreamingDetokenizer
 from edge_ft.runtime.sampling import Sampler
 
 __all__ = [
     "DEFAULT_NEW_TOKENS",
     "GREEDY",
     "Generation",
+    "StreamingDetokenizer",
     "Timings",
     "TimingsRecorder",
     "TooLong",
@@ -27,6 +27,8 @@ __all__ = [
 
 GREEDY = RunConfig()
 DEFAULT_NEW_TOKENS = 256
+_INCOMPLETE = "\ufffd"
+"""What a tokenizer decodes bytes to that are not, or not yet, a character."""
 
 
 class TooLong(UsageError):
@@ -72,6 +74,71 @@ class TimingsRecorder:
     def timings(self) -> Timings:
         """Return what was recorded."""
         return Timings(self.prefill_s, self.ttft_s, tuple(self.decode_s))
+
+
+class StreamingDetokenizer:
+    """Decodes token ids one by one, and returns only text that later tokens cannot change.
+
+    Attributes:
+        stopped: Whether a stop string is complete; the text ends before it.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()) -> None:
+        """Start an empty text.
+
+        Args:
+            decode: Token ids -> text.
+            stop: Stop strings; the text ends before the first one that is complete.
+
+        Raises:
+            UsageError: a stop string is empty.
+        """
+        if "" in stop:
+            raise UsageError("--stop: an empty string would end every answer at its start; leave it out")
+        self.stopped = False
+        self._decode = decode
+        self._stop = stop
+        self._decoded: list[int] = []  # the last ids that became text: some tokenizers decode by what precedes
+        self._decoded_text = ""
+        self._pending: list[int] = []  # ids that end inside a character
+        self._held = ""  # text that may be the beginning of a stop string
+
+    def push(self, token: int) -> str:
+        """Return the text that is final after this token; often empty."""
+        self._pending.append(token)
+        text = self._decode(self._decoded + self._pending)
+        if text.endswith(_INCOMPLETE):
+            return ""
+        fresh = text[len(self._decoded_text) :]
+        self._decoded, self._pending = (self._pending if fresh else self._decoded + self._pending), []
+        self._decoded_text = self._decode(self._decoded)
+        return self._release(fresh)
+
+    def finish(self) -> str:
+        """Return the text held back until the end of the answer, without bytes that never became a character."""
+        if self.stopped:
+            return ""
+        fresh = self._decode(self._decoded + self._pending)[len(self._decoded_text) :].rstrip(_INCOMPLETE)
+        self._pending = []
+        text = self._release(fresh)
+        held, self._held = self._held, ""
+        return text if self.stopped else text + held
+
+    def _release(self, fresh: str) -> str:
+        """Return the held and the new text as far as no stop string can begin in it."""
+        text = self._held + fresh
+        # The stop string that is complete first wins, so that the result does not depend on where tokens end.
+        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
+            self.stopped, self._held = True, ""
+            return text[: min(ends)[1]]
+        longest = min(len(text), max(map(len, self._stop), default=1) - 1)
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                self._held = text[-length:]
+                return text[:-length]
+        self._held = ""
+        return text
 
 
 def decode_tokens(
@@ -160,11 +227,12 @@ def stream_text(
     )
 
 
-def read_to_end(stream: Generator[str, None, Generation]) -> Generation:
-    """Return the `Generation` of a stream, without its pieces."""
+def read_to_end(stream: Generator[str, None, Generation], target: TextIO | None = None) -> Generation:
+    """Return the `Generation` of a stream; its pieces are written to `target`, if there is one, as they come."""
     while True:
         try:
-            next(stream)
+            piece = next(stream)
         except StopIteration as end:
-            generation: Generation = end.value
-            return generation
+            return end.value
+        if target is not None:
+            print(piece, end="", file=target, flush=True)

@@ -42,13 +42,14 @@ class TextEmbedder(Encoder):
         Returns:
             [texts, hidden] float32, in order.
         """
-        found: dict[int, NDArray[np.float32]] = {}
-        for row, hidden in self.outputs_of(texts):
+
+        def read(row: int, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
             _, mask = pad([texts[row].ids], 0)
-            found[row] = pool(hidden[None, : mask.shape[1]], mask, self.rendering.pooling)[0]
-        if not found:
+            return pool(hidden[None, : mask.shape[1]], mask, self.rendering.pooling)[0]
+
+        if not texts:
             return np.zeros((0, 0), np.float32)
-        vectors = np.stack([found[row] for row in range(len(texts))])
+        vectors = np.stack(self.map_outputs(read, texts))
         return normalize(vectors) if self.rendering.normalize else vectors
 
     def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

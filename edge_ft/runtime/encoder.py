@@ -1,7 +1,7 @@
 """An open graph that reads whole texts at once, in batches of similar length."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 from edge_ft.artifacts import Bundle
 from edge_ft.data import Batch, Framed, eval_batches, pad, target_mask
 from edge_ft.errors import BundleError
+from edge_ft.families import CLASSIFIERS
 from edge_ft.runtime.open_bundle import OpenBundle
 from edge_ft.runtime.session import output_size
 from edge_ft.runtime.token_scores import score_targets
 
 __all__ = ["Encoder"]
+
+T = TypeVar("T")
 
 _BATCH = 16
 """Texts in one run; they are sorted by length first, so little of a batch is padding."""
@@ -25,12 +28,13 @@ class Encoder(OpenBundle):
 
     Attributes:
         labels: Names of the classes, of the tags or of the number; empty for other tasks.
+
+    Raises:
+        BundleError: a classifier's manifest has no names of classes or tags.
     """
 
     output = "logits"
     """Name of the graph's output."""
-    needs_labels = False
-    """Whether the outputs are classes, whose names the manifest must hold."""
 
     def __init__(
         self, bundle: Bundle, session: ort.InferenceSession, adapter_inputs: dict[str, NDArray[np.float32]]
@@ -40,7 +44,7 @@ class Encoder(OpenBundle):
         self._session = session
         self._names = {node.name for node in session.get_inputs()}
         self._adapter_inputs = adapter_inputs
-        if self.needs_labels and not self.labels:
+        if bundle.task in CLASSIFIERS and not self.labels:
             raise BundleError(f"{bundle.path} has no class names: export the model again, with its labels")
 
     def logits(
@@ -63,22 +67,25 @@ class Encoder(OpenBundle):
         feed = {"input_ids": input_ids, "attention_mask": attention_mask, **self._adapter_inputs}
         if "token_type_ids" in self._names:
             feed["token_type_ids"] = np.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        output: NDArray[np.float32] = self._session.run([self.output], feed)[0]
-        return output
+        return self._session.run([self.output], feed)[0]
 
-    def outputs_of(self, texts: Sequence[Framed]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    def map_outputs(self, read: Callable[[int, NDArray[np.float32]], T], texts: Sequence[Framed]) -> list[T]:
         """Run the graph on tokenized texts, in batches of similar length.
 
         Args:
+            read: Index of a text and its output without the batch dimension, padding included -> its result.
             texts: Tokens of each text.
 
-        Yields:
-            Index of a text and its output without the batch dimension, padding included; not in order.
+        Returns:
+            The result of each text, in order.
         """
+        results: dict[int, T] = {}
         for rows in eval_batches([len(text.ids) for text in texts], _BATCH):
             input_ids, attention_mask = pad([texts[row].ids for row in rows], self.tokenizer.pad_id)
             type_ids, _ = pad([texts[row].type_ids for row in rows], 0)
-            yield from zip(rows, self.logits(input_ids, attention_mask, type_ids), strict=True)
+            outputs = self.logits(input_ids, attention_mask, type_ids)
+            results |= {row: read(row, output) for row, output in zip(rows, outputs, strict=True)}
+        return [results[row] for row in range(len(texts))]
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Score the labelled positions of a batch.

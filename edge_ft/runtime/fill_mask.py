@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_ft.data import Filled, Framed
 from edge_ft.errors import BundleError, UsageError
@@ -53,12 +54,10 @@ class MaskFiller(Encoder):
             BundleError: the tokenizer has no mask token.
         """
         encoded = [self._encode(text) for text in texts]
-        found: dict[int, FilledText] = {}
-        for row, logits in self.outputs_of(encoded):
-            ids = list(encoded[row].ids)
-            masks = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_id]
-            fills = []
-            for place in masks:
+
+        def read(row: int, logits: NDArray[np.float32]) -> FilledText:
+            ids, fills = list(encoded[row].ids), []
+            for place in [place for place, token in enumerate(ids) if token == self.tokenizer.mask_id]:
                 probabilities = np.exp(log_softmax(logits[place]))
                 best = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
                 fills.append(
@@ -68,8 +67,9 @@ class MaskFiller(Encoder):
                     ]
                 )
                 ids[place] = best[0]
-            found[row] = FilledText(fills, self.tokenizer.decode(ids), len(ids), encoded[row].cut)
-        return [found[row] for row in range(len(texts))]
+            return FilledText(fills, self.tokenizer.decode(ids), len(ids), encoded[row].cut)
+
+        return self.map_outputs(read, encoded)
 
     def _encode(self, text: str) -> Framed:
         """Return the tokens of a text with masks.

@@ -1,12 +1,16 @@
-"""What all open bundles have in common."""
+"""What all open bundles have in common, and what those have that generate text."""
 
+from abc import abstractmethod
+from collections.abc import Generator, Iterator, Sequence
 from typing import NoReturn
 
 from edge_ft.artifacts import Bundle
-from edge_ft.data import Rendering, TextTokenizer
+from edge_ft.config import RunConfig
+from edge_ft.data import Message, Rendering, TextTokenizer, stop_ids
 from edge_ft.errors import UsageError
+from edge_ft.runtime.decode import GREEDY, Generation, Timings, TimingsRecorder, read_to_end
 
-__all__ = ["OpenBundle"]
+__all__ = ["GenerativeBundle", "OpenBundle"]
 
 METHOD_TASKS = {
     "generate": ("text-generation", "text2text-generation"),
@@ -35,3 +39,99 @@ class OpenBundle:
                 f"{' or '.join(METHOD_TASKS[name])}"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class GenerativeBundle(OpenBundle):
+    """An open bundle that generates text.
+
+    Attributes:
+        max_length: The model's limit in tokens.
+        stop_ids: Tokens that end an answer.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self.max_length = int(bundle.manifest["max_length"])
+        self.stop_ids = stop_ids(self.rendering, self.tokenizer)
+
+    def generate(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generation:
+        """Answer a prompt.
+
+        Args:
+            prompt: Text; or the messages of a chat, for a decoder.
+            config: Options of the answer; `threads`, `accuracy_level` and `adapter` belong to `load`.
+
+        Returns:
+            The text and how it was generated.
+
+        Raises:
+            TooLong: prompt or answer exceed the model's limit; for a decoder, both together.
+            UsageError: an empty prompt or stop string, or options that do not fit the bundle.
+        """
+        return read_to_end(self.stream(prompt, config))
+
+    @abstractmethod
+    def stream(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generator[str, None, Generation]:
+        """Answer a prompt piece by piece, as `generate` does.
+
+        Args:
+            prompt: As for `generate`.
+            config: As for `generate`.
+
+        Returns:
+            A generator of pieces of text that later tokens cannot change; its return value is the `Generation`.
+        """
+
+    def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        """Answer a tokenized prompt greedily.
+
+        Args:
+            prompt_ids: Token ids.
+            max_new_tokens: Fewer are generated where the model's limit is nearer.
+
+        Returns:
+            Token ids before the first stop token; none for an empty prompt or one that fills the model's limit.
+        """
+        max_new_tokens = min(max_new_tokens, self._longest_answer(len(prompt_ids)))
+        if max_new_tokens < 1 or not prompt_ids:
+            return []
+        tokens = list(self._tokens(prompt_ids, max_new_tokens, self.stop_ids, GREEDY, TimingsRecorder()))
+        return tokens[:-1] if tokens[-1] in self.stop_ids else tokens
+
+    def time_decode(self, prompt_ids: list[int], new_tokens: int) -> Timings:
+        """Generate exactly `new_tokens` greedily with an empty cache, past any stop token, and time each.
+
+        Args:
+            prompt_ids: Token ids, at least one.
+            new_tokens: At least 1.
+
+        Returns:
+            Seconds of the prompt (`prefill_s`; for an encoder-decoder, of the encoder and the first token) and of each
+            token after the first (`decode_s`).
+
+        Raises:
+            TooLong: prompt or answer exceed the model's limit; for a decoder, both together.
+        """
+        self._check_length(len(prompt_ids), new_tokens)
+        recorder = TimingsRecorder()
+        list(self._tokens(prompt_ids, new_tokens, frozenset(), GREEDY, recorder))
+        return recorder.timings()
+
+    @abstractmethod
+    def _check_length(self, tokens: int, new_tokens: int) -> None:
+        """Raise TooLong if a prompt and an answer of these lengths exceed the model's limit."""
+
+    @abstractmethod
+    def _longest_answer(self, tokens: int) -> int:
+        """Return how many tokens an answer to a prompt of `tokens` may have; below 1 is none."""
+
+    @abstractmethod
+    def _tokens(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        stops: frozenset[int],
+        config: RunConfig,
+        recorder: TimingsRecorder,
+    ) -> Iterator[int]:
+        """Return the generated tokens, a stop token included."""

@@ -12,20 +12,26 @@ from edge_ft.config import RunConfig
 from edge_ft.data import Columns, Message, Rendering, Row, fill_text, read_rows, record
 from edge_ft.errors import DataError, UsageError
 from edge_ft.progress import Progress, track
-from edge_ft.runtime import Classification, Conversation, Seq2SeqGenerator, TextGenerator, load
-from edge_ft.runtime.decode import TooLong
-from edge_ft.runtime.generative_bundle import GenerativeBundle
-from edge_ft.runtime.results import (
+from edge_ft.runtime import (
+    Classification,
+    Conversation,
     EncoderBundle,
-    EncoderInput,
-    format_result,
-    format_scores,
-    input_of_row,
-    input_of_text,
-    predict,
+    MaskFiller,
+    Seq2SeqGenerator,
+    TextEmbedder,
+    TextGenerator,
+    TextTagger,
+    load,
 )
+from edge_ft.runtime.decode import TooLong, read_to_end
+from edge_ft.runtime.open_bundle import GenerativeBundle
 
 __all__ = ["run_chat", "run_file", "run_text"]
+
+EncoderInput = str | tuple[str, str] | Sequence[str]
+"""A text; two texts for a model that was trained on pairs; the words of a text to tag."""
+DEFAULT_TOP_K = 5
+"""Classes that are shown, and candidates for a mask."""
 
 
 def run_text(bundle: Path, text: str, config: RunConfig, stream: TextIO | None) -> dict[str, Any]:
@@ -41,21 +47,24 @@ def run_text(bundle: Path, text: str, config: RunConfig, stream: TextIO | None) 
         stream: Where the result is written, piece by piece if it is generated; None writes nothing.
 
     Returns:
-        `text`, `prompt_tokens`, `new_tokens`, `finish_reason` and `timings` (seconds), or an object of `predict`.
+        `text`, `prompt_tokens`, `new_tokens`, `finish_reason` and `timings` (seconds); or `label` and `scores`, `tags`
+        and `words`, `fills` and `text`, or `embedding`, with `prompt_tokens` and `cut`.
 
     Raises:
         UsageError: options that do not fit the bundle.
     """
     opened = _open(bundle, config)
     if not isinstance(opened, GenerativeBundle):
-        _refuse_labels(opened, config)
-        (result,) = predict(opened, [input_of_text(opened, text, config.text_pair)], config.top_k)
-        lines = format_result(opened, result)
+        (result,) = _predict(opened, [_input_of_text(opened, text, config.text_pair)], config.top_k)
+        lines = _format_result(opened, result)
     elif config.labels:
         result = asdict(_classify(opened, [fill_text(opened.rendering.columns, text)], config)[0])
-        lines = format_scores(result["scores"])
+        lines = _format_scores(result["scores"])
+    elif config.text_pair is not None:
+        raise UsageError(f"--text-pair is for models that read two texts: {opened.bundle.path} reads one prompt")
     else:
-        return _generate(opened, text, config, stream)
+        result = asdict(read_to_end(opened.stream(fill_text(opened.rendering.columns, text), config), stream))
+        lines = []
     if stream is not None:
         print("\n".join(lines), file=stream)
     return result
@@ -83,9 +92,8 @@ def run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress:
     rows = read_rows(str(source))
     opened = _open(bundle, config)
     if not isinstance(opened, GenerativeBundle):
-        _refuse_labels(opened, config)
-        inputs = [_encoder_input(row, opened.rendering) for row in rows]
-        results: Iterator[dict[str, Any]] = iter(predict(opened, inputs, config.top_k))
+        inputs = [_input_of_row(row, opened.rendering) for row in rows]
+        results: Iterator[dict[str, Any]] = iter(_predict(opened, inputs, config.top_k))
     else:
         prompts = [_prompt(row, opened.rendering) for row in rows]
         results = (_result_or_error(opened, prompt, config) for prompt in prompts)
@@ -114,53 +122,24 @@ def run_chat(bundle: Path, config: RunConfig, source: TextIO, target: TextIO) ->
     """
     opened = _open(bundle, config)
     conversation = opened.chat(config)
-    while True:
-        target.write("> ")
-        target.flush()
-        line = source.readline()
-        if not line:
-            target.write("\n")
-            return
-        if not line.strip():
-            continue
-        try:
-            _reply(conversation, line, target)
-        except TooLong:
-            if not conversation.messages:
-                raise  # this message alone is too long
-            target.write("(the conversation has reached the model's limit: starting a new one)\n")
-            conversation = opened.chat(config)
-            _reply(conversation, line, target)
+    print("> ", end="", file=target, flush=True)
+    for line in source:
+        if line.strip():
+            try:
+                _reply(conversation, line, target)
+            except TooLong:
+                if not conversation.messages:
+                    raise  # this message alone is too long
+                target.write("(the conversation has reached the model's limit: starting a new one)\n")
+                conversation = opened.chat(config)
+                _reply(conversation, line, target)
+        print("> ", end="", file=target, flush=True)
+    print(file=target)
 
 
 def _reply(conversation: Conversation, line: str, target: TextIO) -> None:
-    for piece in conversation.stream(line.rstrip("\n")):
-        target.write(piece)
-        target.flush()
-    target.write("\n")
-
-
-def _generate(
-    opened: TextGenerator | Seq2SeqGenerator, text: str, config: RunConfig, stream: TextIO | None
-) -> dict[str, Any]:
-    """Return a generated answer, written to `stream` piece by piece.
-
-    Raises:
-        UsageError: a second text.
-    """
-    if config.text_pair is not None:
-        raise UsageError(f"--text-pair is for models that read two texts: {opened.bundle.path} reads one prompt")
-    pieces = opened.stream(fill_text(opened.rendering.columns, text), config)
-    while True:
-        try:
-            piece = next(pieces)
-        except StopIteration as end:
-            if stream is not None:
-                print(file=stream)
-            return asdict(end.value)
-        if stream is not None:
-            stream.write(piece)
-            stream.flush()
+    read_to_end(conversation.stream(line.rstrip("\n")), target)
+    print(file=target)
 
 
 def _result_or_error(
@@ -176,56 +155,70 @@ def _result_or_error(
 def _classify(
     opened: TextGenerator | Seq2SeqGenerator, prompts: Sequence[Any], config: RunConfig
 ) -> list[Classification]:
-    """Return the likeliest of --labels for each prompt.
-
-    Raises:
-        UsageError: the bundle is an encoder-decoder.
-    """
-    if isinstance(opened, Seq2SeqGenerator):
-        raise UsageError("--labels is for decoders: an encoder-decoder generates its answer")
+    """Return the likeliest of --labels for each prompt; `_open` has refused an encoder-decoder."""
     return opened.classify(prompts, None if config.labels == ("auto",) else config.labels)
 
 
-def _refuse_labels(opened: EncoderBundle, config: RunConfig) -> None:
-    """Refuse --labels for a model with labels of its own.
+def _open(bundle: Path, config: RunConfig) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
+    """Return the open bundle.
 
     Raises:
-        UsageError: it is given.
+        UsageError: --labels for a model that is not a decoder.
     """
-    if config.labels:
+    opened = load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter)
+    if config.labels and isinstance(opened, Seq2SeqGenerator):
+        raise UsageError("--labels is for decoders: an encoder-decoder generates its answer")
+    if config.labels and not isinstance(opened, TextGenerator):
         own = ", ".join(opened.labels) or "none"
         raise UsageError(f"--labels is for models that generate text; the labels of this one are fixed: {own}")
-
-
-def _open(bundle: Path, config: RunConfig) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
-    return load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter)
+    return opened
 
 
 def _prompt(row: Row, rendering: Rendering) -> str | list[Message]:
     """Return a row's prompt: as in training if it has the same columns, else from any columns that are known."""
     known = (rendering.columns, Columns("messages"))
     columns = next((columns for columns in known if columns.fits(list(row.fields), answer=False)), None)
-    messages = None if columns is None else record(row, columns, answer=False).messages
-    if messages is None:
+    if columns is None:
         return _text(row, rendering)
+    found = record(row, columns, answer=False)
+    if (messages := found.messages) is None:
+        return found.prompt
     # A training row ends with the answer.
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
 
-def _encoder_input(row: Row, rendering: Rendering) -> EncoderInput:
+def _input_of_text(opened: EncoderBundle, text: str, pair: str | None) -> EncoderInput:
+    """Return the input for a text, and a second one; a template of one column is applied.
+
+    Raises:
+        UsageError: a second text for a model that reads one, or none for a model that reads two.
+    """
+    columns = opened.rendering.columns
+    if (pair is not None) != (columns.pair is not None):
+        fix = "reads two texts: give --text-pair" if pair is None else "reads one text: leave --text-pair out"
+        raise UsageError(f"{opened.bundle.path} {fix}")
+    if isinstance(opened, TextTagger | MaskFiller):
+        return text
+    first = fill_text(columns, text)
+    return first if pair is None else (first, fill_text(Columns("template", columns.pair), pair))
+
+
+def _input_of_row(row: Row, rendering: Rendering) -> EncoderInput:
     """Return a row's input: as in training if it has the same columns, else its one text."""
-    found = input_of_row(row, rendering)
-    return _text(row, rendering) if found is None else found
+    if not rendering.columns.fits(list(row.fields), answer=False):
+        return _text(row, rendering)
+    found = record(row, rendering.columns, answer=False)
+    if rendering.columns.kind == "tokens":
+        return found.words
+    return found.prompt if found.pair is None else (found.prompt, found.pair)
 
 
 def _text(row: Row, rendering: Rendering) -> str:
-    """Return a row's one text, in the bundle's template.
+    """Return the one text of a row with other columns than in training, in the bundle's template.
 
     Raises:
         DataError: no column is known to hold a text.
     """
-    if rendering.columns.fits(list(row.fields), answer=False):
-        return record(row, rendering.columns, answer=False).prompt
     for columns in (
         Columns("instruction", "{instruction}"),
         Columns("template", "{prompt}"),
@@ -237,3 +230,47 @@ def _text(row: Row, rendering: Rendering) -> str:
         f"row {row.number} has the columns {', '.join(row.fields)}: "
         "it needs those of the training rows, or one called instruction, prompt or text"
     )
+
+
+def _predict(opened: EncoderBundle, inputs: Sequence[Any], top_k: int) -> list[dict[str, Any]]:
+    """Return a JSON object for each input.
+
+    It has `label` and `scores`, `tags` and `words`, `fills` and `text`, or `embedding`; and `prompt_tokens` and `cut`.
+    """
+    if isinstance(opened, MaskFiller):
+        return [asdict(found) for found in opened.fill(inputs, top_k or DEFAULT_TOP_K)]
+    if isinstance(opened, TextEmbedder):
+        texts = opened.tokenize(inputs)
+        return [
+            {"embedding": vector.tolist(), "prompt_tokens": len(text.ids), "cut": text.cut}
+            for vector, text in zip(opened.embed_tokenized(texts), texts, strict=True)
+        ]
+    if isinstance(opened, TextTagger):
+        return [{"tags": found.tags, **asdict(found)} for found in opened.tag(inputs)]
+    return [asdict(found) for found in opened.classify(inputs)]
+
+
+def _format_result(opened: EncoderBundle, result: dict[str, Any]) -> list[str]:
+    """Return a result of `_predict` as lines for people."""
+    if isinstance(opened, TextTagger):
+        return [
+            f"{word['text']}\t{word['label'] or '-'}\t" + ("-" if word["score"] is None else f"{word['score']:.2%}")
+            for word in result["words"]
+        ]
+    if isinstance(opened, TextEmbedder):
+        return [" ".join(f"{value:.6f}" for value in result["embedding"])]
+    if isinstance(opened, MaskFiller):
+        candidates = [f"{fill['score']:7.2%}  {fill['token']}" for fills in result["fills"] for fill in fills]
+        return [*candidates, result["text"]]
+    scores: dict[str, float] = result["scores"]
+    if opened.problem == "regression":
+        return [f"{score:.4g}  {label}" for label, score in scores.items()]
+    if opened.problem == "single_label_classification":
+        return _format_scores(scores)
+    return _format_scores(scores, {label: "* " if label in result["label"] else "  " for label in scores})
+
+
+def _format_scores(scores: dict[str, float], marks: dict[str, str] | None = None) -> list[str]:
+    """Return a line for each of the likeliest labels: its probability, its mark and its name."""
+    best = sorted(scores.items(), key=lambda pair: -pair[1])[:DEFAULT_TOP_K]
+    return [f"{score:7.2%}  {(marks or {}).get(label, '')}{label}" for label, score in best]

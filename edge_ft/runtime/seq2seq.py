@@ -18,13 +18,13 @@ from edge_ft.runtime.decode import (
     DEFAULT_NEW_TOKENS,
     GREEDY,
     Generation,
+    StreamingDetokenizer,
     TimingsRecorder,
     TooLong,
     decode_tokens,
     stream_text,
 )
-from edge_ft.runtime.detokenizer import StreamingDetokenizer
-from edge_ft.runtime.generative_bundle import GenerativeBundle
+from edge_ft.runtime.open_bundle import GenerativeBundle
 from edge_ft.runtime.sampling import Sampler
 from edge_ft.runtime.session import output_size
 from edge_ft.runtime.token_scores import score_targets
@@ -120,43 +120,22 @@ class Seq2SeqGenerator(GenerativeBundle):
     def _longest_answer(self, tokens: int) -> int:
         return self.max_length if tokens <= self.max_length else 0
 
-    def _greedy(
-        self, prompt_ids: list[int], max_new_tokens: int, stops: frozenset[int], recorder: TimingsRecorder
-    ) -> Iterator[int]:
-        return self._tokens(prompt_ids, max_new_tokens, stops, GREEDY, recorder)
-
     def _tokens(
         self,
-        source: list[int],
+        prompt_ids: Sequence[int],
         max_new_tokens: int,
         stops: frozenset[int],
         config: RunConfig,
         recorder: TimingsRecorder,
     ) -> Iterator[int]:
-        """Yield the generated tokens, a stop token included."""
-        ids = np.array([source] * config.num_beams)
+        """See `GenerativeBundle._tokens`; the first token of a beam search is known only at its end."""
+        ids = np.array([prompt_ids] * config.num_beams)
         started = perf_counter()
         state = self._encode(ids, np.ones_like(ids))
         recorder.prefill_s = perf_counter() - started
-        if config.num_beams > 1:
-            yield from self._beams(state, max_new_tokens, stops, config, recorder)
-            return
 
         def extend(tokens: Sequence[int]) -> NDArray[np.float32]:
             return state.extend(np.array([tokens]))[0, -1]
-
-        sampler = Sampler(config, [self._start], output_size(self._decoder[0], "logits"))
-        yield from decode_tokens(extend, [self._start], sampler, max_new_tokens, stops, recorder)
-
-    def _beams(
-        self,
-        state: "_DecoderState",
-        max_new_tokens: int,
-        stops: frozenset[int],
-        config: RunConfig,
-        recorder: TimingsRecorder,
-    ) -> list[int]:
-        """Return the best answer of a beam search; its first token is known only at the end."""
 
         def step(order: NDArray[np.int64], tokens: NDArray[np.int64] | None) -> NDArray[np.float32]:
             if tokens is None:
@@ -165,9 +144,13 @@ class Seq2SeqGenerator(GenerativeBundle):
                 state.reorder(order)
             return state.extend(tokens[:, None])[:, -1]
 
-        answer = beam_search(step, config.num_beams, max_new_tokens, stops, config.length_penalty)
-        recorder.ttft_s = recorder.prefill_s = perf_counter() - recorder.started
-        return answer
+        if config.num_beams == 1:
+            sampler = Sampler(config, [self._start], output_size(self._decoder[0], "logits"))
+            yield from decode_tokens(extend, [self._start], sampler, max_new_tokens, stops, recorder)
+        else:
+            answer = beam_search(step, config.num_beams, max_new_tokens, stops, config.length_penalty)
+            recorder.ttft_s = recorder.prefill_s = perf_counter() - recorder.started
+            yield from answer
 
     def _encode(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> "_DecoderState":
         """Return a decoder that has read nothing yet, after running the encoder on sources [batch, source]."""
@@ -212,8 +195,7 @@ class _DecoderState:
         feed = {"input_ids": _value(ids), **self._fixed, **self._past}
         logits, *present = self._session.run_with_ort_values(["logits", *names], feed)
         self._past = dict(zip(self._past, present, strict=True))
-        found: NDArray[np.float32] = logits.numpy()
-        return found
+        return logits.numpy()
 
     def reorder(self, order: NDArray[np.int64]) -> None:
         """Continue row i from the tokens of row order[i], which has the same source."""

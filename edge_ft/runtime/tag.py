@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_ft.data import Framed, encode_words, split_words
 from edge_ft.runtime.encoder import Encoder
@@ -43,13 +45,7 @@ class TaggedText:
 
 
 class TextTagger(Encoder):
-    """An open token-classification bundle.
-
-    Raises:
-        BundleError: its manifest has no names of tags.
-    """
-
-    needs_labels = True
+    """An open token-classification bundle."""
 
     def tag(self, texts: Sequence[str | Sequence[str]]) -> list[TaggedText]:
         """Tag the words of texts.
@@ -61,16 +57,15 @@ class TextTagger(Encoder):
             The tagged words of each, in order.
         """
         split = [_words(text) for text in texts]
-        read = [
+        encoded = [
             encode_words(self.tokenizer, [word for word, *_ in words], self.rendering.max_length) for words in split
         ]
-        found: list[list[TaggedWord]] = [[]] * len(split)
-        for row, logits in self.outputs_of([Framed(one.input_ids, [0] * len(one.input_ids), 0, 0) for one in read]):
-            probabilities = np.exp(log_softmax(logits))  # [seq, labels]
-            found[row] = []
-            for (word, begin, end), start in zip(split[row], read[row].starts, strict=True):
+
+        def read(row: int, logits: NDArray[np.float32]) -> TaggedText:
+            probabilities, tagged = np.exp(log_softmax(logits)), []  # [seq, labels]
+            for (word, begin, end), start in zip(split[row], encoded[row].starts, strict=True):
                 best = None if start is None else int(probabilities[start].argmax())
-                found[row].append(
+                tagged.append(
                     TaggedWord(
                         word,
                         begin,
@@ -79,15 +74,14 @@ class TextTagger(Encoder):
                         None if best is None else float(probabilities[start, best]),
                     )
                 )
-        return [TaggedText(words, len(one.input_ids), one.cut) for words, one in zip(found, read, strict=True)]
+            return TaggedText(tagged, len(encoded[row].input_ids), encoded[row].cut)
+
+        return self.map_outputs(read, [Framed(one.input_ids, [0] * len(one.input_ids), 0, 0) for one in encoded])
 
 
 def _words(text: str | Sequence[str]) -> list[tuple[str, int, int]]:
     """Return each word with its first character and the one after its last."""
     if isinstance(text, str):
         return [(text[start:end], start, end) for start, end in split_words(text)]
-    words, start = [], 0
-    for word in text:
-        words.append((word, start, start + len(word)))
-        start += len(word) + 1
-    return words
+    starts = accumulate((len(word) + 1 for word in text), initial=0)
+    return [(word, start, start + len(word)) for word, start in zip(text, starts, strict=False)]

@@ -1,6 +1,6 @@
 """An open text-generation bundle: answers, conversations, and scores of given tokens."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -21,25 +21,62 @@ from edge_ft.data import (
     target_mask,
 )
 from edge_ft.errors import UsageError
-from edge_ft.runtime.answer_scoring import answer_nll
 from edge_ft.runtime.cache import CacheShape, KVCache
 from edge_ft.runtime.classify import Classification
-from edge_ft.runtime.conversation import Conversation
 from edge_ft.runtime.decode import (
     DEFAULT_NEW_TOKENS,
     GREEDY,
     Generation,
+    StreamingDetokenizer,
     TimingsRecorder,
     TooLong,
     decode_tokens,
+    read_to_end,
     stream_text,
 )
-from edge_ft.runtime.detokenizer import StreamingDetokenizer
-from edge_ft.runtime.generative_bundle import GenerativeBundle
+from edge_ft.runtime.open_bundle import GenerativeBundle
 from edge_ft.runtime.sampling import Sampler
-from edge_ft.runtime.token_scores import score_targets
+from edge_ft.runtime.token_scores import answer_nll, score_targets
 
-__all__ = ["TextGenerator"]
+__all__ = ["Conversation", "TextGenerator"]
+
+
+class Conversation:
+    """A chat in which only the tokens that are new since the last turn are read.
+
+    Each turn renders the whole chat and reuses the cached tokens that the rendered chat begins with. Except for
+    rounding in the kernels, an answer is the same as without the cache, even where the chat template rewrites earlier
+    turns.
+    """
+
+    def __init__(self, answer: Callable[[list[Message]], Generator[str, None, Generation]]) -> None:
+        """Start an empty conversation.
+
+        Args:
+            answer: Streams the answer to a list of messages; it owns the cache.
+        """
+        self.messages: list[Message] = []
+        self._answer = answer
+
+    def send(self, content: str) -> Generation:
+        """Return the answer to the user's next message."""
+        return read_to_end(self.stream(content))
+
+    def stream(self, content: str) -> Generator[str, None, Generation]:
+        """Stream the answer to the user's next message.
+
+        A turn whose stream is not read to its end is not added to the conversation.
+
+        Yields:
+            Pieces of text, as soon as later tokens cannot change them.
+
+        Returns:
+            The `Generation`.
+        """
+        messages = [*self.messages, {"role": "user", "content": content}]
+        generation = yield from self._answer(messages)
+        self.messages = [*messages, {"role": "assistant", "content": generation.text}]
+        return generation
 
 
 class TextGenerator(GenerativeBundle):
@@ -121,7 +158,7 @@ class TextGenerator(GenerativeBundle):
         return results
 
     def answer_nll(self, prompt_ids: list[int], answers: Sequence[list[int]]) -> NDArray[np.float64]:
-        """Score whole answers; see `edge_ft.runtime.answer_scoring.answer_nll`.
+        """Score whole answers; see `edge_ft.runtime.token_scores.answer_nll`.
 
         Args:
             prompt_ids: Token ids, at least one.
@@ -156,36 +193,29 @@ class TextGenerator(GenerativeBundle):
         keep = labels.shape[1] - first + 1  # the position before the first target, and all after it
 
         def compute_logits(rows: slice) -> NDArray[np.float32]:
-            return self._logits(batch["input_ids"][rows], batch["attention_mask"][rows], keep)[:, :-1]
+            return self.logits(batch["input_ids"][rows], batch["attention_mask"][rows], keep)[:, :-1]
 
         nll[:, first:], predicted[:, first:] = score_targets(
             compute_logits, labels[:, first:], targets[:, first:], keep * self.tokenizer.vocab_size
         )
         return nll, predicted
 
-    def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Compute the logits of every position.
+    def logits(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], keep: int = 0
+    ) -> NDArray[np.float32]:
+        """Compute the logits of every position, or of the last ones.
 
         Args:
             input_ids: [batch, seq], padded on the right.
             attention_mask: [batch, seq], 1 for tokens and 0 for padding.
+            keep: Number of last positions; 0 is all.
 
         Returns:
-            [batch, seq, vocab]; the values at padding are meaningless.
+            [batch, seq or keep, vocab]; the values at padding are meaningless.
 
         Raises:
             TooLong: seq exceeds the model's limit.
         """
-        return self._logits(input_ids, attention_mask, 0)
-
-    def open_cache(self) -> KVCache:
-        """Return an empty cache of this model."""
-        return KVCache(self._session, self._shape, self._adapter_inputs)
-
-    def _logits(
-        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], keep: int
-    ) -> NDArray[np.float32]:
-        """Return the logits of the last `keep` positions; 0 is all."""
         batch, length = input_ids.shape
         self._check_length(length, 0)
         empty = np.zeros((batch, self._shape.kv_heads, 0, self._shape.head_dim), np.float32)
@@ -196,8 +226,11 @@ class TextGenerator(GenerativeBundle):
             **{f"past_key_values.{name}": empty for name in self._shape.names()},
             **self._adapter_inputs,
         }
-        logits: NDArray[np.float32] = self._session.run(["logits"], feed)[0]
-        return logits
+        return self._session.run(["logits"], feed)[0]
+
+    def open_cache(self) -> KVCache:
+        """Return an empty cache of this model."""
+        return KVCache(self._session, self._shape, self._adapter_inputs)
 
     def _rendering(self, config: RunConfig) -> Rendering:
         """Return the bundle's rendering, with the chat template of `config` if it names one."""
@@ -234,11 +267,6 @@ class TextGenerator(GenerativeBundle):
     def _longest_answer(self, tokens: int) -> int:
         return self.max_length - tokens
 
-    def _greedy(
-        self, prompt_ids: list[int], max_new_tokens: int, stops: frozenset[int], recorder: TimingsRecorder
-    ) -> Iterator[int]:
-        return self._tokens(self.open_cache(), prompt_ids, max_new_tokens, stops, GREEDY, recorder)
-
     def _stream(
         self, cache: KVCache, prompt: str | list[Message], config: RunConfig
     ) -> Generator[str, None, Generation]:
@@ -266,20 +294,21 @@ class TextGenerator(GenerativeBundle):
         self._check_length(len(prompt_ids), max_new_tokens)
         stops = stop_ids(rendering, self.tokenizer)
         cached = cache.rewind(prompt_ids)
-        tokens = self._tokens(cache, prompt_ids, max_new_tokens, stops, config, recorder)
+        tokens = self._tokens(prompt_ids, max_new_tokens, stops, config, recorder, cache)
         detokenizer = StreamingDetokenizer(self.tokenizer.decode, config.stop)
         return (yield from stream_text(tokens, stops, detokenizer, recorder, len(prompt_ids), cached))
 
     def _tokens(
         self,
-        cache: KVCache,
         prompt_ids: Sequence[int],
         max_new_tokens: int,
         stops: frozenset[int],
         config: RunConfig,
         recorder: TimingsRecorder,
+        cache: KVCache | None = None,
     ) -> Iterator[int]:
-        """Return the generated tokens, a stop token included; see `decode_tokens`."""
+        """See `GenerativeBundle._tokens`; `cache` may hold a beginning of the prompt."""
+        cache = cache or self.open_cache()
         return decode_tokens(
             cache.extend,
             prompt_ids[len(cache.ids) :],

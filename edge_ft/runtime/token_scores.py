@@ -1,12 +1,14 @@
-"""Log-probabilities, and the loss of given tokens or tags, from logits."""
+"""Log-probabilities, and the loss of given tokens, tags or whole answers, from logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["log_softmax", "score_targets"]
+from edge_ft.runtime.cache import KVCache
+
+__all__ = ["answer_nll", "log_softmax", "score_targets"]
 
 MAX_LOGITS = 1 << 24
 """Logits held at a time while scoring (64 MB); a larger batch is scored in parts."""
@@ -15,8 +17,7 @@ MAX_LOGITS = 1 << 24
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the log-probabilities over the last axis, as a new array of the same shape."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def score_targets(
@@ -51,3 +52,32 @@ def score_targets(
             chosen = scores[np.arange(len(scores)), labels[row, at]]
             nll[row, at] = np.log(np.exp(scores, out=scores).sum(axis=-1)) - chosen
     return nll, predicted
+
+
+def answer_nll(cache: KVCache, prompt_ids: Sequence[int], answers: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+    """Score whole answers to one prompt; the prompt is read once, and so is what answers have in common.
+
+    An answer's score is the sum over its tokens, stop token included, so that "no" and "not sure" compete as whole
+    answers: dividing by their lengths would favour answers whose later tokens are certain.
+
+    Args:
+        cache: Empty, or holding a beginning of the prompt.
+        prompt_ids: At least one token.
+        answers: Token ids of each answer, at least one.
+
+    Returns:
+        Negative log-likelihood (nats) of each answer, [answers].
+    """
+    cache.rewind(prompt_ids)
+    # Log-probabilities [vocab] after the prompt and after each cached token of an answer.
+    after = [log_softmax(cache.extend(prompt_ids[len(cache.ids) :]))]
+    nll = np.zeros(len(answers))
+    # In the order of their tokens, answers with a common beginning follow each other, and it is read once.
+    for index in sorted(range(len(answers)), key=lambda at: tuple(answers[at])):
+        ids = answers[index]
+        shared = cache.rewind([*prompt_ids, *ids]) - len(prompt_ids)
+        del after[shared + 1 :]
+        if rest := ids[shared:-1]:
+            after.extend(log_softmax(cache.extend_each(rest)))
+        nll[index] = -sum(float(after[at][token]) for at, token in enumerate(ids))
+    return nll

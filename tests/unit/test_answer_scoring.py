@@ -18,11 +18,11 @@ from edge_ft.data import Columns, Example, Rendering, Row, answer_ids, collate, 
 from edge_ft.errors import UsageError
 from edge_ft.progress import Silent
 from edge_ft.runtime import KVCache, TextGenerator, load
-from edge_ft.runtime.answer_scoring import answer_nll
 from edge_ft.runtime.cache import CacheShape
 from edge_ft.runtime.decode import TooLong
 from edge_ft.runtime.run import run_file, run_text
 from edge_ft.runtime.session import open_session
+from edge_ft.runtime.token_scores import answer_nll
 
 LABELS = ("no", "not sure", "yes", "no way")
 """Labels of different lengths; one of them begins others."""

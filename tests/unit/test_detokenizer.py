@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_ft.errors import UsageError
-from edge_ft.runtime.detokenizer import StreamingDetokenizer
+from edge_ft.runtime.decode import StreamingDetokenizer
 
 
 def decode_bytes(ids: list[int]) -> str:
