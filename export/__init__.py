@@ -56,7 +56,8 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
         if opened.base.family.decoder:
             write_genai(folder, opened.base.family.name, opened.base.dims, opened.tokenizer, kept[result.main])
         verification = {**result.verification, "refused": result.reasons}
-        Bundle.seal(folder, {**make_manifest(opened, kept, result.main), "verification": verification})
+        with heartbeat(progress, "sealing the bundle"):
+            Bundle.seal(folder, {**make_manifest(opened, kept, result.main), "verification": verification})
         if result.reasons:
             shutil.rmtree(rejected, ignore_errors=True)
             folder.rename(rejected)
@@ -64,7 +65,8 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
             codes_are_held = opened.trained_format == opened.weights and opened.weights in ("int4", "int8")
             fix = ". --lane adapter ships the codes that were trained over" if lost and codes_are_held else ""
             raise GateRefused(f"export refused, bundle kept as {rejected}: {'; '.join(result.reasons)}{fix}")
-    return Bundle.open(config.out)
+    with heartbeat(progress, f"checking {config.out}"):
+        return Bundle.open(config.out)
 
 
 def _is_rejected(folder: Path) -> bool:

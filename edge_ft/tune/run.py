@@ -63,7 +63,8 @@ def run_steps(config: TuneConfig, progress: Progress) -> RunFolder:
         fitted = train(opened, job, model, processes, progress)
         evaluated = results(job, model, fitted, progress)
         if processes.is_main:
-            plot_losses(run, progress)
-            write_report(opened, job, model, processes, fitted, evaluated, time.monotonic() - started)
+            with heartbeat(progress, "writing the report"):
+                plot_losses(run, progress)
+                write_report(opened, job, model, processes, fitted, evaluated, time.monotonic() - started)
         processes.wait()
     return run
