@@ -27,40 +27,28 @@ __all__ = ["TorchClassifier", "TorchDecoder", "TorchSeq2Seq", "find", "find_bund
 
 
 @dataclass(frozen=True)
-class TorchDecoder:
-    """A causal model that decodes greedily with transformers' own cache."""
-
+class _TorchModel:
     model: Any
     tokenizer: TextTokenizer
+
+
+class TorchDecoder(_TorchModel):
+    """A causal model that decodes greedily with transformers' own cache."""
 
     @torch.inference_mode()
     def time_decode(self, prompt_ids: list[int], new_tokens: int) -> DecodeTimings:
-        """Decode exactly `new_tokens` greedily, past any stop token, and time each one."""
-        started = perf_counter()
-        output = self.model(input_ids=torch.tensor([prompt_ids]), use_cache=True, logits_to_keep=1)
-        prefill_s = perf_counter() - started
-        token = int(output.logits[0, -1].argmax())
-        ttft_s = perf_counter() - started
-        decode_s = []
-        for _ in range(new_tokens - 1):
-            began = perf_counter()
-            output = self.model(
-                input_ids=torch.tensor([[token]]),
-                past_key_values=output.past_key_values,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            token = int(output.logits[0, -1].argmax())
-            decode_s.append(perf_counter() - began)
-        return DecodeTimings(prefill_s, ttft_s, tuple(decode_s))
+        """Decode exactly `new_tokens` greedily, past any stop token; `prefill_s` is the time to the first one."""
+        marks = [perf_counter()]
+        tokens, past = torch.tensor([prompt_ids]), None
+        for _ in range(new_tokens):
+            output = self.model(input_ids=tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
+            tokens, past = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+            marks.append(perf_counter())
+        return DecodeTimings.between(marks)
 
 
-@dataclass(frozen=True)
-class TorchSeq2Seq:
+class TorchSeq2Seq(_TorchModel):
     """An encoder-decoder that decodes greedily with transformers' own caches."""
-
-    model: Any
-    tokenizer: TextTokenizer
 
     @torch.inference_mode()
     def time_decode(self, prompt_ids: list[int], new_tokens: int) -> DecodeTimings:
@@ -81,12 +69,8 @@ class TorchSeq2Seq:
         return DecodeTimings.between(marks)
 
 
-@dataclass(frozen=True)
-class TorchClassifier:
+class TorchClassifier(_TorchModel):
     """A sequence classifier."""
-
-    model: Any
-    tokenizer: TextTokenizer
 
     @torch.inference_mode()
     def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:

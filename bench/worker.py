@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,26 +124,24 @@ def _measure(job: dict[str, Any]) -> dict[str, float | None]:
     if job["do"] == "ctranslate2":
         from edge_ft.bench.ctranslate2_peer import Translator
 
-        began = time.perf_counter()
-        engine: Any = Translator(Path(job["folder"]), Path(job["tokenizer"]), job["compute_type"], job["threads"])
+        folder, tokenizer = Path(job["folder"]), Path(job["tokenizer"])
+        start: Callable[[], Any] = partial(Translator, folder, tokenizer, job["compute_type"], job["threads"])
     elif job["do"] == "bundle":
         from edge_ft.runtime import load
 
-        began = time.perf_counter()
-        engine = load(job["bundle"], threads=job["threads"], accuracy_level=job["accuracy_level"])
+        start = partial(load, job["bundle"], threads=job["threads"], accuracy_level=job["accuracy_level"])
     elif job["do"] == "openvino":
         from edge_ft.bench.openvino_peer import OpenVINOClassifier
 
-        began = time.perf_counter()
-        engine = OpenVINOClassifier(Path(job["bundle"]), job["accuracy_level"], job["threads"])
+        start = partial(OpenVINOClassifier, Path(job["bundle"]), job["accuracy_level"], job["threads"])
     else:
         # The job `find` has downloaded everything.
         os.environ["HF_HUB_OFFLINE"] = "1"
         from edge_ft.bench.torch_peer import load_peer, prepare
 
-        base = prepare(job)
-        began = time.perf_counter()
-        engine = load_peer(base, job)
+        start = partial(load_peer, prepare(job), job)
+    began = time.perf_counter()
+    engine = start()
     load_s = time.perf_counter() - began
     measure = _measure_decoder if job["task"] in TEXT_TASKS else _measure_classifier
     return {"load_s": load_s, **measure(engine, job), "peak_rss_bytes": peak_rss_bytes()}

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from edge_ft.config import Task
 from edge_ft.export.fused_trace import Dims, patches, trace_module
 from edge_ft.families import Family
-from edge_ft.models.dims import ModelDims
-from edge_ft.models.supported import check_supported
+from edge_ft.models.dims import ModelDims, check_supported
 
 __all__ = ["trace"]
 

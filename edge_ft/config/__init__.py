@@ -7,8 +7,18 @@ Python API; a field's docstring is its text in `--help`.
 from edge_ft.config.bench import BenchConfig
 from edge_ft.config.evaluate import EvalConfig
 from edge_ft.config.export import ExportConfig, VerifyConfig
-from edge_ft.config.fields import Group, as_plain
-from edge_ft.config.names import INT8_ACTIVATIONS, TEXT_TASKS, BaseFormat, Memory, Pooling, ProblemType, Task, Weights
+from edge_ft.config.fields import (
+    INT8_ACTIVATIONS,
+    TEXT_TASKS,
+    BaseFormat,
+    Group,
+    Memory,
+    Pooling,
+    ProblemType,
+    Task,
+    Weights,
+    as_plain,
+)
 from edge_ft.config.rows import RowsConfig
 from edge_ft.config.run import RunConfig
 from edge_ft.config.tune import PlanConfig, TuneConfig, last_layers, preset_file, without_retired

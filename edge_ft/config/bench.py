@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from edge_ft.config.fields import Group, check, check_minimum
-from edge_ft.config.names import Threads
+from edge_ft.config.fields import Group, Threads, check, check_minimum
 from edge_ft.config.rows import RowsConfig
 from edge_ft.errors import did_you_mean
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from edge_ft.config.fields import Group, check_minimum
-from edge_ft.config.names import BaseFormat, Task, Threads
+from edge_ft.config.fields import BaseFormat, Group, Task, Threads, check_minimum
 from edge_ft.config.rows import RowsConfig
 
 __all__ = ["EvalConfig"]

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from edge_ft.config.fields import Group, check_minimum
-from edge_ft.config.names import Task, Threads, Weights
+from edge_ft.config.fields import Group, Task, Threads, Weights, check_minimum
 from edge_ft.config.rows import RowsConfig
 
 __all__ = ["ExportConfig", "VerifyConfig"]

@@ -1,13 +1,28 @@
-"""What all settings share: headings in --help, checks, and conversion from Python and to YAML or JSON."""
+"""What all settings share: types, headings in --help, checks, and conversion from Python and to YAML or JSON."""
 
 from dataclasses import asdict, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from edge_ft.errors import UsageError
 
-__all__ = ["Group", "accept_python_values", "as_plain", "check", "check_minimum"]
+__all__ = [
+    "INT8_ACTIVATIONS",
+    "TEXT_TASKS",
+    "BaseFormat",
+    "Group",
+    "Memory",
+    "Pooling",
+    "ProblemType",
+    "Task",
+    "Threads",
+    "Weights",
+    "accept_python_values",
+    "as_plain",
+    "check",
+    "check_minimum",
+]
 
 
 class Group(Enum):
@@ -28,6 +43,28 @@ class Group(Enum):
     CHECKPOINTS = "Checkpoints"
     FILES = "Settings from files"
     OUTPUT = "Output"
+
+
+Task = Literal[
+    "text-generation",
+    "text2text-generation",
+    "text-classification",
+    "token-classification",
+    "feature-extraction",
+    "fill-mask",
+]
+"""As transformers' pipelines call them."""
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+"""What a text-classification model's outputs are, as transformers' configs call it."""
+Pooling = Literal["mean", "cls"]
+TEXT_TASKS: tuple[Task, ...] = ("text-generation", "text2text-generation")
+"""Tasks whose answer is generated text; the loss is over its tokens."""
+BaseFormat = Literal["int4", "int8", "nf4", "bf16", "fp32"]
+Memory = Literal["high", "normal", "low"]
+Weights = Literal["int4", "int8", "int8-dynamic", "int8-static", "fp16", "fp32"]
+INT8_ACTIVATIONS: tuple[Weights, ...] = ("int8-dynamic", "int8-static")
+"""Weights that are multiplied with activations in int8, at accuracy level 4 and no other."""
+Threads = Annotated[int | None, Group.RESOURCES]
 
 
 def as_plain(config: Any) -> dict[str, Any]:

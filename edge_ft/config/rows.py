@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from edge_ft.config.fields import Group, accept_python_values, check
-from edge_ft.config.names import Pooling, ProblemType
+from edge_ft.config.fields import Group, Pooling, ProblemType, accept_python_values, check
 
 __all__ = ["RowsConfig"]
 

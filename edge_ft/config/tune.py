@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from edge_ft.config.fields import Group, check, check_minimum
-from edge_ft.config.names import BaseFormat, Memory, Task, Threads
+from edge_ft.config.fields import BaseFormat, Group, Memory, Task, Threads, check, check_minimum
 from edge_ft.config.rows import RowsConfig
 from edge_ft.errors import did_you_mean
 

@@ -16,9 +16,8 @@ from edge_ft.config import Pooling, ProblemType, Task
 from edge_ft.data import class_numbers
 from edge_ft.errors import ModelError, did_you_mean
 from edge_ft.families import Family, family_of
-from edge_ft.models.dims import ModelDims, read_config
+from edge_ft.models.dims import ModelDims, check_supported, read_config
 from edge_ft.models.logging import silence_libraries
-from edge_ft.models.supported import check_supported
 
 __all__ = ["Base", "find_base"]
 

@@ -92,6 +92,11 @@ class Compute:
         elif type(module) is nn.Linear:
             self._cast_weights(module)
 
+    def _while_active(self, module: Any, forward: Callable[..., Any]) -> None:
+        """Replace the forward function of a module by `forward` while inside the context."""
+        plain = module.forward
+        module.forward = lambda *xs, **keywords: (forward if self.active else plain)(*xs, **keywords)
+
     def _enter_layer(self, _: nn.Module, arguments: Any, keywords: Any) -> Any:
         return (_cast(arguments, self.dtype), _cast(keywords, self.dtype)) if self.active else None
 
@@ -105,14 +110,12 @@ class Compute:
 
     def _fuse_norm(self, norm: Any) -> None:
         """Fuse a frozen norm if it is the standard one: some families multiply elsewhere."""
-        plain, found = norm.forward, rms_norm_parameters(norm)
+        found = rms_norm_parameters(norm)
         if found is None or norm.weight.requires_grad:
             return
         weight, eps = found
 
         def forward(x: Tensor) -> Tensor:
-            if not self.active:
-                return plain(x)
             y = rms_norm(x, weight, eps)
             if x.dim() == 3:  # not of a head's queries and keys (Qwen 3), which come in between
                 self._last_norm = y, (x, recompute)
@@ -124,35 +127,27 @@ class Compute:
                 self._recomputed = last = x, weight, rms_norm(x, weight, eps)
             return last[2]
 
-        norm.forward = forward
+        self._while_active(norm, forward)
 
     def _widen_norm(self, norm: Any) -> None:
         """Compute in float32 whatever the input is: on a GPU a norm does not mix dtypes."""
         plain = norm.forward
-
-        def forward(x: Tensor) -> Tensor:
-            if not self.active or x.dtype == torch.float32:
-                return plain(x)
-            return plain(x.float()).to(x.dtype)
-
-        norm.forward = forward
+        self._while_active(norm, lambda x: plain(x.float()).to(x.dtype))
 
     def _fuse_gate(self, mlp: Any) -> None:
         """Fuse a gated unit if its activation is SiLU."""
-        plain, probe = mlp.forward, torch.linspace(-3, 2, 7)
+        probe = torch.linspace(-3, 2, 7)
         if not torch.allclose(mlp.act_fn(probe), nn.functional.silu(probe)):
             return
 
         def forward(x: Tensor) -> Tensor:
-            if not self.active:
-                return plain(x)
             gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
             adapter = self._adapter(down)
             if adapter is None:
                 return down(swiglu(gate, up))
             return gated_lora_matmul(gate, up, *adapter, down.base_layer)
 
-        mlp.forward = forward
+        self._while_active(mlp, forward)
 
     def _fuse_lora(self, layer: Any) -> None:
         plain = layer.forward
@@ -178,15 +173,12 @@ class Compute:
 
     def _cast_weights(self, layer: Any) -> None:
         """Let a float layer compute in its input's dtype; PEFT's LoRA layers wrap such layers too."""
-        plain = layer.forward
 
         def forward(x: Tensor) -> Tensor:
-            if not self.active:
-                return plain(x)
             bias = None if layer.bias is None else layer.bias.to(x.dtype)
             return nn.functional.linear(x, layer.weight.to(x.dtype), bias)
 
-        layer.forward = forward
+        self._while_active(layer, forward)
 
 
 def set_malloc_thresholds(low_memory: bool) -> None:

@@ -1,4 +1,4 @@
-"""Dimensions of a model, read from its transformers config: the keys of config.json differ by family."""
+"""Dimensions of a model, read from its transformers config, and which of them can be exported."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,12 +8,16 @@ from huggingface_hub.errors import StrictDataclassError
 
 from edge_ft.errors import ModelError
 
-__all__ = ["ModelDims", "read_config"]
+__all__ = ["ModelDims", "check_supported", "read_config"]
+
+ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+"""Rotary embeddings whose table does not depend on the length of the text."""
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
 class ModelDims:
-    """Dimensions in a `transformers.PretrainedConfig`."""
+    """Dimensions in a `transformers.PretrainedConfig`, whose keys differ by family."""
 
     config: Any
 
@@ -99,3 +103,35 @@ def read_config(model_type: str, config: dict[str, Any], where: object) -> Any:
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{where} is not the config of a {model_type} model: {reason}") from error
+
+
+def check_supported(dims: ModelDims, where: object) -> None:
+    """Refuse a decoder that could be trained but not exported; `where` names it in the message.
+
+    Raises:
+        ModelError: it has a part that ONNX Runtime's attention or the exported graph cannot express, named in the
+            message.
+    """
+    config = dims.config
+    if dims.head_dim % 16:
+        raise ModelError(f"{where} has heads of size {dims.head_dim}: ONNX Runtime's attention takes multiples of 16")
+    if dims.rotary_dim % 16:
+        raise ModelError(
+            f"{where} rotates {dims.rotary_dim} of {dims.head_dim} dimensions of a head: ONNX Runtime's attention "
+            "takes multiples of 16"
+        )
+    for rope in dims.ropes:
+        if rope["rope_type"] not in ROPES:
+            raise ModelError(
+                f"{where} has a rotary embedding of type {rope['rope_type']!r}, which cannot be exported; "
+                f"supported are {', '.join(ROPES)}"
+            )
+    for kind in getattr(config, "layer_types", None) or ():
+        if kind not in LAYER_TYPES:
+            raise ModelError(f"{where} has layers of type {kind!r}: supported are {', '.join(LAYER_TYPES)}")
+    for field, what in (
+        ("use_bidirectional_attention", "attends to later tokens too"),
+        ("add_cross_attention", "attends to an encoder"),
+    ):
+        if getattr(config, field, False):
+            raise ModelError(f"{where} {what} ({field}), which text generation cannot export")

@@ -1,6 +1,5 @@
 """Load the task model of a base, in float32 or quantized."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ from edge_ft.quant.serialization import read_codes
 __all__ = ["BITS", "ModelSpec", "load_model", "quantize_calibrated"]
 
 BITS: dict[BaseFormat, Bits] = {"int4": 4, "int8": 8}
-ADAPTATIONS: dict[str, Callable[[Any], None]] = {"mpnet": use_attention_interface}
-"""Functions that add to a family's model what transformers implements in all others."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +131,8 @@ def load_model(spec: ModelSpec) -> nn.Module:
         setattr(model, name, None)
     if spec.task == "feature-extraction":
         model.config.pooling = spec.pooling or "mean"
-    if spec.base.family.name in ADAPTATIONS:
-        ADAPTATIONS[spec.base.family.name](model)
+    if spec.base.family.name == "mpnet":
+        use_attention_interface(model)
     if isinstance(spec.codes, Calibration) and spec.base_format == "int4":
         assert read is not None
         _calibrate(model.eval(), spec.task, read, spec.codes)

@@ -61,8 +61,7 @@ def add_lora(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
     with silence_libraries():
         peft_model = _without_weights(get_peft_model(model, lora))
     # For whoever loads the adapter on the original model: here GPT-2's layers are linear ones.
-    adapter: Any = peft_model.peft_config["default"]
-    adapter.fan_in_fan_out = family.fan_in_fan_out
+    peft_model.peft_config["default"].fan_in_fan_out = family.fan_in_fan_out
     return peft_model
 
 
@@ -145,15 +144,11 @@ def lora_pairs(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.fl
     from peft.tuners.lora import Linear
 
     pairs = {}
-    prefix = "base_model.model."
-    module: Any
     for name, module in model.named_modules():
-        adapters = getattr(module, "lora_A", {})
-        embedding = getattr(module, "lora_embedding_A", {})
-        if not adapters and not embedding:
-            continue
+        adapters, embedding, variants = (
+            getattr(module, field, {}) for field in ("lora_A", "lora_embedding_A", "lora_variant")
+        )
         for adapter in model.active_adapters:
-            variants = getattr(module, "lora_variant", {})
             if adapter in variants:
                 raise ModelError(
                     f"{name} uses {type(variants[adapter]).__name__.removesuffix('LinearVariant')}, "
@@ -170,7 +165,7 @@ def lora_pairs(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.fl
             a, b = (
                 layers.get_parameter(f"{adapter}.weight").detach().float() for layers in (module.lora_A, module.lora_B)
             )
-            pairs[name.removeprefix(prefix)] = (a.cpu().numpy(), (b * module.scaling[adapter]).cpu().numpy())
+            pairs[name.removeprefix("base_model.model.")] = a.cpu().numpy(), b.cpu().numpy() * module.scaling[adapter]
     return pairs
 
 
@@ -204,8 +199,7 @@ def _without_weights(peft_model: Any) -> Any:
     """
     for module in peft_model.modules():
         if hasattr(module, "lora_A") and isinstance(module.base_layer, FrozenLinear):
-            kind: Any = type(module)
-            module.__class__ = _weightless(kind)
+            module.__class__ = _weightless(module.__class__)
     return peft_model
 
 

@@ -66,7 +66,7 @@ class TextClassifier(Encoder):
         return self.map_outputs(read, encoded)
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Return the loss (nats) and the prediction, shaped as the labels; as `edge_ft.models.losses.class_losses`."""
+        """Return the loss (nats) and the prediction, shaped as the labels; as `edge_ft.models.scorer.class_losses`."""
         labels = batch["labels"]
         logits = self.logits(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
         if self.problem == "regression":

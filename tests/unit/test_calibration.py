@@ -17,8 +17,7 @@ from edge_ft.data import Example
 from edge_ft.errors import ModelError
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
-from edge_ft.models.losses import embed
-from edge_ft.models.scorer import HEAD_INPUTS, LOSSES
+from edge_ft.models.scorer import HEAD_INPUTS, LOSSES, embed
 from edge_ft.quant.calibration import MAX_TOKENS, Calibration, evenly_spaced, make_calibration
 from edge_ft.quant.serialization import codes_sha256, frozen_layers
 
