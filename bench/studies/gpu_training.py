@@ -105,9 +105,9 @@ class _MeteredSteps(Callbacks):
 def _ours(job: Job, meter: _Meter) -> tuple[str, float, float]:
     model = load_trainable_model(job, Processes(meter.device), Silent())
     before = held_out_nll(model.peft_model, job)
-    examples, task = job.prepared.examples, job.prepared.task
+    examples = job.prepared.examples
     held_out = examples["validation"][: job.config.rows_at_once]  # the loop has to evaluate some rows
-    rows = TrainingRows(examples["train"], held_out, task, job.tokenizer.pad_id)
+    rows = TrainingRows(examples["train"], held_out, job.batching)
     fit(model.backend, rows, job.config, Silent(), _MeteredSteps(meter))
     return model.compute, before, held_out_nll(model.peft_model, job)
 

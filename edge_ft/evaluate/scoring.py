@@ -1,6 +1,6 @@
 """Score examples with any model that gives log-probabilities: the same arithmetic for torch and ONNX."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -140,7 +140,14 @@ def drop_unscorable(
     return kept, {"rows": len(kept), "dropped": dropped, "cut": len(cut), "cut_tokens": sum(cut)}
 
 
-def score(scorer: Scorer, examples: Sequence[Example], batching: Batching, progress: Progress, stage: str) -> RowScores:
+def score(
+    scorer: Scorer,
+    examples: Sequence[Example],
+    batching: Batching,
+    progress: Progress,
+    stage: str,
+    poll: Callable[[], None] = lambda: None,
+) -> RowScores:
     """Score every example, in batches of similar length.
 
     Args:
@@ -149,6 +156,7 @@ def score(scorer: Scorer, examples: Sequence[Example], batching: Batching, progr
         batching: How they become batches.
         progress: Receives the state of the scoring.
         stage: Name of the stage for `progress`.
+        poll: Called before each batch; may raise to stop the scoring.
 
     Returns:
         The scores, in the order of `examples`.
@@ -164,6 +172,7 @@ def score(scorer: Scorer, examples: Sequence[Example], batching: Batching, progr
         [len(example.input_ids) for example in examples], SCORED_TOGETHER if embeds else batching.size
     )
     for indices in track(progress, stage, batches, len(batches)):
+        poll()
         batch = collate([examples[index] for index in indices], batching.pad_id, batching.task)
         if embeds:
             assert isinstance(scorer, Embedder)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from edge_ft.config import TuneConfig
 from edge_ft.data import TextTokenizer, batch_tokens, train_batches
 from edge_ft.errors import ModelError, UsageError
+from edge_ft.evaluate.scoring import Batching
 from edge_ft.progress import Progress
 from edge_ft.tune.loop import planned_steps
 from edge_ft.tune.prepare import Prepared, prepare
@@ -57,6 +58,11 @@ class Job:
     def steps(self) -> int:
         """Optimizer steps, before any limit of time."""
         return planned_steps(len(self.prepared.examples["train"]), self.config)
+
+    @property
+    def batching(self) -> Batching:
+        """How the rows become batches."""
+        return Batching(self.prepared.task, self.tokenizer.pad_id, self.config.rows_at_once)
 
     @cached_property
     def batches(self) -> list[list[int]]:

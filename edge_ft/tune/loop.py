@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from edge_ft.artifacts import disk_full
 from edge_ft.config import TuneConfig
 from edge_ft.data import Batch, Example, collate, target_mask, train_batches
 from edge_ft.errors import UsageError
-from edge_ft.evaluate.scoring import Batching, Embedder, RowScores, Scorer, score
+from edge_ft.evaluate.scoring import Batching, RowScores, Scorer, score
 from edge_ft.progress import Progress
 from edge_ft.tune.stopwatch import Stopwatch
 
@@ -142,9 +142,7 @@ class TrainingRows:
 
     train: Sequence[Example]
     validation: Sequence[Example]
-    task: str
-    pad_id: int
-    """Token that fills up the shorter rows of a batch."""
+    batching: Batching
 
 
 def learning_rate_at(step: int, steps: int, config: TuneConfig) -> float:
@@ -209,11 +207,11 @@ def fit(
         + (f"; resuming from step {state.steps}" if state.steps else "")
     )
     batches = _endless_batches(rows, config, skip=state.steps * config.gradient_accumulation)
-    saver = _Saver(config.checkpoint_minutes * 60, config.checkpoint_steps, loop, state.steps)
+    loop.saved_at, loop.saved_step = loop.watch.elapsed, state.steps
     try:
         while state.evaluation_due or (state.steps < state.planned and state.stopped == "steps"):
-            if saver.is_due(state):
-                saver.save(state)
+            if loop.checkpoint_is_due(state):
+                loop.save(state)
             callbacks.poll()
             if state.evaluation_due:
                 loop.evaluate(state)
@@ -223,10 +221,10 @@ def fit(
         raise
     except KeyboardInterrupt:
         backend.discard()
-        saver.save(state)
+        loop.save(state)
         raise
     if config.checkpoint_minutes or config.checkpoint_steps:
-        saver.save(state)  # the test rows are still to be read
+        loop.save(state)  # the test rows are still to be read
     state.seconds = loop.watch.seconds
     backend.restore_best()
     return state
@@ -234,7 +232,7 @@ def fit(
 
 @dataclass
 class _Loop:
-    """The parts of a run: its start, a step, an evaluation."""
+    """The parts of a run: its start, a step, an evaluation, a checkpoint."""
 
     backend: Backend
     rows: TrainingRows
@@ -242,6 +240,10 @@ class _Loop:
     progress: Progress
     callbacks: Callbacks
     watch: Stopwatch
+    saved_at: float = 0.0
+    """Elapsed seconds at the last checkpoint, or at the start of this process."""
+    saved_step: int = 0
+    reported_full_disk: bool = False
 
     def start(self) -> Fit:
         """Evaluate the untuned base, and fix the number of steps."""
@@ -263,7 +265,7 @@ class _Loop:
         """Take one optimizer step; nothing of `state` changes before its update."""
         config, step, started = self.config, state.steps + 1, self.watch.seconds
         micro_batches = list(islice(batches, config.gradient_accumulation))
-        targets = sum(int(target_mask(batch["labels"], self.rows.task).sum()) for batch in micro_batches)
+        targets = sum(int(target_mask(batch["labels"], self.rows.batching.task).sum()) for batch in micro_batches)
         rate = learning_rate_at(step, state.planned, config) * state.rate_factor
         self.backend.seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
         loss, rows = 0.0, [row for batch in micro_batches for row in batch["rows"]]
@@ -280,8 +282,8 @@ class _Loop:
             self.backend.discard()
         read = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         state.steps, state.tokens = step, state.tokens + read
-        limit = math.inf if config.max_minutes is None else config.max_minutes * 60
-        out_of_time = limit < math.inf and bool(self.callbacks.agree(self.watch.elapsed > limit))
+        minutes = config.max_minutes
+        out_of_time = minutes is not None and bool(self.callbacks.agree(self.watch.elapsed > minutes * 60))
         state.evaluation_due = step % every == 0 or step == state.planned or out_of_time
         if out_of_time:
             state.stopped = "minutes"
@@ -324,16 +326,14 @@ class _Loop:
         """Score the validation rows, and keep the weights if they are the best so far."""
         scores = self._scores(state.steps)
         state.evaluation_due, state.last_nll = False, scores.mean_nll
-        better = state.last_nll < state.best.mean_nll
-        if better:
+        if state.last_nll < state.best.mean_nll:
             state.best, state.best_step, state.evaluations_without_gain = scores, state.steps, 0
             self.backend.keep_best()
+            self.callbacks.on_best()
         else:
             state.evaluations_without_gain += 1
-        if self.config.patience is not None and state.evaluations_without_gain >= self.config.patience:
-            state.stopped = "patience"
-        if better:
-            self.callbacks.on_best()
+            if state.evaluations_without_gain == self.config.patience:
+                state.stopped = "patience"
         self.progress.say(
             f"step {state.steps}: validation loss {state.last_nll:.4f}, best {state.best.mean_nll:.4f} "
             f"at step {state.best_step}"
@@ -341,13 +341,9 @@ class _Loop:
 
     def _scores(self, step: int) -> RowScores:
         with self.watch.paused():
-            scores = score(
-                _PolledScorer(self.backend, self.callbacks),
-                self.rows.validation,
-                Batching(self.rows.task, self.rows.pad_id, self.config.rows_at_once),
-                self.progress,
-                f"validation at step {step}" if step else "validation, base",
-            )
+            stage = f"validation at step {step}" if step else "validation, base"
+            rows, poll = self.rows, self.callbacks.poll
+            scores = score(self.backend, rows.validation, rows.batching, self.progress, stage, poll)
         self.callbacks.on_metrics(
             {
                 "step": step,
@@ -381,23 +377,14 @@ class _Loop:
             )
         return max(1, min(steps, int(left / step_seconds)))
 
-
-class _Saver:
-    """Saves checkpoints every so many seconds or steps."""
-
-    def __init__(self, seconds: float, steps: int | None, loop: _Loop, step: int) -> None:
-        """Start counting at `step`; 0 `seconds` or no `steps` leave that interval out."""
-        self.seconds, self.steps = seconds, steps
-        self.watch, self.callbacks, self.progress = loop.watch, loop.callbacks, loop.progress
-        self.saved_at, self.saved_step, self.reported = self.watch.elapsed, step, False
-
-    def is_due(self, state: Fit) -> bool:
+    def checkpoint_is_due(self, state: Fit) -> bool:
+        seconds, steps = self.config.checkpoint_minutes * 60, self.config.checkpoint_steps
         done = state.steps - self.saved_step
-        late = self.seconds > 0 and self.watch.elapsed - self.saved_at >= self.seconds
-        return done > 0 and (late or (self.steps is not None and done >= self.steps))
+        late = seconds > 0 and self.watch.elapsed - self.saved_at >= seconds
+        return done > 0 and (late or (steps is not None and done >= steps))
 
     def save(self, state: Fit) -> None:
-        """Save; if the disk is full, say so once and continue."""
+        """Save a checkpoint; if the disk is full, say so once and continue."""
         watch = self.watch
         state.seconds, state.cpu_seconds, state.elapsed = watch.seconds, watch.cpu_seconds, watch.elapsed
         try:
@@ -406,40 +393,18 @@ class _Saver:
         except Exception as error:
             if not disk_full(error):
                 raise
-            if not self.reported:
+            if not self.reported_full_disk:
                 self.progress.say(
                     f"the disk is full: no checkpoint of step {state.steps} was written, the previous one is kept; "
                     "training continues"
                 )
-                self.reported = True
+                self.reported_full_disk = True
         self.saved_at, self.saved_step = watch.elapsed, state.steps
-
-
-@dataclass
-class _PolledScorer:
-    """A scorer that can be interrupted between two batches."""
-
-    scorer: Scorer
-    callbacks: Callbacks
-
-    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        self.callbacks.poll()
-        return self.scorer.token_nll(batch)
-
-    def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        self.callbacks.poll()
-        assert isinstance(self.scorer, Embedder)
-        return self.scorer.vectors(batch)
 
 
 def _endless_batches(rows: TrainingRows, config: TuneConfig, skip: int = 0) -> Iterator[Batch]:
     """Batches of epoch after epoch, without the first `skip` of them."""
-    lengths = [len(example.input_ids) for example in rows.train]
-    epoch = 0
-    while True:
-        for indices in train_batches(lengths, config.rows_at_once, config.seed, epoch):
-            if skip:
-                skip -= 1
-                continue
-            yield collate([rows.train[index] for index in indices], rows.pad_id, rows.task)
-        epoch += 1
+    lengths, batching = [len(example.input_ids) for example in rows.train], rows.batching
+    epochs = (train_batches(lengths, batching.size, config.seed, epoch) for epoch in count())
+    for indices in islice(chain.from_iterable(epochs), skip, None):
+        yield collate([rows.train[index] for index in indices], batching.pad_id, batching.task)

@@ -11,7 +11,7 @@ from edge_ft.data import Example, TextTokenizer
 from edge_ft.evaluate.generation import Answer, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.loading import LoadedSource
 from edge_ft.evaluate.metrics import Metric
-from edge_ft.evaluate.scoring import Answerer, Batching, RowScores, format_prediction, score, summary
+from edge_ft.evaluate.scoring import Answerer, RowScores, format_prediction, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.system import release_memory
 from edge_ft.tune.loop import Fit
@@ -105,14 +105,9 @@ def _scores(job: "Job", scorer: Answerer, base: Base, fitted: Fit, progress: Pro
     again = job.config.compute == "bf16" or (embeds and None in (fitted.base.vectors, fitted.best.vectors))
     for split in ["validation"] * again + ["test"] * bool(examples["test"]):
         with base():
-            scores[f"{split}_base"] = _score(job, scorer, examples[split], progress, f"{split} rows, base")
-        scores[split] = _score(job, scorer, examples[split], progress, f"{split} rows, tuned")
+            scores[f"{split}_base"] = score(scorer, examples[split], job.batching, progress, f"{split} rows, base")
+        scores[split] = score(scorer, examples[split], job.batching, progress, f"{split} rows, tuned")
     return scores
-
-
-def _score(job: "Job", scorer: Answerer, examples: Sequence[Example], progress: Progress, stage: str) -> RowScores:
-    batching = Batching(job.prepared.task, job.tokenizer.pad_id, job.config.rows_at_once)
-    return score(scorer, examples, batching, progress, stage)
 
 
 def _overfitting(job: "Job", scorer: Answerer, best: float, fitted: Fit, progress: Progress) -> dict[str, Any]:
@@ -120,7 +115,7 @@ def _overfitting(job: "Job", scorer: Answerer, best: float, fitted: Fit, progres
     train, config = job.prepared.examples["train"], job.config
     count = min(len(train), len(job.prepared.examples["validation"]), OVERFITTING_ROWS)
     chosen = sorted(np.random.default_rng(config.seed).permutation(len(train))[:count].tolist())
-    train_nll = _score(job, scorer, [train[index] for index in chosen], progress, "train rows").mean_nll
+    train_nll = score(scorer, [train[index] for index in chosen], job.batching, progress, "train rows").mean_nll
     gap = best - train_nll
     epoch = fitted.best_step * config.rows_at_once * config.gradient_accumulation / len(train)
     if gap > OVERFITTING_GAP * train_nll:

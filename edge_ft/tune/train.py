@@ -40,8 +40,8 @@ def train(opened: OpenedRun, job: Job, model: TrainableModel, processes: Process
         backend.restore(checkpoint.backend)
     interruption = Interruption(processes.any)
     log = run.path / "metrics.jsonl" if processes.is_main else None
-    examples, task = job.prepared.examples, job.prepared.task
-    rows = TrainingRows(examples["train"], examples["validation"], task, job.tokenizer.pad_id)
+    examples = job.prepared.examples
+    rows = TrainingRows(examples["train"], examples["validation"], job.batching)
     identity = {**job.identity, "codes_sha256": model.codes_sha256}
     with Metrics(log, checkpoint.metrics_bytes if checkpoint else 0) as metrics, interruption.watched():
         callbacks = _RunCallbacks(run, identity, job.config, backend, metrics, interruption, processes)

@@ -12,6 +12,7 @@ import torch
 from edge_ft.config import RowsConfig, TuneConfig
 from edge_ft.data import Batch, Example, TextTokenizer, collate, encode_rows, find_columns, make_rendering, read_rows
 from edge_ft.errors import UsageError
+from edge_ft.evaluate.scoring import Batching
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
@@ -57,7 +58,7 @@ def train(
 
     lines: list[dict[str, Any]] = []
     extra = {} if clock is None else {"clock": clock}
-    rows = TrainingRows(examples[:32], examples[32:], TASK, 2)
+    rows = TrainingRows(examples[:32], examples[32:], Batching(TASK, 2, settings.rows_at_once))
     result = fit(backend, rows, settings, Silent(), Recorded(), **extra)
     return result, lines
 
