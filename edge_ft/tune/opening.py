@@ -1,17 +1,19 @@
-"""How a run begins: in a new folder, or in the folder of an interrupted run, with its settings."""
+"""How a run begins and stops: in a new folder, or in that of an interrupted run, with its settings."""
 
+import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edge_ft.artifacts import RunFolder, refuse_existing
+from edge_ft.artifacts import RunFolder, disk_full, refuse_existing
 from edge_ft.config import TuneConfig, as_plain, without_retired
-from edge_ft.errors import UsageError
+from edge_ft.errors import Interrupted, UsageError, WillNotFit
 from edge_ft.tune.checkpoint import Checkpoint, has_checkpoint, read_checkpoint
 
-__all__ = ["OpenedRun", "open_run"]
+__all__ = ["OpenedRun", "explain_stop", "open_run"]
 
 NOT_COMPARED = {"out", "resume", "memory", "checkpoint_minutes", "checkpoint_steps", "allow", "show"}
 """Settings that do not change what is learned."""
@@ -91,6 +93,52 @@ def open_run(config: TuneConfig) -> OpenedRun:
     for folder in (run.adapter, out / "checkpoint"):
         shutil.rmtree(folder, ignore_errors=True)
     return OpenedRun(run, _complete(config, run.settings()))
+
+
+@contextmanager
+def explain_stop(opened: OpenedRun, is_main: bool) -> Iterator[None]:
+    """If this block is interrupted or fails, say which files are saved and how to resume.
+
+    A new folder is removed if nothing was learned: the same command can then be given again.
+
+    Args:
+        opened: The run folder.
+        is_main: Whether this is the main process. The others explain and remove nothing: the main process may still
+            be writing when they stop.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        Interrupted: in place of a KeyboardInterrupt.
+        WillNotFit: the disk or the GPU's memory is full.
+    """
+    run = opened.folder
+    resume = f"edge-ft tune --config {shlex.quote(str(run.config_path))} --resume"
+    try:
+        yield
+    except Exception as error:
+        from torch import OutOfMemoryError
+
+        learned = run.adapter.is_dir() or has_checkpoint(run.path)
+        if opened.is_new and is_main and not learned:
+            shutil.rmtree(run.path, ignore_errors=True)
+        if disk_full(error):
+            again = f"run {resume}" if run.path.is_dir() else "run the same command again"
+            raise WillNotFit(f"the disk is full and training stopped: free some space, then {again}") from error
+        if isinstance(error, OutOfMemoryError):
+            raise WillNotFit(
+                "the GPU's memory is too small for this run: give a smaller --batch-size or --max-length, or "
+                "--memory low"
+            ) from error
+        raise
+    except KeyboardInterrupt:
+        if not is_main:
+            raise Interrupted("stopped") from None
+        saved = f"the best adapter so far is in {run.adapter}" if run.adapter.is_dir() else "no adapter is saved yet"
+        checkpoint = read_checkpoint(run.path)
+        where = f"resume from step {checkpoint.step}" if checkpoint else "start again from step 0, without a checkpoint"
+        raise Interrupted(f"stopped; {saved}; to {where}: {resume}") from None
 
 
 def _complete(config: TuneConfig, saved: Mapping[str, Any]) -> TuneConfig:

@@ -1,11 +1,14 @@
 """What a tune writes into its run folder before and after the training."""
 
+import importlib.util
+import json
 import platform
 from importlib.metadata import version
 from typing import Any
 
 from edge_ft.artifacts import RunFolder, write_json, write_jsonl, write_text
 from edge_ft.config import as_plain
+from edge_ft.progress import Progress
 from edge_ft.quant.serialization import write_codes
 from edge_ft.system import device_memory, peak_rss_bytes
 from edge_ft.tune.checkpoint import remove_checkpoint
@@ -15,7 +18,7 @@ from edge_ft.tune.loop import Fit
 from edge_ft.tune.opening import OpenedRun
 from edge_ft.tune.trainable_model import TrainableModel
 
-__all__ = ["begin", "write_report"]
+__all__ = ["begin", "plot_losses", "write_report"]
 
 
 def begin(run: RunFolder, job: Job, model: TrainableModel) -> None:
@@ -52,6 +55,32 @@ def begin(run: RunFolder, job: Job, model: TrainableModel) -> None:
     run.write_settings(as_plain(config))
     if model.calibration is not None:
         write_codes(run.codes, model.peft_model.get_base_model())
+
+
+def plot_losses(run: RunFolder, progress: Progress) -> None:
+    """Draw loss.png: training and validation loss (nats per target token) over steps.
+
+    Args:
+        run: Its metrics.jsonl is read.
+        progress: Gets a note if matplotlib is not installed; then nothing is drawn.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        progress.say("no loss.png: it needs pip install 'edge-ft[metrics]'")
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for key, style in (("loss", "-"), ("validation_nll", "o-")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=key)
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per target token")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(str(run.path / "loss.png"))
 
 
 def write_report(

@@ -1,6 +1,15 @@
 """The training of a run: the loop, with its log, its checkpoints and its signals."""
 
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import FileIO
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from edge_ft.artifacts import RunFolder
@@ -8,14 +17,12 @@ from edge_ft.config import TuneConfig, as_plain
 from edge_ft.progress import Progress
 from edge_ft.tune.checkpoint import Checkpoint, write_checkpoint
 from edge_ft.tune.distributed import Processes
-from edge_ft.tune.interrupt import Interruption
 from edge_ft.tune.job import Job
-from edge_ft.tune.loop import Backend, Callbacks, Fit, TrainingRows, fit
-from edge_ft.tune.metrics_log import Metrics
+from edge_ft.tune.loop import Backend, Callbacks, Fit, StopAtOnce, TrainingRows, fit
 from edge_ft.tune.opening import OpenedRun
 from edge_ft.tune.trainable_model import TrainableModel
 
-__all__ = ["train"]
+__all__ = ["Interruption", "Metrics", "train"]
 
 
 def train(opened: OpenedRun, job: Job, model: TrainableModel, processes: Processes, progress: Progress) -> Fit:
@@ -48,6 +55,70 @@ def train(opened: OpenedRun, job: Job, model: TrainableModel, processes: Process
         fitted = fit(backend, rows, job.config, progress, callbacks, checkpoint.state if checkpoint else None)
     backend.save(run.adapter)
     return fitted
+
+
+class Interruption:
+    """Holds a signal until `poll`; a second Ctrl-C stops at once."""
+
+    def __init__(self, in_any: Callable[[bool], bool] = bool) -> None:
+        """Start without a signal.
+
+        Args:
+            in_any: Returns whether a flag is set in any of several processes: all of them stop at the same step.
+        """
+        self.requested = False
+        self.in_any = in_any
+
+    def poll(self) -> None:
+        """Raise KeyboardInterrupt if a signal has come."""
+        if self.in_any(self.requested):
+            raise KeyboardInterrupt
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal as Python's `signal` module calls it."""
+        if self.requested and number == signal.SIGINT:
+            raise StopAtOnce
+        self.requested = True
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Handle the signals inside this block; outside Python's main thread, which alone can, do nothing."""
+        # A background job of a script is started with SIGINT ignored, and stays so.
+        before = {
+            number: signal.signal(number, self.handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Metrics(FileIO):
+    """metrics.jsonl: each line is written at once, and none is written twice by a resumed run.
+
+    Without a buffer a full disk shows when a line is written, not when the file is closed.
+    """
+
+    def __init__(self, path: Path | None, keep: int = 0) -> None:
+        """Open the file and drop what is behind its first `keep` bytes; without a path nothing is written."""
+        super().__init__(path or os.devnull, "ab")
+        if path is not None:
+            self.truncate(min(keep, self.tell()))
+            self.seek(0, os.SEEK_END)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line."""
+        data = json.dumps(line).encode() + b"\n"
+        while data:
+            data = data[self.write(data) :]
+
+    def sync(self) -> int:
+        """Return the size in bytes, once all of it is on the disk."""
+        os.fsync(self.fileno())
+        return self.tell()
 
 
 @dataclass

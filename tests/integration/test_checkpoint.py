@@ -316,10 +316,10 @@ def test_when_nothing_can_be_written_the_run_ends_and_can_be_resumed(
     with monkeypatch.context() as patch:
 
         def full(self: Any, line: dict[str, Any]) -> None:
-            self.file.write(json.dumps(line).encode()[:9])  # what still went in
+            self.write(json.dumps(line).encode()[:9])  # what still went in
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        patch.setattr("edge_ft.tune.metrics_log.Metrics.log", full)
+        patch.setattr("edge_ft.tune.train.Metrics.log", full)
         with pytest.raises(WillNotFit, match=r"disk is full.*edge-ft tune --config .* --resume"):
             tune(stopped)
     run = tune(stopped)

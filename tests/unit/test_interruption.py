@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from edge_ft.artifacts import disk_full
-from edge_ft.tune.interrupt import Interruption
 from edge_ft.tune.loop import StopAtOnce
+from edge_ft.tune.train import Interruption
 
 
 def test_the_second_ctrl_c_stops_at_once() -> None:
