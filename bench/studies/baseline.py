@@ -31,8 +31,8 @@ from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import PEFT_TASKS, add_lora
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
-from edge_ft.tune.job import Job
 from edge_ft.tune.loop import learning_rate_at, planned_steps
+from edge_ft.tune.prepare import Job
 from edge_ft.tune.stopwatch import Stopwatch
 
 __all__ = [

@@ -16,8 +16,8 @@ from edge_ft.config import TuneConfig
 from edge_ft.models.logging import silence_libraries
 from edge_ft.progress import Silent
 from edge_ft.tune.distributed import Processes
-from edge_ft.tune.job import Job, prepare_job
 from edge_ft.tune.loop import Callbacks, TrainingRows, fit
+from edge_ft.tune.prepare import Job, prepare_job
 from edge_ft.tune.trainable_model import load_trainable_model
 
 __all__ = ["train"]

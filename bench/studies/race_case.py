@@ -21,8 +21,8 @@ from edge_ft.progress import Silent
 from edge_ft.quant.blockwise import dequantize
 from edge_ft.quant.conversion import is_within
 from edge_ft.quant.layers import QuantEmbedding, QuantLinear
-from edge_ft.tune.job import Job, prepare_job
 from edge_ft.tune.loop import planned_steps
+from edge_ft.tune.prepare import Job, prepare_job
 
 __all__ = ["prepare_race"]
 

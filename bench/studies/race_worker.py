@@ -81,7 +81,7 @@ def _baseline(job: dict[str, Any]) -> dict[str, Any]:
 
     from edge_ft.bench.studies.baseline import train_baseline
     from edge_ft.models.logging import silence_libraries
-    from edge_ft.tune.job import prepare_job
+    from edge_ft.tune.prepare import prepare_job
 
     torch.set_num_threads(job["threads"])
     settings = job["tune"] | {"seed": job["seed"], "epochs": job["epochs"]}

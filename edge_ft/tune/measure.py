@@ -15,7 +15,7 @@ import numpy as np
 from edge_ft.config import TEXT_TASKS
 from edge_ft.data import batch_tokens, collate
 from edge_ft.system import Available, PeakMemory, release_memory, resident_bytes
-from edge_ft.tune.job import Job
+from edge_ft.tune.prepare import Job
 from edge_ft.tune.trainable_model import TrainableModel
 
 __all__ = ["Curve", "Measured", "measure"]

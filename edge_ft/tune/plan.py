@@ -18,9 +18,9 @@ from edge_ft.errors import UsageError, WillNotFit
 from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory, resident_bytes, use_threads
-from edge_ft.tune.job import Job, prepare_job
 from edge_ft.tune.loop import EVALUATIONS
 from edge_ft.tune.measure import Measured, measure
+from edge_ft.tune.prepare import Job, prepare_job
 from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS
 from edge_ft.tune.splits import SPLITS
 

@@ -17,7 +17,7 @@ from edge_ft.system import release_memory
 from edge_ft.tune.loop import Fit
 
 if TYPE_CHECKING:
-    from edge_ft.tune.job import Job
+    from edge_ft.tune.prepare import Job
     from edge_ft.tune.trainable_model import TrainableModel
 
 __all__ = ["results"]

@@ -8,9 +8,9 @@ from edge_ft.config import TuneConfig
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, use_threads
 from edge_ft.tune.distributed import Processes
-from edge_ft.tune.job import prepare_job, refuse_other
 from edge_ft.tune.opening import explain_stop, open_run
 from edge_ft.tune.plan import estimate, refuse_large_base, resolve_memory
+from edge_ft.tune.prepare import prepare_job, refuse_other
 from edge_ft.tune.report import results
 from edge_ft.tune.run_files import begin, plot_losses, write_report
 from edge_ft.tune.train import train

@@ -13,9 +13,9 @@ from edge_ft.quant.serialization import write_codes
 from edge_ft.system import device_memory, peak_rss_bytes
 from edge_ft.tune.checkpoint import remove_checkpoint
 from edge_ft.tune.distributed import Processes
-from edge_ft.tune.job import Job
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.opening import OpenedRun
+from edge_ft.tune.prepare import Job
 from edge_ft.tune.trainable_model import TrainableModel
 
 __all__ = ["begin", "plot_losses", "write_report"]

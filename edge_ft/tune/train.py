@@ -17,9 +17,9 @@ from edge_ft.config import TuneConfig, as_plain
 from edge_ft.progress import Progress
 from edge_ft.tune.checkpoint import Checkpoint, write_checkpoint
 from edge_ft.tune.distributed import Processes
-from edge_ft.tune.job import Job
 from edge_ft.tune.loop import Backend, Callbacks, Fit, StopAtOnce, TrainingRows, fit
 from edge_ft.tune.opening import OpenedRun
+from edge_ft.tune.prepare import Job
 from edge_ft.tune.trainable_model import TrainableModel
 
 __all__ = ["Interruption", "Metrics", "train"]

@@ -16,7 +16,7 @@ from edge_ft.quant.calibration import Calibration, make_calibration
 from edge_ft.quant.layers import to_device
 from edge_ft.quant.serialization import codes_sha256, frozen_layers
 from edge_ft.tune.distributed import DistributedBackend, Processes
-from edge_ft.tune.job import Job
+from edge_ft.tune.prepare import Job
 
 __all__ = ["TrainableModel", "load_trainable_model"]
 

@@ -15,9 +15,9 @@ from edge_ft.models.base_model import find_base
 from edge_ft.progress import Silent
 from edge_ft.system import Available
 from edge_ft.tune import plan as planning
-from edge_ft.tune.job import Job, prepare_job
 from edge_ft.tune.measure import Curve, Measured
 from edge_ft.tune.plan import duration, plan, refuse_large_base, resolve_memory
+from edge_ft.tune.prepare import Job, prepare_job
 from edge_ft.tune.report import BATCH_COST, SAMPLE_TOKENS
 
 AMPLE = Available(memory_bytes=2**50, disk_bytes=2**50)

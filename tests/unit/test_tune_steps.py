@@ -24,11 +24,11 @@ from edge_ft.system import Available
 from edge_ft.tune import plan as planning
 from edge_ft.tune.checkpoint import Checkpoint, has_checkpoint, write_checkpoint
 from edge_ft.tune.distributed import Processes
-from edge_ft.tune.job import Job, prepare_job, refuse_other
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.measure import Curve, Measured
 from edge_ft.tune.opening import OpenedRun, explain_stop, open_run
 from edge_ft.tune.plan import estimate
+from edge_ft.tune.prepare import Job, prepare_job, refuse_other
 from edge_ft.tune.report import results
 from edge_ft.tune.run_files import begin, write_report
 from edge_ft.tune.train import train
