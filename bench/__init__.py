@@ -10,10 +10,19 @@ from typing import Any
 from edge_ft import __version__
 from edge_ft.artifacts import kind_of
 from edge_ft.bench.meters import MemoryLimit, machine, memory_limit
-from edge_ft.bench.peers import openvino_subject, peer_requests, peer_subjects
 from edge_ft.bench.quality import SCORED, quality_records, score_settings
-from edge_ft.bench.record import records_of
-from edge_ft.bench.subjects import Subject, Workload, bundle_subject, check_lengths, name_variants, torch_subject
+from edge_ft.bench.report import records_of
+from edge_ft.bench.subjects import (
+    Subject,
+    Workload,
+    bundle_subject,
+    check_lengths,
+    name_variants,
+    openvino_subject,
+    peer_requests,
+    peer_subjects,
+    torch_subject,
+)
 from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.config import TEXT_TASKS, BenchConfig
 from edge_ft.errors import UsageError, WillNotFit

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_ft.bench.record import classifier_lengths
+from edge_ft.bench.report import classifier_lengths
 from edge_ft.config import TEXT_TASKS
 from edge_ft.errors import EdgeFTError, UsageError, require
 from edge_ft.system import peak_rss_bytes

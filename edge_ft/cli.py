@@ -15,7 +15,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from edge_ft import __version__
-from edge_ft.artifacts import disk_full
+from edge_ft.artifacts import cache_folder, disk_full, write_json
 from edge_ft.config import (
     BenchConfig,
     EvalConfig,
@@ -29,8 +29,9 @@ from edge_ft.config import (
     preset_file,
     without_retired,
 )
-from edge_ft.errors import EdgeFTError, MissingExtra, UsageError, WillNotFit, require
+from edge_ft.errors import BudgetFailed, EdgeFTError, MissingExtra, UsageError, WillNotFit, require
 from edge_ft.progress import Lines, Progress, ProgressBars, Silent
+from edge_ft.system import Available, default_threads, device_memory, total_memory_bytes, usable_cpus
 
 __all__ = ["main"]
 
@@ -117,12 +118,11 @@ def tune(
         split = "test" if "test" in values else "validation"
         table.append((f"{split} {name} [95%]", _interval(values[f"{split}_base"]), _interval(values[split])))
     if answers := report["answers"]:
-        table.append(
-            (f"{answers['rows']} {answers['split']} answers, up to {answers['max_new_tokens']} tokens:", "", "")
-        )
-        table += [
+        heading = f"{answers['rows']} {answers['split']} answers, up to {answers['max_new_tokens']} tokens:"
+        figures = (
             (name, _interval(found["base"]), _interval(found["tuned"])) for name, found in answers["metrics"].items()
-        ]
+        )
+        table += [(heading, "", ""), *figures]
     _show(
         output,
         report,
@@ -277,7 +277,8 @@ def run(
     if jsonl is not None and out is not None:
         with _progress(output) as progress:
             summary = run_file(bundle, jsonl, out, settings, progress)
-        _show(output, summary, [], _answered(summary))
+        failed = f", {summary['failed']} of them without an answer (their lines say why)" if summary["failed"] else ""
+        _show(output, summary, [], f"{out}: {summary['rows']} rows{failed}, {summary['seconds']:.1f} s")
     elif interactive:
         run_chat(bundle, settings, sys.stdin, sys.stdout)
     else:
@@ -286,11 +287,6 @@ def run(
         result = run_text(bundle, text, settings, None if output.json == "-" else sys.stdout)
         if output.json is not None:
             _write_json(output.json, result)
-
-
-def _answered(summary: dict[str, Any]) -> str:
-    failed = f", {summary['failed']} of them without an answer (their lines say why)" if summary["failed"] else ""
-    return f"{summary['out']}: {summary['rows']} rows{failed}, {summary['seconds']:.1f} s"
 
 
 @app.command
@@ -314,8 +310,6 @@ def bench(
         records = run_bench(subjects, settings, progress)
     _show(output, records, table(records), "")
     if failures := budget_failures(records, settings):
-        from edge_ft.errors import BudgetFailed
-
         raise BudgetFailed("; ".join(failures))
 
 
@@ -329,9 +323,6 @@ def version(*, verbose: Annotated[bool, Parameter(alias="-v", negative=())] = Fa
     if not verbose:
         print(__version__)
         return
-    from edge_ft.artifacts import cache_folder
-    from edge_ft.system import Available, default_threads, total_memory_bytes, usable_cpus
-
     print(f"edge-ft {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in LIBRARIES:
         try:
@@ -347,17 +338,14 @@ def version(*, verbose: Annotated[bool, Parameter(alias="-v", negative=())] = Fa
 
 def _gpu() -> str:
     """Name and memory of the GPU that a training would use."""
-    from edge_ft.system import device_memory
-
     try:
         torch = require("torch", "train")
     except MissingExtra:
         return "none (torch is not installed)"
-    if not torch.cuda.is_available():
-        return "none"
-    device = torch.device("cuda")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory = device_memory(device)
-    assert memory is not None
+    if memory is None:
+        return "none"
     free, total = memory.free_bytes / 1e6, memory.total_bytes / 1e6
     return f"{torch.cuda.get_device_name(device)}, {free:.0f} MB free of {total:.0f} MB"
 
@@ -405,10 +393,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         app.meta(exit_on_error=False, print_error=False)
-    except EdgeFTError as error:
-        _fail(str(error), error.exit_code, debug)
-    except cyclopts.CycloptsError as error:
-        _fail(str(error), UsageError.exit_code, debug)
+    except (EdgeFTError, cyclopts.CycloptsError) as error:
+        _fail(str(error), getattr(error, "exit_code", UsageError.exit_code), debug)
     except KeyboardInterrupt:
         _fail("stopped", 130, debug)
     except BrokenPipeError:
@@ -437,10 +423,8 @@ def _fail(message: str, code: int, debug: bool) -> None:
 
 
 def _progress(output: Output) -> AbstractContextManager[Progress]:
-    if output.quiet:
-        return nullcontext(Silent())
-    if not sys.stderr.isatty():
-        return nullcontext(Lines())
+    if output.quiet or not sys.stderr.isatty():
+        return nullcontext(Silent() if output.quiet else Lines())
     return ProgressBars()
 
 
@@ -468,12 +452,11 @@ def _show(output: Output, result: Any, rows: Sequence[tuple[str, ...]], text: st
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     """Print aligned columns, the first to the left; no cell is cut, however narrow the terminal is."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
-    for at in range(len(rows[0])):
-        table.add_column(justify="right" if at else "left", no_wrap=True)
+    columns = (Column(justify="right" if at else "left", no_wrap=True) for at in range(len(rows[0])))
+    table = Table(*columns, box=None, show_header=False, pad_edge=False, padding=(0, 1))
     for row in rows:
         table.add_row(*map(Text, row))
     Console(width=10_000, highlight=False).print(table)
@@ -483,8 +466,6 @@ def _write_json(target: str, result: Any) -> None:
     if target == "-":
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    from edge_ft.artifacts import write_json
-
     write_json(Path(target), result)
 
 

@@ -15,6 +15,7 @@ from edge_ft.bench.studies.baseline import add_usual_lora, fit_trainer, held_out
 from edge_ft.config import TuneConfig
 from edge_ft.models.logging import silence_libraries
 from edge_ft.progress import Silent
+from edge_ft.system import device_memory
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.loop import Callbacks, TrainingRows, fit
 from edge_ft.tune.prepare import Job, prepare_job
@@ -69,9 +70,9 @@ class _Meter:
         """Note that a step is done; the first one is 1."""
         if step not in (self.warm_up, self.steps):
             return
-        if self.device.type == "cuda":
+        if memory := device_memory(self.device):
             torch.cuda.synchronize(self.device)
-            self.peak = torch.cuda.max_memory_allocated(self.device)
+            self.peak = memory.peak_bytes
         now = time.perf_counter()
         self.began, self.seconds = (now, 0.0) if step == self.warm_up else (self.began, now - self.began)
 

@@ -7,7 +7,8 @@ Python API; a field's docstring is its text in `--help`.
 from edge_ft.config.bench import BenchConfig
 from edge_ft.config.evaluate import EvalConfig
 from edge_ft.config.export import ExportConfig, VerifyConfig
-from edge_ft.config.fields import (
+from edge_ft.config.run import RunConfig
+from edge_ft.config.shared import (
     INT8_ACTIVATIONS,
     TEXT_TASKS,
     BaseFormat,
@@ -15,12 +16,11 @@ from edge_ft.config.fields import (
     Memory,
     Pooling,
     ProblemType,
+    RowsConfig,
     Task,
     Weights,
     as_plain,
 )
-from edge_ft.config.rows import RowsConfig
-from edge_ft.config.run import RunConfig
 from edge_ft.config.tune import PlanConfig, TuneConfig, last_layers, preset_file, without_retired
 
 __all__ = [

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from edge_ft.config.fields import Group, Threads, check, check_minimum
-from edge_ft.config.rows import RowsConfig
+from edge_ft.config.shared import Group, RowsConfig, Threads, check, check_minimum
 from edge_ft.errors import did_you_mean
 
 __all__ = ["PEERS", "BenchConfig"]
@@ -47,7 +46,6 @@ class BenchConfig(RowsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "peers", tuple(name for names in self.peers for name in names.split(",") if name))
         for name in self.peers:
             check(name in PEERS, f"--peers {name}: there are {', '.join(PEERS)}{did_you_mean(name, list(PEERS))}")
         check_minimum(self, 1, "repeats", "prompt_tokens", "limit", "threads", "memory_limit")

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from edge_ft.config.fields import BaseFormat, Group, Task, Threads, check_minimum
-from edge_ft.config.rows import RowsConfig
+from edge_ft.config.shared import BaseFormat, Group, RowsConfig, Task, Threads, check_minimum
 
 __all__ = ["EvalConfig"]
 

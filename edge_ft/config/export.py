@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from edge_ft.config.fields import Group, Task, Threads, Weights, check_minimum
-from edge_ft.config.rows import RowsConfig
+from edge_ft.config.shared import Group, RowsConfig, Task, Threads, Weights, check_minimum
 
 __all__ = ["ExportConfig", "VerifyConfig"]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from edge_ft.config.fields import Group, Threads, check, check_minimum
+from edge_ft.config.shared import Group, Threads, check, check_minimum
 
 __all__ = ["RunConfig"]
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from edge_ft.config.fields import BaseFormat, Group, Memory, Task, Threads, check, check_minimum
-from edge_ft.config.rows import RowsConfig
+from edge_ft.config.shared import BaseFormat, Group, Memory, RowsConfig, Task, Threads, check, check_minimum
 from edge_ft.errors import did_you_mean
 
 __all__ = ["PlanConfig", "TuneConfig", "last_layers", "preset_file", "without_retired"]
@@ -97,9 +96,6 @@ class TuneConfig(RowsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = tuple(name for names in self.target_modules for name in names.split(",") if name)
-        object.__setattr__(self, "target_modules", names)
-        object.__setattr__(self, "allow", tuple(code for codes in self.allow for code in codes.split(",") if code))
         check(
             len(self.split) == 3 and abs(sum(self.split) - 1) < 1e-6 and min(self.split) >= 0,
             f"--split {' '.join(map(str, self.split))} must be three shares that sum to 1",

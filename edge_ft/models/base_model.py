@@ -164,11 +164,11 @@ def find_base(model: str, task: Task | None = None) -> Base:
     if not isinstance(config, dict):
         raise ModelError(f"{folder / 'config.json'} is not a model's config: it must be one JSON object")
     family = family_of(str(config.get("model_type")), task)
+    base = Base(model, folder, family, "", config)
     if family.decoder:
-        check_supported(ModelDims(read_config(family.name, config, folder / "config.json")), folder)
+        check_supported(base.dims, folder)
     if family.kind == "encoder" and config.get("is_decoder"):
         raise ModelError(f"{folder} is a {family.name} with is_decoder set: it cannot be exported")
-    base = Base(model, folder, family, "", config)
     if family.kind == "encoder-decoder" and getattr(base.dims.config, "decoder_start_token_id", None) is None:
         raise ModelError(f"{folder / 'config.json'} has no decoder_start_token_id, with which an answer begins")
     weights = sorted(folder.glob("*.safetensors"))
@@ -176,9 +176,7 @@ def find_base(model: str, task: Task | None = None) -> Base:
         raise ModelError(
             f"{folder} holds no *.safetensors weights (pickled weights are never loaded): convert them first"
         )
-    digest = hashlib.sha256()
-    for file in [folder / "config.json", *weights]:
-        digest.update(file_sha256(file).encode())
+    digest = hashlib.sha256("".join(map(file_sha256, [folder / "config.json", *weights])).encode())
     return replace(base, content_sha256=digest.hexdigest())
 
 

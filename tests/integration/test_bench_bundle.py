@@ -17,8 +17,7 @@ from transformers import LlamaForCausalLM
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.bench import bench
 from edge_ft.bench.meters import machine
-from edge_ft.bench.record import DECODER_UNITS, units_of
-from edge_ft.bench.report import table
+from edge_ft.bench.report import DECODER_UNITS, table, units_of
 from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.bench.torch_peer import TorchDecoder
 from edge_ft.config import BenchConfig, EvalConfig
@@ -178,7 +177,7 @@ def test_openvino_refuses_what_it_does_not_measure(
 ) -> None:
     with pytest.raises(UsageError, match=r"--peers openvino measures classifiers, and .* is for text-generation"):
         bench([str(llama_bundle.path)], BenchConfig(repeats=1, prompt_tokens=12, new_tokens=4, peers=("openvino",)))
-    monkeypatch.setattr("edge_ft.bench.peers.find_spec", lambda _: None)
+    monkeypatch.setattr("edge_ft.bench.subjects.find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"pip install 'edge-ft\[peers\]'"):
         bench([str(bert_bundle.path)], BenchConfig(repeats=1, prompt_tokens=12, peers=("openvino",)))
     with pytest.raises(

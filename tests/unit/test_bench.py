@@ -12,8 +12,15 @@ from tiny_bundle import write_classifier
 
 from edge_ft.bench import bench
 from edge_ft.bench.meters import MemoryLimit, group_parents
-from edge_ft.bench.record import DECODER_UNITS, classifier_lengths, records_of, units_of
-from edge_ft.bench.report import budget_failures, markdown_table, table
+from edge_ft.bench.report import (
+    DECODER_UNITS,
+    budget_failures,
+    classifier_lengths,
+    markdown_table,
+    records_of,
+    table,
+    units_of,
+)
 from edge_ft.bench.subjects import Subject, short_names
 from edge_ft.bench.worker import classifier_ids, prompt_ids
 from edge_ft.config import BenchConfig

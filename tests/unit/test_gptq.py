@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_ft.quant.blockwise import Codes, dequantize, quantize
-from edge_ft.quant.gptq import gptq_quantize, inverse_hessian_factor
+from edge_ft.quant.calibration import gptq_quantize, inverse_hessian_factor
 
 
 def a_layer(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,16 @@ from typing import Any
 
 import pytest
 
-from edge_ft.bench.peers import openvino_subject, peer_requests, peer_subjects
-from edge_ft.bench.subjects import Subject, Workload, check_lengths, name_variants, torch_subject
+from edge_ft.bench.subjects import (
+    Subject,
+    Workload,
+    check_lengths,
+    name_variants,
+    openvino_subject,
+    peer_requests,
+    peer_subjects,
+    torch_subject,
+)
 from edge_ft.errors import UsageError
 
 WORKLOAD = Workload(prompt_tokens=12, new_tokens=4, threads=1)

@@ -1,6 +1,6 @@
-"""What all settings share: types, headings in --help, checks, and conversion from Python and to YAML or JSON."""
+"""What the settings of several commands share: types, headings in --help, checks, and how rows are read."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -15,6 +15,7 @@ __all__ = [
     "Memory",
     "Pooling",
     "ProblemType",
+    "RowsConfig",
     "Task",
     "Threads",
     "Weights",
@@ -79,11 +80,13 @@ def as_plain(config: Any) -> dict[str, Any]:
 
 
 def accept_python_values(config: Any) -> None:
-    """Convert what Python callers may give: text for paths, paths for text, lists for tuples."""
+    """Convert what callers may give: text for paths, paths for text, lists for tuples, words joined by commas."""
     types = get_type_hints(type(config))
     for field in fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, list):
+        if types[field.name] == tuple[str, ...]:  # --peers a,b is --peers a b
+            value = tuple(part for text in value for part in text.split(",") if part)
+        elif isinstance(value, list):
             value = tuple(value)
         elif isinstance(value, Path | str):
             value = Path(value) if types[field.name] in (Path, Path | None) else str(value)
@@ -109,3 +112,44 @@ def check_minimum(config: Any, minimum: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         check(value is None or value >= minimum, f"--{name.replace('_', '-')} must be at least {minimum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig:
+    """How the columns of a file become the text that the model reads."""
+
+    prompt: Annotated[str | None, Group.ROWS] = None
+    r"""Template of the prompt, e.g. "{passage} {question}"; \n is a newline and \t a tab."""
+    completion: Annotated[str | None, Group.ROWS] = None
+    """Template of the answer to train on, e.g. "{answer}"; needs --prompt."""
+    text_pair: Annotated[str | None, Group.ROWS] = None
+    """Template of a second text that the model reads with the first, e.g. "{passage}" (text-classification)."""
+    label: Annotated[str | None, Group.ROWS] = None
+    """Column with a class, a list of classes or a number (text-classification), or with a tag for each word
+    (token-classification)."""
+    problem_type: Annotated[ProblemType | None, Group.ROWS] = None
+    """Kind of the labels (text-classification); default: multi-label for lists, regression for numbers that are not
+    all whole, else single-label."""
+    pooling: Annotated[Pooling | None, Group.ROWS] = None
+    """How the embeddings of the tokens become one (feature-extraction); default: as the model's files say, else
+    mean."""
+    chat_template: Annotated[str | None, Group.ROWS] = None
+    """Chat template: auto (the model's own), none, or a Jinja file; default: auto, or none with --prompt."""
+    max_length: Annotated[int | Literal["auto"] | None, Group.ROWS] = None
+    """Maximum length in tokens, to which longer rows are cut; auto (tune) is long enough for 99% of the rows; default:
+    the model's limit, at most 1024."""
+
+    def __post_init__(self) -> None:
+        accept_python_values(self)
+        check(
+            self.max_length in (None, "auto") or (isinstance(self.max_length, int) and self.max_length >= 8),
+            "--max-length must be at least 8 tokens, or auto",
+        )
+        check(
+            self.completion is None or self.prompt is not None,
+            "--completion needs --prompt: give both templates",
+        )
+        check(
+            self.text_pair is None or self.prompt is not None,
+            "--text-pair needs --prompt: give the templates of both texts",
+        )
