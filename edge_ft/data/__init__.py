@@ -23,6 +23,7 @@ from edge_ft.data.encoding import (
     encode_prompt,
     encode_rows,
     find_answers,
+    show_example,
     stop_ids,
 )
 from edge_ft.data.readers import Row, column_names, read_rows, split_names
@@ -35,7 +36,6 @@ from edge_ft.data.rendering import (
     trained_rendering,
     with_pooling,
 )
-from edge_ft.data.show import show_example
 from edge_ft.data.split import fingerprint, overlap, split_rows
 from edge_ft.data.tokenizer import Filled, Framed, TextTokenizer
 

@@ -124,11 +124,9 @@ def template_marks(template: str | None, tokenizer: TextTokenizer) -> tuple[str,
 def preview(record: Record) -> str:
     """Return the beginning of a row on one line of at most 120 characters."""
     if record.messages is not None:
-        text = " | ".join(f"{message['role']}: {message['content']}" for message in record.messages)
-    else:
-        answer = record.label if record.label is not None else record.completion
-        text = " → ".join(part for part in (str(record.prompt), str(record.pair or ""), str(answer or "")) if part)
-    return shorten(text)
+        return shorten(" | ".join(f"{message['role']}: {message['content']}" for message in record.messages))
+    answer = record.label if record.label is not None else record.completion
+    return shorten(" → ".join(part for part in (str(record.prompt), str(record.pair or ""), str(answer or "")) if part))
 
 
 def shorten(text: str) -> str:
@@ -162,13 +160,11 @@ def _find_lost_tokens(rows: _Rows, max_length: int) -> list[Finding]:
 
 
 def _find_empty_texts(rows: _Rows) -> list[Finding]:
-    def lacks_answer(_: Record, example: Example) -> bool:
-        several_or_number = isinstance(example.labels[0], float)  # none of several classes is a valid answer
-        return not example.reference and not several_or_number
-
+    # None of several classes is a valid answer: such rows have labels of floats, as numbers have.
+    unanswered = rows.where(lambda _, example: not example.reference and not isinstance(example.labels[0], float))
     return [
         *rows.finding("empty-prompt", rows.where(lambda record, _: _has_empty_prompt(record)), "have an empty prompt"),
-        *rows.finding("empty-completion", rows.where(lacks_answer), "have an empty answer"),
+        *rows.finding("empty-completion", unanswered, "have an empty answer"),
         *rows.finding(
             "unlearned-turns",
             rows.where(lambda _, example: example.unlearned_turns > 0),
@@ -213,7 +209,6 @@ def _find_suspicious_texts(rows: _Rows, marks: Sequence[str]) -> list[Finding]:
 
 
 def _find_class_balance(rows: _Rows) -> list[Finding]:
-    examples = rows.examples
     names = Counter(name for record in rows.records for name in record.classes)
     answers = Counter(record.classes for record in rows.records)
     if names and len(names if any(record.words for record in rows.records) else answers) == 1:
@@ -221,16 +216,17 @@ def _find_class_balance(rows: _Rows) -> list[Finding]:
         message = f"are of the one class {only!r}: a classifier needs at least two"
         return rows.finding("one-class", rows.where(lambda *_: True), message, refuse=True)
     # Several classes per row, tags and numbers are unevenly distributed by nature.
-    if not names or not all(len(example.labels) == 1 and isinstance(example.labels[0], int) for example in examples):
+    one_class = all(len(example.labels) == 1 and isinstance(example.labels[0], int) for example in rows.examples)
+    if not names or not one_class:
         return []
     (commonest, most), (rarest, least) = names.most_common()[0], names.most_common()[-1]
-    if most <= MAX_SHARE * len(examples) and most <= MAX_RATIO * least:
+    if most <= MAX_SHARE * len(rows.records) and most <= MAX_RATIO * least:
         return []
     return rows.finding(
         "imbalance",
         rows.where(lambda _, example: example.reference == rarest),
         f"are of class {rarest!r}, {most} of {commonest!r}: a model that always answers {commonest!r} is right in "
-        f"{most / len(examples):.0%} of the rows",
+        f"{most / len(rows.records):.0%} of the rows",
     )
 
 

@@ -10,7 +10,7 @@ from edge_ft.config import ProblemType
 from edge_ft.data.readers import Row
 from edge_ft.errors import DataError, did_you_mean
 
-__all__ = ["class_numbers", "class_targets", "guess_problem", "read_classes", "sort_classes"]
+__all__ = ["class_numbers", "class_targets", "guess_problem", "read_classes"]
 
 
 def guess_problem(rows: Sequence[Row], column: str) -> ProblemType:
@@ -75,16 +75,13 @@ def class_targets(
         return [float(classes[0])]
     for name in classes:
         if name not in labels:
-            near = did_you_mean(name, list(labels))
-            raise DataError(f"{where}: {name!r} is none of the classes{near}: they are {', '.join(labels)}")
+            raise DataError(
+                f"{where}: {name!r} is none of the classes{did_you_mean(name, list(labels))}: "
+                f"they are {', '.join(labels)}"
+            )
     if problem == "multi_label_classification":
         return [float(label in classes) for label in labels]
     return [labels.index(classes[0])]
-
-
-def sort_classes(names: set[str]) -> tuple[str, ...]:
-    """Return classes in order: whole numbers by value, then texts alphabetically."""
-    return tuple(sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
 
 
 def class_numbers(labels: Sequence[str]) -> tuple[str, ...]:

@@ -1,17 +1,30 @@
-"""Which columns of the rows hold the prompt, the answer, the class or the chat."""
+"""Which columns of the rows hold the prompt, the answer, the class or the chat.
 
-from collections.abc import Sequence
+They are named by text templates: `{column}` stands for a column's value, `{{` and `}}` are braces.
+"""
+
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from edge_ft.config import ProblemType, RowsConfig, Task
 from edge_ft.data.classes import guess_problem
 from edge_ft.data.readers import Row
-from edge_ft.data.text_templates import check_template, columns_in, unescape
+from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import DataError, did_you_mean
 from edge_ft.families import Kind
 
-__all__ = ["Columns", "bare_columns", "find_columns", "find_problem", "guess_task"]
+__all__ = [
+    "Columns",
+    "bare_columns",
+    "columns_in",
+    "fill_template",
+    "find_columns",
+    "find_problem",
+    "guess_task",
+    "match_template",
+]
 
 Form = Literal["messages", "prompt_completion", "instruction", "text", "text_label", "template", "tokens", "pair"]
 SENTENCE_PAIRS = (("text", "text_pair"), ("question", "passage"), ("premise", "hypothesis"), ("sentence1", "sentence2"))
@@ -23,6 +36,8 @@ CONTRASTIVE_PAIRS = (
 """Names of two columns that hold a text and the text that should be retrieved for it."""
 WORDS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "pos_tags")
 """Names of the columns that hold a list of words and one tag per word."""
+# A template's parts: a doubled brace, a column in braces, a brace that belongs to neither.
+_PART = re.compile(r"(\{\{|\}\}|\{[^{}]*\}|[{}])")
 
 
 @dataclass(frozen=True)
@@ -101,10 +116,10 @@ def find_columns(names: Sequence[str], config: RowsConfig, task: Task) -> Column
         DataError: a named column is missing, or no known set of columns was found.
     """
     prompt, completion, pair = (
-        None if text is None else unescape(text) for text in (config.prompt, config.completion, config.text_pair)
+        None if text is None else _unescape(text) for text in (config.prompt, config.completion, config.text_pair)
     )
     for flag, template in (("--prompt", prompt), ("--completion", completion), ("--text-pair", pair)):
-        check_template(template, flag, names)
+        _check_template(template, flag, names)
     if task == "text-classification":
         if completion is not None:
             raise DataError("--completion is for text-generation: name the column of the class with --label")
@@ -120,7 +135,14 @@ def find_columns(names: Sequence[str], config: RowsConfig, task: Task) -> Column
     if config.label is not None:
         raise DataError(f"--label {config.label} is for text-classification: give --completion to learn its text")
     if task == "feature-extraction":
-        return _contrastive_columns(names, prompt, completion)
+        if prompt is None:
+            prompt, completion = _two(CONTRASTIVE_PAIRS, names) or (None, None)
+        if prompt is None or completion is None:
+            raise DataError(
+                f"the columns are {', '.join(names)}: name a text and the text that should be retrieved for it with "
+                "--prompt and --completion, or call them anchor and positive, or question and answer"
+            )
+        return Columns("pair", prompt, completion)
     if task == "fill-mask":
         return Columns("template", prompt or _text_template(names, ""))
     if prompt is not None:
@@ -150,6 +172,56 @@ def bare_columns(task: Task, problem_type: ProblemType | None = None) -> Columns
         "feature-extraction": Columns("pair", "{text}", "{positive}"),
     }
     return known.get(task, Columns("prompt_completion", "{prompt}", "{completion}"))
+
+
+def fill_template(template: str, value_of: Callable[[str], str]) -> Filled:
+    """Return the template with each column replaced by `value_of` its name."""
+    parts = _split(template)
+    parts[1::2] = map(value_of, parts[1::2])
+    return Filled(parts)
+
+
+def match_template(template: str, text: str) -> tuple[str, ...] | None:
+    """Return the value of each column in a text that `template` could have produced; None for any other text."""
+    found = re.fullmatch("(.*)".join(map(re.escape, _split(template)[::2])), text, re.DOTALL)
+    return None if found is None else found.groups()
+
+
+def _unescape(template: str) -> str:
+    """Return the template with `\\n`, `\\t` and `\\\\` read as newline, tab and backslash."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], template)
+
+
+def _check_template(template: str | None, flag: str, names: Sequence[str]) -> None:
+    """Check that a template, given with `flag`, names only columns that exist.
+
+    Raises:
+        DataError: an unknown column or a single brace.
+    """
+    for part in _PART.findall(template or ""):
+        if part in ("{", "}"):
+            raise DataError(f"{flag} has a lone {part}: write {{{{ and }}}} for braces that are text")
+        if part not in ("{{", "}}") and part[1:-1] not in names:
+            raise DataError(
+                f"{flag} names no column with {part}{did_you_mean(part[1:-1], list(names))}: "
+                f"the columns are {', '.join(names)}; write {{{{ and }}}} for braces that are text"
+            )
+
+
+def columns_in(template: str | None) -> set[str]:
+    """Return the columns that a template names; none for None."""
+    return {part[1:-1] for part in _PART.findall(template or "") if part not in ("{{", "}}")}
+
+
+def _split(template: str) -> list[str]:
+    """Return the template's literal texts and its column names in turn, a literal text first and last."""
+    parts = [""]
+    for index, part in enumerate(_PART.split(template)):
+        if index % 2 and part not in ("{{", "}}"):
+            parts += [part[1:-1], ""]
+        else:
+            parts[-1] += part[0] if index % 2 else part
+    return parts
 
 
 def _label_column(names: Sequence[str], config: RowsConfig) -> str:
@@ -185,17 +257,6 @@ def _tag_columns(names: Sequence[str], config: RowsConfig, prompt: str | None) -
             "and call their tags tags or ner_tags or name them with --label"
         )
     return Columns("tokens", "{" + words + "}", None, tags)
-
-
-def _contrastive_columns(names: Sequence[str], prompt: str | None, completion: str | None) -> Columns:
-    if prompt is None:
-        prompt, completion = _two(CONTRASTIVE_PAIRS, names) or (None, None)
-    if prompt is None or completion is None:
-        raise DataError(
-            f"the columns are {', '.join(names)}: name a text and the text that should be retrieved for it with "
-            "--prompt and --completion, or call them anchor and positive, or question and answer"
-        )
-    return Columns("pair", prompt, completion)
 
 
 def _text_template(names: Sequence[str], label: str) -> str:

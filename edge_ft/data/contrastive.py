@@ -17,11 +17,8 @@ SCORED_TOGETHER = 32
 
 def duplicate_texts(batch: Batch) -> NDArray[np.bool_]:
     """Return [batch, batch]: whether another row's second text is also right, since one of the row's texts is equal."""
-    same = np.zeros((len(batch["rows"]),) * 2, np.bool_)
-    for ids in (batch["input_ids"], batch["pair_input_ids"]):
-        same |= (ids[:, None] == ids[None]).all(-1)
-    np.fill_diagonal(same, False)
-    return same
+    first, second = ((ids[:, None] == ids[None]).all(-1) for ids in (batch["input_ids"], batch["pair_input_ids"]))
+    return np.asarray((first | second) & ~np.eye(len(first), dtype=np.bool_))
 
 
 def in_batch_loss(

@@ -3,7 +3,6 @@
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,25 +11,14 @@ from edge_ft.data.batches import IGNORED, Example
 from edge_ft.data.classes import class_targets
 from edge_ft.data.records import Record
 from edge_ft.data.rendering import Rendering
-from edge_ft.data.tokenizer import TextTokenizer
+from edge_ft.data.tokenizer import Framed, TextTokenizer
 from edge_ft.errors import DataError, ModelError, did_you_mean
 
-__all__ = ["ENCODERS", "Words", "encode_words", "mask_tokens", "split_words"]
+__all__ = ["ENCODERS", "encode_words", "mask_tokens", "split_words"]
 
 MASKED_SHARE = 0.15
 """Share of a text's tokens that are masked, as in BERT (arXiv:1810.04805)."""
 _WORD = re.compile(r"\w+(?:[.,:'’\-/]\w+)*|[^\w\s]")
-
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """The words of a row in token ids."""
-
-    input_ids: list[int]
-    starts: list[int | None]
-    """Position of each word's first token in `input_ids`; None for a word that was cut off or has no token."""
-    cut: int
-    """Tokens that were cut off."""
 
 
 def encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
@@ -59,24 +47,20 @@ def encode_tags(rendering: Rendering, tokenizer: TextTokenizer, record: Record) 
     Raises:
         DataError: the rendering does not have this tag; the message names the row.
     """
-    words = encode_words(tokenizer, record.words, rendering.max_length)
-    labels = [IGNORED] * len(words.input_ids)
-    lost = 0
-    for start, tag in zip(words.starts, record.classes, strict=True):
+    for tag in record.classes:
         if tag not in rendering.labels:
-            near = did_you_mean(tag, list(rendering.labels))
             raise DataError(
-                f"row {record.row}: {tag!r} is none of the tags{near}: they are {', '.join(rendering.labels)}"
+                f"row {record.row}: {tag!r} is none of the tags{did_you_mean(tag, list(rendering.labels))}: "
+                f"they are {', '.join(rendering.labels)}"
             )
-        if start is None:
-            lost += 1
-        else:
-            labels[start] = rendering.labels.index(tag)
-    size = len(words.input_ids)
-    reference = " ".join(tag for start, tag in zip(words.starts, record.classes, strict=True) if start is not None)
-    return Example(
-        record.row, words.input_ids, labels, size, reference, words.cut, cut_targets=lost if words.cut else 0
-    )
+    framed, starts = encode_words(tokenizer, record.words, rendering.max_length)
+    placed = {start: tag for start, tag in zip(starts, record.classes, strict=True) if start is not None}
+    labels = [IGNORED] * len(framed.ids)
+    for start, tag in placed.items():
+        labels[start] = rendering.labels.index(tag)
+    lost = len(starts) - len(placed) if framed.cut else 0
+    reference = " ".join(placed.values())
+    return Example(record.row, framed.ids, labels, len(framed.ids), reference, framed.cut, cut_targets=lost)
 
 
 def encode_masked(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
@@ -109,8 +93,12 @@ def encode_pair_of_texts(rendering: Rendering, tokenizer: TextTokenizer, record:
     )
 
 
-def encode_words(tokenizer: TextTokenizer, words: Sequence[str], max_length: int) -> Words:
-    """Return the words joined by spaces, between the tokenizer's own special tokens ([CLS] ... [SEP])."""
+def encode_words(tokenizer: TextTokenizer, words: Sequence[str], max_length: int) -> tuple[Framed, list[int | None]]:
+    """Return the words joined by spaces, between the tokenizer's own special tokens ([CLS] ... [SEP]).
+
+    Returns:
+        The token ids; the position of each word's first token, None for a word that was cut off or has no token.
+    """
     ids: list[int] = []
     starts: list[int | None] = []
     for at, word in enumerate(words):
@@ -120,8 +108,7 @@ def encode_words(tokenizer: TextTokenizer, words: Sequence[str], max_length: int
         ids += found
     framed = tokenizer.frame(ids, max_length)
     first, kept = framed.start, len(ids) - framed.cut
-    placed = [None if start is None or start >= kept else first + start for start in starts]
-    return Words(framed.ids, placed, framed.cut)
+    return framed, [None if start is None or start >= kept else first + start for start in starts]
 
 
 def split_words(text: str) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -79,27 +80,27 @@ def _read_text(path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
     # Not splitlines(), which also splits at U+2028 and the like: JSON strings may hold those unescaped.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} line {number} is not JSON ({error}): write one object per line") from error
-        rows.append(_row(number, fields, f"{path} line {number}"))
-    return rows
+    lines = enumerate(_read_text(path).split("\n"), start=1)
+    return [
+        _row(number, _parse(line, f"{path} line {number}", ": write one object per line"), f"{path} line {number}")
+        for number, line in lines
+        if line.strip()
+    ]
 
 
 def _read_json(path: Path) -> list[Row]:
-    try:
-        content = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); if it has one object per line, name it .jsonl") from error
+    content = _parse(_read_text(path), str(path), "; if it has one object per line, name it .jsonl")
     if not isinstance(content, list):
         raise DataError(f"{path} holds one JSON {type(content).__name__}: it must be a list of objects")
     return [_row(number, fields, f"{path} item {number}") for number, fields in enumerate(content, start=1)]
+
+
+def _parse(text: str, where: str, advice: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}){advice}") from error
 
 
 def _row(number: int, fields: Any, where: str) -> Row:
@@ -143,20 +144,17 @@ def _read_conll(path: Path) -> list[Row]:
     Raises:
         DataError: a line has only one column.
     """
-    rows: list[Row] = []
-    start, words, tags = 0, list[str](), list[str]()
-    for number, line in enumerate([*_read_text(path).split("\n"), ""], start=1):
-        parts = line.split()
-        if not parts or parts[0] == "-DOCSTART-":
-            if words:
-                rows.append(Row(start, {"tokens": words, "tags": tags}))
-            words, tags = [], []
+    rows = []
+    numbered = [(number, line.split()) for number, line in enumerate(_read_text(path).split("\n"), start=1)]
+    for is_break, lines in groupby(numbered, lambda line: line[1][:1] in ([], ["-DOCSTART-"])):
+        if is_break:
             continue
-        if len(parts) < 2:
-            raise DataError(f"{path} line {number} holds only {line.strip()!r}: write a word and its tag on each line")
-        start = start if words else number
-        words.append(parts[0])
-        tags.append(parts[-1])
+        sentence = list(lines)
+        for number, parts in sentence:
+            if len(parts) < 2:
+                raise DataError(f"{path} line {number} holds only {parts[0]!r}: write a word and its tag on each line")
+        words, tags = [parts[0] for _, parts in sentence], [parts[-1] for _, parts in sentence]
+        rows.append(Row(sentence[0][0], {"tokens": words, "tags": tags}))
     return rows
 
 
@@ -198,9 +196,9 @@ def _read_hub(source: str, split: str | None) -> list[Row]:
     try:
         dataset = datasets.load_dataset(source, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:
-        near = did_you_mean(source, [file.name for file in Path().iterdir()])
         raise DataError(
-            f"{source} is neither an existing file{near} nor a hub data set that can be reached ({error})"
+            f"{source} is neither an existing file{did_you_mean(source, [file.name for file in Path().iterdir()])} "
+            f"nor a hub data set that can be reached ({error})"
         ) from error
     return _from_dataset(dataset)
 
@@ -211,12 +209,12 @@ def _from_dataset(dataset: Any) -> list[Row]:
     for column, feature in dataset.features.items():
         inner: Any = getattr(feature, "feature", None)  # of a list
         for record in records:
+            value = record[column]
             if hasattr(feature, "int2str"):
-                number = record[column]
                 # Data sets without labels have -1 instead of null.
-                record[column] = None if number is None or number < 0 else feature.int2str(number)
-            elif hasattr(inner, "int2str") and record[column] is not None:
-                record[column] = [inner.int2str(number) for number in record[column]]
+                record[column] = None if value is None or value < 0 else feature.int2str(value)
+            elif hasattr(inner, "int2str") and value is not None:
+                record[column] = inner.int2str(value)
     return _from_table(records)
 
 

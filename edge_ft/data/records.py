@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edge_ft.data.classes import read_classes, sort_classes
-from edge_ft.data.columns import Columns
+from edge_ft.data.classes import read_classes
+from edge_ft.data.columns import Columns, columns_in, fill_template, match_template
 from edge_ft.data.readers import Row
-from edge_ft.data.text_templates import columns_in, fill_template, match_template
 from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import DataError
 
@@ -130,10 +129,11 @@ def fill_answer(columns: Columns, answer: str) -> str:
 
 
 def find_labels(rows: Sequence[Row], columns: Columns) -> tuple[str, ...]:
-    """Return the distinct classes or tags in sorted order; for regression the name of the label column."""
+    """Return the distinct classes or tags, numbers by value before texts; for regression the name of the column."""
     if columns.problem_type == "regression":
         return (str(columns.label),)
-    return sort_classes({name for row in rows for name in record(row, columns).classes})
+    names = {name for row in rows for name in record(row, columns).classes}
+    return tuple(sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
 
 
 def _tagged_words(row: Row, columns: Columns, answer: bool) -> Record:
@@ -164,8 +164,10 @@ def _fill(template: str, row: Row) -> Filled:
 def _value(name: str, row: Row) -> Any:
     value = row.fields.get(name)
     if _is_null(value):
-        state = "is null" if name in row.fields else "is missing"
-        raise DataError(f"row {row.number}: column {name!r} {state}: fill it in or remove the row")
+        raise DataError(
+            f"row {row.number}: column {name!r} is {'null' if name in row.fields else 'missing'}: "
+            "fill it in or remove the row"
+        )
     return value
 
 

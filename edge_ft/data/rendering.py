@@ -239,9 +239,8 @@ def plain_rendering(
     else:
         columns = bare_columns(task, problem or "single_label_classification")
     if rows and task in CLASSIFIERS and columns.problem_type != "regression":
-        found, numbers = set(find_labels(rows, columns)), class_numbers(labels)
-        if not found <= set(labels) and found <= set(numbers):
-            labels = numbers
+        found = set(find_labels(rows, columns))
+        labels = next((names for names in (labels, class_numbers(labels)) if found <= set(names)), labels)
     longest = longest_sequence(config.max_length, model.max_length)
     return with_pooling(make_rendering(config, columns, task, tokenizer, longest, labels), model, config.pooling)
 

@@ -13,8 +13,13 @@ __all__ = ["content", "fingerprint", "overlap", "split_rows"]
 SPLITS = ("train", "validation", "test")
 
 
+def content(row: Row) -> str:
+    """Return the fields of a row as JSON with sorted keys: equal for rows with equal fields."""
+    return json.dumps(row.fields, sort_keys=True)
+
+
 def split_rows(
-    rows: Sequence[Row], shares: tuple[float, float, float], seed: int, key: Callable[[Row], str] | None = None
+    rows: Sequence[Row], shares: tuple[float, float, float], seed: int, key: Callable[[Row], str] = content
 ) -> dict[str, list[Row]]:
     """Split rows into train, validation and test; equal rows stay in one split.
 
@@ -30,7 +35,7 @@ def split_rows(
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault((key or content)(row), []).append(row)
+        groups.setdefault(key(row), []).append(row)
     shuffled = list(groups.values())
     wanted = {name: share * len(rows) for name, share in zip(SPLITS, shares, strict=True) if share > 0}
     found: dict[str, list[Row]] = {name: [] for name in SPLITS}
@@ -41,11 +46,8 @@ def split_rows(
     return {name: sorted(rows, key=lambda row: row.number) for name, rows in found.items()}
 
 
-def overlap(
-    first: Sequence[Row], second: Sequence[Row], key: Callable[[Row], str] | None = None
-) -> list[tuple[int, int]]:
+def overlap(first: Sequence[Row], second: Sequence[Row], key: Callable[[Row], str] = content) -> list[tuple[int, int]]:
     """Return the numbers of equal rows, as (row of `first`, row of `second`); `key` is that of `split_rows`."""
-    key = key or content
     numbers = {key(row): row.number for row in reversed(first)}
     return [(numbers[found], row.number) for row in second if (found := key(row)) in numbers]
 
@@ -56,8 +58,3 @@ def fingerprint(rows: Sequence[Row]) -> str:
     for row in rows:
         digest.update(content(row).encode() + b"\n")
     return digest.hexdigest()
-
-
-def content(row: Row) -> str:
-    """Return the fields of a row as JSON with sorted keys: equal for rows with equal fields."""
-    return json.dumps(row.fields, sort_keys=True)

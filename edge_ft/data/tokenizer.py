@@ -99,11 +99,13 @@ class TextTokenizer:
         self.stop_ids: frozenset[int] = frozenset(ends) | ({eos} if eos is not None else set())
         self.chat_template: str | None = _chat_template(folder, config)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        added = self._tokenizer.get_added_tokens_decoder()
         self.control_tokens: dict[int, str] = {
-            token_id: token.content for token_id, token in added.items() if token.special
+            token_id: token.content
+            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
         }
         """Special added tokens, id to text; only templates may write them."""
+        self.mask_id: int | None = self._id_of("mask_token")
         self._unknown = self._id_of("unk_token")
         self._single = _frame(self._tokenizer.encode("a"))
         self._pair = _frame(self._tokenizer.encode("a", "a"))
@@ -125,7 +127,10 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a user's text; no special tokens are added, and only those of a template are recognised."""
         if isinstance(text, Filled):
-            return self.encode_template(self._shield_values(text))
+            # Text between two control tokens is shielded as a whole: a value can complete a token with its neighbours.
+            around = self._around_controls(text)
+            around[::2] = [self.shield(part) for part in around[::2]]
+            return self.encode_template("".join(around))
         encoding = self._parse(text)
         return self.encode_template(self.shield(text)) if self._controls(text, encoding) else encoding.ids
 
@@ -157,11 +162,6 @@ class TextTokenizer:
         """Return a filled template without its control tokens, as `decode` omits them; other texts unchanged."""
         return "".join(self._around_controls(text)[::2]) if isinstance(text, Filled) else text
 
-    @property
-    def mask_id(self) -> int | None:
-        """Id of the mask token; None where the model has none."""
-        return self._id_of("mask_token")
-
     def encode_framed(self, text: str, max_length: int, pair: str | None = None) -> Framed:
         """Return one or two texts with the model's special tokens, as in [CLS] text [SEP] pair [SEP]."""
         return self.frame(self.encode(text), max_length, None if pair is None else self.encode(pair))
@@ -170,21 +170,15 @@ class TextTokenizer:
         """Return ids with the model's special tokens, at most `max_length`: of two texts the longer is cut first."""
         parts = self._single if second is None else self._pair
         available = max(max_length - sum(len(ids) for ids, _ in parts[::2]), 0)
-        texts = [first] if second is None else [first, second]
-        cut = sum(map(len, texts)) - available
-        if cut <= 0:
-            kept = texts
-        elif second is None:
-            kept = [first[:available]]
-        else:
-            shorter = min(len(first), len(second), available // 2)
-            of_first = shorter if len(first) <= len(second) else available - shorter
-            kept = [first[:of_first], second[: available - of_first]]
+        other = second or []
+        shorter = min(len(first), len(other), available // 2)
+        of_first = shorter if len(first) <= len(other) else available - shorter
+        kept = (first[:of_first], other[: available - of_first])
         ids, type_ids = list(parts[0][0]), list(parts[0][1])
-        for text, (_, kind), (after, after_kinds) in zip(kept, parts[1::2], parts[2::2], strict=True):
+        for text, (_, kind), (after, after_kinds) in zip(kept, parts[1::2], parts[2::2], strict=False):
             ids += [*text, *after]
             type_ids += [*kind * len(text), *after_kinds]
-        return Framed(ids, type_ids, len(parts[0][0]), max(cut, 0))
+        return Framed(ids, type_ids, len(parts[0][0]), max(len(first) + len(other) - available, 0))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`."""
@@ -193,12 +187,6 @@ class TextTokenizer:
     def files(self) -> list[Path]:
         """Return the files that a run folder or bundle needs to load this tokenizer again."""
         return [self.folder / name for name in FILES if (self.folder / name).is_file()]
-
-    def _shield_values(self, text: Filled) -> str:
-        # Text between two control tokens is shielded as a whole: a value can complete a token with its neighbours.
-        around = self._around_controls(text)
-        around[::2] = [self.shield(part) for part in around[::2]]
-        return "".join(around)
 
     def _around_controls(self, text: Filled) -> list[str]:
         """Return the texts and the template's control tokens in turn, a text first and last."""

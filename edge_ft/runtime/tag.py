@@ -63,7 +63,7 @@ class TextTagger(Encoder):
 
         def read(row: int, logits: NDArray[np.float32]) -> TaggedText:
             probabilities, tagged = np.exp(log_softmax(logits)), []  # [seq, labels]
-            for (word, begin, end), start in zip(split[row], encoded[row].starts, strict=True):
+            for (word, begin, end), start in zip(split[row], encoded[row][1], strict=True):
                 best = None if start is None else int(probabilities[start].argmax())
                 tagged.append(
                     TaggedWord(
@@ -74,9 +74,10 @@ class TextTagger(Encoder):
                         None if best is None else float(probabilities[start, best]),
                     )
                 )
-            return TaggedText(tagged, len(encoded[row].input_ids), encoded[row].cut)
+            framed, _ = encoded[row]
+            return TaggedText(tagged, len(framed.ids), framed.cut)
 
-        return self.map_outputs(read, [Framed(one.input_ids, [0] * len(one.input_ids), 0, 0) for one in encoded])
+        return self.map_outputs(read, [Framed(one.ids, [0] * len(one.ids), 0, 0) for one, _ in encoded])
 
 
 def _words(text: str | Sequence[str]) -> list[tuple[str, int, int]]:

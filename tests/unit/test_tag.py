@@ -63,9 +63,9 @@ def test_each_tag_is_only_at_its_words_first_token(
 
 
 def test_a_word_without_tokens_or_beyond_max_length_has_no_position(tokenizer: TextTokenizer) -> None:
-    found = encode_words(tokenizer, ["good", "\u200b", "film", "was"], 4)
-    assert found.starts == [1, None, 2, None]
-    assert found.cut == 1
+    framed, starts = encode_words(tokenizer, ["good", "\u200b", "film", "was"], 4)
+    assert starts == [1, None, 2, None]
+    assert framed.cut == 1
 
 
 def test_a_text_is_split_as_annotators_do() -> None:
