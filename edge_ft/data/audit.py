@@ -160,11 +160,14 @@ def _find_lost_tokens(rows: _Rows, max_length: int) -> list[Finding]:
 
 
 def _find_empty_texts(rows: _Rows) -> list[Finding]:
-    # None of several classes is a valid answer: such rows have labels of floats, as numbers have.
-    unanswered = rows.where(lambda _, example: not example.reference and not isinstance(example.labels[0], float))
     return [
         *rows.finding("empty-prompt", rows.where(lambda record, _: _has_empty_prompt(record)), "have an empty prompt"),
-        *rows.finding("empty-completion", unanswered, "have an empty answer"),
+        *rows.finding(
+            "empty-completion",
+            # Labels are floats for several classes, of which a row may have none, and for numbers.
+            rows.where(lambda _, example: not example.reference and not isinstance(example.labels[0], float)),
+            "have an empty answer",
+        ),
         *rows.finding(
             "unlearned-turns",
             rows.where(lambda _, example: example.unlearned_turns > 0),
@@ -213,8 +216,12 @@ def _find_class_balance(rows: _Rows) -> list[Finding]:
     answers = Counter(record.classes for record in rows.records)
     if names and len(names if any(record.words for record in rows.records) else answers) == 1:
         only = ", ".join(next(iter(answers)) if len(answers) == 1 else names)
-        message = f"are of the one class {only!r}: a classifier needs at least two"
-        return rows.finding("one-class", rows.where(lambda *_: True), message, refuse=True)
+        return rows.finding(
+            "one-class",
+            rows.where(lambda *_: True),
+            f"are of the one class {only!r}: a classifier needs at least two",
+            refuse=True,
+        )
     # Several classes per row, tags and numbers are unevenly distributed by nature.
     one_class = all(len(example.labels) == 1 and isinstance(example.labels[0], int) for example in rows.examples)
     if not names or not one_class:

@@ -21,8 +21,6 @@ __all__ = [
 
 IGNORED = -100
 """Label of a token that carries no loss (PyTorch's ignore_index)."""
-ONE_TARGET = ("text-classification", "feature-extraction")
-"""Tasks with labels for a whole text, not for its tokens."""
 WINDOW = 50
 """Number of batches whose rows are sorted by length together: enough for even lengths, few enough to stay random."""
 
@@ -90,7 +88,7 @@ class Batch(TypedDict):
 def collate(examples: Sequence[Example], pad_id: int, task: str) -> Batch:
     """Return the examples of one task as a batch, padded to the longest of them."""
     input_ids, attention_mask = pad([example.input_ids for example in examples], pad_id)
-    if task in ONE_TARGET:
+    if task in ("text-classification", "feature-extraction"):  # labels of a whole text, not of its tokens
         labels = np.array([example.labels for example in examples])
         labels = labels.astype(np.float32 if np.issubdtype(labels.dtype, np.floating) else np.int64)
     else:
@@ -120,12 +118,11 @@ def batch_tokens(batch: Sequence[int], examples: Sequence[Example], task: str) -
 
 def pad(rows: Sequence[Sequence[float]], value: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows as one array [rows, longest] with `value` as padding, and its mask: 1 on ids, 0 on padding."""
-    shape = (len(rows), max(map(len, rows)))
-    padded, mask = np.full(shape, value, np.int64), np.zeros(shape, np.int64)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = row
-        mask[index, : len(row)] = 1
-    return padded, mask
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    padded = np.full(mask.shape, value, np.int64)
+    padded[mask] = [item for row in rows for item in row]
+    return padded, mask.astype(np.int64)
 
 
 def target_mask(labels: NDArray[Any], task: str) -> NDArray[np.bool_]:

@@ -25,12 +25,12 @@ def guess_problem(rows: Sequence[Row], column: str) -> ProblemType:
     return "single_label_classification"
 
 
-def read_classes(value: Any, problem: ProblemType, where: str) -> tuple[str, ...]:
+def read_classes(value: Any, problem: ProblemType | None, where: str) -> tuple[str, ...]:
     """Return the classes that a label names, or its number as text.
 
     Args:
         value: The value of the label column; not null.
-        problem: What the label column holds.
+        problem: What the label column holds; None is one class.
         where: Row and column, for error messages.
 
     Raises:
@@ -58,13 +58,13 @@ def read_classes(value: Any, problem: ProblemType, where: str) -> tuple[str, ...
 
 
 def class_targets(
-    classes: tuple[str, ...], problem: ProblemType, labels: tuple[str, ...], where: str
+    classes: tuple[str, ...], problem: ProblemType | None, labels: tuple[str, ...], where: str
 ) -> list[int] | list[float]:
     """Return `Example.labels` for the classes that `read_classes` returned.
 
     Args:
         classes: Classes of the row, or its number.
-        problem: What the label column holds.
+        problem: What the label column holds; None is one class.
         labels: All classes, in the order of the logits.
         where: The row, for error messages.
 

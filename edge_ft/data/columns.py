@@ -36,6 +36,7 @@ CONTRASTIVE_PAIRS = (
 """Names of two columns that hold a text and the text that should be retrieved for it."""
 WORDS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "pos_tags")
 """Names of the columns that hold a list of words and one tag per word."""
+ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 # A template's parts: a doubled brace, a column in braces, a brace that belongs to neither.
 _PART = re.compile(r"(\{\{|\}\}|\{[^{}]*\}|[{}])")
 
@@ -116,7 +117,8 @@ def find_columns(names: Sequence[str], config: RowsConfig, task: Task) -> Column
         DataError: a named column is missing, or no known set of columns was found.
     """
     prompt, completion, pair = (
-        None if text is None else _unescape(text) for text in (config.prompt, config.completion, config.text_pair)
+        None if text is None else re.sub(r"\\([nt\\])", lambda escape: ESCAPES[escape[1]], text)
+        for text in (config.prompt, config.completion, config.text_pair)
     )
     for flag, template in (("--prompt", prompt), ("--completion", completion), ("--text-pair", pair)):
         _check_template(template, flag, names)
@@ -185,11 +187,6 @@ def match_template(template: str, text: str) -> tuple[str, ...] | None:
     """Return the value of each column in a text that `template` could have produced; None for any other text."""
     found = re.fullmatch("(.*)".join(map(re.escape, _split(template)[::2])), text, re.DOTALL)
     return None if found is None else found.groups()
-
-
-def _unescape(template: str) -> str:
-    """Return the template with `\\n`, `\\t` and `\\\\` read as newline, tab and backslash."""
-    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], template)
 
 
 def _check_template(template: str | None, flag: str, names: Sequence[str]) -> None:

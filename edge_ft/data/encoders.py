@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -18,7 +19,6 @@ __all__ = ["ENCODERS", "encode_words", "mask_tokens", "split_words"]
 
 MASKED_SHARE = 0.15
 """Share of a text's tokens that are masked, as in BERT (arXiv:1810.04805)."""
-_WORD = re.compile(r"\w+(?:[.,:'’\-/]\w+)*|[^\w\s]")
 
 
 def encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
@@ -27,8 +27,7 @@ def encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record) 
     Raises:
         DataError: the rendering does not have this class; the message names the row.
     """
-    problem = rendering.problem_type or "single_label_classification"
-    targets = class_targets(record.classes, problem, rendering.labels, f"row {record.row}")
+    targets = class_targets(record.classes, rendering.problem_type, rendering.labels, f"row {record.row}")
     framed = tokenizer.encode_framed(record.prompt, rendering.max_length, record.pair)
     return Example(
         record.row,
@@ -58,9 +57,15 @@ def encode_tags(rendering: Rendering, tokenizer: TextTokenizer, record: Record) 
     labels = [IGNORED] * len(framed.ids)
     for start, tag in placed.items():
         labels[start] = rendering.labels.index(tag)
-    lost = len(starts) - len(placed) if framed.cut else 0
-    reference = " ".join(placed.values())
-    return Example(record.row, framed.ids, labels, len(framed.ids), reference, framed.cut, cut_targets=lost)
+    return Example(
+        record.row,
+        framed.ids,
+        labels,
+        len(framed.ids),
+        " ".join(placed.values()),
+        framed.cut,
+        cut_targets=len(starts) - len(placed) if framed.cut else 0,
+    )
 
 
 def encode_masked(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
@@ -99,16 +104,13 @@ def encode_words(tokenizer: TextTokenizer, words: Sequence[str], max_length: int
     Returns:
         The token ids; the position of each word's first token, None for a word that was cut off or has no token.
     """
-    ids: list[int] = []
-    starts: list[int | None] = []
-    for at, word in enumerate(words):
-        # A byte-level tokenizer puts the space before a word into the word's first token.
-        found = tokenizer.encode(f" {word}" if at else word)
-        starts.append(len(ids) if found else None)
-        ids += found
+    # A byte-level tokenizer puts the space before a word into the word's first token.
+    pieces = [tokenizer.encode(f" {word}" if at else word) for at, word in enumerate(words)]
+    ids = list(chain.from_iterable(pieces))
     framed = tokenizer.frame(ids, max_length)
-    first, kept = framed.start, len(ids) - framed.cut
-    return framed, [None if start is None or start >= kept else first + start for start in starts]
+    places = zip(accumulate(map(len, pieces), initial=0), pieces, strict=False)
+    kept = len(ids) - framed.cut
+    return framed, [framed.start + place if piece and place < kept else None for place, piece in places]
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
@@ -117,7 +119,7 @@ def split_words(text: str) -> list[tuple[int, int]]:
     A word is a run of letters and digits with the signs that join them (3.5, co-op, o'clock), or any other single
     sign, as in annotated corpora.
     """
-    return [match.span() for match in _WORD.finditer(text)]
+    return [match.span() for match in re.finditer(r"\w+(?:[.,:'’\-/]\w+)*|[^\w\s]", text)]
 
 
 def mask_tokens(input_ids: list[int], start: int, stop: int, mask_id: int) -> tuple[list[int], list[int]]:

@@ -41,10 +41,9 @@ MAX_ANSWERS, MAX_TOKENS, MIN_ROWS = 64, 16, 4
 
 def stop_ids(rendering: Rendering, tokenizer: TextTokenizer) -> frozenset[int]:
     """Return the ids that end an answer: the model's own, and the one that this rendering puts after an answer."""
-    ends = {rendering.appended_eos}
-    if rendering.chat_template is not None:
-        ends.add(end_of_turn(rendering.chat_template, tokenizer))
-    return tokenizer.stop_ids | {end for end in ends if end is not None}
+    template = rendering.chat_template
+    ends = (rendering.appended_eos, None if template is None else end_of_turn(template, tokenizer))
+    return tokenizer.stop_ids.union(end for end in ends if end is not None)
 
 
 def encode_prompt(rendering: Rendering, tokenizer: TextTokenizer, prompt: str | Sequence[Message]) -> list[int]:
@@ -107,9 +106,15 @@ def encode_pair(tokenizer: TextTokenizer, row: int, prompt: str, completion: str
     """
     source, target = tokenizer.encode_framed(prompt, limit), [*tokenizer.encode(completion), eos]
     lost = max(len(target) - limit, 0)
-    reference, size = tokenizer.without_controls(completion), len(source.ids)
     return Example(
-        row, source.ids, target[:limit], size, reference, source.cut + lost, cut_targets=lost, separate_target=True
+        row,
+        source.ids,
+        target[:limit],
+        len(source.ids),
+        tokenizer.without_controls(completion),
+        source.cut + lost,
+        cut_targets=lost,
+        separate_target=True,
     )
 
 
@@ -149,8 +154,10 @@ def show_example(example: Example, rendering: Rendering, tokenizer: TextTokenize
     if rendering.task in ("text-classification", "feature-extraction"):
         text, paired = (tokenizer.decode(part, skip_special_tokens=False) for part in (ids, example.pair_ids))
         what = f"{example.targets} label{'s' if example.targets > 1 else ''}" if not paired else "the second text"
-        read = len(ids) + len(example.pair_ids)
-        return f"row {example.row}: {read} tokens read, {what} trained\n{text} → ⟦{paired or example.reference}⟧"
+        return (
+            f"row {example.row}: {len(ids) + len(example.pair_ids)} tokens read, {what} trained\n"
+            f"{text} → ⟦{paired or example.reference}⟧"
+        )
     if rendering.task == "token-classification":
         parts = [
             tokenizer.decode([token], skip_special_tokens=False)

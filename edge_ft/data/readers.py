@@ -114,24 +114,20 @@ def _read_csv(path: Path) -> list[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     # strict: a quote that is never closed is an error, and does not swallow the rest of the file
     records = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    rows = []
-    line = 1
+    rows, header, line = [], list[str](), 1
     try:
         for record in records:
             start, line = line, records.line_num + 1
-            if not record:
-                continue
-            if header is None:
+            if not header:
                 header = record
                 if twice := sorted({name for name in header if header.count(name) > 1}):
                     raise DataError(f"{path} names the column {twice[0]!r} twice: rename one")
-            elif len(record) != len(header):
+            elif len(record) not in (0, len(header)):  # 0: a blank line
                 raise DataError(
                     f"{path} line {start} has {len(record)} fields and its header has {len(header)}: "
                     "quote fields that hold the separator"
                 )
-            else:
+            elif record:
                 rows.append(Row(start, dict(zip(header, record, strict=True))))
     except csv.Error as error:
         raise DataError(f"{path} line {line} is not CSV ({error}): quote the field, doubling quotes in it") from error

@@ -77,8 +77,8 @@ def record(row: Row, columns: Columns, answer: bool = True) -> Record:
     pair = None if columns.pair is None else _fill(columns.pair, row)
     classes: tuple[str, ...] = ()
     if columns.label is not None and (answer or columns.label in row.fields):
-        problem = columns.problem_type or "single_label_classification"
-        classes = read_classes(_value(columns.label, row), problem, f"row {row.number}: {columns.label!r}")
+        value, where = _value(columns.label, row), f"row {row.number}: {columns.label!r}"
+        classes = read_classes(value, columns.problem_type, where)
         label = ", ".join(classes)
     return Record(row.number, None, prompt, completion, label, pair, (), classes)
 

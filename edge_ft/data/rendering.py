@@ -105,14 +105,25 @@ def make_rendering(
         The rendering, without pooling.
 
     Raises:
-        DataError: chats without a template, a template for rows that are not chats, or a broken template.
+        DataError: chats without a template, a template for rows that are not chats, a broken template, or an
+            encoder-decoder and rows that are no pairs of prompt and completion.
         ModelError: the tokenizer names no end-of-sequence token.
     """
     if task not in TEXT_TASKS:
         return Rendering(task, None, columns, labels, max_length, None, None)
     template = None
     if task == "text2text-generation":
-        _check_pairs(columns, config.chat_template)
+        if config.chat_template not in (None, "none"):
+            raise DataError(
+                "--chat-template is for decoders: an encoder-decoder reads the prompt as --prompt writes it, "
+                "leave it out"
+            )
+        if columns.kind == "messages" or columns.prompt is None:
+            raise DataError(
+                "text2text-generation needs a prompt and a completion, and these rows are "
+                f"{'chats' if columns.kind == 'messages' else 'single texts'}: "
+                "name the columns with --prompt and --completion"
+            )
     else:
         template = _chat_template(config.chat_template, columns, tokenizer)
         if template is not None and end_of_turn(template, tokenizer) is not None:
@@ -187,19 +198,20 @@ def trained_rendering(
         raise DataError(
             f"--problem-type {config.problem_type}: this model learned {own.problem_type or own.task}, leave it out"
         )
-    fits = own.columns.fits(names)
-    requested = (config.prompt, config.completion, config.label, config.text_pair, config.chat_template)
-    if fits and all(value is None for value in requested):
-        return own
-    columns = find_columns(names, config, own.task) if config.prompt or config.label or not fits else own.columns
+    columns = own.columns
+    if config.prompt or config.label or not columns.fits(names):
+        columns = find_columns(names, config, own.task)
     if (columns.pair is None) != (own.columns.pair is None):
-        texts = "one text" if own.columns.pair is None else "two texts"
-        raise DataError(f"this model reads {texts}: name the columns as in its training, see --prompt and --text-pair")
+        raise DataError(
+            f"this model reads {'one text' if own.columns.pair is None else 'two texts'}: "
+            "name the columns as in its training, see --prompt and --text-pair"
+        )
     columns = replace(columns, problem_type=own.problem_type)
     if config.chat_template is None:
         return replace(own, columns=columns)
-    changed = make_rendering(config, columns, own.task, tokenizer, own.max_length, own.labels)
-    return replace(changed, answers=own.answers)
+    return replace(
+        make_rendering(config, columns, own.task, tokenizer, own.max_length, own.labels), answers=own.answers
+    )
 
 
 def plain_rendering(
@@ -243,24 +255,6 @@ def plain_rendering(
         labels = next((names for names in (labels, class_numbers(labels)) if found <= set(names)), labels)
     longest = longest_sequence(config.max_length, model.max_length)
     return with_pooling(make_rendering(config, columns, task, tokenizer, longest, labels), model, config.pooling)
-
-
-def _check_pairs(columns: Columns, chat_template: str | None) -> None:
-    """Check that rows are pairs of prompt and completion.
-
-    Raises:
-        DataError: the rows are chats or single texts, or a chat template was given.
-    """
-    if chat_template not in (None, "none"):
-        raise DataError(
-            "--chat-template is for decoders: an encoder-decoder reads the prompt as --prompt writes it, leave it out"
-        )
-    if columns.kind == "messages" or columns.prompt is None:
-        what = "chats" if columns.kind == "messages" else "single texts"
-        raise DataError(
-            f"text2text-generation needs a prompt and a completion, and these rows are {what}: "
-            "name the columns with --prompt and --completion"
-        )
 
 
 def _chat_template(requested: str | None, columns: Columns, tokenizer: TextTokenizer) -> str | None:
