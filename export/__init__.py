@@ -31,8 +31,7 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
     progress = progress or Silent()
     refuse_existing(config.out)
     import_libraries(progress, "onnxscript", "peft", "optimum")
-    from edge_ft.export.bundle import graph_files, make_manifest, write_bundle
-    from edge_ft.export.genai import write_genai
+    from edge_ft.export.bundle import graph_files, make_manifest, write_bundle, write_genai
     from edge_ft.export.source import open_export_source
     from edge_ft.export.verification import score_torch, verify_graphs
 
@@ -47,24 +46,23 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
         scores = score_torch(opened, shipped_model, progress)
         graphs = write_bundle(folder, opened, shipped_model, progress)
         del shipped_model
-        result = verify_graphs(folder, opened, graphs, scores, config, progress)
-        kept = {level: path for level, path in graphs.items() if level in result.levels}
+        verification, passed, main = verify_graphs(folder, opened, graphs, scores, config, progress)
+        kept = {level: path for level, path in graphs.items() if level in passed}
         for level in graphs.keys() - kept.keys():
             for file in graph_files(graphs[level]):
                 (folder / file).unlink()
                 (folder / file).with_suffix(".onnx_data").unlink(missing_ok=True)  # its weights, if it has its own
         if opened.base.family.decoder:
-            write_genai(folder, opened.base.family.name, opened.base.dims, opened.tokenizer, kept[result.main])
-        verification = {**result.verification, "refused": result.reasons}
+            write_genai(folder, opened.base.family.name, opened.base.dims, opened.tokenizer, kept[main])
         with heartbeat(progress, "sealing the bundle"):
-            Bundle.seal(folder, {**make_manifest(opened, kept, result.main), "verification": verification})
-        if result.reasons:
+            Bundle.seal(folder, {**make_manifest(opened, kept, main), "verification": verification})
+        if reasons := verification["refused"]:
             shutil.rmtree(rejected, ignore_errors=True)
             folder.rename(rejected)
-            lost = (result.verification.get("quantization_tax") or 0) > config.max_tax
+            lost = (verification["quantization_tax"] or 0) > config.max_tax
             codes_are_held = opened.trained_format == opened.weights and opened.weights in ("int4", "int8")
             fix = ". --lane adapter ships the codes that were trained over" if lost and codes_are_held else ""
-            raise GateRefused(f"export refused, bundle kept as {rejected}: {'; '.join(result.reasons)}{fix}")
+            raise GateRefused(f"export refused, bundle kept as {rejected}: {'; '.join(reasons)}{fix}")
     with heartbeat(progress, f"checking {config.out}"):
         return Bundle.open(config.out)
 

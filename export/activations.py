@@ -49,24 +49,23 @@ def quantize_activations(model: ir.Model, keep: tuple[str, ...], calibration: Se
         "onnxruntime.quant"  # else it warns that its own passes have not run
     )
     proto = ir.to_proto(float_model)
+    options: dict[str, Any] = {"DefaultTensorType": onnx.TensorProto.FLOAT, "MatMulConstBOnly": True}
     settings: dict[str, Any] = {
         "op_types_to_quantize": ["MatMul"],
         "nodes_to_quantize": layers,
         "per_channel": True,
         "reduce_range": True,
         "weight_type": QuantType.QInt8,
+        "extra_options": options,
     }
-    options: dict[str, Any] = {"DefaultTensorType": onnx.TensorProto.FLOAT, "MatMulConstBOnly": True}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         if calibration is None:
-            quantize_dynamic(proto, path, extra_options=options, **settings)
+            quantize_dynamic(proto, path, **settings)
         else:
             # A product's output stays float, like the bias that is added to it.
             options["OpTypesToExcludeOutputQuantization"] = ["MatMul"]
-            quantize_static(
-                proto, path, _Reader(calibration), activation_type=QuantType.QUInt8, extra_options=options, **settings
-            )
+            quantize_static(proto, path, _Reader(calibration), activation_type=QuantType.QUInt8, **settings)
         quantized = ir.from_proto(onnx.load(path))
     quantized.metadata_props.clear()
     return quantized

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,19 @@ import onnx_ir as ir
 
 from edge_ft.artifacts import write_json, write_text
 from edge_ft.config import INT8_ACTIVATIONS, Weights
-from edge_ft.data import collate, eval_batches
+from edge_ft.data import TextTokenizer, collate, eval_batches
 from edge_ft.export.activations import Feed, quantize_activations
-from edge_ft.export.lowering import add_lora_inputs, has_linear, lower, store_in_fp16
-from edge_ft.export.packing import write_graph, write_graphs
+from edge_ft.export.lowering import add_lora_inputs, lower, store_in_fp16
+from edge_ft.export.packing import write_graphs
 from edge_ft.export.source import ExportSource
 from edge_ft.export.trace import trace
 from edge_ft.export.trace_seq2seq import trace_seq2seq
+from edge_ft.models.dims import ModelDims
 from edge_ft.models.loading import BITS
 from edge_ft.models.lora import lora_pairs
 from edge_ft.progress import Progress, heartbeat
 
-__all__ = ["graph_files", "make_manifest", "write_bundle"]
+__all__ = ["graph_files", "make_manifest", "write_bundle", "write_genai"]
 
 NAMES: dict[Weights, tuple[str, str]] = {
     "int4": ("model_q4", "q4"),
@@ -38,6 +40,8 @@ ENCODER, FIRST, DECODER = "encoder_", "decoder_", "decoder_with_past_"
 
 ACTIVATION_RANGES: dict[Weights, str] = {"int8-dynamic": "dynamic", "int8-static": "static"}
 """Where int8 activations get their ranges: from each batch, or from calibration rows."""
+GENAI_FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+"""Families that onnxruntime-genai supports under transformers' name."""
 
 
 def write_bundle(folder: Path, source: ExportSource, model: Any, progress: Progress) -> dict[int, str]:
@@ -53,9 +57,6 @@ def write_bundle(folder: Path, source: ExportSource, model: Any, progress: Progr
 
     Returns:
         By accuracy level, the graph's path relative to `folder`.
-
-    Raises:
-        ValueError: no graph holds a layer of the adapter.
     """
     pairs = {}
     if source.lane == "adapter":
@@ -63,13 +64,9 @@ def write_bundle(folder: Path, source: ExportSource, model: Any, progress: Progr
         model = model.unload()  # the base with its trained head: 2 x 210 LoRA inputs would triple the time of a trace
     with heartbeat(progress, f"tracing {source.base.name} ({source.weights}, {source.lane} lane)"):
         graphs = _trace(source, model)
-    # Each of several graphs has some of the layers; a layer that no graph has is an error.
-    lost = [layer for layer in pairs if not any(has_linear(graph, layer) for graph in graphs.values())]
-    if lost:
-        raise ValueError(f"the adapter has {lost[0]!r}, but no graph has a linear layer of that name")
     with heartbeat(progress, "lowering to ONNX Runtime's operators"):
+        add_lora_inputs(list(graphs.values()), pairs)
         for graph in graphs.values():
-            add_lora_inputs(graph, {layer: pair for layer, pair in pairs.items() if has_linear(graph, layer)})
             lower(graph)
             if source.weights == "fp16":
                 store_in_fp16(graph)
@@ -93,12 +90,12 @@ def _write_graphs(folder: Path, source: ExportSource, graphs: dict[str, ir.Model
     name, _ = NAMES[source.weights]
     if source.weights in INT8_ACTIVATIONS:
         (graph,) = graphs.values()
-        float_paths = write_graph(graph, folder, NAMES["fp32"][0], (1,))
+        float_name, _ = NAMES["fp32"]
+        float_paths = write_graphs({float_name: graph}, folder, float_name, (1,))
         head = source.base.family.heads[source.task]
         rounded = quantize_activations(graph, head, _calibration(source, graph))
-        return float_paths | write_graph(rounded, folder, name, (4,))
-    levels = (1, 4) if source.weights in BITS else (1,)
-    return list(write_graphs(graphs, folder, name, levels).values())[-1]
+        return float_paths | write_graphs({name: rounded}, folder, name, (4,))
+    return write_graphs(graphs, folder, name, (1, 4) if source.weights in BITS else (1,))
 
 
 def _write_model_files(folder: Path, source: ExportSource, model: Any, one_graph: bool) -> None:
@@ -110,8 +107,7 @@ def _write_model_files(folder: Path, source: ExportSource, model: Any, one_graph
     model_config = json.loads(model.config.to_json_string(use_diff=False))
     if one_graph:
         # For transformers.js: which file to load, and that its weights are in a file beside it.
-        _, dtype = NAMES[source.weights]
-        model_config["transformers.js_config"] = {"use_external_data_format": True, "dtype": dtype}
+        model_config["transformers.js_config"] = {"use_external_data_format": True, "dtype": NAMES[source.weights][1]}
     write_json(folder / "config.json", model_config)
     if source.base.family.kind != "encoder" and not (folder / "generation_config.json").exists():
         write_text(folder / "generation_config.json", model.generation_config.to_json_string())
@@ -130,11 +126,11 @@ def _calibration(source: ExportSource, graph: ir.Model) -> list[Feed] | None:
     if not examples:
         return None
     names = [str(value.name) for value in graph.graph.inputs]
-    feeds = []
-    for rows in eval_batches([len(example.input_ids) for example in examples], 8):
-        batch: Any = collate([examples[row] for row in rows], source.tokenizer.pad_id, source.task)
-        feeds.append({name: batch.get(name, np.zeros_like(batch["input_ids"])) for name in names})
-    return feeds
+    batches: Iterable[Any] = (
+        collate([examples[row] for row in rows], source.tokenizer.pad_id, source.task)
+        for rows in eval_batches([len(example.input_ids) for example in examples], 8)
+    )
+    return [{name: batch.get(name, np.zeros_like(batch["input_ids"])) for name in names} for batch in batches]
 
 
 def make_manifest(source: ExportSource, graphs: dict[int, str], main: int) -> dict[str, Any]:
@@ -168,16 +164,11 @@ def make_manifest(source: ExportSource, graphs: dict[int, str], main: int) -> di
     }
     sizes = base.dims
     if base.family.kind == "encoder-decoder":
-        settings = sizes.config
         manifest["encoder_graphs"] = {str(level): graph_files(path)[0] for level, path in graphs.items()}
-        manifest["tokenization"]["decoder_start"] = int(settings.decoder_start_token_id)
-        manifest["cache"] = {
-            "layers": int(settings.num_decoder_layers),
-            "kv_heads": int(settings.num_attention_heads),
-            "head_dim": int(settings.head_dim),
-        }
-    if base.family.decoder:
-        manifest["cache"] = {"layers": sizes.layers, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
+        manifest["tokenization"]["decoder_start"] = int(sizes.config.decoder_start_token_id)
+    if base.family.kind != "encoder":
+        layers = int(getattr(sizes.config, "num_decoder_layers", sizes.layers))
+        manifest["cache"] = {"layers": layers, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
     return manifest
 
 
@@ -192,4 +183,63 @@ def _quantization(source: ExportSource) -> dict[str, Any]:
         "bits": {"int4": 4, "fp16": 16, "fp32": 32}.get(weights, 8),
         "block_size": source.block_size if codes else None,
         "symmetric": weights in ACTIVATION_RANGES,
+    }
+
+
+def write_genai(folder: Path, family: str, sizes: ModelDims, tokenizer: TextTokenizer, graph: str) -> None:
+    """Write `genai_config.json` and `NAME_genai.onnx` beside the bundle's graph NAME.onnx, with the same weights.
+
+    onnxruntime-genai allocates logits for every position that it reads, unless the graph declares a single one.
+
+    Args:
+        folder: The bundle.
+        family: Family of the model.
+        sizes: Sizes of the model.
+        tokenizer: Gives the ids of the special tokens.
+        graph: Path of NAME.onnx relative to `folder`.
+    """
+    model = ir.load(folder / graph)
+    model.graph.inputs.remove(model.graph.initializers["num_logits_to_keep"])
+    logits = next(output for output in model.graph.outputs if output.name == "logits")
+    logits.shape = ir.Shape(["batch_size", 1, sizes.vocabulary])
+    path = Path(graph).with_stem(f"{Path(graph).stem}_genai").as_posix()
+    ir.save(model, folder / path)
+    write_json(folder / "genai_config.json", _genai_config(family, sizes, tokenizer, path))
+
+
+def _genai_config(family: str, sizes: ModelDims, tokenizer: TextTokenizer, graph: str) -> dict[str, Any]:
+    """Return the config of the decoder at `graph`, a path relative to the bundle.
+
+    Other families are declared as `decoder`, onnxruntime-genai's type for a decoder with only the inputs named here.
+    """
+    return {
+        "model": {
+            "type": family if family in GENAI_FAMILIES else "decoder",
+            "vocab_size": sizes.vocabulary,
+            "context_length": sizes.positions,
+            "bos_token_id": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.pad_id,
+            "eos_token_id": sorted(tokenizer.stop_ids) or [tokenizer.pad_id],
+            "pad_token_id": tokenizer.pad_id,
+            "decoder": {
+                "filename": graph,
+                "hidden_size": sizes.hidden,
+                "head_size": sizes.head_dim,
+                "num_attention_heads": sizes.heads,
+                "num_hidden_layers": sizes.layers,
+                "num_key_value_heads": sizes.kv_heads,
+                "session_options": {"provider_options": []},
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {"do_sample": False, "max_length": sizes.positions, "past_present_share_buffer": True},
     }

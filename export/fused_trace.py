@@ -7,7 +7,7 @@ operators.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +20,7 @@ from edge_ft.export.lowering import silence_exporters
 from edge_ft.models.fused_ops import rms_norm_parameters
 from edge_ft.quant.layers import exporting
 
-__all__ = ["ATTENTION", "Attention", "Dims", "TracedModule", "patches", "trace_module"]
+__all__ = ["Attention", "Dims", "patches", "trace_module"]
 
 OPSET = 21
 
@@ -41,21 +41,14 @@ Attention = Callable[..., tuple[Tensor, None]]
 """A function of transformers' attention interface."""
 
 
-class TracedModule(Protocol):
-    """A module to trace, with the names and dimensions of its tensors."""
-
-    inputs: dict[str, Dims]
-    outputs: dict[str, Dims]
-
-
 def trace_module(
     model: PreTrainedModel, module: Any, attention: Attention, length: Any = torch.export.Dim.DYNAMIC
 ) -> ir.Model:
-    """Trace a `TracedModule` around `model` or parts of it; the model is afterwards as it was.
+    """Trace a module around `model` or parts of it; the model is afterwards as it was.
 
     Args:
         model: The model whose names the weights get.
-        module: The `TracedModule`.
+        module: Has the names and `Dims` of its tensors in `inputs` and `outputs`.
         attention: Replaces transformers' attention.
         length: The dimension of `sequence_length`.
 

@@ -6,7 +6,7 @@ hand. Weights move between operators; their values never change.
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, IdentityEliminationPass, RemoveUnusedNodesPass
 from onnxscript.optimizer import optimize
 
-__all__ = ["add_lora_inputs", "has_linear", "lower", "silence_exporters", "store_in_fp16"]
+__all__ = ["add_lora_inputs", "lower", "silence_exporters", "store_in_fp16"]
 
 LINEARS = ("MatMulNBits", "Linear")
 
@@ -70,52 +70,54 @@ def lower(model: ir.Model) -> None:
                 value.shape = value.type = None
 
 
-def has_linear(model: ir.Model, module: str) -> bool:
-    """Return whether the graph holds the linear layer of that name."""
-    return any(name in model.graph.initializers for name in (f"{module}.qweight", f"{module}.weight"))
-
-
-def add_lora_inputs(model: ir.Model, pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]) -> list[str]:
+def add_lora_inputs(
+    models: Sequence[ir.Model], pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+) -> None:
     """Add a low-rank term B A x to linear layers, with A and B as inputs that have defaults; call before `lower`.
 
+    The inputs are `lora_A.MODULE` and `lora_B.MODULE`, in each graph for the layers that it holds.
+
     Args:
-        model: A traced graph, changed in place.
+        models: Traced graphs of one model, changed in place.
         pairs: By module name, A [rank, in_features] and B [out_features, rank], float32, the scaling folded into B.
             They are the defaults; values of another rank may be bound.
 
-    Returns:
-        The names of the new inputs: `lora_A.MODULE` and `lora_B.MODULE` of each pair.
-
     Raises:
-        ValueError: the graph holds no linear layer of that name.
+        ValueError: no graph holds a linear layer of that name.
     """
-    graph = model.graph
-    names = []
-    # ONNX Runtime requires dimensions of the same name to be equal: layers of another rank need another name.
-    ranks = {a.shape[0] for a, _ in pairs.values()}
-    for module, (a, b) in pairs.items():
-        rank = "rank" if len(ranks) == 1 else f"rank_{a.shape[0]}"
-        weight = graph.initializers.get(f"{module}.qweight") or graph.initializers.get(f"{module}.weight")
-        # More than one if a model runs the same layers several times.
-        layers = [] if weight is None else [use.node for use in weight.uses() if use.node.op_type in LINEARS]
-        if not layers:
-            raise ValueError(f"the adapter has {module!r}, but the graph has no linear layer of that name")
-        for name, array, dims in (
-            (f"lora_A.{module}", a, (rank, a.shape[1])),
-            (f"lora_B.{module}", b, (b.shape[0], rank)),
-        ):
-            value = _initializer(graph, name, np.ascontiguousarray(array, dtype=np.float32))
-            value.shape = ir.Shape(dims)
-            graph.inputs.append(value)
-            names.append(name)
-        for layer in layers:
-            down = _fused_matmul(_input(layer, 0), graph.initializers[f"lora_A.{module}"])
-            up = _fused_matmul(down.outputs[0], graph.initializers[f"lora_B.{module}"])
-            add = ir.node("Add", [layer.outputs[0], up.outputs[0]])
-            _take_over(layer.outputs[0], add.outputs[0])
-            add.replace_input_with(0, layer.outputs[0])
-            graph.insert_after(layer, [down, up, add])
-    return names
+    found = [_find_linears(model.graph, pairs) for model in models]
+    if lost := [module for module in pairs if not any(module in layers for layers in found)]:
+        raise ValueError(f"the adapter has {lost[0]!r}, but no graph has a linear layer of that name")
+    for graph, linears in zip((model.graph for model in models), found, strict=True):
+        # ONNX Runtime requires dimensions of the same name to be equal: layers of another rank need another name.
+        ranks = {pairs[module][0].shape[0] for module in linears}
+        for module, layers in linears.items():
+            a, b = pairs[module]
+            rank = "rank" if len(ranks) == 1 else f"rank_{a.shape[0]}"
+            lora_a = _initializer(graph, f"lora_A.{module}", np.ascontiguousarray(a, dtype=np.float32))
+            lora_b = _initializer(graph, f"lora_B.{module}", np.ascontiguousarray(b, dtype=np.float32))
+            lora_a.shape, lora_b.shape = ir.Shape((rank, a.shape[1])), ir.Shape((b.shape[0], rank))
+            graph.inputs.extend((lora_a, lora_b))
+            for layer in layers:
+                down = _fused_matmul(_input(layer, 0), lora_a)
+                up = _fused_matmul(down.outputs[0], lora_b)
+                add = ir.node("Add", [layer.outputs[0], up.outputs[0]])
+                _take_over(layer.outputs[0], add.outputs[0])
+                add.replace_input_with(0, layer.outputs[0])
+                graph.insert_after(layer, [down, up, add])
+
+
+def _find_linears(graph: ir.Graph, modules: Iterable[str]) -> dict[str, list[ir.Node]]:
+    """Return the nodes of each linear layer that the graph holds; several if a model runs the same layers again."""
+    weights = {
+        module: graph.initializers.get(f"{module}.qweight") or graph.initializers.get(f"{module}.weight")
+        for module in modules
+    }
+    return {
+        module: nodes
+        for module, weight in weights.items()
+        if weight is not None and (nodes := [use.node for use in weight.uses() if use.node.op_type in LINEARS])
+    }
 
 
 def store_in_fp16(model: ir.Model) -> None:
@@ -163,15 +165,12 @@ def _bypass_reshapes(graph: ir.Graph) -> None:
                 node.replace_input_with(0, _input(inner, 0))
                 node.outputs[0].shape = outer.outputs[0].shape
                 outer.outputs[0].replace_all_uses_with(node.outputs[0])
-            continue
-        if inner.op_type != node.op_type:
-            continue
-        source = _input(inner, 0)
-        if node.op_type == "Transpose":
+        elif node.op_type == inner.op_type == "Transpose":
             first, second = inner.attributes["perm"].as_ints(), node.attributes["perm"].as_ints()
             if [first[axis] for axis in second] == list(range(len(first))):
-                node.outputs[0].replace_all_uses_with(source)
-        elif node.op_type == "Reshape":
+                node.outputs[0].replace_all_uses_with(_input(inner, 0))
+        elif node.op_type == inner.op_type == "Reshape":
+            source = _input(inner, 0)
             node.replace_input_with(0, source)
             if source.shape == node.outputs[0].shape:
                 node.outputs[0].replace_all_uses_with(source)
@@ -179,22 +178,17 @@ def _bypass_reshapes(graph: ir.Graph) -> None:
 
 def _join_qkv(graph: ir.Graph) -> None:
     """Merge three layers over one input that only GroupQueryAttention reads into one layer with all their rows."""
-    for attention in graph:
-        if attention.op_type != "GroupQueryAttention":
-            continue
-        layers = [layer for index in range(3) if (layer := _producer(attention, index)) is not None]
+    for attention, layers in _attentions(graph):
         kinds = {(layer.op_type, layer.inputs[0], *(operand is None for operand in layer.inputs)) for layer in layers}
-        if len(layers) < 3 or len(kinds) > 1 or layers[0].op_type not in LINEARS:
+        if len(kinds) > 1 or layers[0].op_type not in LINEARS:
             continue
         first = layers[0]
-        operands: list[ir.Value | None] = [first.inputs[0]]
+        operands = list(first.inputs)
         for index, operand in enumerate(first.inputs[1:], start=1):
-            if operand is None:
-                operands.append(None)
-                continue
-            block, _, tensor = str(operand.name).rsplit(".", 2)
-            rows = np.concatenate([_array(_input(layer, index)) for layer in layers])
-            operands.append(_initializer(graph, f"{block}.qkv_proj.{tensor}", rows))
+            if operand is not None:
+                block, _, tensor = str(operand.name).rsplit(".", 2)
+                rows = np.concatenate([_array(_input(layer, index)) for layer in layers])
+                operands[index] = _initializer(graph, f"{block}.qkv_proj.{tensor}", rows)
         attributes = dict(first.attributes)
         if "N" in attributes:
             attributes["N"] = ir.AttrInt64("N", sum(layer.attributes["N"].as_int() for layer in layers))
@@ -206,24 +200,25 @@ def _join_qkv(graph: ir.Graph) -> None:
 
 def _take_packed_qkv(graph: ir.Graph) -> None:
     """Let GroupQueryAttention read q, k and v packed, where one layer computes them packed (GPT-2, Phi-3)."""
-    for attention in graph:
-        parts = (
-            [_producer(attention, index) for index in range(3)] if attention.op_type == "GroupQueryAttention" else []
-        )
-        whole = {part.inputs[0] for part in parts if part is not None}
-        if len(whole) != 1 or None in parts:
+    for attention, parts in _attentions(graph):
+        if len({part.inputs[0] for part in parts}) > 1:
             continue
-        kinds = {part.op_type for part in parts if part is not None}
-        if kinds == {"Split"}:
-            packed = len(set(parts)) == 1 and list(attention.inputs[:3]) == list(_node(parts[0]).outputs)
-        elif kinds == {"Slice"}:
-            starts, ends = ([_number(_node(part).inputs[index]) for part in parts] for index in (1, 2))
+        packed = parts[0].op_type == "Split" and list(attention.inputs[:3]) == list(parts[0].outputs)
+        if all(part.op_type == "Slice" for part in parts):
+            starts, ends = ([_number(part.inputs[index]) for part in parts] for index in (1, 2))
             packed = None not in starts and starts[0] == 0 and starts[1:] == ends[:-1]
-        else:
-            packed = False
         if packed:
-            for index, value in enumerate((whole.pop(), None, None)):
+            for index, value in enumerate((parts[0].inputs[0], None, None)):
                 attention.replace_input_with(index, value)
+
+
+def _attentions(graph: ir.Graph) -> Iterator[tuple[ir.Node, list[ir.Node]]]:
+    """Yield each GroupQueryAttention with the nodes that compute its q, k and v."""
+    for attention in graph:
+        if attention.op_type == "GroupQueryAttention":
+            parts = [part for index in range(3) if (part := _producer(attention, index)) is not None]
+            if len(parts) == 3:
+                yield attention, parts
 
 
 def _lower_linears(graph: ir.Graph) -> None:
@@ -293,11 +288,6 @@ def _input(node: ir.Node, index: int) -> ir.Value:
 def _producer(node: ir.Node, index: int = 0) -> ir.Node | None:
     value = node.inputs[index] if node.inputs else None
     return None if value is None else value.producer()
-
-
-def _node(node: ir.Node | None) -> ir.Node:
-    assert node is not None
-    return node
 
 
 def _number(value: ir.Value | None) -> int | None:

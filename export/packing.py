@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-__all__ = ["write_graph", "write_graphs"]
+__all__ = ["write_graphs"]
 
 # A cache line: ONNX Runtime memory-maps the file and computes on the weights in place.
 ALIGNMENT = 64
@@ -14,28 +14,13 @@ ALIGNMENT = 64
 EXTERNAL_BYTES = 1024
 
 
-def write_graph(model: ir.Model, folder: Path, name: str, accuracy_levels: tuple[int, ...] = (1, 4)) -> dict[int, str]:
-    """Write `onnx/NAME.onnx`, a variant `onnx/NAME_aLEVEL.onnx` for each later level, and `onnx/NAME.onnx_data`.
-
-    Args:
-        model: A lowered graph; it is not changed.
-        folder: The bundle.
-        name: Stem of the files.
-        accuracy_levels: As for `write_graphs`.
-
-    Returns:
-        By level, the graph's path relative to `folder`.
-    """
-    return write_graphs({name: model}, folder, name, accuracy_levels)[name]
-
-
 def write_graphs(
     models: Mapping[str, ir.Model], folder: Path, data_name: str, accuracy_levels: tuple[int, ...] = (1, 4)
-) -> dict[str, dict[int, str]]:
-    """Write graphs that share the weights in `onnx/DATA_NAME.onnx_data`.
+) -> dict[int, str]:
+    """Write graphs `onnx/NAME.onnx` that share the weights in `onnx/DATA_NAME.onnx_data`.
 
-    The variants of a graph differ only in the accuracy_level of MatMulNBits (1: float; 4: activations in int8). The
-    same models give the same bytes.
+    For each later level there is a variant `onnx/NAME_aLEVEL.onnx`, which differs only in the accuracy_level of
+    MatMulNBits (1: float; 4: activations in int8). The same models give the same bytes.
 
     Args:
         models: Lowered graphs, which are not changed, by stem of the file with transformers.js's suffix (`model`,
@@ -45,7 +30,7 @@ def write_graphs(
         accuracy_levels: One variant of each graph for each level; the first has the plain name.
 
     Returns:
-        By stem and level, the graph's path relative to `folder`.
+        By level, the path of the last graph relative to `folder`.
     """
     graphs = {name: model.clone() for name, model in models.items()}
     data = folder / "onnx" / f"{data_name}.onnx_data"
@@ -71,12 +56,12 @@ def write_graphs(
                 shape=ir.Shape(tensor.numpy().shape),
                 name=value.name,
             )
-    paths: dict[str, dict[int, str]] = {name: {} for name in graphs}
+    paths: dict[int, str] = {}
     for name, packed in graphs.items():
         for level in accuracy_levels:
             for node in packed.graph:
                 if node.op_type == "MatMulNBits":
                     node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
-            paths[name][level] = f"onnx/{name}.onnx" if level == accuracy_levels[0] else f"onnx/{name}_a{level}.onnx"
-            ir.save(packed, folder / paths[name][level])
+            paths[level] = f"onnx/{name}.onnx" if level == accuracy_levels[0] else f"onnx/{name}_a{level}.onnx"
+            ir.save(packed, folder / paths[level])
     return paths

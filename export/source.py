@@ -90,11 +90,10 @@ class ExportSource:
         Returns:
             The task model, in evaluation mode.
         """
-        floats: dict[str, BaseFormat] = dict.fromkeys(("fp16", *INT8_ACTIVATIONS), "fp32")
         codes = None
         if self.run is not None and self.run.codes.is_file() and self.block_size == self.run.base()["block_size"]:
             codes = self.run.codes
-        held = floats.get(base_format) or cast(BaseFormat, base_format)
+        held = cast(BaseFormat, "fp32" if base_format in ("fp16", *INT8_ACTIVATIONS) else base_format)
         model = load_model(ModelSpec.from_rendering(self.base, self.rendering, held, self.block_size, self.seed, codes))
         if base_format == "fp16":
             self._round_to_fp16(model)
@@ -132,18 +131,14 @@ class ExportSource:
                 quantize_calibrated(model, self.task, self.block_size, self._float_modules, rows)
         elif self.weights != "fp32":
             with heartbeat(progress, f"rounding the weights to {self.weights}"):
-                self._round(model)
+                if self.weights == "fp16":
+                    self._round_to_fp16(model)
+                elif self.weights == "int4" or self.weights == "int8":
+                    quantize_model(model, self.block_size, self._float_modules, BITS[self.weights])
+                else:  # int8 activations
+                    layers = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+                    quantize_model(model, self.block_size, layers, 8)
         return model
-
-    def _round(self, model: Any) -> None:
-        """Round a float model in place to the weights that ship, each weight by itself."""
-        if self.weights == "fp16":
-            self._round_to_fp16(model)
-        elif self.weights in INT8_ACTIVATIONS:
-            layers = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-            quantize_model(model, self.block_size, layers, 8)
-        elif self.weights == "int4" or self.weights == "int8":
-            quantize_model(model, self.block_size, self._float_modules, BITS[self.weights])
 
     @property
     def _float_modules(self) -> tuple[str, ...]:
@@ -198,7 +193,7 @@ def _from_run(run: RunFolder, config: ExportConfig) -> ExportSource:
     ):
         if value is not None:
             raise UsageError(f"{flag} is for a model: the run folder {run.path} has its own")
-    identity, report = run.base(), run.report()
+    identity = run.base()
     trained_format: BaseFormat = identity["format"]
     weights = config.weights or "int4"
     if config.lane == "adapter":
@@ -223,7 +218,7 @@ def _from_run(run: RunFolder, config: ExportConfig) -> ExportSource:
         rows=_rows_of_run(run, base, weights, rendering, tokenizer),
         data_fingerprint=identity["data_fingerprint"],
         run=run,
-        seed=int(report["seed"]),
+        seed=int(run.report()["seed"]),
     )
 
 
@@ -233,9 +228,8 @@ def _rows_of_run(
     """Return the run's own rows, encoded."""
     validation = read_rows(str(run.split("validation")))[:VERIFY_ROWS]
     test = read_rows(str(run.split("test"))) if run.split("test").stat().st_size else []
-    count = {"int8-static": CALIBRATION_ROWS, "int4": run.base().get("calibration_rows", 0)}.get(weights, 0)
-    if weights == "int4" and base.dims.shares_layers:
-        count = 0
+    calibrated = 0 if base.dims.shares_layers else run.base().get("calibration_rows", 0)
+    count = {"int8-static": CALIBRATION_ROWS, "int4": calibrated}.get(weights, 0)
     calibration = evenly_spaced(read_rows(str(run.split("train"))), count) if count else []
     return ExportRows(
         validation=scorable(encode_rows(rendering, tokenizer, validation)),

@@ -20,9 +20,6 @@ from edge_ft.models.dims import ModelDims, check_supported
 
 __all__ = ["trace"]
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
-"""layer, query, key, value [batch, seq, heads * head_dim], attributes -> [batch, seq, heads * head_dim]"""
-
 
 def trace(model: PreTrainedModel, family: Family, task: Task | None = None) -> ir.Model:
     """Trace a decoder or encoder with float or quantized weights.
@@ -165,7 +162,15 @@ class _Encoder(nn.Module):
             names.append("token_type_ids")
         self.inputs: dict[str, Dims] = dict.fromkeys(names, ("batch_size", "sequence_length"))
         self.fills_types = "token_type_ids" in parameters and "token_type_ids" not in names
-        self.outputs: dict[str, Dims] = _outputs(model, task)
+        config: Any = model.config
+        rows = ("batch_size", "sequence_length")
+        outputs: dict[Task, dict[str, Dims]] = {  # by optimum's names
+            "text-classification": {"logits": ("batch_size", config.num_labels)},
+            "token-classification": {"logits": (*rows, config.num_labels)},
+            "fill-mask": {"logits": (*rows, config.vocab_size)},
+            "feature-extraction": {"last_hidden_state": (*rows, config.hidden_size)},
+        }
+        self.outputs = outputs[task]
         self.masks = SimpleNamespace(padding=None, windows={})
         """Of the forward pass that is traced: the padding mask, and the bias of each sliding window."""
 
@@ -174,8 +179,7 @@ class _Encoder(nn.Module):
         self.masks.padding, self.masks.windows = inputs["attention_mask"].to(torch.int32), {}
         if self.fills_types:
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-        output: Tensor = self.model(**inputs)[0]
-        return output
+        return self.model(**inputs)[0]
 
     def attend(
         self,
@@ -220,25 +224,11 @@ class _Encoder(nn.Module):
         return output.unflatten(2, (heads, size)), None
 
 
-def _outputs(model: PreTrainedModel, task: Task) -> dict[str, Dims]:
-    """Return names and dimensions of an encoder's output, by optimum's names."""
-    config: Any = model.config
-    rows = ("batch_size", "sequence_length")
-    known: dict[Task, dict[str, Dims]] = {
-        "text-classification": {"logits": ("batch_size", config.num_labels)},
-        "token-classification": {"logits": (*rows, config.num_labels)},
-        "fill-mask": {"logits": (*rows, config.vocab_size)},
-        "feature-extraction": {"last_hidden_state": (*rows, config.hidden_size)},
-    }
-    return known[task]
-
-
 def _window_bias(length: Any, window: int) -> Tensor:
     """Return [1, 1, length, length] float32: 0 where tokens are less than `window` apart, else the lowest number."""
     position = torch.arange(length)
     apart = (position[:, None] - position[None, :]).abs()
-    bias = torch.where(apart < window, 0.0, torch.finfo(torch.float32).min)
-    return bias[None, None]
+    return torch.where(apart < window, 0.0, torch.finfo(torch.float32).min)[None, None]
 
 
 def _is_rotary(module: nn.Module) -> bool:
@@ -252,14 +242,14 @@ def _table_names(kind: str | None) -> tuple[str, str]:
 
 
 def _decoder_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    attend: Attend,
+    attend: Callable[[int, Tensor, Tensor, Tensor, dict[str, Any]], Tensor],
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention [batch, seq, heads, size] of [batch, heads, seq, size], as transformers calls it."""
@@ -269,5 +259,4 @@ def _decoder_attention(
             attributes[attribute] = options[option]
     heads, size = query.shape[1], query.shape[3]
     query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
-    layer: Any = module.layer_idx
-    return attend(layer, query, key, value, attributes).unflatten(2, (heads, size)), None
+    return attend(module.layer_idx, query, key, value, attributes).unflatten(2, (heads, size)), None

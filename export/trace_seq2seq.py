@@ -20,11 +20,8 @@ from edge_ft.models.scorer import head_input
 
 __all__ = ["trace_seq2seq"]
 
-Attend = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""module, query, key and value [batch, heads, seq, head_dim], position bias -> [batch, seq, heads * head_dim]"""
 
-
-def trace_seq2seq(model: PreTrainedModel) -> tuple[ir.Model, ir.Model, ir.Model]:
+def trace_seq2seq(model: PreTrainedModel) -> list[ir.Model]:
     """Trace the encoder, the decoder, and the decoder's first tokens.
 
     Weights are named and shared as in `edge_ft.export.trace.trace`. The model is afterwards as it was.
@@ -39,11 +36,8 @@ def trace_seq2seq(model: PreTrainedModel) -> tuple[ir.Model, ir.Model, ir.Model]
         kinds: set[Any] = {type(module) for module in model.modules() if hasattr(module, "compute_bias")}
         for kind in kinds:
             patch(kind, "compute_bias", _whole_bias(kind.compute_bias))
-        encoder, decoder, first = (
-            trace_module(model, module, _attention)
-            for module in (_Encoder(model), _Decoder(model), _FirstDecoder(model))
-        )
-        return encoder, decoder, first
+        modules = (_Encoder(model), _Decoder(model), _FirstDecoder(model))
+        return [trace_module(model, module, _attention) for module in modules]
 
 
 def _source_cache(model: Any, hidden: Tensor) -> list[Tensor]:
@@ -180,8 +174,7 @@ class _Decoder(nn.Module):
             use_cache=True,
             attend=attend,
         ).last_hidden_state
-        logits: Tensor = self.model.get_output_embeddings()(head_input(self.model, hidden))
-        return (logits, *present)
+        return (self.model.get_output_embeddings()(head_input(self.model, hidden)), *present)
 
 
 class _FirstDecoder(_Decoder):
@@ -220,8 +213,7 @@ class _InputCache(EncoderDecoderCache):
         self.is_updated = dict.fromkeys(range(len(layers)), True)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        length: int = self.self_attention_cache.get_seq_length(layer_idx)  # symbolic, and must stay so
-        return length
+        return self.self_attention_cache.get_seq_length(layer_idx)  # symbolic, and must stay so
 
 
 def _whole_bias(compute_bias: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -251,7 +243,7 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    attend: Attend,
+    attend: Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor],
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:

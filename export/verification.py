@@ -17,7 +17,7 @@ from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.runtime import load
 
-__all__ = ["TorchScores", "VerificationResult", "score_torch", "verify_graphs"]
+__all__ = ["TorchScores", "score_torch", "verify_graphs"]
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,6 @@ class LevelResult:
     """Why the level fails; empty if it passes."""
 
 
-@dataclass(frozen=True)
-class VerificationResult:
-    """The outcome of an export's verification."""
-
-    verification: dict[str, Any]
-    """As in the manifest."""
-    levels: set[int]
-    """Accuracy levels whose graph passed."""
-    main: int
-    """Accuracy level that runs by default."""
-    reasons: list[str]
-    """Why the export is refused; empty if it is not."""
-
-
 def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) -> TorchScores:
     """Score the torch models that verification compares with, one at a time beside `shipped_model`.
 
@@ -83,8 +69,7 @@ def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) ->
     """
 
     def scored(model: Any, examples: list[Example], stage: str) -> RowScores:
-        scorer = TorchScorer(model, source.task)
-        return score(scorer, examples, Batching(source.task, source.tokenizer.pad_id), progress, stage)
+        return _score(source, TorchScorer(model, source.task), examples, progress, stage)
 
     validation = source.rows.validation
     probes = probe_examples(source.tokenizer, source.rendering)
@@ -116,7 +101,7 @@ def verify_graphs(
     torch_scores: TorchScores,
     config: ExportConfig,
     progress: Progress,
-) -> VerificationResult:
+) -> tuple[dict[str, Any], set[int], int]:
     """Score the graphs of a bundle and compare them with torch and with the limits of the gate.
 
     Args:
@@ -128,7 +113,8 @@ def verify_graphs(
         progress: Receives the steps.
 
     Returns:
-        The verification for the manifest, and what follows from it.
+        The manifest's `verification`, in which `refused` lists why the export is refused; the accuracy levels whose
+        graph passed; and the one that runs by default.
     """
     bundle = Bundle(folder, make_manifest(source, graphs, 1))
     limits = Limits(config.max_tax, config.min_retained, config.max_metric_drop)
@@ -136,9 +122,8 @@ def verify_graphs(
     may_ship = {4} if source.weights in INT8_ACTIVATIONS else set(graphs)
     requested = min(may_ship)
     scores = {level: _score_graph(bundle, source, level, config.threads, progress) for level in sorted(graphs)}
-    changes: bool | None = None
-    if torch_scores.untuned_probe is not None:
-        changes = largest_difference(torch_scores.untuned_probe, scores[1].probe) > SAME
+    untuned = torch_scores.untuned_probe
+    changes = None if untuned is None else largest_difference(untuned, scores[1].probe) > SAME
     results = {
         level: _check_level(source, found, scores[1], torch_scores, limits, bool(changes))
         for level, found in scores.items()
@@ -159,8 +144,7 @@ def verify_graphs(
     # Exact int8 takes 15 times as long for a token: ONNX Runtime 1.32 multiplies 8-bit codes fast only with int8
     # activations. The adapter lane is for those who want exactly what was trained.
     main = 4 if source.weights == "int8" and source.lane != "adapter" and 4 in passed else requested
-    shipped = scores[main].validation
-    compared = {"base": torch_scores.base, "trained": torch_scores.trained, "shipped": shipped}
+    compared = {"base": torch_scores.base, "trained": torch_scores.trained, "shipped": scores[main].validation}
     verification = {
         "rows": len(source.rows.validation),
         "rows_sha256": source.rows.sha256,
@@ -176,8 +160,9 @@ def verify_graphs(
             str(level): {**result.figures, "passed": level in passed} for level, result in results.items()
         },
         "test": _test(bundle, source, main, config.threads, progress),
+        "refused": reasons,
     }
-    return VerificationResult(verification, passed, main, reasons)
+    return verification, passed, main
 
 
 def _score_graph(
@@ -187,13 +172,14 @@ def _score_graph(
     with heartbeat(progress, f"opening the graph of accuracy level {level}"):
         scorer = load(bundle, accuracy_level=level, threads=threads)
 
-    def scored(examples: list[Example], stage: str) -> RowScores:
-        batching = Batching(source.task, source.tokenizer.pad_id)
-        return score(scorer, examples, batching, progress, f"{stage}, level {level}")
+    probes, validation = probe_examples(source.tokenizer, source.rendering), source.rows.validation
+    probe = _score(source, scorer, probes, progress, f"probe, level {level}")
+    stage = f"validation, level {level}"
+    return GraphScores(probe, _score(source, scorer, validation, progress, stage) if validation else None)
 
-    probe = scored(probe_examples(source.tokenizer, source.rendering), "probe")
-    validation = source.rows.validation
-    return GraphScores(probe, scored(validation, "validation") if validation else None)
+
+def _score(source: ExportSource, scorer: Any, examples: list[Example], progress: Progress, stage: str) -> RowScores:
+    return score(scorer, examples, Batching(source.task, source.tokenizer.pad_id), progress, stage)
 
 
 def _check_level(
@@ -230,13 +216,13 @@ def _check_level(
 
 def _metrics(source: ExportSource, compared: dict[str, RowScores | None]) -> dict[str, dict[str, Any]]:
     """Return each task metric on the validation rows, of all that is compared."""
-    metrics: dict[str, dict[str, Any]] = {}
-    for column, scores in compared.items():
-        if scores is not None:
-            summed = summary(scores, source.rows.validation, source.task, source.rendering.labels)
-            for name, value in summed["metrics"].items():
-                metrics.setdefault(name, {})[column] = value
-    return metrics
+    metrics = {
+        column: summary(scores, source.rows.validation, source.task, source.rendering.labels)["metrics"]
+        for column, scores in compared.items()
+        if scores is not None
+    }
+    names = dict.fromkeys(name for found in metrics.values() for name in found)
+    return {name: {column: found[name] for column, found in metrics.items() if name in found} for name in names}
 
 
 def _test(
@@ -248,8 +234,7 @@ def _test(
         return None
     report = source.run.report()
     scorer = load(bundle, accuracy_level=level, threads=threads)
-    batching = Batching(source.task, source.tokenizer.pad_id)
-    scores = score(scorer, test, batching, progress, "test rows, as shipped")
+    scores = _score(source, scorer, test, progress, "test rows, as shipped")
     shipped = summary(scores, test, source.task, source.rendering.labels)
     return {
         "rows": len(test),

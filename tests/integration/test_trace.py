@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from edge_ft.errors import ModelError
 from edge_ft.export.lowering import add_lora_inputs, lower
-from edge_ft.export.packing import write_graph
+from edge_ft.export.packing import write_graphs
 from edge_ft.export.trace import trace
 from edge_ft.families import family_of
 from edge_ft.quant.conversion import quantize_model
@@ -107,9 +107,9 @@ class Graph:
 def export(model: PreTrainedModel, folder: Path, pairs: dict[str, tuple[Array, Array]] | None = None) -> Graph:
     graph = trace(model, family_of(model.config.model_type))
     if pairs is not None:
-        add_lora_inputs(graph, pairs)
+        add_lora_inputs([graph], pairs)
     lower(graph)
-    write_graph(graph, folder, "model")
+    write_graphs({"model": graph}, folder, "model")
     return Graph(folder / "onnx/model.onnx")
 
 
@@ -291,7 +291,7 @@ def test_an_adapter_for_a_missing_layer_is_refused() -> None:
     model = make_decoder(32)
     graph = trace(model, family_of("llama"))
     with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj"):
-        add_lora_inputs(graph, {"model.layers.2.mlp.up_proj": (np.zeros((1, 64)), np.zeros((96, 1)))})
+        add_lora_inputs([graph], {"model.layers.2.mlp.up_proj": (np.zeros((1, 64)), np.zeros((96, 1)))})
 
 
 def test_an_adapter_may_reach_the_head(tmp_path: Path) -> None:

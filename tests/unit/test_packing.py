@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edge_ft.export.packing import write_graph
+from edge_ft.export.packing import write_graphs
 
 
 def model_of(*weights: np.ndarray) -> ir.Model:
@@ -58,7 +58,7 @@ def test_onnxruntime_reads_back_every_weight(
     tmp_path_factory: pytest.TempPathFactory, weights: list[np.ndarray]
 ) -> None:
     folder = tmp_path_factory.mktemp("packed")
-    paths = write_graph(model_of(*weights), folder, "model", (1,))
+    paths = write_graphs({"model": model_of(*weights)}, folder, "model", (1,))
     session = ort.InferenceSession(str(folder / paths[1]), providers=["CPUExecutionProvider"])
     for output, weight in zip(session.run(None, {"x": np.zeros((), np.float32)}), weights, strict=True):
         np.testing.assert_array_equal(output, weight)
@@ -66,7 +66,7 @@ def test_onnxruntime_reads_back_every_weight(
 
 def test_equal_bytes_are_stored_once_whatever_their_shape(tmp_path: Path) -> None:
     weight = np.arange(1024, dtype=np.float32)
-    write_graph(model_of(weight, weight.reshape(32, 32), weight + 1), tmp_path, "model", (1,))
+    write_graphs({"model": model_of(weight, weight.reshape(32, 32), weight + 1)}, tmp_path, "model", (1,))
     places = external(tmp_path / "onnx/model.onnx")
     assert places["w0"]["offset"] == places["w1"]["offset"] != places["w2"]["offset"]
     assert {place["location"] for place in places.values()} == {"model.onnx_data"}
@@ -74,9 +74,8 @@ def test_equal_bytes_are_stored_once_whatever_their_shape(tmp_path: Path) -> Non
 
 
 def test_tensors_start_on_cache_lines_and_small_ones_stay_in_the_graph(tmp_path: Path) -> None:
-    write_graph(
-        model_of(np.ones(300, np.float32), np.zeros(301, np.float32), np.ones(10, np.float32)), tmp_path, "model", (1,)
-    )
+    model = model_of(np.ones(300, np.float32), np.zeros(301, np.float32), np.ones(10, np.float32))
+    write_graphs({"model": model}, tmp_path, "model", (1,))
     places = external(tmp_path / "onnx/model.onnx")
     assert places.keys() == {"w0", "w1"}
     assert all(int(place["offset"]) % 64 == 0 for place in places.values())
@@ -84,7 +83,10 @@ def test_tensors_start_on_cache_lines_and_small_ones_stay_in_the_graph(tmp_path:
 
 def test_variants_differ_only_in_the_accuracy_level(tmp_path: Path) -> None:
     model = quantized_model()
-    assert write_graph(model, tmp_path, "model_q4") == {1: "onnx/model_q4.onnx", 4: "onnx/model_q4_a4.onnx"}
+    assert write_graphs({"model_q4": model}, tmp_path, "model_q4") == {
+        1: "onnx/model_q4.onnx",
+        4: "onnx/model_q4_a4.onnx",
+    }
     exact, fast = (onnx.load(tmp_path / "onnx" / name) for name in ("model_q4.onnx", "model_q4_a4.onnx"))
     levels = [
         next(attribute for attribute in proto.graph.node[0].attribute if attribute.name == "accuracy_level")
@@ -102,6 +104,6 @@ def test_variants_differ_only_in_the_accuracy_level(tmp_path: Path) -> None:
 
 def test_writing_a_model_does_not_change_it(tmp_path: Path) -> None:
     model = quantized_model()
-    write_graph(model, tmp_path, "model_q4")
+    write_graphs({"model_q4": model}, tmp_path, "model_q4")
     assert not any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
     assert next(iter(model.graph)).attributes["accuracy_level"].as_int() == 1
