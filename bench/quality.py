@@ -37,12 +37,12 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
 
     settings = job["score"]
     rows = read_rows(settings["data"])[: settings["limit"]]
+    config = EvalConfig(**settings, accuracy_level=job.get("accuracy_level"))
     if job["do"] == "bundle":
-        config = EvalConfig(**settings, accuracy_level=job["accuracy_level"])
         return evaluate_loaded(open_source(job["bundle"], config, rows), rows, config, Silent())
     from edge_ft.bench.torch_peer import load_peer, prepare
 
-    config, base = EvalConfig(**settings), prepare(job)
+    base = prepare(job)
     engine = load_peer(base, job)
     if job["rendering"] is None:
         rendering = plain_rendering(base, config, rows, engine.tokenizer, job["task"])

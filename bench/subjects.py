@@ -177,7 +177,13 @@ def peer_subjects(found: Iterable[dict[str, Any]], measured: Sequence[Subject], 
     """
     peers: list[Subject] = []
     for model in found:
-        peer = _peer(model, workload)
+        name = model["base"]["name"]
+        if "compute_type" in model:
+            job = {"do": "ctranslate2", **model, **asdict(workload)}
+            name = f"{name}-{model['compute_type']}"
+            peer = Subject("ctranslate2", name, model["task"], model["max_length"], model["size_bytes"], job)
+        else:
+            peer = torch_subject(name, model, workload)
         if not any(_same_model(peer, subject) for subject in [*measured, *peers]):
             peers.append(peer)
     return peers
@@ -203,19 +209,10 @@ def openvino_subject(bundle: Subject) -> Subject:
     return replace(bundle, engine="openvino", job={**bundle.job, "do": "openvino"})
 
 
-def _peer(found: dict[str, Any], workload: Workload) -> Subject:
-    """The float model of a bundle under torch, or converted for CTranslate2."""
-    name = found["base"]["name"]
-    if "compute_type" not in found:
-        return torch_subject(name, found, workload)
-    job = {"do": "ctranslate2", **found, **asdict(workload)}
-    variant = f"{name}-{found['compute_type']}"
-    return Subject("ctranslate2", variant, found["task"], found["max_length"], found["size_bytes"], job)
-
-
 def _same_model(a: Subject, b: Subject) -> bool:
     """Whether two subjects measure the same weights in the same engine other than ours."""
-    if a.engine != b.engine or a.engine == "edge-ft":
-        return False
-    same_base = a.job["base"]["content_sha256"] == b.job["base"]["content_sha256"]
-    return same_base and all(a.job.get(key) == b.job.get(key) for key in ("adapter", "compute_type"))
+    return (
+        a.engine == b.engine != "edge-ft"
+        and a.job["base"]["content_sha256"] == b.job["base"]["content_sha256"]
+        and all(a.job.get(key) == b.job.get(key) for key in ("adapter", "compute_type"))
+    )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from edge_ft.config.shared import Group, RowsConfig, Threads, check, check_minimum
+from edge_ft.config.shared import Group, Minimum, RowsConfig, Threads, check
 from edge_ft.errors import did_you_mean
 
 __all__ = ["PEERS", "BenchConfig"]
@@ -18,18 +18,18 @@ class BenchConfig(RowsConfig):
 
     data: Annotated[str | None, Group.INPUT] = None
     """Rows on which to score every subject too: loss, task metrics and answers."""
-    limit: Annotated[int | None, Group.INPUT] = None
+    limit: Annotated[int | None, Group.INPUT, Minimum(1)] = None
     """Score only the first N rows of --data."""
     accuracy_level: Annotated[Literal[1, 4] | None, Group.INPUT] = None
     """Graph of a bundle to measure: 1 computes in float, 4 with int8 activations; default: the manifest's choice."""
     peers: Annotated[tuple[str, ...], Group.MEASUREMENT] = ()
     """Other engines to measure in turn with the bundles: torch (eager, float32), openvino (encoders, the same graph),
     ctranslate2 (encoder-decoders)."""
-    repeats: Annotated[int, Group.MEASUREMENT] = 5
+    repeats: Annotated[int, Group.MEASUREMENT, Minimum(1)] = 5
     """Processes per subject; the subjects take turns."""
-    prompt_tokens: Annotated[int, Group.MEASUREMENT] = 128
+    prompt_tokens: Annotated[int, Group.MEASUREMENT, Minimum(1)] = 128
     """Length of the prompt, or of the text to classify, in tokens."""
-    new_tokens: Annotated[int, Group.MEASUREMENT] = 32
+    new_tokens: Annotated[int, Group.MEASUREMENT, Minimum(2)] = 32
     """Tokens to generate; also the maximum length of an answer to --data."""
     max_ttft_ms: Annotated[float | None, Group.BUDGETS] = None
     """Highest median time to the first token in milliseconds; for classifiers, the time of one text."""
@@ -41,12 +41,10 @@ class BenchConfig(RowsConfig):
     """Largest size on disk, in MB."""
     threads: Threads = None
     """CPU threads of every subject; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
-    memory_limit: Annotated[int | None, Group.RESOURCES] = None
+    memory_limit: Annotated[int | None, Group.RESOURCES, Minimum(1)] = None
     """Memory limit of each subject's process in MB; a subject that needs more is reported as not fitting."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.peers:
             check(name in PEERS, f"--peers {name}: there are {', '.join(PEERS)}{did_you_mean(name, list(PEERS))}")
-        check_minimum(self, 1, "repeats", "prompt_tokens", "limit", "threads", "memory_limit")
-        check_minimum(self, 2, "new_tokens")

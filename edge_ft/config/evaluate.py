@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from edge_ft.config.shared import BaseFormat, Group, RowsConfig, Task, Threads, check_minimum
+from edge_ft.config.shared import BaseFormat, Group, Minimum, RowsConfig, Task, Threads
 
 __all__ = ["EvalConfig"]
 
@@ -22,23 +22,18 @@ class EvalConfig(RowsConfig):
     """Graph of a bundle to score: 1 computes in float, 4 with int8 activations; default: the manifest's choice."""
     base_format: Annotated[BaseFormat, Group.INPUT] = "fp32"
     """Weight format in which to score a plain model; a run is scored in the format it was trained over."""
-    limit: Annotated[int | None, Group.INPUT] = None
+    limit: Annotated[int | None, Group.INPUT, Minimum(1)] = None
     """Score only the first N rows."""
-    shots: Annotated[int, Group.EVALUATION] = 0
+    shots: Annotated[int, Group.EVALUATION, Minimum(0)] = 0
     """Number of example rows put before each prompt (few-shot, text-generation); the maximum length is then the
     model's limit."""
     shots_from: Annotated[str | None, Group.EVALUATION] = None
     """File with the example rows of --shots; default: the train rows of a run, required for bundles and models."""
     generate: Annotated[bool, Group.EVALUATION] = True
     """Also generate an answer to every row and compare it (text generation); takes most of the time."""
-    max_new_tokens: Annotated[int, Group.EVALUATION] = 64
+    max_new_tokens: Annotated[int, Group.EVALUATION, Minimum(1)] = 64
     """Maximum length of a generated answer in tokens."""
-    batch_size: Annotated[int, Group.EVALUATION] = 8
+    batch_size: Annotated[int, Group.EVALUATION, Minimum(1)] = 8
     """Rows scored in one forward pass."""
     threads: Threads = None
     """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_minimum(self, 0, "shots")
-        check_minimum(self, 1, "limit", "max_new_tokens", "batch_size", "threads")

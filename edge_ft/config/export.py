@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from edge_ft.config.shared import Group, RowsConfig, Task, Threads, Weights, check_minimum
+from edge_ft.config.shared import Group, Minimum, RowsConfig, Task, Threads, Weights
 
 __all__ = ["ExportConfig", "VerifyConfig"]
 
@@ -29,20 +29,15 @@ class ExportConfig(RowsConfig):
     float beside them."""
     block_size: Annotated[Literal[16, 32, 64, 128] | None, Group.BUNDLE] = None
     """Weights that share one scale in int4 and int8; default: that of the run, else 32."""
-    max_tax: Annotated[float, Group.GATE] = 0.02
+    max_tax: Annotated[float, Group.GATE, Minimum(0)] = 0.02
     """Refuse a bundle whose loss exceeds that of the trained model by more than this, in nats per target token."""
     min_retained: Annotated[float, Group.GATE] = 0.95
     """Refuse a bundle that keeps less than this share of the improvement in loss over the base."""
-    max_metric_drop: Annotated[float, Group.GATE] = 0.02
+    max_metric_drop: Annotated[float, Group.GATE, Minimum(0)] = 0.02
     """Refuse a bundle whose task metric (0 to 1) is lower by more than this, unless the 95% interval of the drop
     includes 0."""
     threads: Threads = None
     """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_minimum(self, 0, "max_tax", "max_metric_drop")
-        check_minimum(self, 1, "threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +46,8 @@ class VerifyConfig(RowsConfig):
 
     data: Annotated[str | None, Group.INPUT] = None
     """Rows to score: the validation rows of the export must score as they did then, other rows are only scored."""
-    max_tax: Annotated[float | None, Group.GATE] = None
+    max_tax: Annotated[float | None, Group.GATE, Minimum(0)] = None
     """Maximum quantization tax on the export's validation rows, and maximum change of accuracy level 4 on the probe
     texts, in nats per target token; default: the limit of the export."""
     threads: Threads = None
     """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_minimum(self, 0, "max_tax")
-        check_minimum(self, 1, "threads")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from edge_ft.config.shared import Group, Threads, check, check_minimum
+from edge_ft.config.shared import ABOVE_0, Group, Minimum, Threads, check, check_minimums
 
 __all__ = ["RunConfig"]
 
@@ -23,21 +23,21 @@ class RunConfig:
     """System message that begins a chat."""
     chat_template: Annotated[str | None, Group.INPUT] = None
     """Chat template: auto (the model's own), none, or a Jinja file; default: that of the training."""
-    max_new_tokens: Annotated[int | None, Group.GENERATION] = None
+    max_new_tokens: Annotated[int | None, Group.GENERATION, Minimum(1)] = None
     """Maximum length of an answer in tokens; default: 256, or less where the model's limit is nearer."""
-    temperature: Annotated[float, Group.GENERATION] = 0.0
+    temperature: Annotated[float, Group.GENERATION, Minimum(0)] = 0.0
     """Sampling temperature; 0 is greedy decoding."""
-    top_k: Annotated[int, Group.GENERATION] = 0
+    top_k: Annotated[int, Group.GENERATION, Minimum(0)] = 0
     """Sample from the k likeliest tokens, 0 from all; for fill-mask, candidates per mask (0 gives 5)."""
     top_p: Annotated[float, Group.GENERATION] = 1.0
     """Sample from the likeliest tokens whose probabilities sum to this (nucleus sampling)."""
     min_p: Annotated[float, Group.GENERATION] = 0.0
     """Do not sample tokens below this share of the highest probability."""
-    repetition_penalty: Annotated[float, Group.GENERATION] = 1.0
+    repetition_penalty: Annotated[float, Group.GENERATION, ABOVE_0] = 1.0
     """Above 1, tokens that occurred before become less likely (CTRL, arXiv:1909.05858)."""
     seed: Annotated[int, Group.GENERATION] = 0
     """Random seed of the sampling."""
-    num_beams: Annotated[int, Group.GENERATION] = 1
+    num_beams: Annotated[int, Group.GENERATION, Minimum(1)] = 1
     """Beams of beam search (encoder-decoders); 1 is no beam search."""
     length_penalty: Annotated[float, Group.GENERATION] = 1.0
     """Beam search divides an answer's log-probability by its length to this power; above 0 favours long answers."""
@@ -51,11 +51,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(name for names in self.labels for name in names.split(",") if name))
-        check_minimum(self, 0, "temperature", "top_k")
-        check_minimum(self, 1, "max_new_tokens", "num_beams", "threads")
+        check_minimums(self)
         check(0 < self.top_p <= 1, "--top-p must be above 0 and at most 1")
         check(0 <= self.min_p <= 1, "--min-p must be from 0 to 1")
-        check(self.repetition_penalty > 0, "--repetition-penalty must be above 0")
         check(
             self.num_beams == 1 or (self.temperature == 0 and self.repetition_penalty == 1),
             "--num-beams does not sample: leave --temperature and --repetition-penalty out",

@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal, get_type_hints
 from edge_ft.errors import UsageError
 
 __all__ = [
+    "ABOVE_0",
     "INT8_ACTIVATIONS",
     "TEXT_TASKS",
     "BaseFormat",
     "Group",
     "Memory",
+    "Minimum",
     "Pooling",
     "ProblemType",
     "RowsConfig",
@@ -22,7 +24,7 @@ __all__ = [
     "accept_python_values",
     "as_plain",
     "check",
-    "check_minimum",
+    "check_minimums",
 ]
 
 
@@ -46,6 +48,18 @@ class Group(Enum):
     OUTPUT = "Output"
 
 
+@dataclass(frozen=True)
+class Minimum:
+    """The lowest value of a setting, as metadata of its type."""
+
+    value: int
+    excluded: bool = False
+    """Whether only greater values are accepted."""
+
+
+ABOVE_0 = Minimum(0, excluded=True)
+
+
 Task = Literal[
     "text-generation",
     "text2text-generation",
@@ -65,7 +79,7 @@ Memory = Literal["high", "normal", "low"]
 Weights = Literal["int4", "int8", "int8-dynamic", "int8-static", "fp16", "fp32"]
 INT8_ACTIVATIONS: tuple[Weights, ...] = ("int8-dynamic", "int8-static")
 """Weights that are multiplied with activations in int8, at accuracy level 4 and no other."""
-Threads = Annotated[int | None, Group.RESOURCES]
+Threads = Annotated[int | None, Group.RESOURCES, Minimum(1)]
 
 
 def as_plain(config: Any) -> dict[str, Any]:
@@ -103,15 +117,19 @@ def check(holds: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def check_minimum(config: Any, minimum: int, *names: str) -> None:
-    """Refuse values below `minimum` in the fields of these names; None is accepted.
+def check_minimums(config: Any) -> None:
+    """Refuse values below the `Minimum` of their field; None is accepted.
 
     Raises:
         UsageError: a value is too small; the message names the flag.
     """
-    for name in names:
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
-        check(value is None or value >= minimum, f"--{name.replace('_', '-')} must be at least {minimum}")
+        for bound in getattr(hint, "__metadata__", ()):
+            if isinstance(bound, Minimum) and value is not None:
+                how = "above" if bound.excluded else "at least"
+                holds = value > bound.value or (value == bound.value and not bound.excluded)
+                check(holds, f"--{name.replace('_', '-')} must be {how} {bound.value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +159,7 @@ class RowsConfig:
 
     def __post_init__(self) -> None:
         accept_python_values(self)
+        check_minimums(self)
         check(
             self.max_length in (None, "auto") or (isinstance(self.max_length, int) and self.max_length >= 8),
             "--max-length must be at least 8 tokens, or auto",

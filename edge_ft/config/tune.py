@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from edge_ft.config.shared import BaseFormat, Group, Memory, RowsConfig, Task, Threads, check, check_minimum
+from edge_ft.config.shared import ABOVE_0, BaseFormat, Group, Memory, Minimum, RowsConfig, Task, Threads, check
 from edge_ft.errors import did_you_mean
 
 __all__ = ["PlanConfig", "TuneConfig", "last_layers", "preset_file", "without_retired"]
@@ -35,11 +35,11 @@ class TuneConfig(RowsConfig):
     """Shares of --data for training, validation and test."""
     allow: Annotated[tuple[str, ...], Group.ROWS] = ()
     """Codes of audit findings to accept that would otherwise stop the command, e.g. leak."""
-    show: Annotated[int, Group.ROWS] = 0
+    show: Annotated[int, Group.ROWS, Minimum(0)] = 0
     """Number of training rows to print as the model reads them, with the trained tokens marked."""
-    rank: Annotated[int, Group.LORA] = 8
+    rank: Annotated[int, Group.LORA, Minimum(1)] = 8
     """Rank of the LoRA matrices A and B."""
-    alpha: Annotated[float, Group.LORA] = 16.0
+    alpha: Annotated[float, Group.LORA, ABOVE_0] = 16.0
     """LoRA scaling: the weights change by (alpha / rank) * B A."""
     dropout: Annotated[float, Group.LORA] = 0.0
     """Dropout probability of the LoRA input."""
@@ -51,45 +51,45 @@ class TuneConfig(RowsConfig):
     """Weight format of the frozen base: int4 or int8 (as in ONNX Runtime), nf4 (as in bitsandbytes), bf16, or fp32."""
     block_size: Annotated[Literal[16, 32, 64, 128], Group.BASE] = 32
     """Weights that share one scale in int4 and int8; in nf4 it is always 64."""
-    calibration_rows: Annotated[int, Group.BASE] = 64
+    calibration_rows: Annotated[int, Group.BASE, Minimum(0)] = 64
     """Maximum number of training rows from which GPTQ (arXiv:2210.17323) chooses the int4 codes, here and in a merged
     export; 0 rounds each weight to the nearest code instead."""
-    learning_rate: Annotated[float | None, Group.TRAINING] = None
+    learning_rate: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
     """Peak learning rate of AdamW; default: 1e-3 for encoders, 2e-3 for others."""
     schedule: Annotated[Literal["cosine", "constant"], Group.TRAINING] = "cosine"
     """Learning rate after the warm-up: a cosine down to 0, or constant."""
     warmup: Annotated[float, Group.TRAINING] = 0.05
     """Share of the steps over which the learning rate rises from 0."""
-    weight_decay: Annotated[float, Group.TRAINING] = 0.0
+    weight_decay: Annotated[float, Group.TRAINING, Minimum(0)] = 0.0
     """Weight decay of AdamW."""
-    max_grad_norm: Annotated[float, Group.TRAINING] = 1.0
+    max_grad_norm: Annotated[float, Group.TRAINING, Minimum(0)] = 1.0
     """Norm to which gradients are clipped; 0 turns clipping off."""
-    epochs: Annotated[float | None, Group.TRAINING] = None
+    epochs: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
     """Passes over the training rows; default: 2 for decoders, 3 for others."""
-    max_steps: Annotated[int | None, Group.TRAINING] = None
+    max_steps: Annotated[int | None, Group.TRAINING, Minimum(1)] = None
     """Number of optimizer steps; overrides --epochs."""
-    max_minutes: Annotated[float | None, Group.TRAINING] = None
+    max_minutes: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
     """Stop after this many minutes of training and validation."""
-    batch_size: Annotated[int | None, Group.TRAINING] = None
+    batch_size: Annotated[int | None, Group.TRAINING, Minimum(1)] = None
     """Rows in one forward pass; default: 4 for decoders, 8 for others."""
-    gradient_accumulation: Annotated[int, Group.TRAINING] = 1
+    gradient_accumulation: Annotated[int, Group.TRAINING, Minimum(1)] = 1
     """Forward passes per optimizer step."""
     compute: Annotated[Literal["auto", "fp32", "bf16"], Group.TRAINING] = "auto"
     """Compute precision; auto is bf16 where the processor supports it and the loss agrees with fp32, else fp32."""
     seed: Annotated[int, Group.TRAINING] = 0
     """Random seed of the split, the order of rows, dropout and new weights."""
-    eval_steps: Annotated[int | None, Group.EVALUATION] = None
+    eval_steps: Annotated[int | None, Group.EVALUATION, Minimum(1)] = None
     """Optimizer steps between evaluations on the validation rows; default: five evaluations in a run."""
-    patience: Annotated[int | None, Group.EVALUATION] = None
+    patience: Annotated[int | None, Group.EVALUATION, Minimum(1)] = None
     """Stop after this many evaluations without a lower validation loss; default: never."""
     memory: Annotated[Memory | None, Group.RESOURCES] = None
     """Use of memory, with the same result: high is faster and keeps dequantized weights between steps, low is slower
     and recomputes activations; default: normal, or high where steps are short and memory is plentiful."""
     threads: Threads = None
     """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
-    checkpoint_minutes: Annotated[float, Group.CHECKPOINTS] = 5.0
+    checkpoint_minutes: Annotated[float, Group.CHECKPOINTS, Minimum(0)] = 5.0
     """Maximum minutes between checkpoints; 0 turns these checkpoints off."""
-    checkpoint_steps: Annotated[int | None, Group.CHECKPOINTS] = None
+    checkpoint_steps: Annotated[int | None, Group.CHECKPOINTS, Minimum(1)] = None
     """Also write a checkpoint every N optimizer steps."""
     resume: Annotated[bool, Group.CHECKPOINTS] = False
     """Resume the run in --out from its checkpoint, or from the start where it has none."""
@@ -100,12 +100,6 @@ class TuneConfig(RowsConfig):
             len(self.split) == 3 and abs(sum(self.split) - 1) < 1e-6 and min(self.split) >= 0,
             f"--split {' '.join(map(str, self.split))} must be three shares that sum to 1",
         )
-        check_minimum(self, 0, "calibration_rows", "weight_decay", "max_grad_norm", "checkpoint_minutes", "show")
-        check_minimum(self, 1, "rank", "max_steps", "batch_size", "gradient_accumulation", "eval_steps", "patience")
-        check_minimum(self, 1, "threads", "checkpoint_steps")
-        for name in ("alpha", "learning_rate", "epochs", "max_minutes"):
-            value = getattr(self, name)
-            check(value is None or value > 0, f"--{name.replace('_', '-')} must be above 0")
         check(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
         check(0 <= self.warmup <= 1, "--warmup is a share of the steps: 0 to 1")
         last_layers(self.layers)

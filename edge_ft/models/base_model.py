@@ -148,16 +148,14 @@ def find_base(model: str, task: Task | None = None) -> Base:
         ModelError: nothing there, no safetensors weights, or a family or task that is not supported.
     """
     path = Path(model).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        folder = _convert_gguf(path)
-    elif path.is_dir():
+    ggufs = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if (path / "config.json").is_file():
         folder = path
-        if not (path / "config.json").is_file():
-            ggufs = sorted(path.glob("*.gguf"))
-            if len(ggufs) != 1:
-                found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
-                raise ModelError(f"{path} is not a model folder: it holds {found}; name the model file or its folder")
-            folder = _convert_gguf(ggufs[0])
+    elif len(ggufs) == 1:
+        folder = _convert_gguf(ggufs[0])
+    elif path.is_dir():
+        found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
+        raise ModelError(f"{path} is not a model folder: it holds {found}; name the model file or its folder")
     else:
         folder = _download(model)
     config = _json(folder / "config.json")

@@ -35,7 +35,7 @@ from edge_ft.models.fused_ops import (
 )
 from edge_ft.models.lora import layer_stacks
 from edge_ft.models.short_attention import use_short_attention
-from edge_ft.quant.layers import FrozenLinear, WeightCache
+from edge_ft.quant.layers import FrozenLinear
 
 __all__ = ["Compute", "set_malloc_thresholds"]
 
@@ -77,7 +77,7 @@ class Compute:
     def cache_weights(self, dtype: torch.dtype | None) -> None:
         """With memory `high`: cache the frozen weights in this dtype from now on, and drop others; None: cache none."""
         for layer in self._frozen:
-            layer.weight_cache = None if dtype is None else WeightCache(dtype)
+            layer.cached_dtype, layer.cached = dtype, {}
 
     def _wrap(self, module: Any) -> None:
         """Replace the forward function of a module by one that computes as this context says."""

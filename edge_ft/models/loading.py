@@ -18,10 +18,16 @@ from edge_ft.models.dims import ModelDims
 from edge_ft.models.logging import silence_libraries
 from edge_ft.models.mpnet import use_attention_interface
 from edge_ft.models.scorer import HEAD_INPUTS, LOSSES
-from edge_ft.quant.bf16 import round_to_bf16
 from edge_ft.quant.blockwise import Bits
 from edge_ft.quant.calibration import Calibration, calibrate
-from edge_ft.quant.conversion import ReadWeight, is_within, quantize_model, retained_weights, transpose_conv1d
+from edge_ft.quant.conversion import (
+    ReadWeight,
+    is_within,
+    quantize_model,
+    retained_weights,
+    round_to_bf16,
+    transpose_conv1d,
+)
 from edge_ft.quant.serialization import read_codes
 
 __all__ = ["BITS", "ModelSpec", "load_model", "quantize_calibrated"]
@@ -73,11 +79,6 @@ class ModelSpec:
             rendering.pooling,
             codes,
         )
-
-    @property
-    def codes_file(self) -> Path | None:
-        """The file of int4 codes, if they come from one."""
-        return self.codes if isinstance(self.codes, Path) and self.base_format == "int4" else None
 
     @property
     def trained_head(self) -> tuple[str, ...]:
@@ -324,5 +325,6 @@ def _quantize(model: nn.Module, spec: ModelSpec, read: ReadWeight | None) -> Non
     elif spec.base_format == "bf16":
         round_to_bf16(model, keep, read)
     else:
-        existing = {} if spec.codes_file is None else {"existing": read_codes(spec.codes_file)}
+        codes = spec.codes if spec.base_format == "int4" else None
+        existing = {"existing": read_codes(codes)} if isinstance(codes, Path) else {}
         quantize_model(model, spec.block_size, keep, BITS[spec.base_format], read, **existing)

@@ -22,10 +22,9 @@ from edge_ft.config import Task
 from edge_ft.data import IGNORED, Batch, Example, collate
 from edge_ft.errors import ModelError
 from edge_ft.progress import Progress, Silent, track
-from edge_ft.quant.bf16 import has_bf16
 from edge_ft.quant.blockwise import Codes, pack_nibbles, unpack_nibbles
 from edge_ft.quant.conversion import ReadWeight
-from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear
+from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear, has_bf16
 
 __all__ = [
     "Calibration",

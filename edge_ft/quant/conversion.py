@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from edge_ft.quant.blockwise import Bits, Codes, quantize
-from edge_ft.quant.layers import BUFFERS, FrozenLinear, QuantEmbedding, QuantLinear
+from edge_ft.quant.layers import BUFFERS, BF16Embedding, BF16Linear, FrozenLinear, QuantEmbedding, QuantLinear
 
 __all__ = [
     "ReadWeight",
@@ -17,6 +17,7 @@ __all__ = [
     "quantize_model",
     "replace_linear_layers",
     "retained_weights",
+    "round_to_bf16",
     "transpose_conv1d",
 ]
 
@@ -141,3 +142,28 @@ def quantize_model(
         for buffer in BUFFERS:
             setattr(tied_head, buffer, getattr(quantized, buffer))
         model.set_output_embeddings(tied_head)  # type: ignore[operator]
+
+
+def round_to_bf16(model: nn.Module, keep: tuple[str, ...] = (), read: ReadWeight | None = None) -> None:
+    """Replace every linear layer and the token embedding of `model` by its bfloat16 form, in place.
+
+    Args:
+        model: A model with a word embedding as `get_input_embeddings()`.
+        keep: Names of modules that stay float with all that is in them.
+        read: As for `quantize_model`.
+    """
+    read = read or current_weights(model)
+
+    def replacement(name: str, layer: nn.Linear, bias: Tensor | None) -> BF16Linear:
+        if layer.weight is not embedding.weight:
+            return BF16Linear(read(f"{name}.weight", slice(None)).detach(), bias)
+        tied = BF16Linear(narrow.qweight, bias)
+        tied.qweight = narrow.qweight
+        return tied
+
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    weight = read(f"{name}.weight", slice(None)).detach()
+    narrow = BF16Embedding(weight, embedding.padding_idx, embedding_scale(embedding))
+    replace_linear_layers(model, keep, read, replacement)
+    model.set_input_embeddings(narrow)  # type: ignore[operator]

@@ -21,12 +21,14 @@ from edge_ft.quant.blockwise import Bits, Codes, pack_nibbles, unpack_nibbles
 
 __all__ = [
     "BUFFERS",
+    "BF16Embedding",
+    "BF16Linear",
     "FrozenEmbedding",
     "FrozenLinear",
     "QuantEmbedding",
     "QuantLinear",
-    "WeightCache",
     "exporting",
+    "has_bf16",
     "to_device",
     "transposed_weight",
 ]
@@ -138,12 +140,13 @@ def exporting(model: nn.Module) -> Iterator[None]:
 class FrozenLinear(nn.Linear):
     """A frozen linear layer without a float weight: [..., in_features] -> [..., out_features], in x's dtype."""
 
-    weight_cache: "WeightCache | None" = None
-    """Dequantized weights that are kept between calls; None: none are."""
+    cached_dtype: torch.dtype | None = None
+    """Float dtype in which the dequantized weight is kept between calls; None: it is not."""
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
+        self.cached: dict[tuple[int | None, int | None], Tensor] = {}
         self.register_parameter("weight", None)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
@@ -159,21 +162,6 @@ class FrozenLinear(nn.Linear):
         """[..., in_features] -> [..., out_features]; the weight is dequantized to x's dtype."""
         y = _FrozenMatMul.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-class WeightCache:
-    """The weight of a layer in one float dtype, or slices of its columns: each is dequantized once."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._slices: dict[tuple[int | None, int | None], Tensor] = {}
-
-    def get(self, layer: FrozenLinear, columns: slice) -> Tensor:
-        """Return the transposed weight of `layer` [in_features, columns]."""
-        key = columns.start, columns.stop
-        if key not in self._slices:
-            self._slices[key] = layer.dequantize(self.dtype, columns)
-        return self._slices[key]
 
 
 class _FrozenMatMul(torch.autograd.Function):
@@ -216,13 +204,38 @@ class QuantLinear(_BlockwiseWeight, FrozenLinear):
         )
 
 
+class BF16Linear(FrozenLinear):
+    """A `FrozenLinear` whose weight is bfloat16, whatever the dtype of its input.
+
+    That is exact where the checkpoint was published in it, as most are.
+    """
+
+    qweight: Tensor
+    """bfloat16 [N, K]"""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias)
+        self.register_buffer("qweight", weight.to(torch.bfloat16))
+
+    def weight_arrays(self) -> tuple[NDArray[np.generic], ...]:
+        """Return the bits of the weight, int16 [N, K]."""
+        return (self.qweight.view(torch.int16).cpu().numpy(),)  # numpy knows no bfloat16
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice | Tensor = slice(None)) -> Tensor:
+        """Return the transposed weight [K, N], or some of its columns, in `dtype`."""
+        return self.qweight[columns].T.to(dtype)
+
+
 def transposed_weight(layer: nn.Module, dtype: torch.dtype, columns: slice | Tensor = slice(None)) -> Tensor:
     """Return the weight [in_features, out_features] of a frozen or float linear layer, or some of its columns."""
-    if isinstance(layer, FrozenLinear):
-        if layer.weight_cache is not None and layer.weight_cache.dtype == dtype and isinstance(columns, slice):
-            return layer.weight_cache.get(layer, columns)
+    if not isinstance(layer, FrozenLinear):
+        return layer.get_parameter("weight")[columns].T.to(dtype)
+    if layer.cached_dtype != dtype or not isinstance(columns, slice):
         return layer.dequantize(dtype, columns)
-    return layer.get_parameter("weight")[columns].T.to(dtype)
+    key = columns.start, columns.stop
+    if key not in layer.cached:
+        layer.cached[key] = layer.dequantize(dtype, columns)
+    return layer.cached[key]
 
 
 class FrozenEmbedding(nn.Embedding):
@@ -258,6 +271,32 @@ class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
         else:
             embedded = self.dequantize(columns=input_ids.flatten()).T.unflatten(0, input_ids.shape)
         return embedded if self.scale == 1.0 else embedded * self.scale
+
+
+class BF16Embedding(FrozenEmbedding):
+    """A `FrozenEmbedding` in bfloat16: ids [...] -> float32 [..., embedding_dim]."""
+
+    qweight: Tensor
+    """bfloat16 [num_embeddings, embedding_dim]"""
+
+    def __init__(self, weight: Tensor, padding_idx: int | None = None, scale: float = 1.0) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], padding_idx, scale)
+        self.register_buffer("qweight", weight.to(torch.bfloat16))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[...] -> float32 [..., embedding_dim]."""
+        return nn.functional.embedding(input_ids, self.qweight).float() * self.scale
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the device multiplies bfloat16 in hardware.
+
+    Without such hardware, bfloat16 is many times slower than float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def to_device(model: Any, device: torch.device | str) -> Any:

@@ -137,7 +137,7 @@ def resolve_memory(job: Job, available: Available, device: "torch.device", proce
     Returns:
         The job.
     """
-    from edge_ft.quant.bf16 import has_bf16
+    from edge_ft.quant.layers import has_bf16
 
     config = job.config
     if config.memory is not None:

@@ -15,7 +15,7 @@ from edge_ft.families import Family
 from edge_ft.models.chunked_loss import logit_softcap, target_loss
 from edge_ft.models.compute import Compute
 from edge_ft.models.scorer import HEAD_INPUTS, LOSSES, TorchScorer, task_model_of
-from edge_ft.quant.bf16 import has_bf16
+from edge_ft.quant.layers import has_bf16
 
 __all__ = ["TorchBackend"]
 

@@ -8,8 +8,7 @@ from tiny_models import write_llama
 
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
-from edge_ft.quant.bf16 import BF16Linear, has_bf16
-from edge_ft.quant.layers import to_device
+from edge_ft.quant.layers import BF16Linear, has_bf16, to_device
 
 IDS = torch.arange(3, 27)[None]
 

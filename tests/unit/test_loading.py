@@ -14,8 +14,7 @@ from transformers import AutoConfig, BertForSequenceClassification
 from edge_ft.errors import ModelError
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import BITS, ModelSpec, load_model
-from edge_ft.quant.bf16 import round_to_bf16
-from edge_ft.quant.conversion import quantize_model
+from edge_ft.quant.conversion import quantize_model, round_to_bf16
 from edge_ft.quant.nf4 import round_to_nf4
 
 

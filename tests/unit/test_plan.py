@@ -205,7 +205,7 @@ def test_memory_is_high_where_steps_are_short_and_memory_is_ample(
     sums: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("edge_ft.quant.bf16.has_bf16", lambda device: bf16)
+    monkeypatch.setattr("edge_ft.quant.layers.has_bf16", lambda device: bf16)
     job = prepare_job(PlanConfig(model=str(llama), data=str(sums), **settings), Silent())
     assert resolve_memory(job, available, torch.device("cpu")).config.memory == expected
 
