@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from edge_ft.artifacts import file_sha256, write_json
+from edge_ft.artifacts import atomic_folder, file_sha256, write_json
 from edge_ft.errors import UsageError
 from edge_ft.evaluate.scoring import RowScores
 from edge_ft.tune.loop import Fit
 
-__all__ = ["Checkpoint", "has_checkpoint", "read_checkpoint", "remove_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoint", "find_checkpoint", "read_checkpoint", "remove_checkpoint", "write_checkpoint"]
 
 FORMAT = 1
 STORED_NAMES = {"evaluations_without_gain": "bad_looks", "evaluation_due": "look_due"}
@@ -34,7 +34,7 @@ class Checkpoint:
     """Everything that the rest of a run depends on."""
 
     identity: dict[str, Any]
-    """Names and hashes of the run's model and rows; see `edge_ft.tune.opening.identity_of`."""
+    """`Job.identity`, and `codes_sha256` of the model."""
     config: dict[str, Any]
     """The resolved settings, as plain values."""
     metrics_bytes: int
@@ -43,11 +43,6 @@ class Checkpoint:
     """Of the loop."""
     backend: dict[str, NDArray[Any]]
     """What `Backend.restore` takes."""
-
-    @property
-    def step(self) -> int:
-        """Steps that were completed."""
-        return self.state.steps
 
 
 def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
@@ -69,10 +64,9 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
         arrays[f"{name}.predicted"] = np.concatenate(scores.predicted)
     state = vars(checkpoint.state)
     counters = {STORED_NAMES.get(name, name): state[name] for name in state if name not in ("base", "best")}
-    try:
-        new.mkdir()
-        save_file(arrays, new / "state.safetensors")
-        _sync(new / "state.safetensors")
+    with atomic_folder(new) as folder:
+        save_file(arrays, folder / "state.safetensors")
+        _sync(folder / "state.safetensors")
         document = {
             "format": FORMAT,
             "step": checkpoint.state.steps,
@@ -80,13 +74,10 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
             "config": checkpoint.config,
             "metrics_bytes": checkpoint.metrics_bytes,
             "loop": {**counters, "last_nll": repr(checkpoint.state.last_nll)},
-            "sha256": file_sha256(new / "state.safetensors"),
+            "sha256": file_sha256(folder / "state.safetensors"),
         }
-        write_json(new / "state.json", document)  # last: with it the folder is whole
-        _sync(new)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+        write_json(folder / "state.json", document)
+        _sync(folder)
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         place.rename(old)
@@ -95,9 +86,10 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def has_checkpoint(run: Path) -> bool:
-    """Return whether a run folder holds a checkpoint."""
-    return _whole(run) is not None
+def find_checkpoint(run: Path) -> Path | None:
+    """Return the folder of the newest whole checkpoint of a run folder; None where there is none."""
+    # Between the two renamings there is no checkpoint/, but the new one is whole.
+    return next((folder for folder in _places(run) if (folder / "state.json").is_file()), None)
 
 
 def read_checkpoint(run: Path) -> Checkpoint | None:
@@ -112,7 +104,7 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
     Raises:
         UsageError: it was written by another version, or was changed since.
     """
-    folder = _whole(run)
+    folder = find_checkpoint(run)
     if folder is None:
         return None
     document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -132,9 +124,8 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
         )
         return RowScores(nll, tokens, correct, np.split(predicted, np.cumsum(tokens)[:-1]))
 
-    counters = document["loop"]
     names = [field.name for field in fields(Fit) if field.name not in ("base", "best")]
-    counters = {name: counters[STORED_NAMES.get(name, name)] for name in names}
+    counters = {name: document["loop"][STORED_NAMES.get(name, name)] for name in names}
     counters["last_nll"] = float(counters["last_nll"])  # written as text: JSON has no NaN
     state = Fit(base=scores("base"), best=scores("best"), **counters)
     backend = {name.removeprefix("backend."): array for name, array in arrays.items() if name.startswith("backend.")}
@@ -148,14 +139,8 @@ def remove_checkpoint(run: Path) -> None:
 
 
 def _places(run: Path) -> tuple[Path, Path, Path]:
-    """The checkpoint, the one being written, and the one being replaced."""
+    """The checkpoint, the newer one that replaces it, and the older one until it is removed."""
     return run / "checkpoint", run / ".checkpoint.new", run / ".checkpoint.old"
-
-
-def _whole(run: Path) -> Path | None:
-    place, new, old = _places(run)
-    # Between the two renamings there is no checkpoint/, but the new one is whole.
-    return next((folder for folder in (place, new, old) if (folder / "state.json").is_file()), None)
 
 
 def _sync(path: Path) -> None:

@@ -32,8 +32,6 @@ class Curve:
     def at(self, tokens: float) -> float:
         """The quantity at a number of tokens."""
         sizes, values = self.tokens, self.values
-        if tokens <= sizes[0]:
-            return values[0]
         if tokens <= sizes[-1]:
             return float(np.interp(tokens, sizes, values))
         slope = max((values[-1] - values[-2]) / (sizes[-1] - sizes[-2]), 0.0) if len(sizes) > 1 else 0.0
@@ -88,7 +86,7 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
     train, task = job.prepared.examples["train"], job.prepared.task
     batches = sorted(job.batches, key=lambda batch: batch_tokens(batch, train, task))
     few, typical, longest = batches[0][: max(1, len(batches[0]) // 4)], batches[len(batches) // 2], batches[-1]
-    _train_on(few, job, model)  # the first pass also pays for what later ones find ready
+    _measure_batch(few, job, model)  # the first pass also pays for what later ones find ready
     release_memory()
     idle = resident_bytes()
     points: list[_Point] = []
@@ -123,22 +121,14 @@ def _rows_that_fit(batch: list[int], tokens: int, last: _Point, memory: int, idl
 
 
 def _measure_batch(batch: list[int], job: Job, model: TrainableModel) -> _Point:
-    """Train on a batch and score it."""
+    """A forward and backward pass over a batch, whose gradients are discarded, and its scoring."""
     train, task = job.prepared.examples["train"], job.prepared.task
-    before = resident_bytes()
-    seconds, extra = _train_on(batch, job, model)
     collated = collate([train[index] for index in batch], job.tokenizer.pad_id, task)
+    before = resident_bytes()
+    seconds, extra = _timed(lambda: model.backend.gradient(collated, 1))
+    model.backend.discard()
     evaluation, _ = _timed(lambda: model.backend.token_nll(collated))
     return _Point(batch, batch_tokens(batch, train, task), seconds, evaluation, before + extra)
-
-
-def _train_on(batch: list[int], job: Job, model: TrainableModel) -> tuple[float, int]:
-    """Seconds and extra resident bytes of a forward and backward pass, whose gradients are discarded."""
-    train = job.prepared.examples["train"]
-    collated = collate([train[index] for index in batch], job.tokenizer.pad_id, job.prepared.task)
-    measured = _timed(lambda: model.backend.gradient(collated, 1))
-    model.backend.discard()
-    return measured
 
 
 def _measure_report(points: list[_Point], job: Job, model: TrainableModel) -> tuple[float, float, int]:

@@ -11,7 +11,7 @@ from typing import Any
 from edge_ft.artifacts import RunFolder, disk_full, refuse_existing
 from edge_ft.config import TuneConfig, as_plain, without_retired
 from edge_ft.errors import Interrupted, UsageError, WillNotFit
-from edge_ft.tune.checkpoint import Checkpoint, has_checkpoint, read_checkpoint
+from edge_ft.tune.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 
 __all__ = ["OpenedRun", "explain_stop", "open_run"]
 
@@ -53,7 +53,7 @@ class OpenedRun:
     def resumed_from(self) -> int | None:
         """Step at which training starts; None in a new folder."""
         if self.checkpoint is not None:
-            return self.checkpoint.step
+            return self.checkpoint.state.steps
         return None if self.is_new else 0
 
 
@@ -72,7 +72,7 @@ def open_run(config: TuneConfig) -> OpenedRun:
     """
     out, run = config.out, RunFolder(config.out)
     if not config.resume:
-        if has_checkpoint(out) and not run.report_path.is_file():
+        if find_checkpoint(out) and not run.report_path.is_file():
             raise UsageError(
                 f"{out} exists already and holds an unfinished run: resume it with --resume, or give another --out"
             )
@@ -84,7 +84,9 @@ def open_run(config: TuneConfig) -> OpenedRun:
     if not run.is_begun():
         raise UsageError(f"--resume: {out} is not a run folder: give another --out")
     for left in out.glob(".*.tmp"):  # of a process that was killed while it wrote
-        if left.is_file():
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
             left.unlink(missing_ok=True)
     checkpoint = read_checkpoint(out)
     if checkpoint is not None:
@@ -120,7 +122,7 @@ def explain_stop(opened: OpenedRun, is_main: bool) -> Iterator[None]:
     except Exception as error:
         from torch import OutOfMemoryError
 
-        learned = run.adapter.is_dir() or has_checkpoint(run.path)
+        learned = run.adapter.is_dir() or find_checkpoint(run.path)
         if opened.is_new and is_main and not learned:
             shutil.rmtree(run.path, ignore_errors=True)
         if disk_full(error):
@@ -137,7 +139,11 @@ def explain_stop(opened: OpenedRun, is_main: bool) -> Iterator[None]:
             raise Interrupted("stopped") from None
         saved = f"the best adapter so far is in {run.adapter}" if run.adapter.is_dir() else "no adapter is saved yet"
         checkpoint = read_checkpoint(run.path)
-        where = f"resume from step {checkpoint.step}" if checkpoint else "start again from step 0, without a checkpoint"
+        where = (
+            f"resume from step {checkpoint.state.steps}"
+            if checkpoint
+            else "start again from step 0, without a checkpoint"
+        )
         raise Interrupted(f"stopped; {saved}; to {where}: {resume}") from None
 
 

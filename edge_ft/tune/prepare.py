@@ -253,7 +253,8 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
         rendering = replace(rendering, answers=answers)
         progress.say(f"the rows have {len(answers)} different answers: edge-ft run --labels auto chooses among them")
     found = [*dropped, *leaks, *_audit(given.files, records, examples, rendering, tokenizer)]
-    findings = _refuse([finding.plain(file=file) for file, finding in found], config.allow, progress)
+    findings = [finding.plain(file=file) for file, finding in found]
+    _refuse(findings, config.allow, progress)
     trainable = _trainable(examples, rendering.max_length, "nothing-to-learn" in config.allow)
     if task == "feature-extraction" and min(len(trainable["validation"]), config.rows_at_once) < 2:
         raise UsageError(
@@ -328,11 +329,8 @@ def _audit(
     return findings
 
 
-def _refuse(findings: list[dict[str, Any]], allow: tuple[str, ...], progress: Progress) -> list[dict[str, Any]]:
+def _refuse(findings: list[dict[str, Any]], allow: tuple[str, ...], progress: Progress) -> None:
     """Report every finding; those that --allow names become warnings.
-
-    Returns:
-        The findings.
 
     Raises:
         AuditRefused: one refuses the rows; `nothing-to-learn` is left to `_trainable`, which knows the splits.
@@ -346,7 +344,6 @@ def _refuse(findings: list[dict[str, Any]], allow: tuple[str, ...], progress: Pr
         codes = " ".join(dict.fromkeys(found["code"] for found in fatal))
         reasons = "; ".join(found["message"] for found in fatal)
         raise AuditRefused(f"{reasons} (to train all the same: --allow {codes})")
-    return findings
 
 
 def _trainable(examples: dict[str, list[Example]], max_length: int, allowed: bool) -> dict[str, list[Example]]:

@@ -76,8 +76,8 @@ def killed_and_resumed(llama: Path, sums: Path, tmp_path: Path, moments: int, st
         assert running.returncode == -signal.SIGKILL
         found = read_checkpoint(config.out)
         assert found is not None
-        assert found.step >= at
-        at = found.step + 2
+        assert found.state.steps >= at
+        at = found.state.steps + 2
     run = tune(config)
     assert run.report()["resumed_from_step"] == at - 2
     assert adapter(run) == adapter(once)
@@ -107,8 +107,8 @@ def test_a_signal_saves_and_names_the_command_that_resumes(
     found = read_checkpoint(rare.out)
     assert found is not None
     steps = [json.loads(line)["step"] for line in (rare.out / "metrics.jsonl").read_text().splitlines()]
-    assert f"from step {found.step}" in errors
-    assert max(steps) == found.step
+    assert f"from step {found.state.steps}" in errors
+    assert max(steps) == found.state.steps
 
 
 def test_a_file_size_limit_leaves_the_older_checkpoint(
@@ -133,6 +133,6 @@ def test_a_file_size_limit_leaves_the_older_checkpoint(
     assert "WillNotFit: the disk is full" in done.stderr  # the adapter of the evaluation at step 4 is too large as well
     found = read_checkpoint(config.out)
     assert found is not None
-    assert found.step == 3
+    assert found.state.steps == 3
     run = tune(replace(config, resume=True))
     assert (adapter(run), lines(run)) == (adapter(whole), lines(whole))

@@ -91,7 +91,7 @@ def test_a_signal_stops_both_processes_at_the_same_step(llama: Path, sums: Path,
     stopped = read_checkpoint(out)
     assert stopped is not None
     lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert max(lines) == stopped.step
+    assert max(lines) == stopped.state.steps
 
 
 def test_a_warning_says_that_accelerates_cpu_launcher_ignores_num_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from edge_ft.config import TuneConfig
 from edge_ft.errors import Interrupted, UsageError, WillNotFit
 from edge_ft.tune import checkpoint as checkpoints
 from edge_ft.tune import tune
-from edge_ft.tune.checkpoint import has_checkpoint, read_checkpoint
+from edge_ft.tune.checkpoint import find_checkpoint, read_checkpoint
 from edge_ft.tune.torch_backend import TorchBackend
 
 
@@ -45,7 +45,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(stopped: TuneConfig, who
     assert calibration["rows"] == whole.report()["calibration"]["rows"]
     assert adapter(run) == adapter(whole)
     assert lines(run) == lines(whole)
-    assert not has_checkpoint(run.path)
+    assert not find_checkpoint(run.path)
     for name in ("nll", "metrics", "best_step", "steps", "overfitting", "samples"):
         assert run.report()[name] == whole.report()[name]
 
@@ -63,13 +63,13 @@ def test_checkpoints_are_written_every_so_many_steps_and_minutes(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped_at(settings(llama, sums, tmp_path / "steps", checkpoint_steps=3), 8, monkeypatch)
-    assert read_checkpoint(tmp_path / "steps").step == 6  # type: ignore[union-attr]
+    assert read_checkpoint(tmp_path / "steps").state.steps == 6  # type: ignore[union-attr]
     often = settings(llama, sums, tmp_path / "minutes", checkpoint_steps=None, checkpoint_minutes=1e-9)
     stopped_at(often, 8, monkeypatch)
-    assert read_checkpoint(tmp_path / "minutes").step == 8  # type: ignore[union-attr]
+    assert read_checkpoint(tmp_path / "minutes").state.steps == 8  # type: ignore[union-attr]
     never = settings(llama, sums, tmp_path / "never", checkpoint_steps=None, checkpoint_minutes=0)
     stopped_at(never, 8, monkeypatch)
-    assert not has_checkpoint(tmp_path / "never")
+    assert not find_checkpoint(tmp_path / "never")
 
 
 def test_without_a_checkpoint_it_starts_at_the_first_step(
@@ -124,7 +124,7 @@ def test_an_unfinished_run_is_not_overwritten(stopped: TuneConfig) -> None:
 def test_other_settings_are_refused_by_name(stopped: TuneConfig, other: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         tune(replace(stopped, **other))
-    assert has_checkpoint(stopped.out)
+    assert find_checkpoint(stopped.out)
 
 
 def test_other_settings_in_the_runs_own_file_are_refused_too(stopped: TuneConfig) -> None:
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_refused(stopped: TuneConfig) -> None:
         tune(stopped)
 
 
-@pytest.mark.parametrize("call", range(10))
+@pytest.mark.parametrize("call", range(13))
 def test_a_stop_between_any_two_file_operations_leaves_a_whole_checkpoint(
     stopped: TuneConfig, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
@@ -228,7 +228,7 @@ def test_a_stop_between_any_two_file_operations_leaves_a_whole_checkpoint(
             checkpoints.write_checkpoint(stopped.out, newer)
     found = read_checkpoint(stopped.out)
     assert found is not None
-    assert found.step in (7, 8)
+    assert found.state.steps in (7, 8)
     assert all(np.array_equal(found.backend[name], array) for name, array in older.backend.items())
 
 
@@ -303,7 +303,7 @@ def test_a_full_disk_during_a_checkpoint_is_reported_once_and_training_continues
         with pytest.raises(ZeroDivisionError):
             tune(stopped, told)
     assert sum("disk is full" in line for line in told.lines) == 1
-    assert read_checkpoint(stopped.out).step == 7  # type: ignore[union-attr]
+    assert read_checkpoint(stopped.out).state.steps == 7  # type: ignore[union-attr]
     monkeypatch.setattr(checkpoints, "save_file", full)
     run = tune(stopped)
     assert run.report()["resumed_from_step"] == 7

@@ -22,7 +22,7 @@ from edge_ft.evaluate.scoring import RowScores
 from edge_ft.progress import Silent
 from edge_ft.system import Available
 from edge_ft.tune import plan as planning
-from edge_ft.tune.checkpoint import Checkpoint, has_checkpoint, write_checkpoint
+from edge_ft.tune.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.measure import Curve, Measured
@@ -241,7 +241,7 @@ def test_training_writes_metrics_settings_and_the_best_adapter(job: Job, tmp_pat
         *((0, False), (1, True), (2, True), (2, False), (3, True), (4, True), (4, False))
     ]
     assert yaml.safe_load(run.config_path.read_text())["max_steps"] == 4
-    assert has_checkpoint(tmp_path)
+    assert find_checkpoint(tmp_path)
 
 
 def test_training_starts_at_the_checkpoint(job: Job, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_a_report_ends_the_run(job: Job, tmp_path: Path, monkeypatch: pytest.Mon
     report = run.report()
     assert (report["resumed_from_step"], report["seconds"], report["steps"]) == (4, 105.0, 8)
     assert (report["trainable_parameters"], report["calibration"], report["nll"]) == (10, {"rows": 24}, {"best": 1.0})
-    assert not has_checkpoint(run.path)
+    assert not find_checkpoint(run.path)
 
 
 # Stop.
