@@ -64,6 +64,11 @@ class Processes:
         """Whether this process writes files and messages."""
         return self.rank == 0
 
+    @property
+    def share(self) -> slice:
+        """The rows of a batch that this process computes."""
+        return slice(self.rank, None, self.count)
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Run this block in the main process before it runs in the others."""
@@ -114,17 +119,15 @@ class DistributedBackend(TorchBackend):
         """
         super().__init__(model, family, task, config)
         self.processes = processes
-        self.shared = processes.count > 1
-        """Whether batches are shared out now."""
 
     @contextmanager
     def unshared(self) -> Iterator[None]:
         """Work on whole batches in this process alone, inside this block."""
-        before, self.shared = self.shared, False
+        before, self.processes = self.processes, Processes(self.device)
         try:
             yield
         finally:
-            self.shared = before
+            self.processes = before
 
     def seed(self, seed: int) -> None:
         """Seed the random numbers of dropout, differently in each process: each has other rows."""
@@ -132,14 +135,12 @@ class DistributedBackend(TorchBackend):
 
     def gradient(self, batch: Batch, targets: int) -> float:
         """Accumulate the gradient of this process's rows; return the loss of all rows."""
-        if not self.shared:
-            return super().gradient(batch, targets)
         own = self._own(batch)
         return self.processes.sum(super().gradient(own, targets) if own["rows"] else 0.0)
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
         """Take one step over the summed gradients; return their norm before clipping."""
-        if self.shared:
+        if self.processes.count > 1:
             # A process whose share was empty has no gradient, and adds nothing.
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -151,14 +152,12 @@ class DistributedBackend(TorchBackend):
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Score this process's rows; return the scores of all rows."""
-        if not self.shared:
+        if self.processes.count == 1:
             return super().token_nll(batch)
         own = self._own(batch)
         nll, predicted = np.zeros(batch["labels"].shape, np.float32), np.zeros_like(batch["labels"])
         if own["rows"]:
-            nll[self.processes.rank :: self.processes.count], predicted[self.processes.rank :: self.processes.count] = (
-                super().token_nll(own)
-            )
+            nll[self.processes.share], predicted[self.processes.share] = super().token_nll(own)
         for array in (nll, predicted):
             total = torch.from_numpy(array).to(self.device)
             distributed.all_reduce(total)
@@ -172,5 +171,4 @@ class DistributedBackend(TorchBackend):
 
     def _own(self, batch: Batch) -> Batch:
         """This process's rows of a batch."""
-        share = slice(self.processes.rank, None, self.processes.count)
-        return cast(Batch, {name: values[share] for name, values in batch.items()})  # type: ignore[index]
+        return cast(Batch, {name: values[self.processes.share] for name, values in batch.items()})  # type: ignore[index]
