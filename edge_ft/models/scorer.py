@@ -195,6 +195,12 @@ class TorchScorer:
         self.dtype = torch.float32
         """Of the head's products."""
 
+    def head_arguments(self, batch: Batch) -> tuple[Tensor, Any, Tensor, torch.dtype, float | None]:
+        """Return the arguments of `score_targets` and `target_loss` for a batch of a task in `HEAD_INPUTS`."""
+        hidden, labels = HEAD_INPUTS[self.task](self.model, batch, self.device)
+        task_model = task_model_of(self.model)
+        return hidden, task_model.get_output_embeddings(), labels, self.dtype, logit_softcap(task_model)
+
     @torch.inference_mode()
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Score the labels of a batch.
@@ -205,10 +211,7 @@ class TorchScorer:
         """
         self.model.eval()
         if self.task in HEAD_INPUTS:
-            hidden, targets = HEAD_INPUTS[self.task](self.model, batch, self.device)
-            task_model = task_model_of(self.model)
-            head = task_model.get_output_embeddings()
-            scores = score_targets(hidden, head, targets, self.dtype, logit_softcap(task_model))
+            scores = score_targets(*self.head_arguments(batch))
             nll, predicted = scores.nll, scores.predicted
         else:
             nll, predicted = LOSSES[self.task](self.model, batch, self.device)

@@ -8,21 +8,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import distributed
+from torch import Tensor, distributed
 
-from edge_ft.config import Task, TuneConfig
 from edge_ft.data import Batch
-from edge_ft.families import Family
 from edge_ft.progress import Progress
-from edge_ft.tune.torch_backend import TorchBackend
 
-__all__ = ["DistributedBackend", "Processes"]
+__all__ = ["Processes"]
 
 
 @dataclass(frozen=True)
@@ -94,81 +88,15 @@ class Processes:
 
     def sum(self, value: float) -> float:
         """Return the sum over all processes."""
-        if self.count == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(total)
-        return float(total)
+        return float(self.sum_tensor(torch.tensor(value, dtype=torch.float64)))
 
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes of tensors of one shape; it may take the place of `tensor`."""
+        if self.count > 1:
+            tensor = tensor.to(self.device)
+            distributed.all_reduce(tensor)
+        return tensor
 
-class DistributedBackend(TorchBackend):
-    """The backend of one of the processes; of a single process, a plain `TorchBackend`.
-
-    All processes must call `gradient`, `update` and `token_nll` in the same order.
-    """
-
-    def __init__(self, model: Any, family: Family, task: Task, config: TuneConfig, processes: Processes) -> None:
-        """Prepare the optimizer, as `TorchBackend` does.
-
-        Args:
-            model: A `peft.PeftModel`, on the device of this process.
-            family: Of the base.
-            task: What is trained.
-            config: Its compute, memory and weight decay count.
-            processes: Those that train together.
-        """
-        super().__init__(model, family, task, config)
-        self.processes = processes
-
-    @contextmanager
-    def unshared(self) -> Iterator[None]:
-        """Work on whole batches in this process alone, inside this block."""
-        before, self.processes = self.processes, Processes(self.device)
-        try:
-            yield
-        finally:
-            self.processes = before
-
-    def seed(self, seed: int) -> None:
-        """Seed the random numbers of dropout, differently in each process: each has other rows."""
-        super().seed(seed + self.processes.rank)
-
-    def gradient(self, batch: Batch, targets: int) -> float:
-        """Accumulate the gradient of this process's rows; return the loss of all rows."""
-        own = self._own(batch)
-        return self.processes.sum(super().gradient(own, targets) if own["rows"] else 0.0)
-
-    def update(self, learning_rate: float, max_grad_norm: float) -> float:
-        """Take one step over the summed gradients; return their norm before clipping."""
-        if self.processes.count > 1:
-            # A process whose share was empty has no gradient, and adds nothing.
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            distributed.all_reduce(flat)
-            parts = flat.split([parameter.numel() for parameter in self.parameters])
-            for parameter, part in zip(self.parameters, parts, strict=True):
-                parameter.grad = part.view_as(parameter)
-        return super().update(learning_rate, max_grad_norm)
-
-    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Score this process's rows; return the scores of all rows."""
-        if self.processes.count == 1:
-            return super().token_nll(batch)
-        own = self._own(batch)
-        nll, predicted = np.zeros(batch["labels"].shape, np.float32), np.zeros_like(batch["labels"])
-        if own["rows"]:
-            nll[self.processes.share], predicted[self.processes.share] = super().token_nll(own)
-        for array in (nll, predicted):
-            total = torch.from_numpy(array).to(self.device)
-            distributed.all_reduce(total)
-            array[:] = total.cpu().numpy()
-        return nll, predicted
-
-    def save(self, folder: Path) -> None:
-        """Write the current weights, in the main process alone."""
-        if self.processes.is_main:
-            super().save(folder)
-
-    def _own(self, batch: Batch) -> Batch:
-        """This process's rows of a batch."""
-        return cast(Batch, {name: values[self.processes.share] for name, values in batch.items()})  # type: ignore[index]
+    def own(self, batch: Batch) -> Batch:
+        """Return the rows of a batch that are in `share`."""
+        return cast(Batch, {name: values[self.share] for name, values in batch.items()})  # type: ignore[index]

@@ -1,6 +1,8 @@
-"""The arithmetic of a training step in torch, on the GPU or the CPU."""
+"""The arithmetic of a training step in torch, on the GPU or the CPU, in one process or several."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 from edge_ft.config import Task, TuneConfig
 from edge_ft.data import Batch
 from edge_ft.families import Family
-from edge_ft.models.chunked_loss import logit_softcap, target_loss
+from edge_ft.models.chunked_loss import target_loss
 from edge_ft.models.compute import Compute
-from edge_ft.models.scorer import HEAD_INPUTS, LOSSES, TorchScorer, task_model_of
+from edge_ft.models.scorer import HEAD_INPUTS, LOSSES, TorchScorer
 from edge_ft.quant.layers import has_bf16
+from edge_ft.tune.distributed import Processes
 
 __all__ = ["TorchBackend"]
 
@@ -27,10 +30,13 @@ class TorchBackend(TorchScorer):
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over the trainable parameters of a PEFT model.
 
     Steps and `token_nll` compute in the precision of `config.compute`; a `TorchScorer` of the same model scores in
-    float32. The methods are those of `edge_ft.tune.loop.Backend`.
+    float32. The methods are those of `edge_ft.tune.loop.Backend`; where several processes train together, all of them
+    call `gradient`, `update` and `token_nll` in the same order, and each computes its share of a batch.
     """
 
-    def __init__(self, model: Any, family: Family, task: Task, config: TuneConfig) -> None:
+    def __init__(
+        self, model: Any, family: Family, task: Task, config: TuneConfig, processes: Processes | None = None
+    ) -> None:
         """Prepare the optimizer.
 
         Args:
@@ -38,8 +44,10 @@ class TorchBackend(TorchScorer):
             family: Of the base.
             task: What is trained.
             config: Its compute, memory and weight decay count.
+            processes: Those that train together; None is this one alone.
         """
         super().__init__(model, task)
+        self.processes = processes or Processes(self.device)
         self._requested = config.compute
         narrow = config.compute == "bf16" or (config.compute == "auto" and has_bf16(self.device))
         self.dtype = torch.bfloat16 if narrow else torch.float32
@@ -51,20 +59,27 @@ class TorchBackend(TorchScorer):
         self.optimizer = torch.optim.AdamW(ordered, lr=0.0, weight_decay=config.weight_decay, fused=True)
         self.best: list[Tensor] = []
 
+    @contextmanager
+    def unshared(self) -> Iterator[None]:
+        """Work on whole batches in this process alone, inside this block."""
+        before, self.processes = self.processes, Processes(self.device)
+        try:
+            yield
+        finally:
+            self.processes = before
+
     def gradient(self, batch: Batch, targets: int) -> float:
-        """Accumulate the gradient of the batch's summed loss / `targets`; return that loss (nats)."""
-        self.model.train()
-        with self.compute:
-            if self.task in HEAD_INPUTS:
-                hidden, labels = HEAD_INPUTS[self.task](self.model, batch, self.device)
-                task_model = task_model_of(self.model)
-                head = task_model.get_output_embeddings()
-                loss = target_loss(hidden, head, labels, self.dtype, logit_softcap(task_model))
-            else:
-                loss = LOSSES[self.task](self.model, batch, self.device)[0].sum()
-            loss = loss / targets
-            loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+        """Accumulate the gradient of this process's rows; return the loss of all rows (nats), summed / `targets`."""
+        own, loss = self.processes.own(batch), torch.zeros(())
+        if own["rows"]:
+            self.model.train()
+            with self.compute:
+                if self.task in HEAD_INPUTS:
+                    loss = target_loss(*self.head_arguments(own)) / targets
+                else:
+                    loss = LOSSES[self.task](self.model, own, self.device)[0].sum() / targets
+                loss.backward()  # type: ignore[no-untyped-call]
+        return self.processes.sum(float(loss.detach()))
 
     def resolve(self, batch: Batch) -> Literal["fp32", "bf16"]:
         """Return what `compute: auto` becomes: bf16 if the device has it and its loss of `batch` is that of float32."""
@@ -77,9 +92,14 @@ class TorchBackend(TorchScorer):
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Score in the precision of the steps, else as `TorchScorer.token_nll`."""
-        with self.compute:
-            return super().token_nll(batch)
+        """Score in the precision of the steps, else as `TorchScorer.token_nll`; each process scores its share."""
+        own, share = self.processes.own(batch), self.processes.share
+        nll, predicted = np.zeros(batch["labels"].shape, np.float32), np.zeros_like(batch["labels"])
+        if own["rows"]:
+            with self.compute:
+                nll[share], predicted[share] = super().token_nll(own)
+        nll, predicted = (self.processes.sum_tensor(torch.from_numpy(a)).cpu().numpy() for a in (nll, predicted))
+        return nll, predicted
 
     def vectors(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Embed in the precision of the steps, else as `TorchScorer.vectors`."""
@@ -88,6 +108,13 @@ class TorchBackend(TorchScorer):
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
         """Clip (0: not) and take an AdamW step if the gradient is finite; return its norm before clipping."""
+        if self.processes.count > 1:
+            # A process whose share was empty has no gradient, and adds nothing.
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+            total = self.processes.sum_tensor(torch.cat([gradient.flatten() for gradient in gradients]))
+            parts = total.split([parameter.numel() for parameter in self.parameters])
+            for parameter, part in zip(self.parameters, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
         norm = nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or float("inf"))
         if torch.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -111,6 +138,8 @@ class TorchBackend(TorchScorer):
 
     def save(self, folder: Path) -> None:
         """Write the current weights beside `folder`, which they then replace: it is never half written."""
+        if not self.processes.is_main:
+            return
         neighbour = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(neighbour, ignore_errors=True)
         # The base is frozen and its codes are not PEFT's to save; "auto" would ask a hub for its config.
@@ -120,8 +149,8 @@ class TorchBackend(TorchScorer):
         neighbour.rename(folder)
 
     def seed(self, seed: int) -> None:
-        """Seed torch's random numbers, which dropout draws."""
-        torch.manual_seed(seed)
+        """Seed torch's random numbers, which dropout draws, differently in each process: each has other rows."""
+        torch.manual_seed(seed + self.processes.rank)
 
     def repair(self) -> bool:
         """If a weight or a moment is not finite, restore the best weights and clear the moments; return whether."""

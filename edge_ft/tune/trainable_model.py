@@ -15,8 +15,9 @@ from edge_ft.progress import Progress
 from edge_ft.quant.calibration import Calibration, make_calibration
 from edge_ft.quant.layers import to_device
 from edge_ft.quant.serialization import codes_sha256, frozen_layers
-from edge_ft.tune.distributed import DistributedBackend, Processes
+from edge_ft.tune.distributed import Processes
 from edge_ft.tune.prepare import Job
+from edge_ft.tune.torch_backend import TorchBackend
 
 __all__ = ["TrainableModel", "load_trainable_model"]
 
@@ -27,7 +28,7 @@ class TrainableModel:
 
     peft_model: Any
     """The `peft.PeftModel`, on its device."""
-    backend: DistributedBackend
+    backend: TorchBackend
     """Trains it, and scores it as the steps compute."""
     scorer: TorchScorer
     """Scores it in float32, and answers."""
@@ -73,7 +74,7 @@ def load_trainable_model(
     )
     peft_model = to_device(add_lora(load_model(spec), base.family, task, config), processes.device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
-    backend = DistributedBackend(peft_model, base.family, task, config, processes)
+    backend = TorchBackend(peft_model, base.family, task, config, processes)
     compute = backend.resolve(collate(prepared.examples["validation"][: config.rows_at_once], pad_id, task))
     scorer = TorchScorer(peft_model, task, stop_ids(rendering, job.tokenizer))
     return TrainableModel(peft_model, backend, scorer, compute, calibration)
