@@ -7,9 +7,8 @@ from typing import Any
 from edge_ft.artifacts import Bundle
 from edge_ft.config import INT8_ACTIVATIONS, ExportConfig
 from edge_ft.data import Example
-from edge_ft.evaluate.gate import Limits, evaluate_gate
+from edge_ft.evaluate.gate import Limits, evaluate_gate, task_metric_for
 from edge_ft.evaluate.scoring import Batching, RowScores, score, summary
-from edge_ft.evaluate.task_metric import task_metric_for
 from edge_ft.evaluate.verify import SAME, largest_difference, probe_examples
 from edge_ft.export.bundle import make_manifest
 from edge_ft.export.source import ExportSource
@@ -123,7 +122,7 @@ def verify_graphs(
     requested = min(may_ship)
     scores = {level: _score_graph(bundle, source, level, config.threads, progress) for level in sorted(graphs)}
     untuned = torch_scores.untuned_probe
-    changes = None if untuned is None else largest_difference(untuned, scores[1].probe) > SAME
+    changes = None if untuned is None else largest_difference(untuned, scores[1].probe.nll) > SAME
     results = {
         level: _check_level(source, found, scores[1], torch_scores, limits, bool(changes))
         for level, found in scores.items()
@@ -193,7 +192,7 @@ def _check_level(
     """Return how one accuracy level compares with the model as trained, or else with the exact level."""
     figures: dict[str, Any] = {
         "probe_nll": scores.probe.nll.tolist(),
-        "shipped_minus_last_evaluated": largest_difference(torch_scores.shipped_probe, scores.probe),
+        "shipped_minus_last_evaluated": largest_difference(scores.probe, torch_scores.shipped_probe.nll),
     }
     if scores.validation is None or exact.validation is None:
         return LevelResult(figures, {}, "")

@@ -39,8 +39,8 @@ def encode_few_shot(
             # Chat templates allow one system message at the start: the row's own, else that of the first shot with one.
             system = [turn for turn in [*own, *before] if turn["role"] == "system"][:1]
             solved_turns = [turn for turn in before if turn["role"] != "system"]
-            rest = [turn for turn in own if turn not in system]
-            combined = Record(row.number, [*system, *solved_turns, *rest], "", question.completion, None)
+            turns = [*system, *solved_turns, *(turn for turn in own if turn not in system)]
+            combined = Record(row.number, turns, "", question.completion, None)
         elif question.messages is None:
             # `concat` keeps control tokens of the template as control tokens.
             texts = [text for shot in solved for text in (shot.prompt, shot.completion or "", Filled(["\n\n"]))]

@@ -1,13 +1,21 @@
-"""The gate: decides from scores of the same rows whether an export lost too much."""
+"""The gate: decides from scores of the same rows whether an export lost too much.
 
+Beside the loss it compares one figure, the task metric of the trained and of the shipped model.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-from edge_ft.evaluate.metrics import bootstrap, interval
-from edge_ft.evaluate.scoring import RowScores
-from edge_ft.evaluate.task_metric import ACCURACY, TaskMetric
+import numpy as np
 
-__all__ = ["Limits", "Verdict", "evaluate_gate"]
+from edge_ft.config import TEXT_TASKS
+from edge_ft.data import Example
+from edge_ft.evaluate.metrics import Statistic, bootstrap, correlation, estimate, micro_f1, ratio, span_counts
+from edge_ft.evaluate.scoring import RowScores, tag_names
+
+__all__ = ["ACCURACY", "Limits", "TaskMetric", "Verdict", "evaluate_gate", "task_metric_for"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,22 @@ class Verdict:
 
     figures: dict[str, Any]
     reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """A metric of 0 (a correlation: -1) to 1; higher is better."""
+
+    name: str
+    of: Callable[[RowScores], Statistic]
+    """Scores of rows -> their metric as a statistic: row numbers [samples, rows] -> [samples]."""
+
+    def value(self, scores: RowScores) -> float:
+        """Return the metric over all rows."""
+        return float(self.of(scores)(np.arange(len(scores.nll))[None])[0])
+
+
+ACCURACY = TaskMetric("accuracy", lambda scores: ratio(scores.correct, scores.tokens))
 
 
 def evaluate_gate(
@@ -61,9 +85,8 @@ def evaluate_gate(
     tax = shipped.mean_nll - trained.mean_nll
     retained = (base.mean_nll - shipped.mean_nll) / gain if gain > 0 else None
     before, after = metric.value(trained), metric.value(shipped)
-    drop = before - after
     before_of, after_of = metric.of(trained), metric.of(shipped)
-    drop_low, drop_high = interval(lambda rows: before_of(rows) - after_of(rows), len(trained.nll))
+    drop = estimate(lambda rows: before_of(rows) - after_of(rows), len(trained.nll))
     reasons = []
     if not adapter_changes_logits:
         reasons.append("the adapter does not change the logits of the graph: what ships is the base")
@@ -76,10 +99,10 @@ def evaluate_gate(
         reasons.append(f"quantization tax {tax:+.4f} nats per token is above --max-tax {limits.max_tax:g}")
     if retained is not None and retained < limits.min_retained:
         reasons.append(f"retained gain {retained:.1%} is under --min-retained {limits.min_retained:.0%}")
-    if drop > limits.max_metric_drop and drop_low > 0:
+    if drop["value"] > limits.max_metric_drop and drop["low"] > 0:
         reasons.append(
             f"{metric.name} fell from {before:.4f} to {after:.4f} (95% interval of the drop "
-            f"[{drop_low:+.4f}, {drop_high:+.4f}]), more than --max-metric-drop {limits.max_metric_drop:g}"
+            f"[{drop['low']:+.4f}, {drop['high']:+.4f}]), more than --max-metric-drop {limits.max_metric_drop:g}"
         )
     figures = {
         "rows": len(base.nll),
@@ -87,8 +110,32 @@ def evaluate_gate(
         "gain": {"value": gain, "low": gain_low, "high": gain_high},
         "quantization_tax": tax,
         "retained_gain": retained,
-        "metric_drop": {"metric": metric.name, "value": drop, "low": drop_low, "high": drop_high},
+        "metric_drop": {"metric": metric.name, **drop},
         "argmax_agreement": shipped.agreement(trained),
         "adapter_changes_logits": adapter_changes_logits,
     }
     return Verdict(figures, tuple(reasons))
+
+
+def task_metric_for(examples: Sequence[Example], task: str, labels: tuple[str, ...]) -> TaskMetric:
+    """Return the metric of a task for scores of `examples`.
+
+    One class per row: accuracy. Several classes: micro F1. Regression: Spearman's correlation, without scipy Pearson's.
+    Tags: span F1 where they mark spans and seqeval is installed, else accuracy. Generated text: token accuracy. Any
+    other task: accuracy.
+    """
+    spans = any(label[:2] in ("B-", "I-") for label in labels) and find_spec("seqeval") is not None
+    if task == "token-classification" and spans:
+        return TaskMetric("span_f1", lambda scores: _span_f1(scores, examples, labels))
+    if examples and isinstance(examples[0].labels[0], float):
+        gold = np.array([example.labels for example in examples])
+        if len(labels) == 1:
+            name = "spearman" if find_spec("scipy") is not None else "pearson"
+            return TaskMetric(name, lambda scores: correlation(np.stack(scores.predicted)[:, 0], gold[:, 0], name))
+        return TaskMetric("micro_f1", lambda scores: micro_f1(np.stack(scores.predicted) > 0, gold > 0))
+    return TaskMetric("token_accuracy", ACCURACY.of) if task in TEXT_TASKS else ACCURACY
+
+
+def _span_f1(scores: RowScores, examples: Sequence[Example], labels: tuple[str, ...]) -> Statistic:
+    counts = span_counts(*tag_names(scores, examples, labels))
+    return ACCURACY.of(scores) if counts is None else ratio(*counts)  # no row has a span

@@ -68,14 +68,12 @@ def generate_answers(
     longest = [min(max_new_tokens, opened.model_limit - example.shared_positions) for example in examples]
     prompted = [row for row, example in enumerate(examples) if example.prompt_length and longest[row] > 0]
     prompts = {row: examples[row].input_ids[: examples[row].prompt_length] for row in prompted}
-    batches: list[list[int]] = []
-    if isinstance(answerer, BatchAnswerer):
-        # A row near the model's limit has a shorter longest answer than the others: it is answered by itself.
-        free = [row for row in prompted if longest[row] == max_new_tokens]
-        chunks = eval_batches([len(prompts[row]) for row in free], BATCH)
-        batches = [[free[index] for index in chunk] for chunk in chunks]
-    batched = {row for batch in batches for row in batch}
-    batches += [[row] for row in prompted if row not in batched]
+    # A row near the model's limit has a shorter longest answer than the others: it is answered by itself.
+    together = isinstance(answerer, BatchAnswerer)
+    free = [row for row in prompted if together and longest[row] == max_new_tokens]
+    chunks = eval_batches([len(prompts[row]) for row in free], BATCH)
+    alone = sorted(set(prompted) - set(free))
+    batches = [*([free[index] for index in chunk] for chunk in chunks), *([row] for row in alone)]
     found: dict[int, Answer] = {}
     with heartbeat(progress, stage):  # a batch may take longer than a reader waits
         for batch in track(progress, stage, batches, len(batches)):
@@ -141,14 +139,13 @@ def choice_metrics(
     prompted = [example for example in examples if 0 < example.prompt_length <= longest_prompt]
     if not prompted:
         return {}
-    gold, predicted = np.full(len(prompted), len(answers)), np.zeros(len(prompted), np.int64)
-    for row, example in enumerate(track(progress, stage, prompted, len(prompted))):
-        right = [int(label) for label in example.labels[example.prompt_length :] if label != IGNORED]
-        if right in answers:
-            gold[row] = answers.index(right)
-        predicted[row] = chooser.answer_nll(example.input_ids[: example.prompt_length], answers).argmin()
-    classes = len(answers) + 1
-    return {"choice_accuracy": proportion(predicted == gold), "choice_macro_f1": macro_f1(predicted, gold, classes)}
+    right = [[label for label in example.labels[example.prompt_length :] if label != IGNORED] for example in prompted]
+    gold = np.array([answers.index(ids) if ids in answers else len(answers) for ids in right])
+    prompts = (example.input_ids[: example.prompt_length] for example in prompted)
+    losses = [chooser.answer_nll(prompt, answers) for prompt in track(progress, stage, prompts, len(prompted))]
+    predicted = np.array(losses).argmin(1)
+    accuracy, f1 = proportion(predicted == gold), macro_f1(predicted, gold, len(answers) + 1)
+    return {"choice_accuracy": accuracy, "choice_macro_f1": f1}
 
 
 def _overlaps(pairs: Sequence[tuple[str, str]]) -> dict[str, Metric]:
@@ -162,8 +159,8 @@ def _overlaps(pairs: Sequence[tuple[str, str]]) -> dict[str, Metric]:
     scorer, chrf = rouge.RougeScorer(kinds), sacrebleu.CHRF()
     found = [scorer.score(reference, answer) for answer, reference in pairs]
     metrics = {kind: mean(np.array([scores[kind].fmeasure for scores in found])) for kind in kinds}
-    near = [chrf.sentence_score(answer, [reference]).score / 100 for answer, reference in pairs]
-    return {**metrics, "chrf": mean(np.array(near))}
+    metrics["chrf"] = mean(np.array([chrf.sentence_score(answer, [right]).score / 100 for answer, right in pairs]))
+    return metrics
 
 
 def _distinct(text: str, size: int) -> float | None:

@@ -20,6 +20,7 @@ __all__ = [
     "Statistic",
     "bootstrap",
     "correlation",
+    "estimate",
     "exact_match",
     "interval",
     "macro_f1",
@@ -66,6 +67,12 @@ def bootstrap(values: Numbers, weights: Numbers | None = None) -> tuple[float, f
     """Return the 95% bootstrap interval of the weighted mean of `values` [rows]; `weights` [rows] are at least 1."""
     weights = np.ones(len(values)) if weights is None else weights
     return interval(ratio(values * weights, weights), len(values))
+
+
+def estimate(statistic: Statistic, rows: int) -> Metric:
+    """Return the value of a statistic over all rows, with its bootstrap interval."""
+    low, high = interval(statistic, rows)
+    return Metric(value=float(statistic(np.arange(rows)[None])[0]), low=low, high=high)
 
 
 def wilson(hits: int, rows: int) -> tuple[float, float]:
@@ -115,7 +122,7 @@ def multi_label_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> dic
         right, count = drawn @ hits, drawn @ seen  # [samples, classes]
         return np.asarray((2 * right / np.maximum(count, 1)).sum(1) / np.maximum((count > 0).sum(1), 1))
 
-    return {"micro_f1": _metric(micro_f1(predicted, gold), len(gold)), "macro_f1": _metric(macro, len(gold))}
+    return {"micro_f1": estimate(micro_f1(predicted, gold), len(gold)), "macro_f1": estimate(macro, len(gold))}
 
 
 def micro_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> Statistic:
@@ -126,8 +133,10 @@ def micro_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> Statistic
 def number_metrics(predicted: NDArray[Any], gold: NDArray[Any]) -> dict[str, Metric]:
     """Return `mse`, `pearson` and, where scipy is installed, `spearman` of numbers [rows]."""
     kinds = ("pearson", "spearman") if find_spec("scipy") is not None else ("pearson",)
-    found = {kind: _metric(correlation(predicted, gold, kind), len(gold)) for kind in kinds}
-    return {"mse": mean((predicted - gold) ** 2), **found}
+    return {
+        "mse": mean((predicted - gold) ** 2),
+        **{kind: estimate(correlation(predicted, gold, kind), len(gold)) for kind in kinds},
+    }
 
 
 def recall(first: NDArray[np.float32], second: NDArray[np.float32], texts: Sequence[Hashable]) -> dict[str, Metric]:
@@ -138,9 +147,7 @@ def recall(first: NDArray[np.float32], second: NDArray[np.float32], texts: Seque
         second: Embeddings of the second texts [rows, hidden], of length 1; equal texts are one candidate.
         texts: Identifies the second texts [rows].
     """
-    places: dict[Hashable, int] = {}
-    for row, text in enumerate(texts):
-        places.setdefault(text, row)
+    places = {text: row for row, text in reversed(list(enumerate(texts)))}  # the first row of each text
     scores = first @ second[list(places.values())].T  # [rows, different texts]
     column = {text: index for index, text in enumerate(places)}
     own = scores[np.arange(len(texts)), [column[text] for text in texts]]
@@ -154,7 +161,7 @@ def span_metrics(predicted: list[list[str]], gold: list[list[str]]) -> dict[str,
     A span is right when its start, its end and its name are (CoNLL 2003).
     """
     counts = span_counts(predicted, gold)
-    return {} if counts is None else {"span_f1": _metric(ratio(*counts), len(gold))}
+    return {} if counts is None else {"span_f1": estimate(ratio(*counts), len(gold))}
 
 
 def span_counts(predicted: list[list[str]], gold: list[list[str]]) -> tuple[NDArray[Any], NDArray[Any]] | None:
@@ -247,9 +254,3 @@ def _resamples(rows: int) -> Iterator[NDArray[np.int64]]:
     chunk = max(1, 1_000_000 // rows)
     for start in range(0, SAMPLES, chunk):
         yield random.integers(rows, size=(min(chunk, SAMPLES - start), rows))
-
-
-def _metric(statistic: Statistic, rows: int) -> Metric:
-    """Return the value of a statistic over all rows, with its bootstrap interval."""
-    low, high = interval(statistic, rows)
-    return Metric(value=float(statistic(np.arange(rows)[None])[0]), low=low, high=high)

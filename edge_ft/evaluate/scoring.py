@@ -99,8 +99,8 @@ class RowScores:
 
     def agreement(self, other: "RowScores") -> float:
         """Return the share of targets for which both scores have the same likeliest token or class."""
-        pairs = zip(self.predicted, other.predicted, strict=True)
-        return float(sum(int((a == b).sum()) for a, b in pairs) / self.tokens.sum())
+        same = (int((a == b).sum()) for a, b in zip(self.predicted, other.predicted, strict=True))
+        return float(sum(same) / self.tokens.sum())
 
 
 def scorable(examples: Sequence[Example]) -> list[Example]:
@@ -161,37 +161,33 @@ def score(
     Returns:
         The scores, in the order of `examples`.
     """
-    count = len(examples)
-    nll = np.zeros(count)
-    tokens = np.zeros(count, np.int64)
-    correct = np.zeros(count, np.int64)
-    predicted: list[NDArray[Any]] = [np.zeros(0, np.int64)] * count
     embeds = batching.task == "feature-extraction"
+    lengths = [len(example.input_ids) for example in examples]
+    batches = eval_batches(lengths, SCORED_TOGETHER if embeds else batching.size)
+    found: dict[int, list[NDArray[Any]]] = {}
     vectors: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-    batches = eval_batches(
-        [len(example.input_ids) for example in examples], SCORED_TOGETHER if embeds else batching.size
-    )
     for indices in track(progress, stage, batches, len(batches)):
         poll()
         batch = collate([examples[index] for index in indices], batching.pad_id, batching.task)
         if embeds:
             assert isinstance(scorer, Embedder)
             pair = scorer.vectors(batch)
-            losses, likeliest = in_batch_loss(*pair, batch)
+            scored = in_batch_loss(*pair, batch)
             vectors |= zip(indices, zip(*pair, strict=True), strict=True)
         else:
-            losses, likeliest = scorer.token_nll(batch)
+            scored = scorer.token_nll(batch)
         labels, targets = batch["labels"], target_mask(batch["labels"], batching.task)
-        for position, index in enumerate(indices):
-            at = targets[position]
-            nll[index] = losses[position][at].sum()
-            tokens[index] = at.sum()
-            predicted[index] = likeliest[position][at]
-            correct[index] = (predicted[index] == labels[position][at]).sum()
-    if not embeds:
-        return RowScores(nll, tokens, correct, predicted)
-    first, second = zip(*(vectors[index] for index in range(count)), strict=True)
-    return RowScores(nll, tokens, correct, predicted, (np.stack(first), np.stack(second)))
+        for index, at, *row in zip(indices, targets, *scored, labels, strict=True):
+            found[index] = [values[at] for values in row]
+    rows = [found[index] for index in range(len(examples))]  # nll, prediction and label of each target
+    sides = list(zip(*(vectors[index] for index in sorted(vectors)), strict=True))
+    return RowScores(
+        np.array([nll.sum() for nll, _, _ in rows], np.float64),
+        np.array([len(nll) for nll, _, _ in rows], np.int64),
+        np.array([(predicted == label).sum() for _, predicted, label in rows], np.int64),
+        [predicted for _, predicted, _ in rows],
+        (np.stack(sides[0]), np.stack(sides[1])) if embeds else None,
+    )
 
 
 def tag_names(
@@ -242,10 +238,9 @@ def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: t
         gold = np.array([example.labels for example in examples])
         predicted = np.stack(scores.predicted)
         has_perplexity = len(labels) > 1
-        if has_perplexity:
-            metrics = multi_label_f1(predicted > 0, gold > 0)
-        else:
-            metrics = number_metrics(predicted[:, 0], gold[:, 0])
+        metrics = (
+            multi_label_f1(predicted > 0, gold > 0) if has_perplexity else number_metrics(predicted[:, 0], gold[:, 0])
+        )
     else:
         gold = np.array([example.labels[0] for example in examples])
         predicted = np.array([int(classes[0]) for classes in scores.predicted])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_ft.artifacts import Bundle
 from edge_ft.config import VerifyConfig
@@ -131,12 +132,11 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
 def _probe_differences(graphs: _Graphs) -> dict[str, float]:
     """Return by accuracy level the largest difference of a probe text's score from the export's, in nats per token."""
     probes = probe_examples(graphs.tokenizer, graphs.rendering)
-    differences = {}
-    for level in graphs.levels:
-        scores = graphs.score(level, probes, "probe")
-        exported = np.array(graphs.bundle.manifest["verification"]["by_accuracy_level"][level]["probe_nll"])
-        differences[level] = float((np.abs(scores.nll - exported) / scores.tokens).max())
-    return differences
+    exported = graphs.bundle.manifest["verification"]["by_accuracy_level"]
+    return {
+        level: largest_difference(graphs.score(level, probes, "probe"), np.array(exported[level]["probe_nll"]))
+        for level in graphs.levels
+    }
 
 
 def _verify_rows(graphs: _Graphs, data: str, config: VerifyConfig) -> tuple[dict[str, Any], list[str]]:
@@ -210,6 +210,6 @@ def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Examp
     return [Example(row, ids, list(ids), 1, "", 0) for row, ids in enumerate(encoded, 1)]
 
 
-def largest_difference(first: RowScores, second: RowScores) -> float:
-    """Return the largest difference of any row, in nats per target token."""
-    return float((np.abs(first.nll - second.nll) / first.tokens).max())
+def largest_difference(scores: RowScores, nll: NDArray[np.float64]) -> float:
+    """Return the largest difference of any row from another `nll` [rows], in nats per target token."""
+    return float((np.abs(scores.nll - nll) / scores.tokens).max())

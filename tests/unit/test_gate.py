@@ -10,9 +10,8 @@ from seqeval.metrics import f1_score as seqeval_f1
 from sklearn.metrics import f1_score
 
 from edge_ft.data import Example
-from edge_ft.evaluate.gate import Limits, evaluate_gate
+from edge_ft.evaluate.gate import Limits, evaluate_gate, task_metric_for
 from edge_ft.evaluate.scoring import RowScores
-from edge_ft.evaluate.task_metric import task_metric_for
 
 LIMITS = Limits(max_tax=0.02, min_retained=0.95, max_metric_drop=0.02)
 ROWS = 50
