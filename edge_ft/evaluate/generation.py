@@ -139,7 +139,9 @@ def choice_metrics(
     prompted = [example for example in examples if 0 < example.prompt_length <= longest_prompt]
     if not prompted:
         return {}
-    right = [[label for label in example.labels[example.prompt_length :] if label != IGNORED] for example in prompted]
+    right = [
+        [int(label) for label in example.labels[example.prompt_length :] if label != IGNORED] for example in prompted
+    ]
     gold = np.array([answers.index(ids) if ids in answers else len(answers) for ids in right])
     prompts = (example.input_ids[: example.prompt_length] for example in prompted)
     losses = [chooser.answer_nll(prompt, answers) for prompt in track(progress, stage, prompts, len(prompted))]

@@ -60,11 +60,24 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
     use_threads(config.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with heartbeat(progress, f"loading {source}"):
+        from edge_ft.models.base_model import find_base
+        from edge_ft.models.loading import ModelSpec, load_model
+        from edge_ft.quant.layers import to_device
+
         if kind == "run":
-            return _open_run(RunFolder.open(Path(source)), config, rows, device)
-        if config.adapter is not None:
+            run = RunFolder.open(Path(source))
+            base, tokenizer = find_run_base(run), TextTokenizer.load(run.tokenizer)
+            own = Rendering.from_dict(run.rendering())
+            rendering = trained_rendering(own, config, rows, tokenizer, base.max_length)
+            model, _ = open_run_model(run, config.adapter != "none", base)
+        elif config.adapter is not None:
             raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter, leave it out")
-        return _open_model(source, config, rows, device)
+        else:
+            base = find_base(source, config.task)
+            tokenizer = TextTokenizer.load(base.path)
+            rendering = plain_rendering(base, config, rows, tokenizer, config.task)
+            model = load_model(ModelSpec(base, rendering.task, config.base_format))
+        return torch_source(to_device(model, device), rendering, tokenizer, base.max_length)
 
 
 def torch_source(model: Any, rendering: Rendering, tokenizer: TextTokenizer, model_limit: int) -> LoadedSource:
@@ -96,28 +109,6 @@ def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
     rendering = trained_rendering(own, config, rows, tokenizer, limit)
     scorer: Scorer = load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter)
     return LoadedSource(scorer, tokenizer, rendering, limit)
-
-
-def _open_run(run: RunFolder, config: EvalConfig, rows: Sequence[Row], device: str) -> LoadedSource:
-    from edge_ft.quant.layers import to_device
-
-    base, tokenizer = find_run_base(run), TextTokenizer.load(run.tokenizer)
-    own = Rendering.from_dict(run.rendering())
-    rendering = trained_rendering(own, config, rows, tokenizer, base.max_length)
-    model, _ = open_run_model(run, config.adapter != "none", base)
-    return torch_source(to_device(model, device), rendering, tokenizer, base.max_length)
-
-
-def _open_model(source: str, config: EvalConfig, rows: Sequence[Row], device: str) -> LoadedSource:
-    from edge_ft.models.base_model import find_base
-    from edge_ft.models.loading import ModelSpec, load_model
-    from edge_ft.quant.layers import to_device
-
-    base = find_base(source, config.task)
-    tokenizer = TextTokenizer.load(base.path)
-    rendering = plain_rendering(base, config, rows, tokenizer, config.task)
-    model = load_model(ModelSpec(base, rendering.task, config.base_format))
-    return torch_source(to_device(model, device), rendering, tokenizer, base.max_length)
 
 
 def find_run_base(run: RunFolder) -> "Base":

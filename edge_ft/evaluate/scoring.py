@@ -194,8 +194,10 @@ def tag_names(
     scores: RowScores, examples: Sequence[Example], labels: tuple[str, ...]
 ) -> tuple[list[list[str]], list[list[str]]]:
     """Return the names of the tags of each row's words: the predicted and the right ones."""
-    right = [[labels[int(label)] for label in example.labels if label != IGNORED] for example in examples]
-    return [[labels[index] for index in row] for row in scores.predicted], right
+    return (
+        [[labels[index] for index in row] for row in scores.predicted],
+        [[labels[int(label)] for label in example.labels if label != IGNORED] for example in examples],
+    )
 
 
 def format_prediction(predicted: NDArray[Any], rendering: Rendering, tokenizer: TextTokenizer) -> str:

@@ -178,11 +178,12 @@ def _differences_from_export(graphs: _Graphs, level: str, scores: RowScores) -> 
 
 def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Example]:
     """Return the probe texts as examples; for a classifier all have its first class, whether right or not."""
+    # Each text with the next one: as its answer, or as a pair of unlike texts, whose loss is large and sensitive.
+    pairs = list(enumerate(zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True), 1))
     if rendering.task in CLASSIFIERS:
         framed = [tokenizer.encode_framed(text, rendering.max_length) for text in PROBES]
-        labels: list[int] | list[float] = [0]
-        if rendering.problem_type in ("regression", "multi_label_classification"):
-            labels = [0.0] * len(rendering.labels)
+        floats = rendering.problem_type in ("regression", "multi_label_classification")
+        labels = [0.0] * len(rendering.labels) if floats else [0]
         return [
             Example(
                 row,
@@ -196,15 +197,11 @@ def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Examp
             for row, text in enumerate(framed, 1)
         ]
     if rendering.task == "text2text-generation":
-        # The answer to each text is the next one.
         assert rendering.appended_eos is not None
         limit, eos = rendering.max_length, rendering.appended_eos
-        pairs = enumerate(zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True), 1)
         return [encode_pair(tokenizer, row, text, answer, eos, limit) for row, (text, answer) in pairs]
     if rendering.task in ("fill-mask", "feature-extraction"):
-        # Pairs of unlike texts: their loss is large, and sensitive to changes of the weights.
-        pairs_of_texts = enumerate(zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True), 1)
-        rows = [Row(row, {"text": text, "positive": other}) for row, (text, other) in pairs_of_texts]
+        rows = [Row(row, {"text": text, "positive": other}) for row, (text, other) in pairs]
         return encode_rows(replace(rendering, columns=bare_columns(rendering.task)), tokenizer, rows)
     encoded = [tokenizer.encode(text)[: rendering.max_length] for text in PROBES]
     return [Example(row, ids, list(ids), 1, "", 0) for row, ids in enumerate(encoded, 1)]
