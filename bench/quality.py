@@ -17,8 +17,12 @@ def score_settings(config: BenchConfig, threads: int) -> dict[str, Any]:
     """Settings of `EvalConfig` for `score`, as plain values."""
     names = RowsConfig.__dataclass_fields__
     rows = {name: value for name, value in as_plain(config).items() if name in names}
-    given = {"data": config.data, "limit": config.limit, "max_new_tokens": config.new_tokens, "threads": threads}
-    return {**rows, **given}
+    return rows | {
+        "data": config.data,
+        "limit": config.limit,
+        "max_new_tokens": config.new_tokens,
+        "threads": threads,
+    }
 
 
 def score(job: dict[str, Any]) -> dict[str, Any]:

@@ -138,9 +138,11 @@ def load_peer(base: Base, job: dict[str, Any]) -> TorchDecoder | TorchSeq2Seq | 
     model: Any = load_model(ModelSpec(base, job["task"], "fp32", labels=tuple(job["labels"])))
     if job["adapter"] is not None:
         model = load_adapter(model, Path(job["adapter"]))
-    kinds: dict[str, Any] = {"text-generation": TorchDecoder, "text2text-generation": TorchSeq2Seq}
-    engine: TorchDecoder | TorchSeq2Seq | TorchClassifier = kinds.get(job["task"], TorchClassifier)(model, tokenizer)
-    return engine
+    kinds: dict[str, type[TorchDecoder | TorchSeq2Seq]] = {
+        "text-generation": TorchDecoder,
+        "text2text-generation": TorchSeq2Seq,
+    }
+    return kinds.get(job["task"], TorchClassifier)(model, tokenizer)
 
 
 def _found(

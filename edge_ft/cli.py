@@ -109,9 +109,11 @@ def tune(
     with _progress(output) as progress:
         run = run_tune(settings, progress)
     report = run.report()
-    table: list[tuple[str, ...]] = [("", "base", "tuned")]
     nll = report["nll"]
-    table.append(("validation loss (nats/token)", _figure(nll["base"]), _figure(nll["best"])))
+    table: list[tuple[str, ...]] = [
+        ("", "base", "tuned"),
+        ("validation loss (nats/token)", _figure(nll["base"]), _figure(nll["best"])),
+    ]
     if nll["test"] is not None:
         table.append(("test loss (nats/token)", _figure(nll["test_base"]), _figure(nll["test"])))
     for name, values in report["metrics"].items():

@@ -217,11 +217,9 @@ def _calibrate_head(model: Any, head: QuantLinear, factor: Tensor, read: ReadWei
     source = embedding if tied else head
     name = next(name for name, module in model.named_modules() if module is source)
     nearest = head.codes()
-    parts = []
-    for start in range(0, head.out_features, _HEAD_ROWS):
-        rows = slice(start, start + _HEAD_ROWS)
-        parts.append(gptq_quantize(read(f"{name}.weight", rows), factor, nearest.rows(rows)))
-    head.set_codes(Codes.concatenate(parts))
+    parts = (slice(start, start + _HEAD_ROWS) for start in range(0, head.out_features, _HEAD_ROWS))
+    codes = [gptq_quantize(read(f"{name}.weight", rows), factor, nearest.rows(rows)) for rows in parts]
+    head.set_codes(Codes.concatenate(codes))
     if tied:
         for buffer in BUFFERS:
             setattr(embedding, buffer, getattr(head, buffer))

@@ -116,11 +116,9 @@ def quantize_model(
         if (found := existing(name, shape[1])) is not None:
             return found
         size = max(1, _ROUNDED // shape[1])
-        parts = []
-        for start in range(0, shape[0], size):
-            rows = read(f"{name}.weight", slice(start, start + size)).detach().float().cpu().numpy()
-            parts.append(quantize(rows, block_size, bits, torch.get_num_threads()))
-        return Codes.concatenate(parts)
+        parts = (read(f"{name}.weight", slice(start, start + size)) for start in range(0, shape[0], size))
+        arrays = (rows.detach().float().cpu().numpy() for rows in parts)
+        return Codes.concatenate([quantize(rows, block_size, bits, torch.get_num_threads()) for rows in arrays])
 
     def replacement(name: str, layer: nn.Linear, bias: Tensor | None) -> QuantLinear | None:
         # A layer that is tied to the embedding shares its codes: it is replaced below.

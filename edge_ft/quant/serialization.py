@@ -30,11 +30,10 @@ def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear | QuantEmbedding]:
 
 def codes_sha256(model: nn.Module) -> str:
     """Return the hex sha256 of the arrays of every quantized layer, in the order of the layers' names."""
-    layers = frozen_layers(model)
     digest = hashlib.sha256()
-    for name in sorted(layers):
+    for name, layer in sorted(frozen_layers(model).items()):
         digest.update(name.encode())
-        for array in layers[name].weight_arrays():
+        for array in layer.weight_arrays():
             digest.update(array.tobytes())
     return digest.hexdigest()
 
