@@ -17,7 +17,7 @@ from edge_ft.bench.report import markdown_table, table
 from edge_ft.config import BenchConfig, ExportConfig, Weights
 from edge_ft.data import encode_rows, read_rows
 from edge_ft.errors import GateRefused, UsageError
-from edge_ft.evaluate.metrics import bootstrap
+from edge_ft.evaluate.metrics import mean
 from edge_ft.evaluate.scoring import Batching, RowScores, scorable, score
 from edge_ft.progress import Lines, Progress, Silent
 from edge_ft.runtime import TextClassifier, load
@@ -52,16 +52,16 @@ def compare(run: RunFolder, out: Path, threads: int | None, progress: Progress) 
         bundle, refused = _bundle(run, out / weights, weights, threads, progress)
         scores = _scores(bundle, run, threads, progress)
         right[weights] = scores.correct.astype(np.float64)
-        low, high = bootstrap(right[weights] - right[FORMATS[0]])
+        difference = mean(right[weights] - right[FORMATS[0]])
         results.append(
             {
                 "weights": weights,
                 "path": str(bundle.path),
                 "rows": len(scores.tokens),
                 "accuracy": scores.accuracy,
-                "difference": float((right[weights] - right[FORMATS[0]]).mean()),
-                "low": low,
-                "high": high,
+                "difference": difference["value"],
+                "low": difference["low"],
+                "high": difference["high"],
                 "nll": scores.mean_nll,
                 "size_bytes": bundle.size_bytes,
                 "refused": refused,

@@ -74,8 +74,9 @@ def evaluate_loaded(
     else:
         examples = encode_rows(rendering, tokenizer, rows)
     examples, counts = drop_unscorable(examples, config.data, rendering.max_length, progress)
-    batching = Batching(rendering.task, tokenizer.pad_id, config.batch_size)
-    scores = score(opened.scorer, examples, batching, progress, "score")
+    scores = score(
+        opened.scorer, examples, Batching(rendering.task, tokenizer.pad_id, config.batch_size), progress, "score"
+    )
     result = summary(scores, examples, rendering.task, rendering.labels)
     has_prompts = rendering.columns.kind == "messages" or bool(rendering.columns.prompt)
     if rendering.task in TEXT_TASKS and config.generate and has_prompts:

@@ -12,7 +12,7 @@ import numpy as np
 
 from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Example
-from edge_ft.evaluate.metrics import Statistic, bootstrap, correlation, estimate, micro_f1, ratio, span_counts
+from edge_ft.evaluate.metrics import Statistic, correlation, estimate, mean, micro_f1, ratio, span_counts
 from edge_ft.evaluate.scoring import RowScores, tag_names
 
 __all__ = ["ACCURACY", "Limits", "TaskMetric", "Verdict", "evaluate_gate", "task_metric_for"]
@@ -81,7 +81,7 @@ def evaluate_gate(
         The figures for the manifest, and the reasons to refuse.
     """
     gain = base.mean_nll - trained.mean_nll
-    gain_low, gain_high = bootstrap((base.nll - trained.nll) / base.tokens, base.tokens)
+    gained = mean((base.nll - trained.nll) / base.tokens, base.tokens)
     tax = shipped.mean_nll - trained.mean_nll
     retained = (base.mean_nll - shipped.mean_nll) / gain if gain > 0 else None
     before, after = metric.value(trained), metric.value(shipped)
@@ -90,10 +90,10 @@ def evaluate_gate(
     reasons = []
     if not adapter_changes_logits:
         reasons.append("the adapter does not change the logits of the graph: what ships is the base")
-    if gain_low <= 0:
+    if gained["low"] <= 0:
         reasons.append(
             f"nothing was learned: base - trained is {gain:+.4f} nats per token, 95% interval "
-            f"[{gain_low:+.4f}, {gain_high:+.4f}] on {len(base.nll)} validation rows"
+            f"[{gained['low']:+.4f}, {gained['high']:+.4f}] on {len(base.nll)} validation rows"
         )
     if tax > limits.max_tax:
         reasons.append(f"quantization tax {tax:+.4f} nats per token is above --max-tax {limits.max_tax:g}")
@@ -107,7 +107,7 @@ def evaluate_gate(
     figures = {
         "rows": len(base.nll),
         "nll": {"base": base.mean_nll, "trained": trained.mean_nll, "shipped": shipped.mean_nll},
-        "gain": {"value": gain, "low": gain_low, "high": gain_high},
+        "gain": {**gained, "value": gain},
         "quantization_tax": tax,
         "retained_gain": retained,
         "metric_drop": {"metric": metric.name, **drop},

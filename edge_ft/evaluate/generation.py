@@ -146,8 +146,10 @@ def choice_metrics(
     prompts = (example.input_ids[: example.prompt_length] for example in prompted)
     losses = [chooser.answer_nll(prompt, answers) for prompt in track(progress, stage, prompts, len(prompted))]
     predicted = np.array(losses).argmin(1)
-    accuracy, f1 = proportion(predicted == gold), macro_f1(predicted, gold, len(answers) + 1)
-    return {"choice_accuracy": accuracy, "choice_macro_f1": f1}
+    return {
+        "choice_accuracy": proportion(predicted == gold),
+        "choice_macro_f1": macro_f1(predicted, gold, len(answers) + 1),
+    }
 
 
 def _overlaps(pairs: Sequence[tuple[str, str]]) -> dict[str, Metric]:

@@ -96,8 +96,9 @@ def torch_source(model: Any, rendering: Rendering, tokenizer: TextTokenizer, mod
         settings.problem_type = rendering.problem_type  # absent from the config of some checkpoints
     if rendering.pooling is not None:
         settings.pooling = rendering.pooling
-    scorer = TorchScorer(model, rendering.task, stop_ids(rendering, tokenizer))
-    return LoadedSource(scorer, tokenizer, rendering, model_limit)
+    return LoadedSource(
+        TorchScorer(model, rendering.task, stop_ids(rendering, tokenizer)), tokenizer, rendering, model_limit
+    )
 
 
 def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedSource:
@@ -107,8 +108,12 @@ def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
     tokenizer, limit = TextTokenizer.load(path), int(bundle.manifest["max_length"])
     own = Rendering.from_dict(bundle.manifest["rendering"])
     rendering = trained_rendering(own, config, rows, tokenizer, limit)
-    scorer: Scorer = load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter)
-    return LoadedSource(scorer, tokenizer, rendering, limit)
+    return LoadedSource(
+        load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter),
+        tokenizer,
+        rendering,
+        limit,
+    )
 
 
 def find_run_base(run: RunFolder) -> "Base":

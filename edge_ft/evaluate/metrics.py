@@ -18,7 +18,6 @@ from edge_ft.errors import require
 __all__ = [
     "Metric",
     "Statistic",
-    "bootstrap",
     "correlation",
     "estimate",
     "exact_match",
@@ -63,12 +62,6 @@ def interval(statistic: Statistic, rows: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap(values: Numbers, weights: Numbers | None = None) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of the weighted mean of `values` [rows]; `weights` [rows] are at least 1."""
-    weights = np.ones(len(values)) if weights is None else weights
-    return interval(ratio(values * weights, weights), len(values))
-
-
 def estimate(statistic: Statistic, rows: int) -> Metric:
     """Return the value of a statistic over all rows, with its bootstrap interval."""
     low, high = interval(statistic, rows)
@@ -86,9 +79,9 @@ def wilson(hits: int, rows: int) -> tuple[float, float]:
 
 
 def mean(values: Numbers, weights: Numbers | None = None) -> Metric:
-    """Return the weighted mean of `values` [rows] with its bootstrap interval."""
-    low, high = bootstrap(values, weights)
-    return Metric(value=float(np.average(values, weights=weights)), low=low, high=high)
+    """Return the weighted mean of `values` [rows] with its bootstrap interval; `weights` [rows] are at least 1."""
+    weights = np.ones(len(values)) if weights is None else weights
+    return estimate(ratio(values * weights, weights), len(values))
 
 
 def proportion(hits: Sequence[bool] | NDArray[np.bool_]) -> Metric:
@@ -116,9 +109,8 @@ def multi_label_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> dic
 
     def macro(rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the macro F1 of each resample; rows [samples, rows]."""
-        offsets = np.arange(len(rows))[:, None] * len(gold)
-        times = np.bincount((rows + offsets).ravel(), minlength=len(rows) * len(gold))
-        drawn = times.reshape(len(rows), len(gold)).astype(np.float64)  # how often each row occurs
+        # How often each row occurs in each resample, [samples, rows].
+        drawn = np.array([np.bincount(sample, minlength=len(gold)) for sample in rows], np.float64)
         right, count = drawn @ hits, drawn @ seen  # [samples, classes]
         return np.asarray((2 * right / np.maximum(count, 1)).sum(1) / np.maximum((count > 0).sum(1), 1))
 

@@ -12,7 +12,6 @@ from edge_ft.data import IGNORED, Batch, Example, Rendering, TextTokenizer, coll
 from edge_ft.data.contrastive import SCORED_TOGETHER, in_batch_loss
 from edge_ft.errors import AuditRefused
 from edge_ft.evaluate.metrics import (
-    bootstrap,
     macro_f1,
     mean,
     multi_label_f1,
@@ -247,11 +246,13 @@ def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: t
         gold = np.array([example.labels[0] for example in examples])
         predicted = np.array([int(classes[0]) for classes in scores.predicted])
         metrics = {"accuracy": proportion(predicted == gold), "macro_f1": macro_f1(predicted, gold, len(labels))}
-    interval = bootstrap(scores.nll / scores.tokens, scores.tokens)
+    per_token = mean(scores.nll / scores.tokens, scores.tokens)
     return {
         "nll": scores.mean_nll,
-        "nll_interval": list(interval),
+        "nll_interval": [per_token["low"], per_token["high"]],
         "perplexity": perplexity(scores.mean_nll) if has_perplexity else None,
-        "perplexity_interval": [perplexity(nll) for nll in interval] if has_perplexity else None,
+        "perplexity_interval": [perplexity(per_token["low"]), perplexity(per_token["high"])]
+        if has_perplexity
+        else None,
         "metrics": metrics,
     }

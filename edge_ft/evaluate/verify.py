@@ -23,7 +23,7 @@ from edge_ft.data import (
     trained_rendering,
 )
 from edge_ft.errors import GateRefused
-from edge_ft.evaluate.metrics import bootstrap
+from edge_ft.evaluate.metrics import mean
 from edge_ft.evaluate.scoring import Batching, RowScores, drop_unscorable, score, summary
 from edge_ft.families import CLASSIFIERS
 from edge_ft.progress import Progress, Silent
@@ -145,8 +145,8 @@ def _verify_rows(graphs: _Graphs, data: str, config: VerifyConfig) -> tuple[dict
     rows = read_rows(data)
     rendering = trained_rendering(graphs.rendering, config, rows, graphs.tokenizer, int(manifest["max_length"]))
     # The same rows, rendered differently, have other scores.
-    is_export = fingerprint(rows[:VERIFY_ROWS]) == manifest["verification"]["rows_sha256"]
-    same = is_export and rendering == graphs.rendering
+    exported = manifest["verification"]["rows_sha256"]
+    same = rendering == graphs.rendering and fingerprint(rows[:VERIFY_ROWS]) == exported
     encoded = encode_rows(rendering, graphs.tokenizer, rows[:VERIFY_ROWS] if same else rows)
     examples, counts = drop_unscorable(encoded, data, rendering.max_length, graphs.progress)
     level = graphs.levels[0]  # the most exact: level 4 differs too much between machines to compare with
@@ -157,9 +157,9 @@ def _verify_rows(graphs: _Graphs, data: str, config: VerifyConfig) -> tuple[dict
     if manifest["lane"] != "adapter":
         return result, []
     base = graphs.score("1", examples, "rows, base", adapter="none")
-    low, _ = bootstrap((base.nll - scores.nll) / base.tokens, base.tokens)
+    gain = mean((base.nll - scores.nll) / base.tokens, base.tokens)
     reason = f"on these rows the adapter is no better than its base: {scores.mean_nll:.4f} nats per token"
-    return {**result, "base_nll": base.mean_nll}, [reason] if low <= 0 else []
+    return {**result, "base_nll": base.mean_nll}, [reason] if gain["low"] <= 0 else []
 
 
 def _differences_from_export(graphs: _Graphs, level: str, scores: RowScores) -> list[str]:
