@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all.
+"""Checkpoints of a run, written whole or not at all, and how a run folder is opened to resume from one.
 
 `checkpoint/` in the run folder holds `state.safetensors` (weights, moments, scores) and `state.json` (counters,
 settings, and the identity of model and rows). A new one is written beside it and then renamed: at any moment the
@@ -7,8 +7,11 @@ older or the newer one is whole.
 
 import json
 import os
+import shlex
 import shutil
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,32 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from edge_ft.artifacts import atomic_folder, file_sha256, write_json
-from edge_ft.errors import UsageError
+from edge_ft.artifacts import RunFolder, atomic_folder, disk_full, file_sha256, refuse_existing, write_json
+from edge_ft.config import TuneConfig, as_plain, without_retired
+from edge_ft.errors import Interrupted, UsageError, WillNotFit
 from edge_ft.evaluate.scoring import RowScores
 from edge_ft.tune.loop import Fit
 
-__all__ = ["Checkpoint", "find_checkpoint", "read_checkpoint", "remove_checkpoint", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "OpenedRun",
+    "explain_stop",
+    "find_checkpoint",
+    "open_run",
+    "read_checkpoint",
+    "remove_checkpoint",
+    "write_checkpoint",
+]
 
 FORMAT = 1
+SCORES = ("base", "best")
+"""Fields of `Fit` that state.safetensors holds."""
 STORED_NAMES = {"evaluations_without_gain": "bad_looks", "evaluation_due": "look_due"}
 """Fields of `Fit` that have other names in state.json of format 1."""
+NOT_COMPARED = {"out", "resume", "memory", "checkpoint_minutes", "checkpoint_steps", "allow", "show"}
+"""Settings that do not change what is learned."""
+BY_CONTENT = {"model", "data", "validation", "test"}
+"""Names of things that may move: their content is compared instead."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +77,21 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     place, new, old = _places(run)
     shutil.rmtree(new, ignore_errors=True)
     arrays = {f"backend.{name}": array for name, array in checkpoint.backend.items()}
-    for name in ("base", "best"):
-        scores: RowScores = getattr(checkpoint.state, name)
+    state = checkpoint.state
+    for name, scores in (("base", state.base), ("best", state.best)):
         arrays |= {f"{name}.{field}": getattr(scores, field) for field in ("nll", "tokens", "correct")}
         arrays[f"{name}.predicted"] = np.concatenate(scores.predicted)
-    state = vars(checkpoint.state)
-    counters = {STORED_NAMES.get(name, name): state[name] for name in state if name not in ("base", "best")}
+    counters = {STORED_NAMES.get(name, name): value for name, value in vars(state).items() if name not in SCORES}
     with atomic_folder(new) as folder:
         save_file(arrays, folder / "state.safetensors")
         _sync(folder / "state.safetensors")
         document = {
             "format": FORMAT,
-            "step": checkpoint.state.steps,
+            "step": state.steps,
             "identity": checkpoint.identity,
             "config": checkpoint.config,
             "metrics_bytes": checkpoint.metrics_bytes,
-            "loop": {**counters, "last_nll": repr(checkpoint.state.last_nll)},
+            "loop": {**counters, "last_nll": repr(state.last_nll)},
             "sha256": file_sha256(folder / "state.safetensors"),
         }
         write_json(folder / "state.json", document)
@@ -124,7 +142,7 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
         )
         return RowScores(nll, tokens, correct, np.split(predicted, np.cumsum(tokens)[:-1]))
 
-    names = [field.name for field in fields(Fit) if field.name not in ("base", "best")]
+    names = [field.name for field in fields(Fit) if field.name not in SCORES]
     counters = {name: document["loop"][STORED_NAMES.get(name, name)] for name in names}
     counters["last_nll"] = float(counters["last_nll"])  # written as text: JSON has no NaN
     state = Fit(base=scores("base"), best=scores("best"), **counters)
@@ -150,3 +168,156 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run folder, and what an interrupted run left in it."""
+
+    folder: RunFolder
+    config: TuneConfig
+    """The given settings; what they leave open is as the interrupted run resolved it."""
+    checkpoint: Checkpoint | None = None
+    is_new: bool = False
+    """Whether the folder does not exist yet."""
+    is_finished: bool = False
+    """Whether the run in it has ended: then nothing is left to do."""
+
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        """`Job.identity` of the interrupted run, if it left a checkpoint."""
+        return self.checkpoint.identity if self.checkpoint is not None else None
+
+    @property
+    def codes(self) -> Path | None:
+        """The file with the int4 codes, if the interrupted run has chosen them."""
+        return self.folder.codes if self.folder.codes.is_file() else None
+
+    @property
+    def elapsed(self) -> float:
+        """Wall seconds of training and validation up to the checkpoint."""
+        return self.checkpoint.state.elapsed if self.checkpoint is not None else 0.0
+
+    @property
+    def resumed_from(self) -> int | None:
+        """Step at which training starts; None in a new folder."""
+        if self.checkpoint is not None:
+            return self.checkpoint.state.steps
+        return None if self.is_new else 0
+
+
+def open_run(config: TuneConfig) -> OpenedRun:
+    """Find out whether --out is a new run folder or that of an interrupted run; nothing is created.
+
+    Args:
+        config: As the user gave it.
+
+    Returns:
+        The folder with its settings and its checkpoint.
+
+    Raises:
+        UsageError: the folder exists and may not be resumed, its checkpoint cannot be read, or a given setting is
+            not that of the interrupted run.
+    """
+    out, run = config.out, RunFolder(config.out)
+    if not config.resume:
+        if find_checkpoint(out) and not run.report_path.is_file():
+            raise UsageError(
+                f"{out} exists already and holds an unfinished run: resume it with --resume, or give another --out"
+            )
+        refuse_existing(out)
+    if run.report_path.is_file():
+        return OpenedRun(run, config, is_finished=True)
+    if not out.exists():
+        return OpenedRun(run, config, is_new=True)
+    if not run.is_begun():
+        raise UsageError(f"--resume: {out} is not a run folder: give another --out")
+    for left in out.glob(".*.tmp"):  # of a process that was killed while it wrote
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    checkpoint = read_checkpoint(out)
+    if checkpoint is not None:
+        return OpenedRun(run, _complete(config, checkpoint.config), checkpoint)
+    # Stopped before its first checkpoint: what was learned is lost, the resolved settings are not.
+    for folder in (run.adapter, out / "checkpoint"):
+        shutil.rmtree(folder, ignore_errors=True)
+    return OpenedRun(run, _complete(config, run.settings()))
+
+
+@contextmanager
+def explain_stop(opened: OpenedRun, is_main: bool) -> Iterator[None]:
+    """If this block is interrupted or fails, say which files are saved and how to resume.
+
+    A new folder is removed if nothing was learned: the same command can then be given again.
+
+    Args:
+        opened: The run folder.
+        is_main: Whether this is the main process. The others explain and remove nothing: the main process may still
+            be writing when they stop.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        Interrupted: in place of a KeyboardInterrupt.
+        WillNotFit: the disk or the GPU's memory is full.
+    """
+    run = opened.folder
+    resume = f"edge-ft tune --config {shlex.quote(str(run.config_path))} --resume"
+    try:
+        yield
+    except Exception as error:
+        from torch import OutOfMemoryError
+
+        learned = run.adapter.is_dir() or find_checkpoint(run.path)
+        if opened.is_new and is_main and not learned:
+            shutil.rmtree(run.path, ignore_errors=True)
+        if disk_full(error):
+            again = f"run {resume}" if run.path.is_dir() else "run the same command again"
+            raise WillNotFit(f"the disk is full and training stopped: free some space, then {again}") from error
+        if isinstance(error, OutOfMemoryError):
+            raise WillNotFit(
+                "the GPU's memory is too small for this run: give a smaller --batch-size or --max-length, or "
+                "--memory low"
+            ) from error
+        raise
+    except KeyboardInterrupt:
+        if not is_main:
+            raise Interrupted("stopped") from None
+        saved = f"the best adapter so far is in {run.adapter}" if run.adapter.is_dir() else "no adapter is saved yet"
+        checkpoint = read_checkpoint(run.path)
+        where = (
+            f"resume from step {checkpoint.state.steps}"
+            if checkpoint
+            else "start again from step 0, without a checkpoint"
+        )
+        raise Interrupted(f"stopped; {saved}; to {where}: {resume}") from None
+
+
+def _complete(config: TuneConfig, saved: Mapping[str, Any]) -> TuneConfig:
+    """Fill the settings that `config` leaves open with the saved ones.
+
+    Returns:
+        The settings.
+
+    Raises:
+        UsageError: a given setting is not the saved one; the first such is named.
+    """
+    given, found = as_plain(config), {}
+    for name, value in without_retired(saved, config.out).items():
+        if name not in given or name in NOT_COMPARED | BY_CONTENT or given[name] == value:
+            continue
+        if given[name] not in (None, "auto"):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{config.out} was started with {flag} {_shown(value)} and not {_shown(given[name])}: "
+                "resume it with its own settings, or give another --out"
+            )
+        found[name] = value
+    return replace(config, **found)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

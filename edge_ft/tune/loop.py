@@ -123,10 +123,7 @@ class Callbacks:
         """Act on an evaluation that was the best so far; the backend holds its weights."""
 
     def save(self, state: Fit) -> None:
-        """Write a checkpoint of the backend and `state`: when due, when interrupted, and at the end.
-
-        A full disk is reported, and training continues.
-        """
+        """Write a checkpoint of the backend and `state`: when due, when interrupted, and at the end."""
 
     def poll(self) -> None:
         """Run between two batches; may raise KeyboardInterrupt."""
@@ -170,7 +167,7 @@ def fit(
     rows: TrainingRows,
     config: TuneConfig,
     progress: Progress,
-    callbacks: Callbacks | None = None,
+    callbacks: Callbacks,
     state: Fit | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Fit:
@@ -193,14 +190,13 @@ def fit(
         KeyboardInterrupt: from `callbacks.poll` or `progress`; a checkpoint of the last whole step was saved.
         StopAtOnce: from `callbacks.poll`; nothing was saved.
     """
-    callbacks = callbacks or Callbacks()
-    loop = _Loop(backend, rows, config, progress, callbacks, Stopwatch(clock))
+    before = (state.elapsed, state.seconds, state.cpu_seconds) if state is not None else ()
+    loop = _Loop(backend, rows, config, progress, callbacks, Stopwatch(clock, *before))
     if state is None:
         state = loop.start()
         callbacks.on_plan(state.planned)
     else:
         state = replace(state)
-        loop.watch.resume(state.elapsed, state.seconds, state.cpu_seconds)
     every = config.eval_steps or max(1, math.ceil(state.planned / EVALUATIONS))
     progress.say(
         f"{state.planned} steps, validation every {every}; untuned validation loss {state.base.mean_nll:.4f}"
@@ -268,7 +264,7 @@ class _Loop:
         targets = sum(int(target_mask(batch["labels"], self.rows.batching.task).sum()) for batch in micro_batches)
         rate = learning_rate_at(step, state.planned, config) * state.rate_factor
         self.backend.seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
-        loss, rows = 0.0, [row for batch in micro_batches for row in batch["rows"]]
+        loss, norm, rows = 0.0, math.nan, [row for batch in micro_batches for row in batch["rows"]]
         for batch in micro_batches:
             self.callbacks.poll()
             loss += self.backend.gradient(batch, targets)
@@ -278,7 +274,6 @@ class _Loop:
         if math.isfinite(loss):
             norm = self.backend.update(rate, config.max_grad_norm)
         else:
-            norm = math.nan
             self.backend.discard()
         read = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         state.steps, state.tokens = step, state.tokens + read
@@ -291,15 +286,9 @@ class _Loop:
             self._skip(state, "gradient" if math.isfinite(loss) else "loss", rows, rate)
             return
         state.skipped_in_a_row = 0
+        seconds = round(self.watch.seconds - started, 4)
         self.callbacks.on_metrics(
-            {
-                "step": step,
-                "loss": loss,
-                "learning_rate": rate,
-                "grad_norm": norm,
-                "tokens": read,
-                "seconds": round(self.watch.seconds - started, 4),
-            }
+            {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": read, "seconds": seconds}
         )
         speed = state.tokens / self.watch.seconds if self.watch.seconds > 0 else 0.0
         self.progress.advance("train", step, state.planned, f"loss {loss:.3f}, {speed:.0f} tok/s")

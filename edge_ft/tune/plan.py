@@ -83,8 +83,8 @@ def plan(config: TuneConfig, progress: Progress | None = None, available: Availa
 
 
 def estimate(
-    run: RunFolder, job: Job, model: "TrainableModel", available: Available, progress: Progress, before: float
-) -> dict[str, Any]:
+    run: RunFolder, job: Job, model: "TrainableModel", available: Available, progress: Progress, started: float
+) -> None:
     """Estimate the training that `tune` is about to begin, report the estimate and write it to plan.json.
 
     Args:
@@ -93,19 +93,15 @@ def estimate(
         model: Its weights and optimizer stay as they are; each step of a run seeds its own random numbers.
         available: Memory and disk to plan for.
         progress: Receives the plan.
-        before: Seconds that the tune has run so far.
-
-    Returns:
-        As `plan` does, with one choice.
+        started: `time.monotonic()` when the tune began.
 
     Raises:
         WillNotFit: it takes more memory or disk than is available.
     """
-    began = time.monotonic()
     with heartbeat(progress, "measuring a few batches"), model.backend.unshared():
         measured = measure(job, model, available, peak_rss_bytes())
-    before += time.monotonic() - began
-    choice = _choice(job, measured, before, run.codes.stat().st_size if run.codes.is_file() else 0, available)
+    codes = run.codes.stat().st_size if run.codes.is_file() else 0
+    choice = _choice(job, measured, time.monotonic() - started, codes, available)
     for text in job.prepared.shown:
         progress.say(text)
     result = _result(job, available, [choice], choice)
@@ -119,7 +115,6 @@ def estimate(
     if not choice["fits"]:
         raise WillNotFit(_does_not_fit(choice, available))
     write_json(run.path / "plan.json", result)
-    return result
 
 
 def resolve_memory(job: Job, available: Available, device: "torch.device", processes: int = 1) -> Job:

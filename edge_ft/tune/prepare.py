@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,11 +140,9 @@ class Job:
         """The batches of the first three epochs, as indices of train rows; those of later epochs are alike."""
         lengths = [len(example.input_ids) for example in self.prepared.examples["train"]]
         count = self.steps * self.config.gradient_accumulation
-        found: list[list[int]] = []
-        for epoch in range(3):
-            if len(found) < count:
-                found += train_batches(lengths, self.config.rows_at_once, self.config.seed, epoch)
-        return found[:count]
+        size, seed = self.config.rows_at_once, self.config.seed
+        epochs = (train_batches(lengths, size, seed, epoch) for epoch in range(3))
+        return list(islice(chain.from_iterable(epochs), count))
 
     @cached_property
     def batch_tokens(self) -> list[int]:

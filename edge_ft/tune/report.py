@@ -63,7 +63,6 @@ def results(job: "Job", model: "TrainableModel", fitted: Fit, progress: Progress
     answers: dict[str, Any] | None = None
     if prepared.task in TEXT_TASKS:
         samples, answers = _answers(job, scorer, base, examples[split][:ANSWERS], progress)
-        answers = None if answers is None else {"split": split, **answers}
     else:
         columns = {"base": scores[f"{split}_base"], "tuned": scores[split]}
         samples = [
@@ -91,7 +90,7 @@ def results(job: "Job", model: "TrainableModel", fitted: Fit, progress: Progress
         "metrics": metrics,
         "overfitting": overfitting,
         "guards": {"skipped": fitted.skipped, "rate_factor": fitted.rate_factor},
-        "answers": answers,
+        "answers": answers and {"split": split, **answers},
         "samples": [{"split": split, **sample} for sample in samples],
     }
 
@@ -105,9 +104,13 @@ def _scores(job: "Job", scorer: Answerer, base: Base, fitted: Fit, progress: Pro
     again = job.config.compute == "bf16" or (embeds and None in (fitted.base.vectors, fitted.best.vectors))
     for split in ["validation"] * again + ["test"] * bool(examples["test"]):
         with base():
-            scores[f"{split}_base"] = score(scorer, examples[split], job.batching, progress, f"{split} rows, base")
-        scores[split] = score(scorer, examples[split], job.batching, progress, f"{split} rows, tuned")
+            scores[f"{split}_base"] = _score(job, scorer, examples[split], progress, f"{split} rows, base")
+        scores[split] = _score(job, scorer, examples[split], progress, f"{split} rows, tuned")
     return scores
+
+
+def _score(job: "Job", scorer: Answerer, examples: Sequence[Example], progress: Progress, stage: str) -> RowScores:
+    return score(scorer, examples, job.batching, progress, stage)
 
 
 def _overfitting(job: "Job", scorer: Answerer, best: float, fitted: Fit, progress: Progress) -> dict[str, Any]:
@@ -115,7 +118,7 @@ def _overfitting(job: "Job", scorer: Answerer, best: float, fitted: Fit, progres
     train, config = job.prepared.examples["train"], job.config
     count = min(len(train), len(job.prepared.examples["validation"]), OVERFITTING_ROWS)
     chosen = sorted(np.random.default_rng(config.seed).permutation(len(train))[:count].tolist())
-    train_nll = score(scorer, [train[index] for index in chosen], job.batching, progress, "train rows").mean_nll
+    train_nll = _score(job, scorer, [train[index] for index in chosen], progress, "train rows").mean_nll
     gap = best - train_nll
     epoch = fitted.best_step * config.rows_at_once * config.gradient_accumulation / len(train)
     if gap > OVERFITTING_GAP * train_nll:

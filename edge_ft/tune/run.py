@@ -7,8 +7,8 @@ from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, use_threads
+from edge_ft.tune.checkpoint import explain_stop, open_run
 from edge_ft.tune.distributed import Processes
-from edge_ft.tune.opening import explain_stop, open_run
 from edge_ft.tune.plan import estimate, refuse_large_base, resolve_memory
 from edge_ft.tune.prepare import prepare_job, refuse_other
 from edge_ft.tune.report import results
@@ -57,7 +57,7 @@ def run_steps(config: TuneConfig, progress: Progress) -> RunFolder:
         if processes.is_main:
             begin(run, job, model)
             if opened.checkpoint is None:
-                estimate(run, job, model, available, progress, time.monotonic() - started)
+                estimate(run, job, model, available, progress, started)
         fitted = train(opened, job, model, processes, progress)
         evaluated = results(job, model, fitted, progress)
         if processes.is_main:

@@ -11,10 +11,9 @@ from edge_ft.config import as_plain
 from edge_ft.progress import Progress
 from edge_ft.quant.serialization import write_codes
 from edge_ft.system import device_memory, peak_rss_bytes
-from edge_ft.tune.checkpoint import remove_checkpoint
+from edge_ft.tune.checkpoint import OpenedRun, remove_checkpoint
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.loop import Fit
-from edge_ft.tune.opening import OpenedRun
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.trainable_model import TrainableModel
 

@@ -10,17 +10,13 @@ __all__ = ["Stopwatch"]
 class Stopwatch:
     """Seconds of a run, and those of the training alone, which exclude what is done under `paused`."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """Start at 0, measured by `clock` (wall seconds)."""
+    def __init__(
+        self, clock: Callable[[], float], elapsed: float = 0.0, seconds: float = 0.0, cpu_seconds: float = 0.0
+    ) -> None:
+        """Start at the values that an earlier stopwatch of the run gave, measured by `clock` (wall seconds)."""
         self.clock = clock
-        self.started = [clock(), time.process_time()]
-        self.excluded = [0.0, 0.0]
-
-    def resume(self, elapsed: float, seconds: float, cpu_seconds: float) -> None:
-        """Continue from these values, which an earlier stopwatch of the run gave."""
-        self.started[0] -= elapsed
-        self.started[1] -= cpu_seconds
-        self.excluded[0] += elapsed - seconds
+        self.started = (clock() - elapsed, time.process_time() - cpu_seconds)
+        self.excluded = [elapsed - seconds, 0.0]
 
     @property
     def elapsed(self) -> float:

@@ -6,19 +6,18 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from edge_ft.artifacts import RunFolder
-from edge_ft.config import TuneConfig, as_plain
+from edge_ft.config import as_plain
 from edge_ft.progress import Progress
-from edge_ft.tune.checkpoint import Checkpoint, write_checkpoint
+from edge_ft.tune.checkpoint import Checkpoint, OpenedRun, write_checkpoint
 from edge_ft.tune.distributed import Processes
-from edge_ft.tune.loop import Backend, Callbacks, Fit, StopAtOnce, TrainingRows, fit
-from edge_ft.tune.opening import OpenedRun
+from edge_ft.tune.loop import Callbacks, Fit, StopAtOnce, TrainingRows, fit
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.trainable_model import TrainableModel
 
@@ -49,9 +48,8 @@ def train(opened: OpenedRun, job: Job, model: TrainableModel, processes: Process
     log = run.path / "metrics.jsonl" if processes.is_main else None
     examples = job.prepared.examples
     rows = TrainingRows(examples["train"], examples["validation"], job.batching)
-    identity = {**job.identity, "codes_sha256": model.codes_sha256}
     with Metrics(log, checkpoint.metrics_bytes if checkpoint else 0) as metrics, interruption.watched():
-        callbacks = _RunCallbacks(run, identity, job.config, backend, metrics, interruption, processes)
+        callbacks = _RunCallbacks(run, job, model, metrics, interruption, processes)
         fitted = fit(backend, rows, job.config, progress, callbacks, checkpoint.state if checkpoint else None)
     backend.save(run.adapter)
     return fitted
@@ -126,28 +124,28 @@ class _RunCallbacks(Callbacks):
     """Writes the run folder while the loop trains; only the main process does."""
 
     run: RunFolder
-    identity: dict[str, Any]
-    config: TuneConfig
-    backend: Backend
+    job: Job
+    model: TrainableModel
     metrics: Metrics
     interruption: Interruption
     processes: Processes
 
     def on_plan(self, steps: int) -> None:
-        self.config = replace(self.config, max_steps=self.config.max_steps or steps)
+        self.job = self.job.with_settings(max_steps=self.job.config.max_steps or steps)
         if self.processes.is_main:
-            self.run.write_settings(as_plain(self.config))
+            self.run.write_settings(as_plain(self.job.config))
 
     def on_metrics(self, line: dict[str, Any]) -> None:
         self.metrics.log(line)
 
     def on_best(self) -> None:
-        self.backend.save(self.run.adapter)
+        self.model.backend.save(self.run.adapter)
 
     def save(self, state: Fit) -> None:
         if self.processes.is_main:
-            settings, size = as_plain(self.config), self.metrics.sync()
-            checkpoint = Checkpoint(self.identity, settings, size, state, self.backend.state())
+            identity = {**self.job.identity, "codes_sha256": self.model.codes_sha256}
+            settings, backend = as_plain(self.job.config), self.model.backend.state()
+            checkpoint = Checkpoint(identity, settings, self.metrics.sync(), state, backend)
             write_checkpoint(self.run.path, checkpoint)
 
     def poll(self) -> None:
