@@ -62,8 +62,9 @@ class TextTagger(Encoder):
         ]
 
         def read(row: int, logits: NDArray[np.float32]) -> TaggedText:
+            framed, starts = encoded[row]
             probabilities, tagged = np.exp(log_softmax(logits)), []  # [seq, labels]
-            for (word, begin, end), start in zip(split[row], encoded[row][1], strict=True):
+            for (word, begin, end), start in zip(split[row], starts, strict=True):
                 best = None if start is None else int(probabilities[start].argmax())
                 tagged.append(
                     TaggedWord(
@@ -74,7 +75,6 @@ class TextTagger(Encoder):
                         None if best is None else float(probabilities[start, best]),
                     )
                 )
-            framed, _ = encoded[row]
             return TaggedText(tagged, len(framed.ids), framed.cut)
 
         return self.map_outputs(read, [Framed(one.ids, [0] * len(one.ids), 0, 0) for one, _ in encoded])

@@ -131,14 +131,17 @@ def test_the_graph_scores_as_torch_does(
     assert bundle.manifest["verification"]["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-4
 
 
-@pytest.mark.parametrize("max_tax", [1.0, None], ids=["passed", "refused"])
+@pytest.mark.parametrize("max_tax", [1.0, 0.0], ids=["passed", "refused"])
 def test_int8_runs_with_int8_activations_where_they_passed(
-    max_tax: float | None, llama: Path, sums: Path, tmp_path: Path
+    max_tax: float, llama: Path, sums: Path, tmp_path: Path
 ) -> None:
-    limits = {"max_tax": 0.0} if max_tax is None else {"max_tax": max_tax}
-    bundle = export(str(llama), ExportConfig(out=tmp_path / "bundle", weights="int8", data=str(sums), **limits))
+    config = ExportConfig(out=tmp_path / "bundle", weights="int8", data=str(sums), max_tax=max_tax)
+    bundle = export(str(llama), config)
     found = bundle.manifest["verification"]
-    level = "4" if max_tax else "1"
+    exact, fast = (found["by_accuracy_level"][level]["nll"] for level in ("1", "4"))
+    level = "4" if fast - exact <= max_tax else "1"  # the processor decides how int8 activations round
+    assert max_tax == 0 or level == "4"
+    assert ("4" in bundle.manifest["graphs"]) == (level == "4")
     assert bundle.manifest["model"] == bundle.manifest["graphs"][level]
     assert found["nll"]["shipped"] == found["by_accuracy_level"][level]["nll"]
     scored = evaluate(str(bundle.path), EvalConfig(data=str(sums), generate=False))
