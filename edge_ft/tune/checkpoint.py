@@ -194,11 +194,6 @@ class OpenedRun:
         return self.folder.codes if self.folder.codes.is_file() else None
 
     @property
-    def elapsed(self) -> float:
-        """Wall seconds of training and validation up to the checkpoint."""
-        return self.checkpoint.state.elapsed if self.checkpoint is not None else 0.0
-
-    @property
     def resumed_from(self) -> int | None:
         """Step at which training starts; None in a new folder."""
         if self.checkpoint is not None:
@@ -271,8 +266,7 @@ def explain_stop(opened: OpenedRun, is_main: bool) -> Iterator[None]:
     except Exception as error:
         from torch import OutOfMemoryError
 
-        learned = run.adapter.is_dir() or find_checkpoint(run.path)
-        if opened.is_new and is_main and not learned:
+        if opened.is_new and is_main and not (run.adapter.is_dir() or find_checkpoint(run.path)):
             shutil.rmtree(run.path, ignore_errors=True)
         if disk_full(error):
             again = f"run {resume}" if run.path.is_dir() else "run the same command again"

@@ -78,10 +78,6 @@ class Processes:
         """Wait until all processes are here."""
         self.sum(0.0)
 
-    def broadcast(self, value: float) -> float:
-        """Return the main process's value."""
-        return self.sum(value if self.is_main else 0.0)
-
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is set in any process."""
         return self.sum(float(flag)) > 0

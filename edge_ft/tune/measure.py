@@ -92,8 +92,11 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
     points: list[_Point] = []
     for batch in (few, typical, longest):
         if points:
-            batch = _rows_that_fit(batch, batch_tokens(batch, train, task), points[-1], available.memory_bytes, idle)
-            if not batch or batch_tokens(batch, train, task) <= points[-1].tokens:
+            # The first rows that fit even if all memory of the last point was due to its tokens.
+            last, tokens = points[-1], batch_tokens(batch, train, task)
+            fitting = last.tokens * (available.memory_bytes - idle) / max(last.peak_bytes - idle, 1)
+            batch = batch[: max(int(fitting * len(batch) / tokens), 0)]
+            if not batch or batch_tokens(batch, train, task) <= last.tokens:
                 continue
         points.append(_measure_batch(batch, job, model))
     report, token, answering = _measure_report(points, job, model)
@@ -112,12 +115,6 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
         answering,
         sum(array.size for name, array in model.backend.state().items() if name.startswith("parameters.")),
     )
-
-
-def _rows_that_fit(batch: list[int], tokens: int, last: _Point, memory: int, idle: int) -> list[int]:
-    """The first rows of a batch that fit even if all memory of the last point was due to its tokens."""
-    fitting = last.tokens * (memory - idle) / max(last.peak_bytes - idle, 1)
-    return batch[: max(int(fitting * len(batch) / tokens), 0)]
 
 
 def _measure_batch(batch: list[int], job: Job, model: TrainableModel) -> _Point:

@@ -140,8 +140,7 @@ class Job:
         """The batches of the first three epochs, as indices of train rows; those of later epochs are alike."""
         lengths = [len(example.input_ids) for example in self.prepared.examples["train"]]
         count = self.steps * self.config.gradient_accumulation
-        size, seed = self.config.rows_at_once, self.config.seed
-        epochs = (train_batches(lengths, size, seed, epoch) for epoch in range(3))
+        epochs = (train_batches(lengths, self.config.rows_at_once, self.config.seed, epoch) for epoch in range(3))
         return list(islice(chain.from_iterable(epochs), count))
 
     @cached_property
@@ -240,8 +239,7 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
     labels = _choose_labels(rows, columns, task, model_labels, progress)
     limit = base.max_length
     longest = limit if config.max_length == "auto" else longest_sequence(config.max_length, limit)
-    rendering = make_rendering(config, columns, task, tokenizer, longest, labels)
-    rendering = with_pooling(rendering, base, config.pooling)
+    rendering = with_pooling(make_rendering(config, columns, task, tokenizer, longest, labels), base, config.pooling)
     records = {name: [record(row, columns) for row in rows[name]] for name in SPLITS}
     examples = _encode(rendering, tokenizer, records)
     if config.max_length == "auto":

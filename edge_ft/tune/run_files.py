@@ -112,7 +112,7 @@ def write_report(
         "calibration": run.base()["calibration"],
         "findings": job.prepared.findings,
         "trainable_parameters": sum(parameter.numel() for parameter in model.backend.parameters),
-        "seconds": round(opened.elapsed + seconds, 2),
+        "seconds": round(seconds + (opened.checkpoint.state.elapsed if opened.checkpoint else 0.0), 2),
         "steps": fitted.steps,
         "best_step": fitted.best_step,
         "stopped": fitted.stopped,

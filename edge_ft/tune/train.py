@@ -46,8 +46,7 @@ def train(opened: OpenedRun, job: Job, model: TrainableModel, processes: Process
         backend.restore(checkpoint.backend)
     interruption = Interruption(processes.any)
     log = run.path / "metrics.jsonl" if processes.is_main else None
-    examples = job.prepared.examples
-    rows = TrainingRows(examples["train"], examples["validation"], job.batching)
+    rows = TrainingRows(job.prepared.examples["train"], job.prepared.examples["validation"], job.batching)
     with Metrics(log, checkpoint.metrics_bytes if checkpoint else 0) as metrics, interruption.watched():
         callbacks = _RunCallbacks(run, job, model, metrics, interruption, processes)
         fitted = fit(backend, rows, job.config, progress, callbacks, checkpoint.state if checkpoint else None)
@@ -152,4 +151,4 @@ class _RunCallbacks(Callbacks):
         self.interruption.poll()
 
     def agree(self, value: float) -> float:
-        return self.processes.broadcast(value)
+        return self.processes.sum(value if self.processes.is_main else 0.0)

@@ -66,9 +66,8 @@ def load_trainable_model(
     config, base, prepared = job.config, job.base, job.prepared
     task, rendering, pad_id = prepared.task, prepared.rendering, job.tokenizer.pad_id
     set_malloc_thresholds(config.memory == "low")  # before codes are chosen, which takes as much as a step
-    calibration = None
-    if codes is None:
-        calibration = make_calibration(prepared.examples["train"], config.base_calibration_rows, pad_id, task, progress)
+    rows_to_calibrate = 0 if codes else config.base_calibration_rows
+    calibration = make_calibration(prepared.examples["train"], rows_to_calibrate, pad_id, task, progress)
     spec = ModelSpec.from_rendering(
         base, rendering, config.base_format, config.block_size, config.seed, codes or calibration
     )

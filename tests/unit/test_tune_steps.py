@@ -71,7 +71,7 @@ def test_a_new_folder_is_opened_with_the_given_settings(tmp_path: Path) -> None:
     given = config(tmp_path / "run")
     opened = open_run(given)
     assert opened == OpenedRun(RunFolder(tmp_path / "run"), given, is_new=True)
-    assert (opened.resumed_from, opened.identity, opened.codes, opened.elapsed) == (None, None, None, 0.0)
+    assert (opened.resumed_from, opened.identity, opened.codes) == (None, None, None)
     assert not (tmp_path / "run").exists()
 
 
