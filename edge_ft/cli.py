@@ -179,14 +179,15 @@ def export(
     with _progress(output) as progress:
         bundle = run_export(source, settings, progress)
     found = bundle.manifest["verification"]
-    table: list[tuple[str, ...]] = [("", "base", "trained", "shipped")]
+    columns = ("base", "trained", "shipped")
+    table: list[tuple[str, ...]] = [("", *columns)]
     for name, part in (("validation", found), ("test", found["test"])):
         if part is not None and part["rows"]:
-            loss = part["nll"]
-            table.append((f"{name} loss (nats/token)", *(_figure(loss[key]) for key in ("base", "trained", "shipped"))))
-            for metric, values in part["metrics"].items():
-                cells = (_interval(values.get(key)) for key in ("base", "trained", "shipped"))
-                table.append((f"{name} {metric} [95%]", *cells))
+            table.append((f"{name} loss (nats/token)", *(_figure(part["nll"][key]) for key in columns)))
+            table += [
+                (f"{name} {metric} [95%]", *(_interval(values.get(key)) for key in columns))
+                for metric, values in part["metrics"].items()
+            ]
     lines = f"{bundle.path}: {bundle.size_bytes / 1e6:.1f} MB, lane {bundle.manifest['lane']}"
     if found["quantization_tax"] is not None:
         lines += f", quantization tax {found['quantization_tax']:+.4f} nats/token"
