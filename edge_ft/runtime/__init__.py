@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from edge_ft.artifacts import Bundle
+from edge_ft.errors import BundleError
 from edge_ft.runtime.adapters import adapter_inputs
 from edge_ft.runtime.cache import KVCache
 from edge_ft.runtime.classify import Classification, TextClassifier
@@ -73,5 +74,7 @@ def load(
     if bundle.task == "text2text-generation":
         sessions = [open_session(graph(accuracy_level), threads) for graph in (bundle.encoder_graph, bundle.graph)]
         return Seq2SeqGenerator(bundle, *((each, adapter_inputs(bundle, each, adapter)) for each in sessions))
+    if bundle.task not in _ONE_GRAPH:
+        raise BundleError(f"{bundle.path} is for the task {bundle.task}, which this release cannot run: update edge-ft")
     session = open_session(bundle.graph(accuracy_level), threads)
     return _ONE_GRAPH[bundle.task](bundle, session, adapter_inputs(bundle, session, adapter))

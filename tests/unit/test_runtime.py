@@ -27,6 +27,12 @@ def test_the_task_decides_what_opens(tmp_path: Path) -> None:
     assert isinstance(load(str(write_classifier(tmp_path / "classifier"))), TextClassifier)
 
 
+def test_a_task_of_a_later_release_is_refused(tmp_path: Path) -> None:
+    path = write_decoder(tmp_path / "decoder")
+    with pytest.raises(BundleError, match="for the task text-to-speech, which this release cannot run"):
+        load(Bundle(path, {"task": "text-to-speech", "model": "onnx/model.onnx"}))
+
+
 def test_an_open_bundle_is_not_opened_again(tmp_path: Path) -> None:
     assert isinstance(load(Bundle.open(write_decoder(tmp_path / "decoder"))), TextGenerator)
 
