@@ -25,17 +25,19 @@ METRICS = {
 }
 """The metrics of each data set's task."""
 
-INTRODUCTION = """# The usual promises of fine-tuning, measured
+INTRODUCTION = """# Base, tuned and shipped models compared
 
 `make claims` (`python -m edge_ft.bench.studies claims`) trains and scores every case below on real rows and writes
 this page. A stopped run resumes, and `--only NAME` measures one claim.
 
 - *Base* is the model before tuning (a classifier's head is untrained then), *tuned* is the model as trained, in torch,
   and *shipped* is the int4 ONNX bundle.
-- Figures are of test rows, which chose nothing, with 95% intervals over rows in brackets. Losses are in nats per target
-  token.
-- *Better* and *worse* mean that the intervals of base and shipped do not overlap. *Refused by the
-  [gate](glossary.md#gate)*: the bundle would not have shipped, because of its validation rows.
+- Figures are on test rows unless a column says otherwise, with 95% intervals over rows in brackets. Test rows were not
+  used to choose weights or settings. Losses are in nats per target token.
+- *Better* and *worse* mean that the intervals of base and shipped do not overlap; a dash, that the figure has no
+  interval or no value.
+- *Refused by the [gate](glossary.md#gate)*: export refused the bundle because of its scores on validation rows. It was
+  scored on the test rows all the same.
 - Times are of a machine with {cores} cores that may have been busy with other work.
 - *Not run*: the case was not finished when this page was written.
 """
@@ -86,7 +88,7 @@ def domains(results: Results) -> Iterator[Row]:
 
 def size(results: Results) -> Iterator[Row]:
     """Bytes and score of every format."""
-    yield ("model", "weights", "MB", "of fp32", "test loss", "metric", "value")
+    yield ("model", "weights", "MB", "size relative to fp32", "test loss", "metric", "value")
     for case in _cases("size"):
         whole = _found(results, case, "export-fp32", "files")
         for weights in case.weights:
@@ -106,8 +108,8 @@ def size(results: Results) -> Iterator[Row]:
 def overfitting(results: Results) -> Iterator[Row]:
     """The gap between train and validation loss on few rows."""
     yield (
-        *("model", "train rows", "early stopping", "steps", "train loss", "validation loss, best", "at the end"),
-        *("gap of the best", "test loss", "minutes"),
+        *("model", "train rows", "early stopping", "steps", "train loss", "best validation loss"),
+        *("last validation loss", "best validation loss − train loss", "test loss", "minutes"),
     )
     for case in _cases("overfitting"):
         report = _found(results, case, "tune")
@@ -177,8 +179,8 @@ TABLES: dict[str, tuple[str, str, Callable[[Results], Iterator[Row]]]] = {
     "domains": (
         "Customisation to healthcare, finance and technical support",
         "Healthcare is a classification. Finance and support are questions with written answers; for the encoder, "
-        "support is the search for the answer in another language. SmolLM2 ships in the adapter lane here, because"
-        " the gate refuses its merges, which lose 0.17 and 0.05 nats.",
+        "support is retrieval of the English answer to a Swedish question. SmolLM2 ships in the adapter lane here, "
+        "because the gate refuses its merges, which lose 0.17 and 0.05 nats.",
         domains,
     ),
     "size": (
@@ -189,7 +191,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Results], Iterator[Row]]]] = {
     "overfitting": (
         "Over-fitting",
         "Few rows, many steps. The weights with the best validation loss are kept with or without early stopping, "
-        "so stopping early saves only time. *At the end* is the validation loss of the last weights.",
+        "so stopping early saves only time. *Last* is the validation loss of the weights at the end.",
         overfitting,
     ),
     "rows": (
@@ -200,11 +202,13 @@ TABLES: dict[str, tuple[str, str, Callable[[Results], Iterator[Row]]]] = {
     ),
     "compute": (
         "Compute",
-        "Times include loading, validation and the report; memory is the peak of the process.",
+        "Times include loading, validation and the report; memory is the peak of the process. A case is named after its"
+        " model and its rows or settings: main is the model's main task, final-layers uses that preset, tiny has 64"
+        " rows, tiny-early stops early, and rows-N has N rows.",
         compute,
     ),
     "recipe": (
-        "Only the final layers, or LoRA on all",
+        "LoRA on the final layers or on all layers",
         "Textbook fine-tuning trains only the final layers. Here these layers get an adapter of a higher rank (see"
         " edge_ft/presets/final-layers.yaml).",
         recipe,
@@ -281,7 +285,7 @@ def _compared(case: Case, results: Results, metric: str, answers: bool = True) -
     if _found(results, case, f"export-{case.weights[0]}", "verification", "refused"):
         if verdict == NOT_RUN:  # a refused bundle is not scored on answers
             return (*cells[:-1], "-", "refused by the gate")
-        verdict += ", but refused by the gate"
+        verdict += " (bundle refused by the gate)"
     return (*cells, verdict)
 
 

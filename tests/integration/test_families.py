@@ -34,7 +34,7 @@ from edge_ft.tune.torch_backend import TorchBackend
 WINDOW = 8
 NOT_IN_OPENVINO = {  # 2026.4, its ONNX frontend
     "gemma2": "no softcap in attention",
-    "opt-350m": "does not convert an embedding of codes that is projected at once",
+    "opt-350m": "cannot convert a quantized embedding that is followed directly by a projection",
 }
 LOOSE: dict[str, Any] = {"max_tax": 5.0, "min_retained": 0.0, "max_metric_drop": 1.0}
 

@@ -34,9 +34,9 @@ Jobs = dict[str, dict[str, Any]]
 
 OPTIMUM = "0.1"
 NOT_IN_OPTIMUM = {  # this version
-    "gemma2": "starts with a cache of one head for each query head",
-    "phi3": "starts with a cache of one head for each query head",
-    "qwen3": "starts with a cache whose heads have size hidden_size / heads",
+    "gemma2": "assumes one key head for each query head",
+    "phi3": "assumes one key head for each query head",
+    "qwen3": "assumes head_dim = hidden_size / heads",
 }
 """Families whose cache optimum creates with the wrong shape, whatever their config says."""
 SHAPES: dict[str, dict[str, Any]] = {

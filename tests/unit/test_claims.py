@@ -195,7 +195,7 @@ def test_figures_are_those_of_the_kept_results() -> None:
     assert found["recipe"][0][1] == "LoRA on all layers (default)"
     refused = {"verification": {"test": test, "refused": ["too much was lost"]}, "files": {}}
     found = tables({"minilm-main": kept | {"export-int4": refused}})
-    assert found["understanding"][0][-1] == "better, but refused by the gate"
+    assert found["understanding"][0][-1] == "better (bundle refused by the gate)"
 
 
 def test_a_lower_loss_is_better_and_a_metric_without_phrases_is_a_dash() -> None:
