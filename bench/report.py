@@ -126,13 +126,13 @@ def budget_failures(records: Sequence[dict[str, Any]], config: BenchConfig) -> l
     """
     checked = [record for record in records if record["subject"] == "edge-ft"] or list(records)
     budgets = (
-        ("--max-ttft-ms", config.max_ttft_ms, ("ttft_s", f"latency_s_{config.prompt_tokens}"), 1e3, "ms"),
-        ("--min-decode-tps", config.min_decode_tps, ("decode_tps",), 1.0, "tok/s"),
-        ("--max-rss-mb", config.max_rss_mb, ("peak_rss_bytes",), 1e-6, "MB"),
-        ("--max-size-mb", config.max_size_mb, ("size_bytes",), 1e-6, "MB"),
+        ("--max-ttft-ms", config.max_ttft_ms, ("ttft_s", f"latency_s_{config.prompt_tokens}"), 1e3, "latency of {} ms"),
+        ("--min-decode-tps", config.min_decode_tps, ("decode_tps",), 1.0, "speed of {} tok/s"),
+        ("--max-rss-mb", config.max_rss_mb, ("peak_rss_bytes",), 1e-6, "peak memory of {} MB"),
+        ("--max-size-mb", config.max_size_mb, ("size_bytes",), 1e-6, "size of {} MB"),
     )
     failures = []
-    for flag, bound, metrics, scale, unit in budgets:
+    for flag, bound, metrics, scale, figure in budgets:
         if bound is None:
             continue
         measured = [record for record in checked if record["metric"] in metrics]
@@ -145,7 +145,7 @@ def budget_failures(records: Sequence[dict[str, Any]], config: BenchConfig) -> l
                 continue
             value = record["value"] * scale
             if value < bound if flag.startswith("--min") else value > bound:
-                failures.append(f"{flag} {bound:g}: {where} has {record['metric']} {_figure(value)} {unit}")
+                failures.append(f"{flag} {bound:g}: {where} has a {figure.format(_figure(value))}")
     return failures
 
 

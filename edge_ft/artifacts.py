@@ -238,6 +238,8 @@ class Bundle:
             BundleError: not a bundle, of another version, or a file that is missing, changed or unlisted.
         """
         manifest_path = path / "manifest.json"
+        if not path.exists():
+            raise BundleError(f"{path} does not exist: give a bundle folder (edge-ft export makes one)")
         if not manifest_path.is_file():
             raise BundleError(f"{path} is not a bundle: it has no manifest.json (edge-ft export makes one)")
         try:

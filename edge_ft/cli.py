@@ -15,8 +15,9 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from edge_ft import __version__
-from edge_ft.artifacts import cache_folder, disk_full, write_json
+from edge_ft.artifacts import RunFolder, cache_folder, disk_full, write_json
 from edge_ft.config import (
+    TEXT_TASKS,
     BenchConfig,
     EvalConfig,
     ExportConfig,
@@ -29,7 +30,7 @@ from edge_ft.config import (
     preset_file,
     without_retired,
 )
-from edge_ft.errors import BudgetFailed, EdgeFTError, MissingExtra, UsageError, WillNotFit, require
+from edge_ft.errors import BudgetFailed, EdgeFTError, MissingExtra, UsageError, WillNotFit, did_you_mean, require
 from edge_ft.progress import Lines, Progress, ProgressBars, Silent
 from edge_ft.system import Available, default_threads, device_memory, total_memory_bytes, usable_cpus
 
@@ -94,7 +95,7 @@ def tune(
     print_config: Annotated[bool, Parameter(group=HEADINGS[Group.FILES])] = False,
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
-    """Train a LoRA adapter over a frozen, quantized base and write a run folder.
+    """Train a LoRA adapter on a frozen base model (4-bit by default) and write a run folder.
 
     Args:
         print_config: Print the settings as YAML, in the format of --config, and stop.
@@ -106,16 +107,21 @@ def tune(
         return
     from edge_ft.tune import tune as run_tune
 
+    was_finished = settings.resume and RunFolder(settings.out).report_path.is_file()
     with _progress(output) as progress:
         run = run_tune(settings, progress)
+    if was_finished and output.quiet:  # a script must see that its settings had no effect
+        from edge_ft.tune.checkpoint import finished_note
+
+        print(f"edge-ft: {finished_note(settings)}", file=sys.stderr)
     report = run.report()
-    nll = report["nll"]
+    nll, unit = report["nll"], _unit(report["task"])
     table: list[tuple[str, ...]] = [
         ("", "base", "tuned"),
-        ("validation loss (nats/token)", _figure(nll["base"]), _figure(nll["best"])),
+        (f"validation loss ({unit})", _figure(nll["base"]), _figure(nll["best"])),
     ]
     if nll["test"] is not None:
-        table.append(("test loss (nats/token)", _figure(nll["test_base"]), _figure(nll["test"])))
+        table.append((f"test loss ({unit})", _figure(nll["test_base"]), _figure(nll["test"])))
     for name, values in report["metrics"].items():
         split = "test" if "test" in values else "validation"
         table.append((f"{split} {name} [95%]", _interval(values[f"{split}_base"]), _interval(values[split])))
@@ -125,13 +131,19 @@ def tune(
             (name, _interval(found["base"]), _interval(found["tuned"])) for name, found in answers["metrics"].items()
         )
         table += [(heading, "", ""), *figures]
+    advice = f"next: edge-ft export {run.path} --out BUNDLE"
+    if report["best_step"] == 0:
+        advice = (
+            "nothing was learned: no step lowered the validation loss. Try more rows, more --epochs or another "
+            "--learning-rate"
+        )
     _show(
         output,
         report,
         table,
         f"{run.path}: best at step {report['best_step']} of {report['steps']}, "
         f"{report['seconds']:.0f} s, {report['tokens_per_second']:.0f} tok/s, "
-        f"peak {report['peak_rss_bytes'] / 1e6:.0f} MB\nnext: edge-ft export {run.path} --out BUNDLE",
+        f"peak {report['peak_rss_bytes'] / 1e6:.0f} MB\n{advice}",
     )
 
 
@@ -158,8 +170,7 @@ def plan(
         f"{rows} rows; a train row has {tokens['p50']} tokens (p50), {tokens['p95']} (p95), {tokens['max']} (max), "
         f"all have {tokens['total']}; {result['steps']} steps",
         *(f"{found['severity']}: {found['message']} [{found['code']}]" for found in result["findings"]),
-        f"recommended: --layers {result['recommended']['layers']} --memory {result['recommended']['memory']}; "
-        f"{result['reason']}",
+        f"recommended: {result['reason']}",
         *result.get("shown", []),
     ]
     _show(output, result, table, "\n".join(lines))
@@ -183,14 +194,14 @@ def export(
     table: list[tuple[str, ...]] = [("", *columns)]
     for name, part in (("validation", found), ("test", found["test"])):
         if part is not None and part["rows"]:
-            table.append((f"{name} loss (nats/token)", *(_figure(part["nll"][key]) for key in columns)))
+            table.append((f"{name} loss ({_unit(bundle.task)})", *(_figure(part["nll"][key]) for key in columns)))
             table += [
                 (f"{name} {metric} [95%]", *(_interval(values.get(key)) for key in columns))
                 for metric, values in part["metrics"].items()
             ]
     lines = f"{bundle.path}: {bundle.size_bytes / 1e6:.1f} MB, lane {bundle.manifest['lane']}"
     if found["quantization_tax"] is not None:
-        lines += f", quantization tax {found['quantization_tax']:+.4f} nats/token"
+        lines += f", quantization tax {found['quantization_tax']:+.4f} {_unit(bundle.task)}"
         lines += f", retained gain {found['retained_gain']:.1%}" if found["retained_gain"] is not None else ""
     elif not found["rows"]:
         lines += ", not scored (no --data)"
@@ -218,7 +229,7 @@ def verify(
         result = run_verify(bundle, settings, progress)
     lines = f"{bundle}: {result['files']} files as exported, probe texts score the same here"
     if "nll" in result:
-        lines += f"; {result['rows']} rows at {result['nll']:.4f} nats/token"
+        lines += f"; {result['rows']} rows with a loss of {result['nll']:.4f}"
     _show(output, result, [], lines)
 
 
@@ -239,7 +250,7 @@ def evaluate(
         result = run_evaluate(source, settings, progress)
     table: list[tuple[str, ...]] = [
         ("metric", "value [95%]"),
-        ("loss (nats/token)", _figure(result["nll"])),
+        (f"loss ({_unit(result['task'])})", _figure(result["nll"])),
         ("perplexity", _figure(result["perplexity"])),
     ]
     table += [(name, _interval(value)) for name, value in result["metrics"].items()]
@@ -363,8 +374,8 @@ def _with_config(
 
     Args:
         config: YAML file with settings; flags override it.
-        preset: Settings that come with edge-ft, for tune and plan: default, final-layers, thorough or low-memory;
-            --config and flags override them.
+        preset: For tune and plan only, settings that come with edge-ft: default, final-layers, thorough or
+            low-memory; --config and flags override them.
 
     Returns:
         What the command returns: nothing.
@@ -396,8 +407,10 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         app.meta(exit_on_error=False, print_error=False)
-    except (EdgeFTError, cyclopts.CycloptsError) as error:
-        _fail(str(error), getattr(error, "exit_code", UsageError.exit_code), debug)
+    except EdgeFTError as error:
+        _fail(str(error), error.exit_code, debug)
+    except cyclopts.CycloptsError as error:
+        _fail(_explain(error), UsageError.exit_code, debug)
     except KeyboardInterrupt:
         _fail("stopped", 130, debug)
     except BrokenPipeError:
@@ -414,6 +427,20 @@ def main() -> None:
             _fail(str(error), UsageError.exit_code, debug)
         message = f"internal error: {type(error).__name__}: {error} (--debug shows the traceback)"
         _fail(message, EdgeFTError.exit_code, debug)
+
+
+def _explain(error: cyclopts.CycloptsError) -> str:
+    """Return the message of cyclopts, or a plainer one about a missing option or an unknown key of --config."""
+    if isinstance(error, cyclopts.MissingArgumentError) and error.argument is not None:
+        _, similar, flags = str(error).partition(" Did you mean ")
+        if error.keyword is None and not error.argument.tokens:
+            command = " ".join(("edge-ft", *(error.command_chain or ())))
+            return f"{error.argument.name} is required: see {command} --help.{similar}{flags}"
+    if isinstance(error, cyclopts.UnknownOptionError) and error.token.source != "cli":
+        key = (error.token.keyword or error.token.value).strip("[]")
+        known = [name[2:].replace("-", "_") for argument in error.argument_collection for name in argument.names]
+        return f"{error.token.source}: unknown setting '{key}'{did_you_mean(key, known)}"
+    return str(error)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
@@ -470,6 +497,11 @@ def _write_json(target: str, result: Any) -> None:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
     write_json(Path(target), result)
+
+
+def _unit(task: str) -> str:
+    """Unit of the loss: a target is a token only where tokens are predicted."""
+    return "nats/token" if task in (*TEXT_TASKS, "fill-mask") else "nats/target"
 
 
 def _figure(value: float | None) -> str:

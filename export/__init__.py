@@ -54,14 +54,18 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
                 (folder / file).with_suffix(".onnx_data").unlink(missing_ok=True)  # its weights, if it has its own
         if opened.base.family.decoder:
             write_genai(folder, opened.base.family.name, opened.base.dims, opened.tokenizer, kept[main])
-        with heartbeat(progress, "sealing the bundle"):
+        with heartbeat(progress, "writing the manifest"):
             Bundle.seal(folder, {**make_manifest(opened, kept, main), "verification": verification})
         if reasons := verification["refused"]:
             shutil.rmtree(rejected, ignore_errors=True)
             folder.rename(rejected)
             lost = (verification["quantization_tax"] or 0) > config.max_tax
             codes_are_held = opened.trained_format == opened.weights and opened.weights in ("int4", "int8")
-            fix = ". --lane adapter ships the codes that were trained over" if lost and codes_are_held else ""
+            fix, gain = "", verification.get("gain")
+            if gain is not None and gain["low"] <= 0:
+                fix = ". Train with more rows, more --epochs or another --learning-rate, then export again"
+            elif lost and codes_are_held:
+                fix = ". --lane adapter ships the codes that were trained over"
             raise GateRefused(f"export refused, bundle kept as {rejected}: {'; '.join(reasons)}{fix}")
     with heartbeat(progress, f"checking {config.out}"):
         return Bundle.open(config.out)

@@ -64,7 +64,7 @@ def write_bundle(folder: Path, source: ExportSource, model: Any, progress: Progr
         model = model.unload()  # the base with its trained head: 2 x 210 LoRA inputs would triple the time of a trace
     with heartbeat(progress, f"tracing {source.base.name} ({source.weights}, {source.lane} lane)"):
         graphs = _trace(source, model)
-    with heartbeat(progress, "lowering to ONNX Runtime's operators"):
+    with heartbeat(progress, "converting to ONNX Runtime's operators"):
         add_lora_inputs(list(graphs.values()), pairs)
         for graph in graphs.values():
             lower(graph)

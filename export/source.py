@@ -127,7 +127,7 @@ class ExportSource:
             examples = self.rows.calibration
             rows = make_calibration(examples, len(examples), self.tokenizer.pad_id, self.task, progress)
             assert rows is not None
-            with heartbeat(progress, "choosing int4 codes"):
+            with heartbeat(progress, "quantizing to int4 with GPTQ"):
                 quantize_calibrated(model, self.task, self.block_size, self._float_modules, rows)
         elif self.weights != "fp32":
             with heartbeat(progress, f"rounding the weights to {self.weights}"):
@@ -295,7 +295,7 @@ def _refuse_int8_activations(weights: Weights, base: Base, lane: str) -> None:
         )
     if weights in INT8_ACTIVATIONS and lane == "adapter":
         raise UsageError(
-            f"--weights {weights} has no adapter lane, which ships exactly what was trained: use --lane merged"
+            f"--weights {weights} cannot be used with --lane adapter: use --lane merged, or --weights int4 or int8"
         )
 
 

@@ -139,7 +139,7 @@ def verify_graphs(
     if results[requested].problem:
         reasons.append(results[requested].problem)
     if changes is False and not source.rows.validation:
-        reasons.append("the adapter does not change the logits of the graph: what ships is the base")
+        reasons.append("the adapter does not change the logits of the graph, which answers as the base")
     # Exact int8 takes 15 times as long for a token: ONNX Runtime 1.32 multiplies 8-bit codes fast only with int8
     # activations. The adapter lane is for those who want exactly what was trained.
     main = 4 if source.weights == "int8" and source.lane != "adapter" and 4 in passed else requested

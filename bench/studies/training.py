@@ -66,9 +66,9 @@ class Race:
     task: Task | None = None
     """As in edge-ft tune."""
     train_rows: int | None = None
-    """Number of training rows, drawn once; default: all."""
+    """Number of training rows, sampled once; default: all."""
     eval_rows: int | None = None
-    """Number of held-out rows, drawn once; default: all."""
+    """Number of held-out rows, sampled once; default: all."""
     epochs: float | None = None
     """Epochs of both trainers; default: that of edge-ft tune, and 2 for the baseline."""
     rank: int = 8
@@ -108,13 +108,14 @@ class Trainings:
     """Which trainings of a race are done."""
 
     seeds: int = 3
-    """Trainings of each; rows stay the same."""
+    """Number of seeds: training runs of each trainer on the same rows."""
     baseline_rates: str = "2e-4,5e-4,1e-3,2e-3"
     """Learning rates of the baseline's sweep on seed 0, separated by commas."""
     same_recipe: bool = False
-    """Give the baseline our batches, schedule and layers: the curves must agree, and only the speed differs."""
+    """Train the baseline with the batches, schedule and layers of edge-ft: the curves must agree, and only the speed
+    differs."""
     quick: bool = False
-    """Train the baseline at its library's rate on seed 0 only."""
+    """Train the baseline once, on seed 0 with the default learning rate of transformers' Trainer."""
 
     def __post_init__(self) -> None:
         """Refuse rates that are not numbers, and numbers that are not positive."""
@@ -198,9 +199,9 @@ def run(race: Race, out: Path, trainings: Trainings, progress: Progress | None =
     The baseline's best rate is found on seed 0 and used for the others.
 
     Args:
-        race: What is trained on what.
+        race: Model, rows and settings of both trainers.
         out: Folder of results.
-        trainings: Seeds, rates and recipe.
+        trainings: Seeds, learning rates and recipe.
         progress: Reports each training.
 
     Returns:
@@ -296,15 +297,15 @@ def main(
     out: Path = Path("out/training"),
     quiet: bool = False,
 ) -> None:
-    """Race edge-ft's trainer against PEFT + transformers' Trainer: same base, rows, rank and threads.
+    """Compare the training speed of edge-ft and of PEFT + transformers' Trainer: same base, rows, rank and threads.
 
     Args:
-        race: What is trained on what.
-        trainings: Seeds, rates and recipe.
-        json: Write the report to this file; - is stdout, and then nothing else goes there.
+        race: Model, rows and settings of both trainers.
+        trainings: Seeds, learning rates and recipe.
+        json: Write the report to this file; - is stdout, which then gets nothing else.
         plot: File for a plot of loss over seconds.
         out: Folder of results; trainings with a result there are skipped.
-        quiet: No progress.
+        quiet: Do not report progress.
 
     Raises:
         BudgetFailed: with --same-recipe, the curves differ.

@@ -17,7 +17,7 @@ class BenchConfig(RowsConfig):
     """Settings of a measurement, and budgets that it must keep; the fields of `RowsConfig` need `data`."""
 
     data: Annotated[str | None, Group.INPUT] = None
-    """Rows on which to score every subject too: loss, task metrics and answers."""
+    """Rows on which to score every bundle, run and model too: loss, task metrics and answers."""
     limit: Annotated[int | None, Group.INPUT, Minimum(1)] = None
     """Score only the first N rows of --data."""
     accuracy_level: Annotated[Literal[1, 4] | None, Group.INPUT] = None
@@ -26,7 +26,7 @@ class BenchConfig(RowsConfig):
     """Other engines to measure in turn with the bundles: torch (eager, float32), openvino (encoders, the same graph),
     ctranslate2 (encoder-decoders)."""
     repeats: Annotated[int, Group.MEASUREMENT, Minimum(1)] = 5
-    """Processes per subject; the subjects take turns."""
+    """Fresh processes per bundle, run or model, which are measured alternately."""
     prompt_tokens: Annotated[int, Group.MEASUREMENT, Minimum(1)] = 128
     """Length of the prompt, or of the text to classify, in tokens."""
     new_tokens: Annotated[int, Group.MEASUREMENT, Minimum(2)] = 32
@@ -40,11 +40,11 @@ class BenchConfig(RowsConfig):
     max_size_mb: Annotated[float | None, Group.BUDGETS] = None
     """Largest size on disk, in MB."""
     threads: Threads = None
-    """CPU threads of every subject; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
+    """CPU threads of every measured process; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
     memory_limit: Annotated[int | None, Group.RESOURCES, Minimum(1)] = None
-    """Memory limit of each subject's process in MB; a subject that needs more is reported as not fitting."""
+    """Memory limit of each measured process in MB; what needs more is reported as not fitting."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.peers:
-            check(name in PEERS, f"--peers {name}: there are {', '.join(PEERS)}{did_you_mean(name, list(PEERS))}")
+            check(name in PEERS, f"--peers {name}: choose from {', '.join(PEERS)}{did_you_mean(name, list(PEERS))}")

@@ -28,7 +28,7 @@ class EvalConfig(RowsConfig):
     """Number of example rows put before each prompt (few-shot, text-generation); the maximum length is then the
     model's limit."""
     shots_from: Annotated[str | None, Group.EVALUATION] = None
-    """File with the example rows of --shots; default: the train rows of a run, required for bundles and models."""
+    """File with the example rows of --shots; default for a run: its train rows; required for bundles and models."""
     generate: Annotated[bool, Group.EVALUATION] = True
     """Also generate an answer to every row and compare it (text generation); takes most of the time."""
     max_new_tokens: Annotated[int, Group.EVALUATION, Minimum(1)] = 64

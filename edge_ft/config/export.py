@@ -20,7 +20,7 @@ class ExportConfig(RowsConfig):
     task: Annotated[Task | None, Group.INPUT] = None
     """Task of a plain model SOURCE; a run folder has its own."""
     data: Annotated[str | None, Group.INPUT] = None
-    """Rows on which to score a plain model SOURCE; a run folder brings its validation and test rows."""
+    """Rows on which to score a plain model SOURCE; a run folder has its own rows."""
     weights: Annotated[Weights | None, Group.BUNDLE] = None
     """Weight format of the bundle; int8-dynamic and int8-static (encoders) compute in int8 too; default: int4, but
     with --lane adapter the format that the run was trained over."""
@@ -47,7 +47,7 @@ class VerifyConfig(RowsConfig):
     data: Annotated[str | None, Group.INPUT] = None
     """Rows to score: the validation rows of the export must score as they did then, other rows are only scored."""
     max_tax: Annotated[float | None, Group.GATE, Minimum(0)] = None
-    """Maximum quantization tax on the export's validation rows, and maximum change of accuracy level 4 on the probe
-    texts, in nats per target token; default: the limit of the export."""
+    """Limit for the quantization tax on the export's validation rows (--data), and for the change of the probe-text
+    loss of accuracy level 4 since the export, in nats per target token; default: the limit of the export."""
     threads: Threads = None
     """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""

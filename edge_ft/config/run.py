@@ -15,7 +15,7 @@ class RunConfig:
     adapter: Annotated[str | None, Group.INPUT] = None
     """none: answer with the base of an adapter-lane bundle."""
     accuracy_level: Annotated[Literal[1, 4] | None, Group.INPUT] = None
-    """Graph to use: 1 computes in float, 4 with int8 activations if the export accepted it; default: the manifest's
+    """Graph to use: 1 computes in float, 4 with int8 activations, if the bundle has that graph; default: the manifest's
     choice."""
     text_pair: Annotated[str | None, Group.INPUT] = None
     """Second text, for a model trained on pairs of texts."""
@@ -44,8 +44,8 @@ class RunConfig:
     stop: Annotated[tuple[str, ...], Group.GENERATION] = ()
     """Strings that end an answer; they are not part of it."""
     labels: Annotated[tuple[str, ...], Group.GENERATION] = ()
-    """Choose the likeliest of these answers instead of generating one (text-generation); auto: the answers of the
-    training rows, where they were few."""
+    """Choose the likeliest of these answers instead of generating one (text-generation); auto: the answers
+    stored in the bundle, if the training rows had few different ones."""
     threads: Threads = None
     """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
 

@@ -139,23 +139,22 @@ class RowsConfig:
     prompt: Annotated[str | None, Group.ROWS] = None
     r"""Template of the prompt, e.g. "{passage} {question}"; \n is a newline and \t a tab."""
     completion: Annotated[str | None, Group.ROWS] = None
-    """Template of the answer to train on, e.g. "{answer}"; needs --prompt."""
+    """Template of the expected answer, e.g. "{answer}"; needs --prompt."""
     text_pair: Annotated[str | None, Group.ROWS] = None
     """Template of a second text that the model reads with the first, e.g. "{passage}" (text-classification)."""
     label: Annotated[str | None, Group.ROWS] = None
     """Column with a class, a list of classes or a number (text-classification), or with a tag for each word
     (token-classification)."""
     problem_type: Annotated[ProblemType | None, Group.ROWS] = None
-    """Kind of the labels (text-classification); default: multi-label for lists, regression for numbers that are not
-    all whole, else single-label."""
+    """Kind of the labels (text-classification); default: multi-label for lists, regression if any number is
+    not an integer, else single-label."""
     pooling: Annotated[Pooling | None, Group.ROWS] = None
-    """How the embeddings of the tokens become one (feature-extraction); default: as the model's files say, else
-    mean."""
+    """Pooling of the token embeddings (feature-extraction); default: as the model's files say, else mean."""
     chat_template: Annotated[str | None, Group.ROWS] = None
     """Chat template: auto (the model's own), none, or a Jinja file; default: auto, or none with --prompt."""
     max_length: Annotated[int | Literal["auto"] | None, Group.ROWS] = None
-    """Maximum length in tokens, to which longer rows are cut; auto (tune) is long enough for 99% of the rows; default:
-    the model's limit, at most 1024."""
+    """Maximum tokens per row, longer rows are truncated; auto (tune and plan only) covers 99% of the rows; default: the
+    model's limit, at most 1024."""
 
     def __post_init__(self) -> None:
         accept_python_values(self)

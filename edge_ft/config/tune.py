@@ -44,7 +44,7 @@ class TuneConfig(RowsConfig):
     dropout: Annotated[float, Group.LORA] = 0.0
     """Dropout probability of the LoRA input."""
     target_modules: Annotated[tuple[str, ...], Group.LORA] = ("all-linear",)
-    """Linear layers to adapt: all-linear, or the ends of their names, e.g. q_proj,v_proj."""
+    """Linear layers to adapt: all-linear, or name suffixes, e.g. q_proj,v_proj."""
     layers: Annotated[str, Group.LORA] = "all"
     """Transformer layers to adapt: all, or last:K for the last K (in an encoder-decoder the last K of each stack)."""
     base_format: Annotated[BaseFormat, Group.BASE] = "int4"
@@ -52,8 +52,8 @@ class TuneConfig(RowsConfig):
     block_size: Annotated[Literal[16, 32, 64, 128], Group.BASE] = 32
     """Weights that share one scale in int4 and int8; in nf4 it is always 64."""
     calibration_rows: Annotated[int, Group.BASE, Minimum(0)] = 64
-    """Maximum number of training rows from which GPTQ (arXiv:2210.17323) chooses the int4 codes, here and in a merged
-    export; 0 rounds each weight to the nearest code instead."""
+    """Maximum number of training rows that calibrate GPTQ (arXiv:2210.17323), the int4 quantization of the base and of
+    a merged export; 0 rounds to nearest instead."""
     learning_rate: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
     """Peak learning rate of AdamW; default: 1e-3 for encoders, 2e-3 for others."""
     schedule: Annotated[Literal["cosine", "constant"], Group.TRAINING] = "cosine"
@@ -83,8 +83,8 @@ class TuneConfig(RowsConfig):
     patience: Annotated[int | None, Group.EVALUATION, Minimum(1)] = None
     """Stop after this many evaluations without a lower validation loss; default: never."""
     memory: Annotated[Memory | None, Group.RESOURCES] = None
-    """Use of memory, with the same result: high is faster and keeps dequantized weights between steps, low is slower
-    and recomputes activations; default: normal, or high where steps are short and memory is plentiful."""
+    """Memory mode, with the same result: high keeps dequantized weights between steps (faster), low recomputes
+    activations (slower); default: high if steps are short and memory is plentiful, else normal."""
     threads: Threads = None
     """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
     checkpoint_minutes: Annotated[float, Group.CHECKPOINTS, Minimum(0)] = 5.0
@@ -190,5 +190,5 @@ def preset_file(name: str) -> Path:
         UsageError: there is no such preset.
     """
     files = {file.stem: file for file in sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))}
-    check(name in files, f"--preset {name}: there are {', '.join(files)}{did_you_mean(name, list(files))}")
+    check(name in files, f"--preset {name}: choose from {', '.join(files)}{did_you_mean(name, list(files))}")
     return files[name]

@@ -89,11 +89,11 @@ def evaluate_gate(
     drop = estimate(lambda rows: before_of(rows) - after_of(rows), len(trained.nll))
     reasons = []
     if not adapter_changes_logits:
-        reasons.append("the adapter does not change the logits of the graph: what ships is the base")
+        reasons.append("the adapter does not change the logits of the graph, which answers as the base")
     if gained["low"] <= 0:
         reasons.append(
-            f"nothing was learned: base - trained is {gain:+.4f} nats per token, 95% interval "
-            f"[{gained['low']:+.4f}, {gained['high']:+.4f}] on {len(base.nll)} validation rows"
+            f"nothing was learned (loss of the base - loss as trained: {gain:+.4f} nats per token, 95% interval "
+            f"[{gained['low']:+.4f}, {gained['high']:+.4f}] on {len(base.nll)} validation rows)"
         )
     if tax > limits.max_tax:
         reasons.append(f"quantization tax {tax:+.4f} nats per token is above --max-tax {limits.max_tax:g}")

@@ -243,7 +243,8 @@ def _download(model: str) -> Path:
         family_of(str(json.loads((header / "config.json").read_text(encoding="utf-8")).get("model_type")))
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "README.md"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].removeprefix("Got: ") if str(error) else type(error).__name__
         raise ModelError(
-            f"{model} is neither a local folder{near} nor a model that the hub serves: {reason}"
+            f"{model} is not a local folder{near} and cannot be downloaded from the hub (check the name and the "
+            f"network): {reason}"
         ) from error

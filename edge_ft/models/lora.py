@@ -237,7 +237,7 @@ def _targets(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
             if not any(name == wanted or name.endswith(f".{wanted}") for name in linear):
                 raise UsageError(
                     f"--target-modules {wanted}: no linear layer has this name{did_you_mean(wanted, endings)}; "
-                    f"there are {', '.join(endings)}"
+                    f"choose from {', '.join(endings)}"
                 )
         linear = [
             name for name in linear if any(name == end or name.endswith(f".{end}") for end in config.target_modules)

@@ -155,7 +155,7 @@ class _FirstCalls:
         progress: Progress,
     ) -> None:
         self._masks, self._read, self._dtype = masks, read, dtype
-        self._steps = iter(track(progress, "calibrating codes", range(len(layers)), len(layers)))
+        self._steps = iter(track(progress, "GPTQ calibration", range(len(layers)), len(layers)))
         self._last_input: tuple[Tensor, Tensor] | None = None
         """Input and factor of the last layer: several projections have the same input."""
         self._handles: dict[str, list[RemovableHandle]] = {

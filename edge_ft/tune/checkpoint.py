@@ -31,6 +31,7 @@ __all__ = [
     "OpenedRun",
     "explain_stop",
     "find_checkpoint",
+    "finished_note",
     "open_run",
     "read_checkpoint",
     "remove_checkpoint",
@@ -241,6 +242,17 @@ def open_run(config: TuneConfig) -> OpenedRun:
     return OpenedRun(run, _complete(config, run.settings()))
 
 
+def finished_note(config: TuneConfig) -> str:
+    """Say that --resume changes nothing in the finished run at `config.out`, and which given settings are not its own.
+
+    Returns:
+        The note.
+    """
+    differences = ", ".join(_differences(config, RunFolder(config.out).settings()))
+    other = f"; it was trained with {differences}: give another --out to train again" if differences else ""
+    return f"{config.out} is finished: nothing was changed{other}"
+
+
 @contextmanager
 def explain_stop(opened: OpenedRun, is_main: bool) -> Iterator[None]:
     """If this block is interrupted or fails, say which files are saved and how to resume.
@@ -299,18 +311,26 @@ def _complete(config: TuneConfig, saved: Mapping[str, Any]) -> TuneConfig:
     Raises:
         UsageError: a given setting is not the saved one; the first such is named.
     """
-    given, found = as_plain(config), {}
-    for name, value in without_retired(saved, config.out).items():
-        if name not in given or name in NOT_COMPARED | BY_CONTENT or given[name] == value:
-            continue
-        if given[name] not in (None, "auto"):
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(
-                f"{config.out} was started with {flag} {_shown(value)} and not {_shown(given[name])}: "
-                "resume it with its own settings, or give another --out"
-            )
-        found[name] = value
-    return replace(config, **found)
+    saved = without_retired(saved, config.out)
+    if differences := _differences(config, saved):
+        raise UsageError(
+            f"{config.out} was started with {differences[0]}: resume it with its own settings, or give another --out"
+        )
+    compared = _compared(config)
+    return replace(config, **{name: value for name, value in saved.items() if name in compared})
+
+
+def _differences(config: TuneConfig, saved: Mapping[str, Any]) -> list[str]:
+    """Each setting that is given and not the saved one, as text."""
+    return [
+        f"--{name.replace('_', '-')} {_shown(saved[name])} and not {_shown(value)}"
+        for name, value in _compared(config).items()
+        if name in saved and value not in (None, "auto", saved[name])
+    ]
+
+
+def _compared(config: TuneConfig) -> dict[str, Any]:
+    return {name: value for name, value in as_plain(config).items() if name not in NOT_COMPARED | BY_CONTENT}
 
 
 def _shown(value: Any) -> str:

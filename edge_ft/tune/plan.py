@@ -300,12 +300,14 @@ def _result(
     """What `plan` returns."""
     prepared = job.prepared
     lengths = [len(example.input_ids) for example in prepared.examples["train"]]
-    better = "the only setting requested" if len(choices) == 1 else "the best of the choices"
-    if recommended is not choices[0]:
-        better = "the best of the choices that fit"
+    why = "fits, with the most layers and the faster memory mode"
+    if len(choices) == 1:
+        why = "is the only setting requested"
+    elif recommended is not choices[0]:
+        why = "is the first choice that fits, of those with the most layers first"
     memory, disk = megabytes(recommended["peak_rss_bytes"]), megabytes(recommended["disk_bytes"])
     reason = (
-        f"layers {recommended['layers']} with {recommended['memory']} memory is {better}: it takes {memory} of "
+        f"--layers {recommended['layers']} --memory {recommended['memory']} {why}: it takes {memory} of "
         f"{megabytes(available.memory_bytes)} available memory, {disk} of {megabytes(available.disk_bytes)} available "
         f"disk and {duration(recommended['seconds'])}"
     )

@@ -274,7 +274,8 @@ def _choose_labels(
         return ()
     found = find_labels([row for name in SPLITS for row in rows[name]], columns)
     if len(found) < 2:
-        raise DataError(f"the column {columns.label} holds {len(found)} class(es), at least 2 are needed")
+        only = f"only the class {found[0]!r}" if found else "no class"
+        raise DataError(f"the column {columns.label} holds {only}: at least 2 classes are needed")
     # A head that knows all classes, by name or number, keeps its own order.
     known = (model_labels, class_numbers(model_labels))
     labels = next((names for names in known if set(found) <= set(names)), found)

@@ -124,7 +124,7 @@ def _overfitting(job: "Job", scorer: Answerer, best: float, fitted: Fit, progres
     if gap > OVERFITTING_GAP * train_nll:
         progress.say(
             f"over-fitted: with the best weights (epoch {epoch:.1f}) the train loss is {train_nll:.4f} and the "
-            f"validation loss {best:.4f}: more rows, a lower --rank or --dropout may help"
+            f"validation loss {best:.4f}: more rows, a lower --rank or a higher --dropout may help"
         )
     if fitted.best_step < fitted.steps and fitted.last_nll > best:
         progress.say(f"the validation loss was best at epoch {epoch:.1f} and is {fitted.last_nll:.4f} at the end")

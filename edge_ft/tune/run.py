@@ -7,7 +7,7 @@ from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, use_threads
-from edge_ft.tune.checkpoint import explain_stop, open_run
+from edge_ft.tune.checkpoint import explain_stop, finished_note, open_run
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.plan import estimate, refuse_large_base, resolve_memory
 from edge_ft.tune.prepare import prepare_job, refuse_other
@@ -37,7 +37,7 @@ def run_steps(config: TuneConfig, progress: Progress) -> RunFolder:
     opened = open_run(config)
     run = opened.folder
     if opened.is_finished:
-        progress.say(f"{run.path} is finished: nothing was changed")
+        progress.say(finished_note(config))
         return run
 
     config = replace(opened.config, threads=use_threads(opened.config.threads))

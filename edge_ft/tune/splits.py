@@ -126,8 +126,8 @@ def split_given(
         if shared := overlap(splits[first], splits[second], key):
             a, b = shared[0]
             message = (
-                f"{len(shared)} equal row(s) are in both the {first} and the {second} split, the first is row {a} "
-                f"of one and row {b} of the other: remove them from one"
+                f"{len(shared)} row(s) of the {second} split are also in the {first} split, e.g. {first} row {a} is "
+                f"{second} row {b}: remove them from one of the two"
             )
             text = next(preview(record(row, columns)) for row in splits[second] if row.number == b)
             leak = Finding("leak", "error", [number for _, number in shared], message, text)

@@ -102,6 +102,13 @@ def test_an_invalid_value_is_refused(flags: list[str], message: str) -> None:
     assert message in refused(edge_ft("tune", "--model", "m", "--data", "d", "--out", "o", *flags), 2)
 
 
+def test_a_missing_option_is_named_as_required() -> None:
+    assert "--out is required: see edge-ft tune --help" in refused(edge_ft("tune", "--model", "m", "--data", "d"), 2)
+    assert "BUNDLE is required" in refused(edge_ft("run"), 2)
+    assert "Did you mean --data instead of --dta?" in refused(edge_ft("eval", "m", "--dta", "d"), 2)
+    assert "--out requires an argument" in refused(edge_ft("tune", "--model", "m", "--data", "d", "--out"), 2)
+
+
 def test_flags_override_the_config_file_and_print_config_prints_the_result(tmp_path: Path) -> None:
     config = tmp_path / "tune.yaml"
     config.write_text("model: m\ndata: d\nout: o\nrank: 4\nsplit: [0.7, 0.2, 0.1]\n")
@@ -146,7 +153,8 @@ def test_a_plan_has_the_exit_codes_of_a_tune(llama: Path, sums: Path, tmp_path: 
 def test_a_missing_config_file_or_an_unknown_key_is_refused(tmp_path: Path) -> None:
     assert "no such file" in refused(edge_ft("tune", "--config", tmp_path / "none.yaml"), 2)
     (tmp_path / "typo.yaml").write_text("model: m\ndata: d\nout: o\nrnk: 4\n")
-    assert "rnk" in refused(edge_ft("tune", "--config", tmp_path / "typo.yaml"), 2)
+    message = refused(edge_ft("tune", "--config", tmp_path / "typo.yaml"), 2)
+    assert message.endswith("typo.yaml: unknown setting 'rnk' (did you mean 'rank'?)")
 
 
 def test_tune_export_run_eval_and_verify_by_command(llama: Path, sums: Path, tmp_path: Path) -> None:
@@ -170,6 +178,29 @@ def test_tune_export_run_eval_and_verify_by_command(llama: Path, sums: Path, tmp
     assert edge_ft("verify", bundle).returncode == 0
 
 
+def test_a_finished_run_says_even_quietly_that_nothing_was_changed(
+    llama_run: RunFolder, llama: Path, sums: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in llama_run.path.rglob("*")}
+    given = ("tune", "--config", llama_run.config_path, "--model", llama, "--data", sums, "--out", llama_run.path)
+    done = edge_ft(*given, "--resume", "--rank", "63", "--quiet")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 0
+    assert "is finished: nothing was changed; it was trained with --rank " in line and "and not 63" in line
+    assert {path: path.stat().st_mtime_ns for path in llama_run.path.rglob("*")} == before
+
+
+def test_a_run_that_learned_nothing_is_not_to_be_exported(llama_run: RunFolder, tmp_path: Path) -> None:
+    run = shutil.copytree(llama_run.path, tmp_path / "run")
+    (run / "report.json").write_text(json.dumps({**llama_run.report(), "best_step": 0}))
+    printed = edge_ft("tune", "--config", run / "config.yaml", "--out", run, "--resume").stdout
+    assert "nothing was learned" in printed and "edge-ft export" not in printed
+    assert (
+        "next: edge-ft export"
+        in edge_ft("tune", "--config", llama_run.config_path, "--out", llama_run.path, "--resume").stdout
+    )
+
+
 def test_a_refused_export_exits_with_3(llama_run: RunFolder, tmp_path: Path) -> None:
     done = edge_ft("export", llama_run.path, "--out", tmp_path / "bundle", "--max-tax", "0", "--min-retained", "2")
     assert "--min-retained" in refused(done, 3)
@@ -190,6 +221,9 @@ def test_a_changed_bundle_is_refused(llama_bundle: Bundle, tmp_path: Path) -> No
 
 def test_a_folder_that_is_not_a_bundle_is_refused(llama: Path, tmp_path: Path) -> None:
     assert "not a bundle" in refused(edge_ft("run", llama, "x"), 2)
+    for command in (("run", "none", "x"), ("verify", "none")):
+        assert "none does not exist" in refused(edge_ft(*command), 2)
+    assert "none is not a local folder" in refused(edge_ft("bench", "none"), 2)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     assert "no model at" in refused(edge_ft("eval", tmp_path / "none", "--data", rows), 2)

@@ -133,7 +133,7 @@ def test_a_broken_budget_is_exit_code_1_with_the_records_written(tmp_path: Path)
     small = ["--repeats", "1", "--threads", "1", "--prompt-tokens", "12", "--new-tokens", "4"]
     done = subprocess.run([*command, *small], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "--max-rss-mb 1: edge-ft bundle has peak_rss_bytes" in done.stderr
+    assert "--max-rss-mb 1: edge-ft bundle has a peak memory of" in done.stderr
     check_decoder(by_metric(json.loads(done.stdout), "edge-ft", "bundle"), 1)
 
 
@@ -181,7 +181,7 @@ def test_openvino_refuses_what_it_does_not_measure(
     with pytest.raises(UsageError, match=r"pip install 'edge-ft\[peers\]'"):
         bench([str(bert_bundle.path)], BenchConfig(repeats=1, prompt_tokens=12, peers=("openvino",)))
     with pytest.raises(
-        UsageError, match=r"--peers openvine: there are torch, openvino, ctranslate2 .*did you mean 'openvino'"
+        UsageError, match=r"--peers openvine: choose from torch, openvino, ctranslate2 .*did you mean 'openvino'"
     ):
         BenchConfig(peers=("openvine",))
 

@@ -106,10 +106,10 @@ def test_budgets_hold_or_name_what_did_not() -> None:
     assert budget_failures(records, kept) == []
     broken = BenchConfig(max_ttft_ms=1999, min_decode_tps=2.1, max_rss_mb=1e-6, max_size_mb=9.9)
     assert budget_failures(records, broken) == [
-        "--max-ttft-ms 1999: edge-ft b has ttft_s 2000 ms",
-        "--min-decode-tps 2.1: edge-ft b has decode_tps 2.00 tok/s",
-        "--max-rss-mb 1e-06: edge-ft b has peak_rss_bytes 0.00000200 MB",
-        "--max-size-mb 9.9: edge-ft b has size_bytes 10.0 MB",
+        "--max-ttft-ms 1999: edge-ft b has a latency of 2000 ms",
+        "--min-decode-tps 2.1: edge-ft b has a speed of 2.00 tok/s",
+        "--max-rss-mb 1e-06: edge-ft b has a peak memory of 0.00000200 MB",
+        "--max-size-mb 9.9: edge-ft b has a size of 10.0 MB",
     ]
 
 

@@ -134,13 +134,16 @@ def test_the_first_choice_that_fits_is_recommended(llama: Path, sums: Path, monk
     chosen(monkeypatch, True, True)
     best = plan(config, available=AMPLE)
     assert best["recommended"] is best["choices"][0]
-    assert "layers all with high memory is the best of the choices: it takes 9000 MB of " in best["reason"]
+    assert (
+        "--layers all --memory high fits, with the most layers and the faster memory mode: it takes 9000 MB of "
+        in best["reason"]
+    )
     assert best["reason"].endswith(" available disk and 10 min")
     assert len(best["shown"]) == 2 and all("⟦" in text for text in best["shown"])
     chosen(monkeypatch, False, False, True)
     found = plan(replace(config, show=0), available=AMPLE)
     assert found["recommended"] is found["choices"][2]
-    assert "last:1 with low memory is the best of the choices that fit" in found["reason"]
+    assert "--layers last:1 --memory low is the first choice that fits" in found["reason"]
     assert "shown" not in found
     chosen(monkeypatch, True)
     assert "the only setting requested" in plan(config, available=AMPLE)["reason"]

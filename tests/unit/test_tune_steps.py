@@ -22,7 +22,15 @@ from edge_ft.evaluate.scoring import RowScores
 from edge_ft.progress import Silent
 from edge_ft.system import Available
 from edge_ft.tune import plan as planning
-from edge_ft.tune.checkpoint import Checkpoint, OpenedRun, explain_stop, find_checkpoint, open_run, write_checkpoint
+from edge_ft.tune.checkpoint import (
+    Checkpoint,
+    OpenedRun,
+    explain_stop,
+    find_checkpoint,
+    finished_note,
+    open_run,
+    write_checkpoint,
+)
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.measure import Curve, Measured
@@ -114,6 +122,13 @@ def test_a_finished_run_is_opened_as_such(tmp_path: Path) -> None:
     assert open_run(config(tmp_path, resume=True)).is_finished
     with pytest.raises(UsageError, match="exists already"):
         open_run(config(tmp_path))
+
+
+def test_a_finished_run_says_which_given_settings_are_not_its_own(tmp_path: Path) -> None:
+    RunFolder(tmp_path).write_settings(as_plain(config(tmp_path, rank=8, epochs=2.0, seed=3)))
+    assert finished_note(config(tmp_path, rank=8, seed=3)) == f"{tmp_path} is finished: nothing was changed"
+    note = finished_note(config(tmp_path, rank=4, seed=3, epochs=5.0))
+    assert "it was trained with --rank 8 and not 4, --epochs 2.0 and not 5.0: give another --out" in note
 
 
 # Prepare the rows.
