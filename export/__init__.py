@@ -65,7 +65,7 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
             if gain is not None and gain["low"] <= 0:
                 fix = ". Train with more rows, more --epochs or another --learning-rate, then export again"
             elif lost and codes_are_held:
-                fix = ". --lane adapter ships the codes that were trained over"
+                fix = f". --lane adapter ships the {opened.weights} weights of the training unchanged"
             raise GateRefused(f"export refused, bundle kept as {rejected}: {'; '.join(reasons)}{fix}")
     with heartbeat(progress, f"checking {config.out}"):
         return Bundle.open(config.out)

@@ -199,7 +199,7 @@ def _from_run(run: RunFolder, config: ExportConfig) -> ExportSource:
     if config.lane == "adapter":
         if trained_format == "nf4" or trained_format == "bf16":
             raise UsageError(
-                f"{run.path} was trained over {trained_format}, which bundles do not hold: export it with --lane merged"
+                f"{run.path} has a base of format {trained_format}, which no bundle can have: use --lane merged"
             )
         weights = config.weights or trained_format
     base = find_run_base(run)

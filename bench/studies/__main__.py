@@ -12,10 +12,10 @@ STUDIES = {
     "claims": "Train, export and score every case of docs/claims.md, and write that page.",
     "demo": "Tune, export, run and score a decoder and an encoder on real rows.",
     "encoders": "Accuracy, size and speed of one encoder run in every format of its weights.",
-    "gpu": "Training speed and memory on a GPU beside PEFT + Trainer + bitsandbytes.",
+    "gpu": "Training speed and memory on a GPU compared with PEFT + Trainer + bitsandbytes.",
     "models": "Write docs/models.md and the table of docs/bundle.md from what the tests recorded.",
     "pretrain": "Pretrain a small GPT-2 or T5 from scratch.",
-    "training": "Race edge-ft's trainer on a CPU against PEFT + Trainer.",
+    "training": "Compare the training speed of edge-ft and of PEFT + Trainer on a CPU.",
 }
 """Module of each study, which is imported when it is called, and its line in --help."""
 

@@ -21,7 +21,7 @@ class EvalConfig(RowsConfig):
     accuracy_level: Annotated[Literal[1, 4] | None, Group.INPUT] = None
     """Graph of a bundle to score: 1 computes in float, 4 with int8 activations; default: the manifest's choice."""
     base_format: Annotated[BaseFormat, Group.INPUT] = "fp32"
-    """Weight format in which to score a plain model; a run is scored in the format it was trained over."""
+    """Weight format in which to score a plain model; a run is scored in the base format of its training."""
     limit: Annotated[int | None, Group.INPUT, Minimum(1)] = None
     """Score only the first N rows."""
     shots: Annotated[int, Group.EVALUATION, Minimum(0)] = 0

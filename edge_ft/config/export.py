@@ -23,7 +23,7 @@ class ExportConfig(RowsConfig):
     """Rows on which to score a plain model SOURCE; a run folder has its own rows."""
     weights: Annotated[Weights | None, Group.BUNDLE] = None
     """Weight format of the bundle; int8-dynamic and int8-static (encoders) compute in int8 too; default: int4, but
-    with --lane adapter the format that the run was trained over."""
+    with --lane adapter the base format of the run."""
     lane: Annotated[Literal["merged", "adapter"], Group.BUNDLE] = "merged"
     """merged: the adapter becomes part of the weights; adapter: the base keeps its codes and the adapter stays in
     float beside them."""

@@ -184,7 +184,7 @@ def test_nothing_learned_is_refused(llama: Path, sums: Path, tmp_path: Path) -> 
         model=str(llama), data=str(sums), out=tmp_path / "run", max_steps=1, learning_rate=1e-9, compute="fp32"
     )
     run = tune(settings)
-    with pytest.raises(GateRefused, match="nothing was learned"):
+    with pytest.raises(GateRefused, match=r"nothing was learned.*another --learning-rate, then export again"):
         export(str(run.path), ExportConfig(out=tmp_path / "bundle"))
 
 
@@ -212,7 +212,7 @@ def test_a_tax_above_the_limit_refuses_the_bundle_and_keeps_it_as_rejected(
     llama_run: RunFolder, tmp_path: Path
 ) -> None:
     config = ExportConfig(out=tmp_path / "bundle", max_tax=0.0, min_retained=-100.0, max_metric_drop=1.0)
-    message = "--max-tax 0.* --lane adapter ships the codes that were trained over"
+    message = "--max-tax 0.* --lane adapter ships the int4 weights of the training unchanged"
     assert_refused(llama_run, config, message)
     assert Bundle.open(tmp_path / "bundle.rejected").manifest["verification"]["quantization_tax"] > 0
 

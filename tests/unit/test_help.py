@@ -94,6 +94,10 @@ def test_a_table_in_a_pipe_is_not_cut(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert last == "done"
 
 
+def test_the_loss_of_a_classifier_is_not_said_to_be_of_tokens() -> None:
+    assert [cli._unit(task) for task in ("text-generation", "text-classification")] == ["nats/token", "nats/target"]
+
+
 def test_json_on_stdout_stands_there_alone(capsys: pytest.CaptureFixture[str]) -> None:
     result: dict[str, Any] = {"rows": 1}
     cli._show(cli.Output(json="-"), result, [("a", "b")], "done")
