@@ -141,7 +141,7 @@ def test_models_and_lanes_without_int8_activations_are_refused(
         for source in (llama, llama_run.path):
             with pytest.raises(UsageError, match=f"--weights {weights} is for encoders and llama is none"):
                 export(str(source), ExportConfig(**config))
-        with pytest.raises(UsageError, match=f"--weights {weights} has no adapter lane"):
+        with pytest.raises(UsageError, match=f"--weights {weights} cannot be used with --lane adapter"):
             export(str(bert_run.path), ExportConfig(**config, lane="adapter"))
     merged = tmp_path / "model"
     _write_with_head(bert_run, merged)
