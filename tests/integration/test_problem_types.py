@@ -37,7 +37,7 @@ def shipped(model: Path, data: Path, out: Path, **settings: Any) -> tuple[TextCl
     opened = load(bundle)
     assert isinstance(opened, TextClassifier)
     said = json.loads((bundle.path / "config.json").read_text())
-    assert said["problem_type"] == opened.problem, "a stranger is told too"
+    assert said["problem_type"] == opened.problem, "config.json says it to other runtimes too"
     return opened, run.report(), run.split("test")
 
 
