@@ -15,7 +15,7 @@ WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 # As edge_ft sets it before torch is imported; a test session may import torch first.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: install demo claims test test-all models check format clean
+.PHONY: install demo claims test test-all models checkpoints check format clean
 
 install: $(INSTALLED)
 
@@ -48,6 +48,13 @@ models: install
 	MODELS=out/models $(BIN)/python -m pytest $(addprefix tests/,integration/test_families.py integration/test_encoder_families.py \
 		integration/test_encoder_clients.py integration/test_seq2seq.py integration/test_genai.py packaging/test_optimum.py)
 	$(BIN)/python -m edge_ft.bench.studies models out/models docs/models.md docs/bundle.md
+
+# Writes docs/checkpoints.md from what the tests of real-world checkpoints record.
+checkpoints: install
+	rm -rf out/checkpoints
+	CHECKPOINTS=$(CURDIR)/out/checkpoints $(BIN)/python -m pytest -m "not long" $$(grep -rlE "^from checkpoints_table import" \
+		--include='test_*.py' tests/integration tests/e2e tests/unit | grep -v test_checkpoints_page)
+	$(BIN)/python -m edge_ft.bench.studies checkpoints out/checkpoints docs/checkpoints.md
 
 check: install
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from edge_ft.errors import EdgeFTError, UsageError
 __all__ = ["app", "main"]
 
 STUDIES = {
+    "checkpoints": "Write docs/checkpoints.md from what the tests recorded.",
     "claims": "Train, export and score every case of docs/claims.md, and write that page.",
     "demo": "Tune, export, run and score a decoder and an encoder on real rows.",
     "encoders": "Accuracy, size and speed of one encoder run in every format of its weights.",
