@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ft.errors import BundleError, UsageError
+from edge_ft.utf8 import read_json, read_utf8
 
 __all__ = [
     "FORMAT_VERSION",
@@ -188,12 +189,24 @@ class RunFolder:
         return self.path / "splits" / f"{name}.jsonl"
 
     def settings(self) -> dict[str, Any]:
-        """The content of config.yaml; none before it is written."""
+        """Read config.yaml.
+
+        Returns:
+            The settings; none before the file is written.
+
+        Raises:
+            UsageError: the file cannot be read as settings.
+        """
         import yaml
 
         if not self.config_path.is_file():
             return {}
-        settings: dict[str, Any] = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        try:
+            settings = yaml.safe_load(read_utf8(self.config_path))
+        except yaml.YAMLError as error:
+            raise UsageError(f"{self.config_path} is not YAML: {error}") from error
+        if not isinstance(settings, dict):
+            raise UsageError(f"{self.config_path} must hold one `option: value` a line")
         return settings
 
     def write_settings(self, settings: dict[str, Any]) -> None:
@@ -204,7 +217,8 @@ class RunFolder:
 
     def report(self) -> dict[str, Any]:
         """The content of report.json."""
-        return _read_json(self.report_path)
+        report: dict[str, Any] = read_json(self.report_path)
+        return report
 
     def base(self) -> dict[str, Any]:
         """Read the identity of the base.
@@ -213,11 +227,13 @@ class RunFolder:
             `model`, `path`, `content_sha256`, `format`, `block_size`, `calibration_rows`, `calibration` (figures of
             choosing int4 codes, or null) and `codes_sha256`.
         """
-        return _read_json(self.path / "base.json")
+        base: dict[str, Any] = read_json(self.path / "base.json")
+        return base
 
     def rendering(self) -> dict[str, Any]:
         """The rendering of the rows, for `edge_ft.data.Rendering.from_dict`."""
-        return _read_json(self.path / "rendering.json")
+        rendering: dict[str, Any] = read_json(self.path / "rendering.json")
+        return rendering
 
 
 @dataclass(frozen=True)
@@ -243,7 +259,7 @@ class Bundle:
         if not manifest_path.is_file():
             raise BundleError(f"{path} is not a bundle: it has no manifest.json (edge-ft export makes one)")
         try:
-            manifest = _read_json(manifest_path)
+            manifest = read_json(manifest_path, BundleError, "export it again")
             if (version := manifest["format_version"]) != FORMAT_VERSION:
                 raise BundleError(
                     f"{path} is of bundle version {version}, this edge-ft reads version {FORMAT_VERSION}: "
@@ -322,7 +338,3 @@ class Bundle:
         if encoder is None:
             raise BundleError(f"{self.path} names no encoder for {graph}: export it again")
         return self.path / str(encoder)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

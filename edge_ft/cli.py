@@ -1,12 +1,13 @@
 """The command line: flags, progress and exit codes; each command is one call of the Python API."""
 
+import io
 import json
 import os
 import platform
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,11 +29,13 @@ from edge_ft.config import (
     VerifyConfig,
     as_plain,
     preset_file,
+    unescape,
     without_retired,
 )
 from edge_ft.errors import BudgetFailed, EdgeFTError, MissingExtra, UsageError, WillNotFit, did_you_mean, require
 from edge_ft.progress import Lines, Progress, ProgressBars, Silent
 from edge_ft.system import Available, default_threads, device_memory, total_memory_bytes, usable_cpus
+from edge_ft.utf8 import check_characters, lines_of, read_utf8
 
 __all__ = ["main"]
 
@@ -272,7 +275,10 @@ def run(
     settings: Annotated[RunConfig, FLAT] = RunConfig(),
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
-    """Generate or classify with a bundle; needs no torch.
+    r"""Generate or classify with a bundle; needs no torch.
+
+    In PROMPT, --text-pair, --system, --stop and --labels, as in the templates of other commands, \n is a newline, \t a
+    tab, and a doubled backslash is one backslash. Standard input and files are used as they are.
 
     Args:
         bundle: A bundle folder.
@@ -282,10 +288,17 @@ def run(
         out: File to write for --jsonl: one line per row, in the same order.
 
     Raises:
-        UsageError: --jsonl without --out, or the reverse.
+        UsageError: --jsonl without --out, or the reverse; or no prompt.
     """
     from edge_ft.runtime.run import run_chat, run_file, run_text
 
+    settings = replace(
+        settings,
+        text_pair=None if settings.text_pair is None else unescape(settings.text_pair),
+        system=None if settings.system is None else unescape(settings.system),
+        stop=tuple(map(unescape, settings.stop)),
+        labels=tuple(map(unescape, settings.labels)),
+    )
     if (jsonl is None) != (out is None):
         raise UsageError("--jsonl IN and --out OUT go together")
     if jsonl is not None and out is not None:
@@ -294,13 +307,29 @@ def run(
         failed = f", {summary['failed']} of them without an answer (their lines say why)" if summary["failed"] else ""
         _show(output, summary, [], f"{out}: {summary['rows']} rows{failed}, {summary['seconds']:.1f} s")
     elif interactive:
-        run_chat(bundle, settings, sys.stdin, sys.stdout)
+        run_chat(bundle, settings, lines_of(sys.stdin), sys.stdout)
     else:
-        # echo and editors end a text with a newline that is not part of it.
-        text = prompt if prompt is not None else sys.stdin.read().removesuffix("\n")
+        text = unescape(prompt) if prompt is not None else _read_prompt()
         result = run_text(bundle, text, settings, None if output.json == "-" else sys.stdout)
         if output.json is not None:
             _write_json(output.json, result)
+
+
+def _read_prompt() -> str:
+    """Read standard input, without the newline with which echo and editors end a text.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        UsageError: it is empty.
+    """
+    if sys.stdin.isatty():
+        print("type the prompt, and end it with Ctrl-D at the start of a line", file=sys.stderr)
+    text = "".join(lines_of(sys.stdin)).removesuffix("\n")
+    if not text:
+        raise UsageError("there is no prompt: write it after the bundle, or pipe it in")
+    return text
 
 
 @app.command
@@ -392,8 +421,8 @@ def _settings_in(file: Path) -> cyclopts.config.Dict:
     if not file.is_file():
         raise UsageError(f"--config {file}: there is no such file")
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = yaml.safe_load(read_utf8(file))
+    except yaml.YAMLError as error:
         raise UsageError(f"--config {file} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict | None):
         raise UsageError(f"--config {file} must hold one `option: value` a line")
@@ -405,8 +434,13 @@ def _settings_in(file: Path) -> cyclopts.config.Dict:
 def main() -> None:
     """Run the command line and exit with a code of `edge_ft.errors`."""
     debug = "--debug" in sys.argv
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)  # a console that cannot show a character gets its number
     try:
-        app.meta(exit_on_error=False, print_error=False)
+        for argument in sys.argv[1:]:
+            check_characters(argument, f"the argument {argument!r} is not UTF-8: it")
+        app.meta(sys.argv[1:], exit_on_error=False, print_error=False)
     except EdgeFTError as error:
         _fail(str(error), error.exit_code, debug)
     except cyclopts.CycloptsError as error:

@@ -20,6 +20,7 @@ from edge_ft.config.shared import (
     Task,
     Weights,
     as_plain,
+    unescape,
 )
 from edge_ft.config.tune import PlanConfig, TuneConfig, last_layers, preset_file, without_retired
 
@@ -44,5 +45,6 @@ __all__ = [
     "as_plain",
     "last_layers",
     "preset_file",
+    "unescape",
     "without_retired",
 ]

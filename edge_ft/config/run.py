@@ -44,13 +44,16 @@ class RunConfig:
     stop: Annotated[tuple[str, ...], Group.GENERATION] = ()
     """Strings that end an answer; they are not part of it."""
     labels: Annotated[tuple[str, ...], Group.GENERATION] = ()
-    """Choose the likeliest of these answers instead of generating one (text-generation); auto: the answers
-    stored in the bundle, if the training rows had few different ones."""
+    """Choose the likeliest of these answers instead of generating one (text-generation): a,b,c, or one answer with
+    each --labels where an answer holds a comma; auto: the answers stored in the bundle, if the training rows had few
+    different ones."""
     threads: Threads = None
     """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", tuple(name for names in self.labels for name in names.split(",") if name))
+        if len(self.labels) == 1:
+            names = (name.strip() for name in self.labels[0].split(","))
+            object.__setattr__(self, "labels", tuple(name for name in names if name))
         check_minimums(self)
         check(0 < self.top_p <= 1, "--top-p must be above 0 and at most 1")
         check(0 <= self.min_p <= 1, "--min-p must be from 0 to 1")

@@ -1,5 +1,6 @@
 """What the settings of several commands share: types, headings in --help, checks, and how rows are read."""
 
+import re
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "as_plain",
     "check",
     "check_minimums",
+    "unescape",
 ]
 
 
@@ -79,6 +81,7 @@ Memory = Literal["high", "normal", "low"]
 Weights = Literal["int4", "int8", "int8-dynamic", "int8-static", "fp16", "fp32"]
 INT8_ACTIVATIONS: tuple[Weights, ...] = ("int8-dynamic", "int8-static")
 """Weights that are multiplied with activations in int8, at accuracy level 4 and no other."""
+ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 Threads = Annotated[int | None, Group.RESOURCES, Minimum(1)]
 
 
@@ -105,6 +108,18 @@ def accept_python_values(config: Any) -> None:
         elif isinstance(value, Path | str):
             value = Path(value) if types[field.name] in (Path, Path | None) else str(value)
         object.__setattr__(config, field.name, value)
+
+
+def unescape(text: str) -> str:
+    r"""Replace the escapes `\n`, `\t` and `\\` by newline, tab and backslash.
+
+    A shell passes them on as two characters. Every option that holds a text accepts them; texts from files and standard
+    input are used as they are.
+
+    Returns:
+        The text; another character after a backslash stays as it is.
+    """
+    return re.sub(r"\\([nt\\])", lambda escape: ESCAPES[escape[1]], text)
 
 
 def check(holds: bool, message: str) -> None:
@@ -137,7 +152,8 @@ class RowsConfig:
     """How the columns of a file become the text that the model reads."""
 
     prompt: Annotated[str | None, Group.ROWS] = None
-    r"""Template of the prompt, e.g. "{passage} {question}"; \n is a newline and \t a tab."""
+    r"""Template of the prompt, e.g. "{passage} {question}"; in all templates \n is a newline, \t a tab, and a doubled
+    backslash one backslash."""
     completion: Annotated[str | None, Group.ROWS] = None
     """Template of the expected answer, e.g. "{answer}"; needs --prompt."""
     text_pair: Annotated[str | None, Group.ROWS] = None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from edge_ft.config import ProblemType, RowsConfig, Task
+from edge_ft.config import ProblemType, RowsConfig, Task, unescape
 from edge_ft.data.classes import guess_problem
 from edge_ft.data.readers import Row
 from edge_ft.data.tokenizer import Filled
@@ -36,7 +36,6 @@ CONTRASTIVE_PAIRS = (
 """Names of two columns that hold a text and the text that should be retrieved for it."""
 WORDS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "pos_tags")
 """Names of the columns that hold a list of words and one tag per word."""
-ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 # A template's parts: a doubled brace, a column in braces, a brace that belongs to neither.
 _PART = re.compile(r"(\{\{|\}\}|\{[^{}]*\}|[{}])")
 
@@ -117,8 +116,7 @@ def find_columns(names: Sequence[str], config: RowsConfig, task: Task) -> Column
         DataError: a named column is missing, or no known set of columns was found.
     """
     prompt, completion, pair = (
-        None if text is None else re.sub(r"\\([nt\\])", lambda escape: ESCAPES[escape[1]], text)
-        for text in (config.prompt, config.completion, config.text_pair)
+        None if text is None else unescape(text) for text in (config.prompt, config.completion, config.text_pair)
     )
     for flag, template in (("--prompt", prompt), ("--completion", completion), ("--text-pair", pair)):
         _check_template(template, flag, names)

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from edge_ft.errors import DataError, did_you_mean, require
+from edge_ft.utf8 import check_characters, read_utf8
 
 __all__ = ["Row", "column_names", "read_rows", "split_names"]
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +74,9 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
     return rows
 
 
-def _read_text(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} line {line} is not UTF-8 ({error.reason}): save the file as UTF-8") from error
-
-
 def _read_jsonl(path: Path) -> list[Row]:
     # Not splitlines(), which also splits at U+2028 and the like: JSON strings may hold those unescaped.
-    lines = enumerate(_read_text(path).split("\n"), start=1)
+    lines = enumerate(read_utf8(path, DataError).split("\n"), start=1)
     return [
         _row(number, _parse(line, f"{path} line {number}", ": write one object per line"), f"{path} line {number}")
         for number, line in lines
@@ -90,7 +85,7 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def _read_json(path: Path) -> list[Row]:
-    content = _parse(_read_text(path), str(path), "; if it has one object per line, name it .jsonl")
+    content = _parse(read_utf8(path, DataError), str(path), "; if it has one object per line, name it .jsonl")
     if not isinstance(content, list):
         raise DataError(f"{path} holds one JSON {type(content).__name__}: it must be a list of objects")
     return [_row(number, fields, f"{path} item {number}") for number, fields in enumerate(content, start=1)]
@@ -98,9 +93,12 @@ def _read_json(path: Path) -> list[Row]:
 
 def _parse(text: str, where: str, advice: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}){advice}") from error
+    if _SURROGATE.search(text):
+        check_characters(json.dumps(value, ensure_ascii=False), where, DataError)
+    return value
 
 
 def _row(number: int, fields: Any, where: str) -> Row:
@@ -113,7 +111,7 @@ def _read_csv(path: Path) -> list[Row]:
     csv.field_size_limit(2**31 - 1)  # the module's default refuses texts over 128 KiB
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     # strict: a quote that is never closed is an error, and does not swallow the rest of the file
-    records = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    records = csv.reader(io.StringIO(read_utf8(path, DataError), newline=""), delimiter=delimiter, strict=True)
     rows, header, line = [], list[str](), 1
     try:
         for record in records:
@@ -141,7 +139,7 @@ def _read_conll(path: Path) -> list[Row]:
         DataError: a line has only one column.
     """
     rows = []
-    numbered = [(number, line.split()) for number, line in enumerate(_read_text(path).split("\n"), start=1)]
+    numbered = [(number, line.split()) for number, line in enumerate(read_utf8(path, DataError).split("\n"), start=1)]
     for is_break, lines in groupby(numbered, lambda line: line[1][:1] in ([], ["-DOCSTART-"])):
         if is_break:
             continue
@@ -184,7 +182,7 @@ def _read_saved_folder(path: Path, split: str | None) -> list[Row]:
 def split_names(source: str) -> list[str]:
     """Return the splits of a folder in which `datasets` saved several; none for anything else."""
     index = Path(source) / "dataset_dict.json"
-    return list(json.loads(_read_text(index))["splits"]) if index.is_file() else []
+    return list(json.loads(read_utf8(index, DataError))["splits"]) if index.is_file() else []
 
 
 def _read_hub(source: str, split: str | None) -> list[Row]:

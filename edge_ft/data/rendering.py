@@ -14,6 +14,7 @@ from edge_ft.data.records import find_labels
 from edge_ft.data.tokenizer import TextTokenizer
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.families import CLASSIFIERS, Family
+from edge_ft.utf8 import read_utf8
 
 __all__ = ["Rendering", "longest_sequence", "make_rendering", "plain_rendering", "trained_rendering", "with_pooling"]
 
@@ -273,4 +274,4 @@ def _chat_template(requested: str | None, columns: Columns, tokenizer: TextToken
         return tokenizer.chat_template
     if not Path(requested).is_file():
         raise DataError(f"--chat-template {requested} is neither auto, none nor a file: give one of these")
-    return Path(requested).read_text(encoding="utf-8")
+    return read_utf8(Path(requested), DataError)

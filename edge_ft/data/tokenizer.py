@@ -1,6 +1,5 @@
 """A model's tokenizer without transformers, which never reads a control token in a user's text."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer
 
 from edge_ft.errors import DataError, ModelError
+from edge_ft.utf8 import read_json, read_utf8
 
 __all__ = ["Filled", "Framed", "TextTokenizer"]
 
@@ -242,7 +242,7 @@ def _frame(encoding: Encoding) -> list[tuple[list[int], list[int]]]:
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_utf8(folder / "chat_template.jinja", ModelError)
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
         return next((item["template"] for item in template if item["name"] == "default"), None)
@@ -252,10 +252,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}): save or download it again") from error
+    content = read_json(path, ModelError)
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold one JSON object: save or download it again")
     return content

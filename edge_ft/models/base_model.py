@@ -1,7 +1,6 @@
 """Find a base model (hub id, folder or GGUF file) and read its properties, without loading its weights."""
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ from edge_ft.errors import ModelError, did_you_mean
 from edge_ft.families import Family, family_of
 from edge_ft.models.dims import ModelDims, check_supported, read_config
 from edge_ft.models.logging import silence_libraries
+from edge_ft.utf8 import read_json
 
 __all__ = ["Base", "find_base"]
 
@@ -83,8 +83,9 @@ class Base:
         if not file.is_file():
             return "mean", True
         try:
-            modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in _json(file)}
-            settings = _json(self.path / modules["Pooling"] / "config.json")
+            listed = read_json(file, ModelError)
+            modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in listed}
+            settings = read_json(self.path / modules["Pooling"] / "config.json", ModelError)
             modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
         except (KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{file} cannot be read as sentence-transformers': {error!r}") from error
@@ -128,10 +129,9 @@ class Base:
     def license(self) -> str | None:
         """The `license:` of the model card's front matter, if it has one."""
         card = self.path / "README.md"
-        found = (
-            re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
-        )
-        return found[1] if found else None
+        # As bytes: only this line matters, whatever the encoding of the others.
+        found = re.search(rb"^license:\s*(\S+)", card.read_bytes(), re.MULTILINE) if card.is_file() else None
+        return found[1].decode(errors="replace") if found else None
 
 
 def find_base(model: str, task: Task | None = None) -> Base:
@@ -158,7 +158,7 @@ def find_base(model: str, task: Task | None = None) -> Base:
         raise ModelError(f"{path} is not a model folder: it holds {found}; name the model file or its folder")
     else:
         folder = _download(model)
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json", ModelError)
     if not isinstance(config, dict):
         raise ModelError(f"{folder / 'config.json'} is not a model's config: it must be one JSON object")
     family = family_of(str(config.get("model_type")), task)
@@ -176,13 +176,6 @@ def find_base(model: str, task: Task | None = None) -> Base:
         )
     digest = hashlib.sha256("".join(map(file_sha256, [folder / "config.json", *weights])).encode())
     return replace(base, content_sha256=digest.hexdigest())
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
 
 
 def _convert_gguf(file: Path) -> Path:
@@ -240,7 +233,7 @@ def _download(model: str) -> Path:
     try:
         header = Path(snapshot_download(model, allow_patterns=["config.json"]))
         # An architecture that is not supported is refused before its weights are downloaded.
-        family_of(str(json.loads((header / "config.json").read_text(encoding="utf-8")).get("model_type")))
+        family_of(str(read_json(header / "config.json", ModelError).get("model_type")))
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "README.md"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0].removeprefix("Got: ") if str(error) else type(error).__name__

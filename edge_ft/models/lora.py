@@ -1,6 +1,5 @@
 """PEFT's LoRA adapters: add a fresh one, load a saved one, read its matrices, or merge it."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from edge_ft.models.dims import ModelDims
 from edge_ft.models.logging import silence_libraries
 from edge_ft.quant.conversion import is_within
 from edge_ft.quant.layers import FrozenLinear
+from edge_ft.utf8 import read_json
 
 __all__ = ["adapter_task", "add_lora", "layer_stacks", "load_adapter", "lora_pairs", "merge_adapter"]
 
@@ -104,10 +104,9 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: there is none, it is of another kind, or it uses an option that an export would lose.
     """
-    try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} is not a PEFT adapter: adapter_config.json cannot be read ({error})") from error
+    config = read_json(folder / "adapter_config.json", ModelError, "give the folder of a PEFT adapter")
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'adapter_config.json'} must hold one JSON object: save the adapter again")
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder} is a {config.get('peft_type')} adapter: only LORA can be exported")
     if not (folder / "adapter_model.safetensors").is_file():

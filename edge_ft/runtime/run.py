@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -107,7 +107,7 @@ def run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress:
     return {"out": str(out), "rows": len(rows), "failed": failed, "seconds": round(time.monotonic() - started, 3)}
 
 
-def run_chat(bundle: Path, config: RunConfig, source: TextIO, target: TextIO) -> None:
+def run_chat(bundle: Path, config: RunConfig, source: Iterable[str], target: TextIO) -> None:
     """Answer one line of input after another in a conversation, until the input ends.
 
     Args:

@@ -5,7 +5,6 @@ settings, and the identity of model and rows). A new one is written beside it an
 older or the newer one is whole.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -25,6 +24,7 @@ from edge_ft.config import TuneConfig, as_plain, without_retired
 from edge_ft.errors import Interrupted, UsageError, WillNotFit
 from edge_ft.evaluate.scoring import RowScores
 from edge_ft.tune.loop import Fit
+from edge_ft.utf8 import read_json
 
 __all__ = [
     "Checkpoint",
@@ -126,7 +126,7 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
     folder = find_checkpoint(run)
     if folder is None:
         return None
-    document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    document = read_json(folder / "state.json", advice=f"remove {folder} to start at step 0")
     if document["format"] != FORMAT:
         raise UsageError(f"{folder} has checkpoint version {document['format']}, this edge-ft reads {FORMAT}")
     weights = folder / "state.safetensors"

@@ -16,6 +16,7 @@ from edge_ft.tune.distributed import Processes
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.trainable_model import TrainableModel
+from edge_ft.utf8 import read_utf8
 
 __all__ = ["begin", "plot_losses", "write_report"]
 
@@ -50,7 +51,7 @@ def begin(run: RunFolder, job: Job, model: TrainableModel) -> None:
         },
     )
     for file in job.tokenizer.files():
-        write_text(run.tokenizer / file.name, file.read_text(encoding="utf-8"))
+        write_text(run.tokenizer / file.name, read_utf8(file))
     run.write_settings(as_plain(config))
     if model.calibration is not None:
         write_codes(run.codes, model.peft_model.get_base_model())
@@ -69,7 +70,7 @@ def plot_losses(run: RunFolder, progress: Progress) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in read_utf8(run.path / "metrics.jsonl").splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for key, style in (("loss", "-"), ("validation_nll", "o-")):
