@@ -21,7 +21,7 @@ class OpenVINOClassifier:
     """
 
     def __init__(self, bundle: Path, accuracy_level: int | None, threads: int) -> None:
-        self.tokenizer = TextTokenizer.load(bundle)
+        self.tokenizer = TextTokenizer.of_bundle(bundle)
         graph = Bundle.open(bundle).graph(accuracy_level)
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         try:

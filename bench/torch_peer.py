@@ -92,9 +92,11 @@ def find(source: str) -> dict[str, Any]:
     """
     if kind_of(source) == "run":
         run = RunFolder.open(Path(source))
-        return _found(find_run_base(run), run.report()["task"], run.rendering(), run.tokenizer, run.adapter)
+        base = find_run_base(run)
+        tokenizer = TextTokenizer.load(run.tokenizer, base.known_ids)
+        return _found(base, run.report()["task"], run.rendering(), tokenizer, run.adapter)
     base = find_base(source)
-    return _found(base, base.task, None, base.path, None)
+    return _found(base, base.task, None, base.open_tokenizer(), None)
 
 
 def find_bundle_base(source: str) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def find_bundle_base(source: str) -> dict[str, Any]:
         raise UsageError(f"{error}; {way_out}") from error
     if base.content_sha256 != identity["content_sha256"]:
         raise UsageError(f"{identity['model']} is not the model that the bundle was made from; {way_out}")
-    return _found(base, manifest["task"], manifest["rendering"], Path(source), None)
+    return _found(base, manifest["task"], manifest["rendering"], TextTokenizer.of_bundle(Path(source)), None)
 
 
 def prepare(job: dict[str, Any]) -> Base:
@@ -134,7 +136,7 @@ def load_peer(base: Base, job: dict[str, Any]) -> TorchDecoder | TorchSeq2Seq | 
     """The float model, with its adapter unmerged if it has one, and its tokenizer."""
     from edge_ft.models.lora import load_adapter
 
-    tokenizer = TextTokenizer.load(Path(job["tokenizer"]))
+    tokenizer = TextTokenizer.load(Path(job["tokenizer"]), base.known_ids)
     model: Any = load_model(ModelSpec(base, job["task"], "fp32", labels=tuple(job["labels"])))
     if job["adapter"] is not None:
         model = load_adapter(model, Path(job["adapter"]))
@@ -146,18 +148,18 @@ def load_peer(base: Base, job: dict[str, Any]) -> TorchDecoder | TorchSeq2Seq | 
 
 
 def _found(
-    base: Base, task: Task, rendering: dict[str, Any] | None, tokenizer: Path, adapter: Path | None
+    base: Base, task: Task, rendering: dict[str, Any] | None, tokenizer: TextTokenizer, adapter: Path | None
 ) -> dict[str, Any]:
     def size(files: Iterable[Path]) -> int:
         return sum(file.stat().st_size for file in files)
 
-    weights = [base.path / "config.json", *base.path.glob("*.safetensors"), *TextTokenizer.load(tokenizer).files()]
+    weights = [base.path / "config.json", *base.path.glob("*.safetensors"), *tokenizer.files()]
     return {
         "base": asdict(base) | {"path": str(base.path.resolve()), "family": base.family.name},
         "task": task,
         "labels": base.labels(task) if rendering is None else rendering["labels"],
         "rendering": rendering,
-        "tokenizer": str(tokenizer.resolve()),
+        "tokenizer": str(tokenizer.folder.resolve()),
         "adapter": str(adapter.resolve()) if adapter else None,
         "max_length": base.max_length,
         "size_bytes": size(weights) + (size(adapter.iterdir()) if adapter else 0),

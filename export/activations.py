@@ -7,12 +7,15 @@ machine. Activations are unsigned bytes, with the range of each batch (dynamic) 
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 
@@ -23,13 +26,16 @@ __all__ = ["quantize_activations"]
 Feed = dict[str, NDArray[np.int64]]
 
 
-def quantize_activations(model: ir.Model, keep: tuple[str, ...], calibration: Sequence[Feed] | None) -> ir.Model:
+def quantize_activations(
+    model: ir.Model, keep: tuple[str, ...], calibration: Sequence[Feed] | None, threads: int
+) -> ir.Model:
     """Quantize the linear layers of a float graph to int8.
 
     Args:
         model: A lowered float graph, which is not changed; layers whose weights are codes stay as they are.
         keep: Modules that stay float (a classifier's head is small, and its errors go straight into the answer).
         calibration: Inputs whose activations give the static ranges; None for dynamic ranges.
+        threads: CPU threads of the calibration.
 
     Returns:
         A new graph.
@@ -65,7 +71,8 @@ def quantize_activations(model: ir.Model, keep: tuple[str, ...], calibration: Se
         else:
             # A product's output stays float, like the bias that is added to it.
             options["OpTypesToExcludeOutputQuantization"] = ["MatMul"]
-            quantize_static(proto, path, _Reader(calibration), activation_type=QuantType.QUInt8, **settings)
+            with _session_threads(threads):
+                quantize_static(proto, path, _Reader(calibration), activation_type=QuantType.QUInt8, **settings)
         quantized = ir.from_proto(onnx.load(path))
     quantized.metadata_props.clear()
     return quantized
@@ -77,3 +84,17 @@ class _Reader(CalibrationDataReader):
 
     def get_next(self) -> Feed | None:  # type: ignore[override]
         return next(self._feeds, None)
+
+
+@contextmanager
+def _session_threads(threads: int) -> Iterator[None]:
+    """Give `threads` to the sessions that the calibrator opens: it takes no options, and its own use every core."""
+
+    def options() -> ort.SessionOptions:
+        made = made_by_default()
+        made.intra_op_num_threads = threads
+        return made
+
+    made_by_default = ort.SessionOptions
+    with patch.object(ort, "SessionOptions", options):
+        yield

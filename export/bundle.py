@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from edge_ft.artifacts import write_json, write_text
 from edge_ft.config import INT8_ACTIVATIONS, Weights
@@ -93,7 +94,7 @@ def _write_graphs(folder: Path, source: ExportSource, graphs: dict[str, ir.Model
         float_name, _ = NAMES["fp32"]
         float_paths = write_graphs({float_name: graph}, folder, float_name, (1,))
         head = source.base.family.heads[source.task]
-        rounded = quantize_activations(graph, head, _calibration(source, graph))
+        rounded = quantize_activations(graph, head, _calibration(source, graph), torch.get_num_threads())
         return float_paths | write_graphs({name: rounded}, folder, name, (4,))
     return write_graphs(graphs, folder, name, (1, 4) if source.weights in BITS else (1,))
 

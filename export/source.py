@@ -204,7 +204,7 @@ def _from_run(run: RunFolder, config: ExportConfig) -> ExportSource:
         weights = config.weights or trained_format
     base = find_run_base(run)
     _refuse_int8_activations(weights, base, config.lane)
-    tokenizer = TextTokenizer.load(run.tokenizer)
+    tokenizer = TextTokenizer.load(run.tokenizer, base.known_ids)
     rendering = Rendering.from_dict(run.rendering())
     return ExportSource(
         base=base,
@@ -251,7 +251,7 @@ def _from_model(source: str, config: ExportConfig) -> ExportSource:
     _refuse_int8_activations(weights, base, config.lane if config.adapter else "base")
     if weights == "int8-static" and config.data is None:
         raise UsageError("--weights int8-static measures ranges of activations on rows: give --data")
-    tokenizer = TextTokenizer.load(base.path)
+    tokenizer = base.open_tokenizer()
     # An adapter that cannot be used is refused before any work.
     task = config.task or (adapter_task(config.adapter) if config.adapter is not None else None) or base.task
     rows = read_rows(config.data)[:VERIFY_ROWS] if config.data is not None else []

@@ -78,3 +78,13 @@ def write_t5_tokenizer(folder: Path) -> int:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return tokenizer.get_vocab_size()
+
+
+def add_token(folder: Path, text: str, *, special: bool) -> int:
+    """Add a token to the folder's tokenizer and return the number of tokens before."""
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    before = tokenizer.get_vocab_size()
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([AddedToken(text, special=special)])
+    tokenizer.save(str(file))
+    return before

@@ -6,8 +6,10 @@ that greedy decoding says exactly that text after a ":" or an assistant tag, one
 """
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -273,3 +275,10 @@ def _classifier(vocab: int, classes: int, random: np.random.Generator) -> onnx.G
             numpy_helper.from_array(np.array([2], np.int64), "axis_2"),
         ],
     )
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
+    """Write the hashes of a bundle again after its files have changed."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    Bundle.seal(folder, {name: manifest[name] for name in manifest.keys() - {"files", "format_version"}})

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from edge_ft.config.shared import ABOVE_0, Group, Minimum, Threads, check, check_minimums
+from edge_ft.config.shared import ABOVE_0, Group, Minimum, Seed, Threads, check, check_minimums
 
 __all__ = ["RunConfig"]
 
@@ -35,7 +35,7 @@ class RunConfig:
     """Do not sample tokens below this share of the highest probability."""
     repetition_penalty: Annotated[float, Group.GENERATION, ABOVE_0] = 1.0
     """Above 1, tokens that occurred before become less likely (CTRL, arXiv:1909.05858)."""
-    seed: Annotated[int, Group.GENERATION] = 0
+    seed: Annotated[Seed, Group.GENERATION] = 0
     """Random seed of the sampling."""
     num_beams: Annotated[int, Group.GENERATION, Minimum(1)] = 1
     """Beams of beam search (encoder-decoders); 1 is no beam search."""

@@ -14,11 +14,13 @@ __all__ = [
     "TEXT_TASKS",
     "BaseFormat",
     "Group",
+    "Maximum",
     "Memory",
     "Minimum",
     "Pooling",
     "ProblemType",
     "RowsConfig",
+    "Seed",
     "Task",
     "Threads",
     "Weights",
@@ -59,7 +61,16 @@ class Minimum:
     """Whether only greater values are accepted."""
 
 
+@dataclass(frozen=True)
+class Maximum:
+    """The highest value of a setting, as metadata of its type."""
+
+    value: int
+
+
 ABOVE_0 = Minimum(0, excluded=True)
+Seed = Annotated[int, Minimum(0), Maximum(2**32 - 1)]
+"""What numpy and torch both take as a seed, on every system."""
 
 
 Task = Literal[
@@ -133,18 +144,21 @@ def check(holds: bool, message: str) -> None:
 
 
 def check_minimums(config: Any) -> None:
-    """Refuse values below the `Minimum` of their field; None is accepted.
+    """Refuse values below the `Minimum` or above the `Maximum` of their field; None is accepted.
 
     Raises:
-        UsageError: a value is too small; the message names the flag.
+        UsageError: a value is too small or too large; the message names the flag.
     """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
-        for bound in getattr(hint, "__metadata__", ()):
-            if isinstance(bound, Minimum) and value is not None:
+        for bound in getattr(hint, "__metadata__", ()) if value is not None else ():
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(bound, Minimum):
                 how = "above" if bound.excluded else "at least"
                 holds = value > bound.value or (value == bound.value and not bound.excluded)
-                check(holds, f"--{name.replace('_', '-')} must be {how} {bound.value}")
+                check(holds, f"{flag} must be {how} {bound.value}")
+            elif isinstance(bound, Maximum):
+                check(value <= bound.value, f"{flag} must be at most {bound.value}")
 
 
 @dataclass(frozen=True, kw_only=True)

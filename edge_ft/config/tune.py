@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from edge_ft.config.shared import ABOVE_0, BaseFormat, Group, Memory, Minimum, RowsConfig, Task, Threads, check
+from edge_ft.config.shared import ABOVE_0, BaseFormat, Group, Memory, Minimum, RowsConfig, Seed, Task, Threads, check
 from edge_ft.errors import did_you_mean
 
 __all__ = ["PlanConfig", "TuneConfig", "last_layers", "preset_file", "without_retired"]
@@ -76,7 +76,7 @@ class TuneConfig(RowsConfig):
     """Forward passes per optimizer step."""
     compute: Annotated[Literal["auto", "fp32", "bf16"], Group.TRAINING] = "auto"
     """Compute precision; auto is bf16 where the processor supports it and the loss agrees with fp32, else fp32."""
-    seed: Annotated[int, Group.TRAINING] = 0
+    seed: Annotated[Seed, Group.TRAINING] = 0
     """Random seed of the split, the order of rows, dropout and new weights."""
     eval_steps: Annotated[int | None, Group.EVALUATION, Minimum(1)] = None
     """Optimizer steps between evaluations on the validation rows; default: five evaluations in a run."""

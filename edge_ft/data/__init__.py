@@ -37,7 +37,7 @@ from edge_ft.data.rendering import (
     with_pooling,
 )
 from edge_ft.data.split import fingerprint, overlap, split_rows
-from edge_ft.data.tokenizer import Filled, Framed, TextTokenizer
+from edge_ft.data.tokenizer import Filled, Framed, KnownIds, TextTokenizer
 
 __all__ = [
     "CODES",
@@ -48,6 +48,7 @@ __all__ = [
     "Filled",
     "Finding",
     "Framed",
+    "KnownIds",
     "Message",
     "Record",
     "Rendering",

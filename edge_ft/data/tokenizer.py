@@ -1,7 +1,7 @@
 """A model's tokenizer without transformers, which never reads a control token in a user's text."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from tokenizers import Encoding, Tokenizer
 from edge_ft.errors import DataError, ModelError
 from edge_ft.utf8 import read_json, read_utf8
 
-__all__ = ["Filled", "Framed", "TextTokenizer"]
+__all__ = ["Filled", "Framed", "KnownIds", "TextTokenizer"]
 
 CUT = "\ufdd0"
 """Marks where a text is tokenized in two parts: a noncharacter, which Unicode reserves for internal use."""
+
+STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 FILES = (
     "tokenizer.json",
@@ -68,11 +70,34 @@ class Framed:
     """Tokens of the texts that were cut off."""
 
 
+@dataclass(frozen=True)
+class KnownIds:
+    """The ids for which a model has embeddings."""
+
+    tokens: int
+    """Rows of the token embedding: ids are below it."""
+    segments: int | None = None
+    """Rows of the embedding of token_type_ids; None: the model reads none."""
+    ends: tuple[int, ...] = ()
+    """The end tokens that config.json names, which count where there is no generation_config.json."""
+    pad: int | None = None
+    """The padding that config.json names."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "KnownIds | None":
+        """Return what the content of a complete config.json says; None without a vocabulary."""
+        if not isinstance(config.get("vocab_size"), int):
+            return None
+        segments, pad = config.get("type_vocab_size"), config.get("pad_token_id")
+        return cls(config["vocab_size"], segments, _ids(config.get("eos_token_id")), pad)
+
+
 class TextTokenizer:
     """Text to token ids and back, as the model's tokenizer.json defines it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, known: KnownIds | None = None) -> None:
         self.folder = folder
+        self._segments = known.segments if known is not None else None
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         # The library raises a bare Exception for every kind of broken file.
@@ -90,8 +115,10 @@ class TextTokenizer:
             if name.endswith("_token") and isinstance(text, str | dict)
         }
         """The texts of `bos_token`, `eos_token` and so on, as far as the model names them."""
-        generation_eos = _read_json(folder / "generation_config.json").get("eos_token_id")
-        ends = [generation_eos] if isinstance(generation_eos, int) else list(generation_eos or [])
+        generation = _read_json(folder / "generation_config.json")
+        ends = _ids(generation.get("eos_token_id")) if generation or known is None else known.ends
+        # A default that the model's author left in config.json may be beyond a small vocabulary: it never occurs.
+        ends = tuple(at for at in ends if known is None or at < known.tokens)
         eos = self._id_of("eos_token")
         self.eos_id: int | None = eos if eos is not None else next(iter(ends), None)
         pad = self._id_of("pad_token")
@@ -112,17 +139,34 @@ class TextTokenizer:
         bos = self._id_of("bos_token")
         self.bos_id: int | None = bos if bos is not None and self._single[0][0] == [bos] else None
         """The id that the tokenizer itself puts before a text; None when it adds none."""
+        self._beyond: dict[int, str] = {} if known is None else self._check_fit(known)
 
     @classmethod
-    def load(cls, folder: Path) -> "TextTokenizer":
+    def load(cls, folder: Path, known: KnownIds | None = None) -> "TextTokenizer":
         """Return the tokenizer of a model folder, run folder or bundle; its own truncation and padding are off.
 
+        Args:
+            folder: Holds tokenizer.json, and what else of `FILES` there is.
+            known: What the model that reads the ids has embeddings for; None checks nothing.
+
+        Returns:
+            The tokenizer.
+
         Raises:
-            ModelError: tokenizer.json is missing or unreadable.
+            ModelError: tokenizer.json is missing or unreadable, or has tokens that the model does not know.
         """
         if not (folder / "tokenizer.json").is_file():
             raise ModelError(f"{folder} has no tokenizer.json: save the model's fast tokenizer there")
-        return cls(folder)
+        return cls(folder, known)
+
+    @classmethod
+    def of_bundle(cls, folder: Path) -> "TextTokenizer":
+        """Return the tokenizer of a bundle, held against the sizes in the bundle's config.json.
+
+        Raises:
+            ModelError: as for `load`.
+        """
+        return cls.load(folder, KnownIds.from_config(_read_json(folder / "config.json")))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a user's text; no special tokens are added, and only those of a template are recognised."""
@@ -136,7 +180,10 @@ class TextTokenizer:
 
     def encode_template(self, text: str) -> list[int]:
         """Return the ids of a rendered template: special tokens are recognised, except where `shield` cut them."""
-        return [token_id for part in text.split(CUT) for token_id in self._parse(part).ids]
+        ids = [token_id for part in text.split(CUT) for token_id in self._parse(part).ids]
+        if self._beyond and (found := self._beyond.keys() & ids):
+            raise ModelError(self._beyond_message("the template writes", {at: self._beyond[at] for at in found}))
+        return ids
 
     def shield(self, text: str) -> str:
         """Return the text with a cut inside each special token, so that `encode_template` reads it as plain text.
@@ -178,6 +225,8 @@ class TextTokenizer:
         for text, (_, kind), (after, after_kinds) in zip(kept, parts[1::2], parts[2::2], strict=False):
             ids += [*text, *after]
             type_ids += [*kind * len(text), *after_kinds]
+        if self._segments == 1:  # RoBERTa has one row for both texts
+            type_ids = [0] * len(ids)
         return Framed(ids, type_ids, len(parts[0][0]), max(len(first) + len(other) - available, 0))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -187,6 +236,42 @@ class TextTokenizer:
     def files(self) -> list[Path]:
         """Return the files that a run folder or bundle needs to load this tokenizer again."""
         return [self.folder / name for name in FILES if (self.folder / name).is_file()]
+
+    def _check_fit(self, known: KnownIds) -> dict[int, str]:
+        """Refuse a tokenizer whose ids the model has no embedding for.
+
+        Args:
+            known: The ids for which it has.
+
+        Returns:
+            The special tokens beyond them: no text becomes one, and `encode_template` refuses a template that writes
+            one. Gemma 3's text models have such a token, for images.
+
+        Raises:
+            ModelError: a text can become such an id, or the tokenizer or a batch needs one.
+        """
+        self._rows = known.tokens
+        tokens = self._tokenizer.get_vocab(with_added_tokens=True).items()
+        beyond = {at: text for text, at in tokens if at >= known.tokens}
+        framing = {at for ids, _ in (*self._single, *self._pair) for at in ids}
+        used = {self._id_of(name) for name in STANDARD_TOKENS} | {known.pad, *framing}
+        if unfit := [at for at in beyond if at not in self.control_tokens or at in used]:
+            raise ModelError(self._beyond_message("its tokenizer has", {at: beyond[at] for at in unfit}))
+        if known.pad is not None and known.pad >= known.tokens:
+            raise ModelError(
+                f"{self.folder}: config.json says pad_token_id {known.pad}, but the model has embeddings for ids below "
+                f"{known.tokens}: correct it there, or set it to null"
+            )
+        return beyond
+
+    def _beyond_message(self, what: str, tokens: dict[int, str]) -> str:
+        first = min(tokens)
+        more = f" and {len(tokens) - 1} more tokens" if len(tokens) > 1 else ""
+        return (
+            f"{self.folder}: {what} {tokens[first]!r} (id {first}){more}, but the model has embeddings for ids "
+            f"below {self._rows}: resize the embeddings with model.resize_token_embeddings(len(tokenizer)) and save "
+            "model and tokenizer again, or remove the added tokens from the tokenizer's files"
+        )
 
     def _around_controls(self, text: Filled) -> list[str]:
         """Return the texts and the template's control tokens in turn, a text first and last."""
@@ -238,6 +323,12 @@ def _frame(encoding: Encoding) -> list[tuple[list[int], list[int]]]:
             parts[-1][0].append(token)
             parts[-1][1].append(kind)
     return parts
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    """Return the ids of a value that may be one, several or none, as `eos_token_id` in the files of a model."""
+    found = value if isinstance(value, list | tuple) else (value,)
+    return tuple(at for at in found if isinstance(at, int) and at >= 0)
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -66,7 +66,8 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
 
         if kind == "run":
             run = RunFolder.open(Path(source))
-            base, tokenizer = find_run_base(run), TextTokenizer.load(run.tokenizer)
+            base = find_run_base(run)
+            tokenizer = TextTokenizer.load(run.tokenizer, base.known_ids)
             own = Rendering.from_dict(run.rendering())
             rendering = trained_rendering(own, config, rows, tokenizer, base.max_length)
             model, _ = open_run_model(run, config.adapter != "none", base)
@@ -74,7 +75,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
             raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter, leave it out")
         else:
             base = find_base(source, config.task)
-            tokenizer = TextTokenizer.load(base.path)
+            tokenizer = base.open_tokenizer()
             rendering = plain_rendering(base, config, rows, tokenizer, config.task)
             model = load_model(ModelSpec(base, rendering.task, config.base_format))
         return torch_source(to_device(model, device), rendering, tokenizer, base.max_length)
@@ -105,7 +106,7 @@ def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
     from edge_ft.runtime import load
 
     bundle = Bundle.open(path)
-    tokenizer, limit = TextTokenizer.load(path), int(bundle.manifest["max_length"])
+    tokenizer, limit = TextTokenizer.of_bundle(path), int(bundle.manifest["max_length"])
     own = Rendering.from_dict(bundle.manifest["rendering"])
     rendering = trained_rendering(own, config, rows, tokenizer, limit)
     return LoadedSource(

@@ -103,7 +103,7 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
         raise GateRefused(f"{path}: its export was refused: {'; '.join(refused)}")
     graphs = _Graphs(
         bundle,
-        TextTokenizer.load(path),
+        TextTokenizer.of_bundle(path),
         Rendering.from_dict(bundle.manifest["rendering"]),
         recorded["limits"]["max_tax"] if config.max_tax is None else config.max_tax,
         config.threads,

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from edge_ft.artifacts import atomic_folder, cache_folder, file_sha256, write_text
 from edge_ft.config import Pooling, ProblemType, Task
-from edge_ft.data import class_numbers
+from edge_ft.data import KnownIds, TextTokenizer, class_numbers
 from edge_ft.errors import ModelError, did_you_mean
 from edge_ft.families import Family, family_of
 from edge_ft.models.dims import ModelDims, check_supported, read_config
@@ -55,6 +55,21 @@ class Base:
         """Tokens for which the model has positions."""
         unused = int(self.config.get("pad_token_id", 1)) + 1 if self.family.positions_after_pad else 0
         return self.dims.positions - unused
+
+    @property
+    def known_ids(self) -> KnownIds:
+        """The token ids and token_type_ids for which the model has embeddings."""
+        known = KnownIds.from_config(self.dims.config.to_dict())
+        assert known is not None  # transformers fills in what config.json leaves out
+        return known
+
+    def open_tokenizer(self) -> TextTokenizer:
+        """Return the checkpoint's own tokenizer.
+
+        Raises:
+            ModelError: there is none, it cannot be read, or it has tokens that the model does not know.
+        """
+        return TextTokenizer.load(self.path, self.known_ids)
 
     @property
     def task(self) -> Task:

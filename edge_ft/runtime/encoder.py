@@ -30,7 +30,7 @@ class Encoder(OpenBundle):
         labels: Names of the classes, of the tags or of the number; empty for other tasks.
 
     Raises:
-        BundleError: a classifier's manifest has no names of classes or tags.
+        BundleError: a classifier's manifest has no names of classes or tags, or not as many as the graph has outputs.
     """
 
     output = "logits"
@@ -46,6 +46,11 @@ class Encoder(OpenBundle):
         self._adapter_inputs = adapter_inputs
         if bundle.task in CLASSIFIERS and not self.labels:
             raise BundleError(f"{bundle.path} has no class names: export the model again, with its labels")
+        classes = output_size(session, self.output) if bundle.task in CLASSIFIERS else len(self.labels)
+        if classes != len(self.labels):
+            raise BundleError(
+                f"{bundle.path} names {len(self.labels)} classes and its graph has {classes} outputs: export it again"
+            )
 
     def logits(
         self,

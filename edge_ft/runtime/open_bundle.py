@@ -29,7 +29,7 @@ class OpenBundle:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
-        self.tokenizer = TextTokenizer.load(bundle.path)
+        self.tokenizer = TextTokenizer.of_bundle(bundle.path)
         self.rendering = Rendering.from_dict(bundle.manifest["rendering"])
 
     def __getattr__(self, name: str) -> NoReturn:

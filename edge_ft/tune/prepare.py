@@ -38,7 +38,7 @@ from edge_ft.data import (
     train_batches,
     with_pooling,
 )
-from edge_ft.errors import AuditRefused, DataError, ModelError, UsageError, did_you_mean
+from edge_ft.errors import AuditRefused, DataError, UsageError, did_you_mean
 from edge_ft.evaluate.scoring import Batching
 from edge_ft.families import CLASSIFIERS, family_of
 from edge_ft.progress import Progress
@@ -172,11 +172,8 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     # The task of an interrupted run is not required here: another model is to be refused as such.
     base = find_base(config.model, config.task if saved is None else None)
     refuse_other(saved, {"content_sha256": base.content_sha256}, str(config.out))
-    config, tokenizer = base.family.resolve(config), TextTokenizer.load(base.path)
+    config, tokenizer = base.family.resolve(config), base.open_tokenizer()
     prepared = prepare(config, base, tokenizer, progress)
-    longest = max(max(example.input_ids) for rows in prepared.examples.values() for example in rows)
-    if longest >= base.dims.vocabulary:
-        raise ModelError(f"{base.path}: its tokenizer gives id {longest}, its model knows {base.dims.vocabulary}")
     job = Job(config, base, tokenizer, prepared)
     refuse_other(saved, job.identity, str(config.out))
     return job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)

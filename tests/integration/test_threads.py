@@ -13,6 +13,23 @@ from edge_ft.evaluate.verify import verify
 from edge_ft.export import export
 
 
+def test_the_calibration_of_int8_static_uses_as_many_threads(
+    bert_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's own calibrator opens sessions too, by default with a thread for each core of the machine."""
+    seen: list[int] = []
+    open_session = ort.InferenceSession
+
+    def opened(graph: str, sess_options: Any, **settings: Any) -> Any:
+        seen.append(sess_options.intra_op_num_threads)
+        return open_session(graph, sess_options, **settings)
+
+    monkeypatch.setattr(ort, "InferenceSession", opened)
+    loose = {"max_tax": 9.0, "min_retained": 0.0, "max_metric_drop": 1.0}
+    export(str(bert_run.path), ExportConfig(out=tmp_path / "bundle", threads=1, weights="int8-static", **loose))  # type: ignore[arg-type]
+    assert set(seen) == {1}
+
+
 def test_export_and_verify_use_as_many_threads(
     llama_run: RunFolder, llama_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
