@@ -14,6 +14,7 @@ from edge_ft.data.batches import (
 )
 from edge_ft.data.chat import render_chat
 from edge_ft.data.classes import class_numbers
+from edge_ft.data.clock import clock_at, reads_clock
 from edge_ft.data.columns import Columns, bare_columns, find_columns, find_problem, guess_task
 from edge_ft.data.encoders import encode_words, split_words
 from edge_ft.data.encoding import (
@@ -59,6 +60,7 @@ __all__ = [
     "bare_columns",
     "batch_tokens",
     "class_numbers",
+    "clock_at",
     "collate",
     "column_names",
     "encode_example",
@@ -84,6 +86,7 @@ __all__ = [
     "plain_rendering",
     "preview",
     "read_rows",
+    "reads_clock",
     "record",
     "render_chat",
     "shorten",

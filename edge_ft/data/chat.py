@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from functools import lru_cache, partial
 from itertools import accumulate, chain
 from typing import NoReturn
@@ -11,6 +10,7 @@ from typing import NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from edge_ft.data.clock import strftime_now
 from edge_ft.data.records import Message
 from edge_ft.data.tokenizer import TextTokenizer
 from edge_ft.errors import DataError
@@ -141,7 +141,7 @@ def _compile(template: str) -> jinja2.Template:
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals |= {
         "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
+        "strftime_now": strftime_now,
     }
     # {% generation %} marks answers for other trainers; here it becomes a block that is always rendered.
     return environment.from_string(

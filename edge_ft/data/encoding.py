@@ -3,7 +3,8 @@
 - Plain rows are [BOS if the tokenizer adds one] + prompt + completion + EOS. Prompt and completion are tokenized
   separately; completion and EOS carry the loss. Control tokens are recognised in the literal text of --prompt and
   --completion, never in a column's value.
-- Chats are exactly what the chat template writes, including its own BOS. Each assistant turn carries the loss
+- Chats are exactly what the chat template writes, including its own BOS. A template that prints the date prints in
+  every row the one when the rows were first rendered, and at run time today's. Each assistant turn carries the loss
   through its end-of-turn token. Some templates rewrite earlier turns as the chat continues, e.g. to remove earlier
   thinking: then only the turns that read as they will at run time carry the loss, and `Example.unlearned_turns`
   counts the others.
@@ -17,6 +18,7 @@ from dataclasses import replace
 
 from edge_ft.data.batches import IGNORED, Example
 from edge_ft.data.chat import encode_chat, end_of_turn, exchange, render_chat
+from edge_ft.data.clock import clock_at
 from edge_ft.data.encoders import ENCODERS
 from edge_ft.data.readers import Row
 from edge_ft.data.records import Message, Record, answer_of, fill_answer, record
@@ -79,7 +81,8 @@ def encode_example(rendering: Rendering, tokenizer: TextTokenizer, record: Recor
         if rendering.appended_eos is not None and rendering.task == "text2text-generation":
             limit, eos = rendering.max_length, rendering.appended_eos
             return encode_pair(tokenizer, record.row, record.prompt, completion, eos, limit)
-        return _encode_text(rendering, tokenizer, record, completion)
+        with clock_at(rendering.rendered_at):
+            return _encode_text(rendering, tokenizer, record, completion)
     except DataError as error:
         raise DataError(f"row {record.row}: {error}") from error
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 from edge_ft.config import TEXT_TASKS, Pooling, ProblemType, RowsConfig, Task
 from edge_ft.data.chat import end_of_turn
 from edge_ft.data.classes import class_numbers
+from edge_ft.data.clock import clock_at, now, reads_clock
 from edge_ft.data.columns import Columns, bare_columns, find_columns, find_problem, guess_task
 from edge_ft.data.readers import Row, column_names
 from edge_ft.data.records import find_labels
@@ -41,6 +42,9 @@ class Rendering:
     """How the last hidden states become one embedding (feature-extraction)."""
     normalize: bool = True
     """Whether embeddings are scaled to length 1."""
+    rendered_at: str | None = None
+    """Local time (ISO 8601) that a chat template with a clock prints in rows; None: it has none, or was not recorded
+    by an earlier version, and prints today's."""
 
     @property
     def problem_type(self) -> ProblemType | None:
@@ -128,7 +132,7 @@ def make_rendering(
     else:
         template = _chat_template(config.chat_template, columns, tokenizer)
         if template is not None and end_of_turn(template, tokenizer) is not None:
-            return Rendering(task, template, columns, labels, max_length, None, None)
+            return Rendering(task, template, columns, labels, max_length, None, None, rendered_at=_time_of(template))
         if template is None and columns.kind == "messages":
             raise DataError(
                 "rows of messages need a chat template and there is none: give one with --chat-template FILE"
@@ -138,7 +142,8 @@ def make_rendering(
             "the tokenizer names no eos_token, without which a model cannot learn to stop: choose one that does"
         )
     bos = tokenizer.bos_id if template is None and task == "text-generation" else None
-    return Rendering(task, template, columns, labels, max_length, bos, tokenizer.eos_id)
+    rendered_at = _time_of(template)
+    return Rendering(task, template, columns, labels, max_length, bos, tokenizer.eos_id, rendered_at=rendered_at)
 
 
 def with_pooling(rendering: Rendering, model: ModelFiles, requested: Pooling | None) -> Rendering:
@@ -210,9 +215,9 @@ def trained_rendering(
     columns = replace(columns, problem_type=own.problem_type)
     if config.chat_template is None:
         return replace(own, columns=columns)
-    return replace(
-        make_rendering(config, columns, own.task, tokenizer, own.max_length, own.labels), answers=own.answers
-    )
+    with clock_at(own.rendered_at):
+        rendering = make_rendering(config, columns, own.task, tokenizer, own.max_length, own.labels)
+    return replace(rendering, answers=own.answers)
 
 
 def plain_rendering(
@@ -256,6 +261,10 @@ def plain_rendering(
         labels = next((names for names in (labels, class_numbers(labels)) if found <= set(names)), labels)
     longest = longest_sequence(config.max_length, model.max_length)
     return with_pooling(make_rendering(config, columns, task, tokenizer, longest, labels), model, config.pooling)
+
+
+def _time_of(template: str | None) -> str | None:
+    return now().isoformat() if reads_clock(template) else None
 
 
 def _chat_template(requested: str | None, columns: Columns, tokenizer: TextTokenizer) -> str | None:

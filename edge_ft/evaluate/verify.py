@@ -20,6 +20,7 @@ from edge_ft.data import (
     encode_rows,
     fingerprint,
     read_rows,
+    reads_clock,
     trained_rendering,
 )
 from edge_ft.errors import GateRefused
@@ -147,6 +148,12 @@ def _verify_rows(graphs: _Graphs, data: str, config: VerifyConfig) -> tuple[dict
     # The same rows, rendered differently, have other scores.
     exported = manifest["verification"]["rows_sha256"]
     same = rendering == graphs.rendering and fingerprint(rows[:VERIFY_ROWS]) == exported
+    if same and rendering.rendered_at is None and reads_clock(rendering.chat_template):
+        same = False
+        graphs.progress.say(
+            f"{graphs.bundle.path}: its chat template prints today's date, and this bundle of an earlier version does "
+            "not say which one its scores are of: the rows are scored and not compared; export it again to compare them"
+        )
     encoded = encode_rows(rendering, graphs.tokenizer, rows[:VERIFY_ROWS] if same else rows)
     examples, counts = drop_unscorable(encoded, data, rendering.max_length, graphs.progress)
     level = graphs.levels[0]  # the most exact: level 4 differs too much between machines to compare with

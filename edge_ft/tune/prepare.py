@@ -22,6 +22,7 @@ from edge_ft.data import (
     audit,
     batch_tokens,
     class_numbers,
+    clock_at,
     column_names,
     encode_example,
     find_answers,
@@ -123,6 +124,7 @@ class Job:
             "data_fingerprint": self.prepared.fingerprint,
             "rows": self.prepared.counts,
             "examples_sha256": self.prepared.examples_sha256,
+            "rendered_at": self.prepared.rendering.rendered_at,
         }
 
     @property
@@ -173,7 +175,8 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     base = find_base(config.model, config.task if saved is None else None)
     refuse_other(saved, {"content_sha256": base.content_sha256}, str(config.out))
     config, tokenizer = base.family.resolve(config), base.open_tokenizer()
-    prepared = prepare(config, base, tokenizer, progress)
+    with clock_at((saved or {}).get("rendered_at")):
+        prepared = prepare(config, base, tokenizer, progress)
     job = Job(config, base, tokenizer, prepared)
     refuse_other(saved, job.identity, str(config.out))
     return job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)

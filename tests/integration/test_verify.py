@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from recorded_progress import RecordedProgress
+from small_tokenizers import CHATML
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.config import EvalConfig, VerifyConfig
-from edge_ft.data import fingerprint, read_rows
+from edge_ft.config import EvalConfig, ExportConfig, VerifyConfig
+from edge_ft.data import clock, fingerprint, read_rows
 from edge_ft.errors import AuditRefused, BundleError, GateRefused, UsageError
 from edge_ft.evaluate import evaluate
 from edge_ft.evaluate.verify import verify
+from edge_ft.export import export
 
 CUTS = 41
 """Tokens that cut an answer of the fixtures' rows, and no prompt."""
@@ -171,3 +174,30 @@ def test_the_exports_rows_rendered_differently_are_other_rows(llama_bundle: Bund
 def test_a_negative_limit_of_the_tax_is_refused() -> None:
     with pytest.raises(UsageError, match="--max-tax"):
         VerifyConfig(max_tax=-0.1)
+
+
+def test_a_bundle_whose_template_prints_the_date_verifies_tomorrow(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        today = datetime(2026, 2, 28)
+
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+            return cls.today
+
+    monkeypatch.setattr(clock, "datetime", Clock)
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    config = ExportConfig(out=tmp_path / "bundle", data=str(sums), chat_template=str(template), weights="fp32")
+    bundle = export(str(llama), config)
+    monkeypatch.setattr(Clock, "today", datetime(2027, 3, 1))
+    assert verify(bundle.path, VerifyConfig(data=str(sums)))["same_rows"] is True
+
+    # Earlier versions recorded no date: scores of another day are not compared.
+    manifest = json.loads((bundle.path / "manifest.json").read_text())
+    del manifest["rendering"]["rendered_at"]
+    (bundle.path / "manifest.json").write_text(json.dumps(manifest))
+    progress = RecordedProgress()
+    assert verify(bundle.path, VerifyConfig(data=str(sums)), progress)["same_rows"] is False
+    assert any("prints today's date" in text for text in progress.lines)
