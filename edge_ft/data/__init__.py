@@ -13,7 +13,7 @@ from edge_ft.data.batches import (
     train_batches,
 )
 from edge_ft.data.chat import render_chat
-from edge_ft.data.classes import class_numbers
+from edge_ft.data.classes import class_index, class_numbers
 from edge_ft.data.clock import clock_at, reads_clock
 from edge_ft.data.columns import Columns, bare_columns, find_columns, find_problem, guess_task
 from edge_ft.data.encoders import encode_words, split_words
@@ -27,8 +27,8 @@ from edge_ft.data.encoding import (
     show_example,
     stop_ids,
 )
-from edge_ft.data.readers import Row, column_names, read_rows, split_names
-from edge_ft.data.records import Message, Record, fill_text, find_labels, has_answer, is_empty, record
+from edge_ft.data.readers import Row, Rows, column_names, read_rows, split_names
+from edge_ft.data.records import Message, Record, answer_of, fill_text, find_labels, has_answer, is_empty, record
 from edge_ft.data.rendering import (
     Rendering,
     longest_sequence,
@@ -54,11 +54,14 @@ __all__ = [
     "Record",
     "Rendering",
     "Row",
+    "Rows",
     "TextTokenizer",
     "answer_ids",
+    "answer_of",
     "audit",
     "bare_columns",
     "batch_tokens",
+    "class_index",
     "class_numbers",
     "clock_at",
     "collate",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from edge_ft.data.batches import Example
 from edge_ft.data.chat import exchange, render_chat
+from edge_ft.data.class_audit import find_odd_classes
 from edge_ft.data.records import Record
 from edge_ft.data.tokenizer import Filled, TextTokenizer
 
@@ -18,6 +19,7 @@ CODES = (
     "nothing-to-learn",
     "leak",
     "one-class",
+    "many-classes",
     "truncated",
     "unlabelled",
     "empty-row",
@@ -29,8 +31,13 @@ CODES = (
     "template-in-text",
     "imbalance",
     "encoding",
+    "comment-lines",
+    "absent-class",
+    "similar-classes",
+    "missing-class",
+    "joined-classes",
 )
-"""Every code; the first three refuse the rows."""
+"""Every code; the first four refuse the rows."""
 
 MAX_SHARE, MAX_RATIO = 0.9, 10
 """Classes are imbalanced when one has more than this share of the rows, or this many times the rows of another."""
@@ -106,6 +113,7 @@ def audit(
         *_find_repeated_rows(rows),
         *_find_suspicious_texts(rows, marks),
         *_find_class_balance(rows),
+        *_find_odd_names(rows),
     ]
 
 
@@ -211,11 +219,18 @@ def _find_suspicious_texts(rows: _Rows, marks: Sequence[str]) -> list[Finding]:
     ]
 
 
+def _find_odd_names(rows: _Rows) -> list[Finding]:
+    if any(isinstance(example.labels[0], float) and len(example.labels) == 1 for example in rows.examples):
+        return []  # numbers
+    return [finding for found in find_odd_classes(rows.records) for finding in rows.finding(*found)]
+
+
 def _find_class_balance(rows: _Rows) -> list[Finding]:
-    names = Counter(name for record in rows.records for name in record.classes)
-    answers = Counter(record.classes for record in rows.records)
-    if names and len(names if any(record.words for record in rows.records) else answers) == 1:
-        only = ", ".join(next(iter(answers)) if len(answers) == 1 else names)
+    labelled = [record for record in rows.records if record.label is not None or record.classes]
+    answers = Counter(record.classes for record in labelled)
+    tags = Counter(tag for record in labelled for tag in record.classes if record.words)
+    if len(tags or answers) == 1:
+        (only,) = tags or [", ".join(classes) or "none" for classes in answers]
         return rows.finding(
             "one-class",
             rows.where(lambda *_: True),
@@ -224,8 +239,9 @@ def _find_class_balance(rows: _Rows) -> list[Finding]:
         )
     # Several classes per row, tags and numbers are unevenly distributed by nature.
     one_class = all(len(example.labels) == 1 and isinstance(example.labels[0], int) for example in rows.examples)
-    if not names or not one_class:
+    if not labelled or not one_class:
         return []
+    names = Counter(example.reference for example in rows.examples)
     (commonest, most), (rarest, least) = names.most_common()[0], names.most_common()[-1]
     if most <= MAX_SHARE * len(rows.records) and most <= MAX_RATIO * least:
         return []

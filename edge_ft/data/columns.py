@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from edge_ft.config import ProblemType, RowsConfig, Task, unescape
-from edge_ft.data.classes import guess_problem
+from edge_ft.data.classes import count_places, guess_problem
 from edge_ft.data.readers import Row
 from edge_ft.data.tokenizer import Filled
 from edge_ft.errors import DataError, did_you_mean
@@ -55,6 +55,8 @@ class Columns:
     """Template of a second text that is classified together with the first."""
     problem_type: ProblemType | None = None
     """What the label column holds (text-classification)."""
+    places: int = 0
+    """Length of labels that are written as a 0 or 1 for every class; 0: labels name classes."""
 
     def fits(self, names: Sequence[str], answer: bool = True) -> bool:
         """Return whether rows with the columns `names` have every column that `record` reads."""
@@ -157,10 +159,16 @@ def find_columns(names: Sequence[str], config: RowsConfig, task: Task) -> Column
 
 
 def find_problem(rows: Sequence[Row], columns: Columns, requested: ProblemType | None) -> Columns:
-    """Return `columns` with the `requested` problem type, or the one that the values of the label column suggest."""
+    """Return `columns` with the `requested` problem type, or the one that the values of the label column suggest.
+
+    Raises:
+        DataError: the labels of some rows are of another kind than those of others.
+    """
     if columns.kind != "text_label" or columns.label is None:
         return columns
-    return replace(columns, problem_type=requested or guess_problem(rows, columns.label))
+    problem = requested or guess_problem(rows, columns.label)
+    places = 0 if problem == "regression" else count_places(rows, columns.label)
+    return replace(columns, problem_type=problem, places=places)
 
 
 def bare_columns(task: Task, problem_type: ProblemType | None = None) -> Columns:

@@ -9,7 +9,7 @@ import numpy as np
 
 from edge_ft.config import Task
 from edge_ft.data.batches import IGNORED, Example
-from edge_ft.data.classes import class_targets
+from edge_ft.data.classes import class_index, class_targets
 from edge_ft.data.records import Record
 from edge_ft.data.rendering import Rendering
 from edge_ft.data.tokenizer import Framed, TextTokenizer
@@ -27,14 +27,20 @@ def encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record) 
     Raises:
         DataError: the rendering does not have this class; the message names the row.
     """
-    targets = class_targets(record.classes, rendering.problem_type, rendering.labels, f"row {record.row}")
+    problem, labels = rendering.problem_type, rendering.labels
+    targets = class_targets(record.classes, problem, labels, f"row {record.row}", rendering.columns.places)
+    names = [record.label or ""]
+    if problem == "multi_label_classification":
+        names = [label for label, holds in zip(labels, targets, strict=True) if holds]
+    elif problem != "regression" and record.classes:
+        names = [labels[int(targets[0])]]  # the row may give its number
     framed = tokenizer.encode_framed(record.prompt, rendering.max_length, record.pair)
     return Example(
         record.row,
         framed.ids,
         targets,
         len(framed.ids),
-        record.label or "",
+        ", ".join(names),
         framed.cut,
         token_type_ids=framed.type_ids if any(framed.type_ids) else [],
     )
@@ -46,23 +52,27 @@ def encode_tags(rendering: Rendering, tokenizer: TextTokenizer, record: Record) 
     Raises:
         DataError: the rendering does not have this tag; the message names the row.
     """
+    names = rendering.labels
+    tags: dict[str, int] = {}
     for tag in record.classes:
-        if tag not in rendering.labels:
+        index = class_index(tag, names)
+        if index is None:
             raise DataError(
-                f"row {record.row}: {tag!r} is none of the tags{did_you_mean(tag, list(rendering.labels))}: "
-                f"they are {', '.join(rendering.labels)}"
+                f"row {record.row}: {tag!r} is none of the tags{did_you_mean(tag, list(names))}: "
+                f"they are {', '.join(names)}"
             )
+        tags[tag] = index
     framed, starts = encode_words(tokenizer, record.words, rendering.max_length)
-    placed = {start: tag for start, tag in zip(starts, record.classes, strict=True) if start is not None}
+    placed = {start: tags[tag] for start, tag in zip(starts, record.classes, strict=True) if start is not None}
     labels = [IGNORED] * len(framed.ids)
-    for start, tag in placed.items():
-        labels[start] = rendering.labels.index(tag)
+    for start, index in placed.items():
+        labels[start] = index
     return Example(
         record.row,
         framed.ids,
         labels,
         len(framed.ids),
-        " ".join(placed.values()),
+        " ".join(names[index] for index in placed.values()),
         framed.cut,
         cut_targets=len(starts) - len(placed) if framed.cut else 0,
     )

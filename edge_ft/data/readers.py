@@ -6,14 +6,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from edge_ft.data.conll import read_sentences
 from edge_ft.errors import DataError, did_you_mean, require
 from edge_ft.utf8 import check_characters, read_utf8
 
-__all__ = ["Row", "column_names", "read_rows", "split_names"]
+__all__ = ["Row", "Rows", "column_names", "read_rows", "split_names"]
 
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -26,6 +26,15 @@ class Row:
     number: int
     """Line of the file where the record starts, from 1; in formats without lines its position in the list."""
     fields: dict[str, Any]
+
+
+class Rows(list[Row]):
+    """Rows of a file, and the lines of it that are comments."""
+
+    def __init__(self, rows: Sequence[Row], comments: Sequence[int]) -> None:
+        """Hold rows, and the numbers of lines that are left out."""
+        super().__init__(rows)
+        self.comments = list(comments)
 
 
 def column_names(rows: Sequence[Row]) -> list[str]:
@@ -133,23 +142,9 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _read_conll(path: Path) -> list[Row]:
-    """Return the sentences of CoNLL columns, separated by blank lines: per line a word, other columns, and its tag.
-
-    Raises:
-        DataError: a line has only one column.
-    """
-    rows = []
-    numbered = [(number, line.split()) for number, line in enumerate(read_utf8(path, DataError).split("\n"), start=1)]
-    for is_break, lines in groupby(numbered, lambda line: line[1][:1] in ([], ["-DOCSTART-"])):
-        if is_break:
-            continue
-        sentence = list(lines)
-        for number, parts in sentence:
-            if len(parts) < 2:
-                raise DataError(f"{path} line {number} holds only {parts[0]!r}: write a word and its tag on each line")
-        words, tags = [parts[0] for _, parts in sentence], [parts[-1] for _, parts in sentence]
-        rows.append(Row(sentence[0][0], {"tokens": words, "tags": tags}))
-    return rows
+    sentences, comments = read_sentences(read_utf8(path, DataError), str(path))
+    rows = [Row(sentence.line, {"tokens": sentence.words, "tags": sentence.tags}) for sentence in sentences]
+    return Rows(rows, comments)
 
 
 def _read_parquet(path: Path) -> list[Row]:

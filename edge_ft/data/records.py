@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edge_ft.data.classes import read_classes
+from edge_ft.data.classes import list_of, read_classes, whole_number
 from edge_ft.data.columns import Columns, columns_in, fill_template, match_template
 from edge_ft.data.readers import Row
 from edge_ft.data.tokenizer import Filled
@@ -78,7 +78,7 @@ def record(row: Row, columns: Columns, answer: bool = True) -> Record:
     classes: tuple[str, ...] = ()
     if columns.label is not None and (answer or columns.label in row.fields):
         value, where = _value(columns.label, row), f"row {row.number}: {columns.label!r}"
-        classes = read_classes(value, columns.problem_type, where)
+        classes = read_classes(value, columns.problem_type, where, columns.places)
         label = ", ".join(classes)
     return Record(row.number, None, prompt, completion, label, pair, (), classes)
 
@@ -129,10 +129,18 @@ def fill_answer(columns: Columns, answer: str) -> str:
 
 
 def find_labels(rows: Sequence[Row], columns: Columns) -> tuple[str, ...]:
-    """Return the distinct classes or tags, numbers by value before texts; for regression the name of the column."""
+    """Return the distinct classes or tags, numbers by value before texts; for regression the name of the column.
+
+    If all of them are whole numbers, `1.0`, which a table makes of 1, is 1.
+    """
     if columns.problem_type == "regression":
         return (str(columns.label),)
+    if columns.places:
+        return tuple(map(str, range(columns.places)))
     names = {name for row in rows for name in record(row, columns).classes}
+    numbers = {name: whole_number(name) for name in names}
+    if None not in numbers.values():
+        names = {str(number) for number in numbers.values()}
     return tuple(sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
 
 
@@ -141,7 +149,7 @@ def _tagged_words(row: Row, columns: Columns, answer: bool) -> Record:
     words = _names(name, row)
     tags: tuple[str, ...] = ()
     if columns.label is not None and (answer or columns.label in row.fields):
-        tags = _names(columns.label, row)
+        tags = tuple(tag.strip() for tag in _names(columns.label, row))
         if len(tags) != len(words):
             raise DataError(
                 f"row {row.number} has {len(words)} words in {name!r} and {len(tags)} in {columns.label!r}: "
@@ -152,9 +160,13 @@ def _tagged_words(row: Row, columns: Columns, answer: bool) -> Record:
 
 def _names(name: str, row: Row) -> tuple[str, ...]:
     value = _value(name, row)
-    if not isinstance(value, list) or not all(isinstance(item, str | int) for item in value):
-        raise DataError(f"row {row.number}: column {name!r} must be a list of texts or whole numbers")
-    return tuple(map(str, value))
+    items = list_of(value)
+    if items is None or not all(isinstance(item, str | int) and not isinstance(item, bool) for item in items):
+        raise DataError(
+            f"row {row.number}: column {name!r} must be a list of texts or whole numbers"
+            + (', such as ["a", "b"]: a text is not split into words' if isinstance(value, str) else "")
+        )
+    return tuple(map(str, items))
 
 
 def _fill(template: str, row: Row) -> Filled:

@@ -7,11 +7,11 @@ from typing import Any, Literal, Protocol
 
 from edge_ft.config import TEXT_TASKS, Pooling, ProblemType, RowsConfig, Task
 from edge_ft.data.chat import end_of_turn
-from edge_ft.data.classes import class_numbers
+from edge_ft.data.classes import count_places
 from edge_ft.data.clock import clock_at, now, reads_clock
 from edge_ft.data.columns import Columns, bare_columns, find_columns, find_problem, guess_task
 from edge_ft.data.readers import Row, column_names
-from edge_ft.data.records import find_labels
+from edge_ft.data.records import has_answer
 from edge_ft.data.tokenizer import TextTokenizer
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.families import CLASSIFIERS, Family
@@ -212,7 +212,7 @@ def trained_rendering(
             f"this model reads {'one text' if own.columns.pair is None else 'two texts'}: "
             "name the columns as in its training, see --prompt and --text-pair"
         )
-    columns = replace(columns, problem_type=own.problem_type)
+    columns = replace(columns, problem_type=own.problem_type, places=_places(rows, columns, own))
     if config.chat_template is None:
         return replace(own, columns=columns)
     with clock_at(own.rendered_at):
@@ -256,15 +256,37 @@ def plain_rendering(
         columns = find_problem(rows, find_columns(names, config, task), problem)
     else:
         columns = bare_columns(task, problem or "single_label_classification")
-    if rows and task in CLASSIFIERS and columns.problem_type != "regression":
-        found = set(find_labels(rows, columns))
-        labels = next((names for names in (labels, class_numbers(labels)) if found <= set(names)), labels)
+    if columns.places not in (0, len(labels)):
+        raise DataError(
+            f"the column {columns.label} has a 0 or 1 for each of {columns.places} classes, and the model has "
+            f"{len(labels)}: {', '.join(labels)}"
+        )
     longest = longest_sequence(config.max_length, model.max_length)
     return with_pooling(make_rendering(config, columns, task, tokenizer, longest, labels), model, config.pooling)
 
 
 def _time_of(template: str | None) -> str | None:
     return now().isoformat() if reads_clock(template) else None
+
+
+def _places(rows: Sequence[Row], columns: Columns, own: Rendering) -> int:
+    """Return `Columns.places` of rows for a model that was trained with the rendering `own`.
+
+    Raises:
+        DataError: the labels have another length than the model has classes.
+    """
+    if columns.label is None or own.problem_type in (None, "regression"):
+        return 0
+    if not any(has_answer(row, columns) for row in rows):
+        return own.columns.places
+    # [0, 1] can be two classes, or the second one of two: as in the training.
+    found = count_places(rows, columns.label, certain=not own.columns.places)
+    if found not in (0, len(own.labels)):
+        raise DataError(
+            f"the column {columns.label} has a 0 or 1 for each of {found} classes, and the model learned "
+            f"{len(own.labels)}: {', '.join(own.labels)}"
+        )
+    return found
 
 
 def _chat_template(requested: str | None, columns: Columns, tokenizer: TextTokenizer) -> str | None:

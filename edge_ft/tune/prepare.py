@@ -13,7 +13,6 @@ import numpy as np
 from edge_ft.config import ProblemType, Task, TuneConfig
 from edge_ft.data import (
     CODES,
-    Columns,
     Example,
     Record,
     Rendering,
@@ -21,13 +20,11 @@ from edge_ft.data import (
     TextTokenizer,
     audit,
     batch_tokens,
-    class_numbers,
     clock_at,
     column_names,
     encode_example,
     find_answers,
     find_columns,
-    find_labels,
     find_problem,
     fingerprint,
     guess_task,
@@ -39,10 +36,11 @@ from edge_ft.data import (
     train_batches,
     with_pooling,
 )
-from edge_ft.errors import AuditRefused, DataError, UsageError, did_you_mean
+from edge_ft.errors import AuditRefused, UsageError, did_you_mean
 from edge_ft.evaluate.scoring import Batching
-from edge_ft.families import CLASSIFIERS, family_of
+from edge_ft.families import family_of
 from edge_ft.progress import Progress
+from edge_ft.tune.classes import choose_classes, find_absent_classes, find_too_many_classes
 from edge_ft.tune.loop import planned_steps
 from edge_ft.tune.splits import SPLITS, FileFindings, drop_unusable, read_given, split_given
 
@@ -235,8 +233,9 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
     columns = find_problem(given.rows["train"], columns, config.problem_type)
     rows, leaks = split_given(given, columns, config.split, config.seed)
     if columns.problem_type is not None and config.problem_type is None:
-        progress.say(f"{columns.label} holds {HOLDS[columns.problem_type]} (--problem-type overrides)")
-    labels = _choose_labels(rows, columns, task, model_labels, progress)
+        written = f", as a 0 or 1 for each of {columns.places}" if columns.places else ""
+        progress.say(f"{columns.label} holds {HOLDS[columns.problem_type]}{written} (--problem-type overrides)")
+    labels = choose_classes(rows, columns, task, model_labels, progress)
     limit = base.max_length
     longest = limit if config.max_length == "auto" else longest_sequence(config.max_length, limit)
     rendering = with_pooling(make_rendering(config, columns, task, tokenizer, longest, labels), base, config.pooling)
@@ -251,6 +250,8 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
         progress.say(f"the rows have {len(answers)} different answers: edge-ft run --labels auto chooses among them")
     found = [*dropped, *leaks, *_audit(given.files, records, examples, rendering, tokenizer)]
     findings = [finding.plain(file=file) for file, finding in found]
+    findings += find_too_many_classes(rows, columns, labels, model_labels, given.files["train"])
+    findings += find_absent_classes(rows, examples, rendering, given.files)
     _refuse(findings, config.allow, progress)
     trainable = _trainable(examples, rendering.max_length, "nothing-to-learn" in config.allow)
     if task == "feature-extraction" and min(len(trainable["validation"]), config.rows_at_once) < 2:
@@ -262,31 +263,6 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
     shown = [show_example(example, rendering, tokenizer) for example in trainable["train"][: config.show]]
     everything = fingerprint([row for name in SPLITS for row in rows[name]])
     return Prepared(task, rendering, rows, trainable, everything, findings, shown)
-
-
-def _choose_labels(
-    rows: dict[str, list[Row]], columns: Columns, task: Task, model_labels: tuple[str, ...], progress: Progress
-) -> tuple[str, ...]:
-    """Names of the classes in the order of the logits; none of a task without classes."""
-    if columns.problem_type == "regression":
-        return model_labels if len(model_labels) == 1 else find_labels((), columns)
-    if task not in CLASSIFIERS:
-        return ()
-    found = find_labels([row for name in SPLITS for row in rows[name]], columns)
-    if len(found) < 2:
-        only = f"only the class {found[0]!r}" if found else "no class"
-        raise DataError(f"the column {columns.label} holds {only}: at least 2 classes are needed")
-    # A head that knows all classes, by name or number, keeps its own order.
-    known = (model_labels, class_numbers(model_labels))
-    labels = next((names for names in known if set(found) <= set(names)), found)
-    if model_labels:
-        what = (
-            "the model's own head is trained further, for" if labels in known else "a new head replaces the model's for"
-        )
-        progress.say(f"{what} {', '.join(model_labels)}")
-    if unseen := sorted(set(found) - set(find_labels(rows["train"], columns))):
-        progress.say(f"no train row has the class {', '.join(unseen)}: it cannot be learned")
-    return labels
 
 
 def _encode(

@@ -7,6 +7,7 @@ from edge_ft.data import (
     Columns,
     Finding,
     Row,
+    Rows,
     format_rows,
     has_answer,
     is_empty,
@@ -75,6 +76,7 @@ def drop_unusable(given: GivenRows, columns: Columns) -> tuple[GivenRows, FileFi
     """
     usable, findings = dict(given.rows), list[tuple[str, Finding]]()
     for name, rows in given.rows.items():
+        findings += [(given.files[name], found) for found in _find_comments(rows)]
         usable[name] = [row for row in rows if not is_empty(row) and has_answer(row, columns)]
         unlabelled = [row for row in rows if not is_empty(row) and not has_answer(row, columns)]
         for code, found, what in (
@@ -89,6 +91,15 @@ def drop_unusable(given: GivenRows, columns: Columns) -> tuple[GivenRows, FileFi
     if not usable["train"]:
         raise AuditRefused(f"{given.files['train']}: no row has an answer or a class to learn")
     return GivenRows(usable, given.files), findings
+
+
+def _find_comments(rows: list[Row]) -> list[Finding]:
+    """Return a finding about the comment lines of a CoNLL file."""
+    if not isinstance(rows, Rows) or not rows.comments:
+        return []
+    where = format_rows(rows.comments).replace("row", "line", 1)
+    message = f"{len(rows.comments)} lines are comments and are left out ({where})"
+    return [Finding("comment-lines", "warning", rows.comments, message)]
 
 
 def split_given(

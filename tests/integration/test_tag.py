@@ -16,7 +16,7 @@ from edge_ft.data import (
     encode_rows,
     read_rows,
 )
-from edge_ft.errors import AuditRefused, DataError, UsageError
+from edge_ft.errors import AuditRefused, UsageError
 from edge_ft.evaluate import evaluate
 from edge_ft.evaluate.verify import verify
 from edge_ft.export import export
@@ -64,7 +64,7 @@ def test_rows_with_a_single_tag_are_refused(bert: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     lines = [{"tokens": ["the", "film", *["very"] * n], "tags": ["O", "O", *["O"] * n]} for n in range(20)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(DataError, match="at least 2 classes are needed"):
+    with pytest.raises(AuditRefused, match="a classifier needs at least two"):
         tune(TuneConfig(model=str(bert), data=str(data), out=tmp_path / "run"))
     held = tmp_path / "held.jsonl"
     held.write_text(json.dumps({"tokens": ["good"], "tags": ["B-praise"]}) + "\n")

@@ -413,8 +413,10 @@ def test_a_missing_column_is_answered_with_a_near_one(bert: Path, reviews: Path,
 def test_one_class_is_refused(bert: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": f"good {n}", "label": "x"}) + "\n" for n in range(20)))
-    with pytest.raises(DataError, match="only the class 'x': at least 2"):
-        tune(TuneConfig(model=str(bert), data=str(rows), out=tmp_path / "run"))
+    for allow in ((), ("one-class",)):
+        with pytest.raises(AuditRefused, match="only the class 'x' in all rows") as refusal:
+            tune(TuneConfig(model=str(bert), data=str(rows), out=tmp_path / "run", allow=allow))
+        assert refusal.value.exit_code == 5
 
 
 def test_ctrl_c_keeps_the_best_adapter_and_says_so(llama: Path, sums: Path, tmp_path: Path) -> None:

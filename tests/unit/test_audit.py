@@ -188,9 +188,9 @@ def test_a_chat_without_an_answer_is_left_out(prepared: Any) -> None:
 
 
 def test_a_class_that_is_missing_is_left_out(prepared: Any) -> None:
-    rows = [{"text": f"hello {n}", "label": "ab"[n % 2]} for n in range(20)] + [{"text": "x", "label": " "}]
+    rows = [{"text": f"hello {n}", "label": "ab"[n % 2]} for n in range(100)] + [{"text": "x", "label": " "}]
     result = prepared(rows, label="label")
-    assert [(finding["code"], finding["rows"]) for finding in result.findings] == [("unlabelled", [21])]
+    assert [(finding["code"], finding["rows"]) for finding in result.findings] == [("unlabelled", [101])]
 
 
 def test_a_row_in_two_given_splits_is_refused_unless_allowed(prepared: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from edge_ft.config import RowsConfig
-from edge_ft.data import Row, TextTokenizer, longest_sequence, plain_rendering, trained_rendering
+from edge_ft.data import Row, TextTokenizer, encode_rows, longest_sequence, plain_rendering, trained_rendering
 from edge_ft.errors import DataError
 from edge_ft.models.base_model import Base, find_base
 
@@ -46,8 +46,8 @@ def test_a_plain_model_reads_1024_tokens_unless_more_are_requested(
     ("labels", "given", "expected"),
     [
         (("1", "2", "3"), ["1", "2"], ("1", "2", "3")),
-        (("blame", "praise"), ["0", "1"], ("0", "1")),
-        (("blame", "praise"), ["praise"], ("blame", "praise")),
+        (("blame", "praise"), ["0", "1"], ("blame", "praise")),
+        (("blame", "praise"), ["blame", "praise"], ("blame", "praise")),
     ],
 )
 def test_classes_are_matched_by_name_before_they_are_matched_by_index(
@@ -57,6 +57,7 @@ def test_classes_are_matched_by_name_before_they_are_matched_by_index(
     tokenizer = TextTokenizer.load(bert)
     found = plain_rendering(find_base(str(bert)), RowsConfig(), rows, tokenizer, "text-classification", labels)
     assert found.labels == expected
+    assert [example.labels for example in encode_rows(found, tokenizer, rows)] == [[0], [1]]
 
 
 def test_a_classifier_without_classes_is_refused(bert: Path) -> None:
