@@ -15,7 +15,7 @@ WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 # As edge_ft sets it before torch is imported; a test session may import torch first.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: install demo claims test test-all models checkpoints check format clean
+.PHONY: install demo claims test test-all models fuzz fuzz-planted checkpoints check format clean
 
 install: $(INSTALLED)
 
@@ -55,6 +55,18 @@ checkpoints: install
 	CHECKPOINTS=$(CURDIR)/out/checkpoints $(BIN)/python -m pytest -m "not long" $$(grep -rlE "^from checkpoints_table import" \
 		--include='test_*.py' tests/integration tests/e2e tests/unit | grep -v test_checkpoints_page)
 	$(BIN)/python -m edge_ft.bench.studies checkpoints out/checkpoints docs/checkpoints.md
+
+# Mutated rows, settings, bundles, models, templates and prompts; failing cases and the report go to out/fuzz.
+# make fuzz REPLAY=out/fuzz/CASE runs one again.
+SEED ?= 0
+CASES ?= 10000
+FUZZ := PYTHONPATH=tests:. $(BIN)/python -m fuzz
+fuzz: install
+	$(FUZZ) --out out/fuzz $(if $(REPLAY),--replay $(REPLAY),--seed $(SEED) --cases $(CASES))
+
+# Ten faults, put into edge-ft one at a time: the fuzzer must find each.
+fuzz-planted: install
+	$(FUZZ) --out out/fuzz-planted --planted --seed $(SEED)
 
 check: install
 	$(BIN)/ruff check .

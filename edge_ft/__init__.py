@@ -15,6 +15,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
+# Read by onnxruntime when it is imported: without it the official builds write an identifier of the device and a
+# database of events into the home folder, and upload them.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 # A checkout keeps export/ and bench/ beside this folder; a wheel carries them inside it.
 _here = Path(__file__).resolve().parent
 if not (_here / "export").is_dir() and (_here.parent / "export" / "__init__.py").is_file():
