@@ -71,7 +71,11 @@ def quality_records(subject: Subject, found: dict[str, Any], environment: dict[s
     figures = {
         "nll": ("nats/token", found["nll"], found["nll_interval"]),
         "perplexity": ("", found["perplexity"], found["perplexity_interval"]),
-        **{name: ("", value["value"], [value["low"], value["high"]]) for name, value in found["metrics"].items()},
+        **{
+            name: ("", value["value"], [value["low"], value["high"]])
+            for name, value in found["metrics"].items()
+            if value["value"] is not None
+        },
     }
     where = environment | {"rows": found["rows"], "data": Path(found["data"]).name}
     return [

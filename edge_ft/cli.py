@@ -172,7 +172,7 @@ def plan(
     lines = [
         f"{rows} rows; a train row has {tokens['p50']} tokens (p50), {tokens['p95']} (p95), {tokens['max']} (max), "
         f"all have {tokens['total']}; {result['steps']} steps",
-        *(f"{found['severity']}: {found['message']} [{found['code']}]" for found in result["findings"]),
+        *_warnings(result),
         f"recommended: {result['reason']}",
         *result.get("shown", []),
     ]
@@ -260,7 +260,8 @@ def evaluate(
     left_out = (
         f" ({result['dropped']} without an answer, {result['cut']} cut)" if result["dropped"] or result["cut"] else ""
     )
-    _show(output, result, table, f"{source}: {result['rows']} rows{left_out}, {result['seconds']:.0f} s")
+    lines = [f"{source}: {result['rows']} rows{left_out}, {result['seconds']:.0f} s", *_warnings(result)]
+    _show(output, result, table, "\n".join(lines))
 
 
 @app.command
@@ -513,6 +514,10 @@ def _show(output: Output, result: Any, rows: Sequence[tuple[str, ...]], text: st
         print(text)
 
 
+def _warnings(result: dict[str, Any]) -> list[str]:
+    return [f"{found['severity']}: {found['message']} [{found['code']}]" for found in result["findings"]]
+
+
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     """Print aligned columns, the first to the left; no cell is cut, however narrow the terminal is."""
     from rich.console import Console
@@ -542,5 +547,7 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _interval(value: dict[str, float] | None) -> str:
-    return "-" if value is None else f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+def _interval(value: dict[str, float | None] | None) -> str:
+    if value is None or value["value"] is None:
+        return "-"
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

@@ -240,8 +240,9 @@ def _test(
         "nll": {"base": report["nll"]["test_base"], "trained": report["nll"]["test"], "shipped": shipped["nll"]},
         "metrics": {
             name: {
-                "base": report["metrics"][name]["test_base"],
-                "trained": report["metrics"][name]["test"],
+                # A metric that its rows left undefined is missing from reports of earlier versions.
+                "base": report["metrics"].get(name, {}).get("test_base"),
+                "trained": report["metrics"].get(name, {}).get("test"),
                 "shipped": value,
             }
             for name, value in shipped["metrics"].items()

@@ -13,6 +13,7 @@ from edge_ft.data.batches import (
     train_batches,
 )
 from edge_ft.data.chat import render_chat
+from edge_ft.data.class_audit import absent_class, count_classes
 from edge_ft.data.classes import class_index, class_numbers
 from edge_ft.data.clock import clock_at, reads_clock
 from edge_ft.data.columns import Columns, bare_columns, find_columns, find_problem, guess_task
@@ -29,6 +30,7 @@ from edge_ft.data.encoding import (
 )
 from edge_ft.data.readers import Row, Rows, column_names, read_rows, split_names
 from edge_ft.data.records import Message, Record, answer_of, fill_text, find_labels, has_answer, is_empty, record
+from edge_ft.data.references import answer_tokens, untrained_references
 from edge_ft.data.rendering import (
     Rendering,
     longest_sequence,
@@ -56,8 +58,10 @@ __all__ = [
     "Row",
     "Rows",
     "TextTokenizer",
+    "absent_class",
     "answer_ids",
     "answer_of",
+    "answer_tokens",
     "audit",
     "bare_columns",
     "batch_tokens",
@@ -66,6 +70,7 @@ __all__ = [
     "clock_at",
     "collate",
     "column_names",
+    "count_classes",
     "encode_example",
     "encode_pair",
     "encode_prompt",
@@ -102,5 +107,6 @@ __all__ = [
     "template_marks",
     "train_batches",
     "trained_rendering",
+    "untrained_references",
     "with_pooling",
 ]

@@ -31,6 +31,7 @@ CODES = (
     "template-in-text",
     "imbalance",
     "encoding",
+    "untrained-reference",
     "comment-lines",
     "absent-class",
     "similar-classes",

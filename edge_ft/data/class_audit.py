@@ -1,15 +1,57 @@
-"""Names of classes that look like slips of the person, or the program, that wrote them."""
+"""Classes that are missing, and names of classes that look like slips of the person or program that wrote them."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+from edge_ft.data.batches import IGNORED, Example
 from edge_ft.data.records import Record
+from edge_ft.data.rendering import Rendering
 
-__all__ = ["find_odd_classes"]
+__all__ = ["absent_class", "count_classes", "find_odd_classes"]
+
+SHOWN = 5
+"""Most classes that a message names."""
 
 MISSING = {"nan", "null", "na", "n/a", "<na>", "#n/a", "none", "undefined", "nil", "-", "?"}
 """Texts that programs write where there is no value, in lower case."""
+
+
+def absent_class(absent: Sequence[str], file: str, split: str, what: str) -> dict[str, Any]:
+    """Return a finding `absent-class`, as JSON values.
+
+    Args:
+        absent: Names of the classes or answers.
+        file: Where the rows come from.
+        split: What the rows are called.
+        what: class or answer.
+    """
+    effect = "nothing is learned about it" if split == "train" else "their scores say nothing about it"
+    names = ", ".join(absent[:SHOWN]) + (f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else "")
+    return {
+        "code": "absent-class",
+        "severity": "warning",
+        "file": file,
+        "rows": [],
+        "count": len(absent),
+        "split": split,
+        "classes": list(absent),
+        "message": f"none of the {split} rows has the {what} {names}: {effect}",
+        "example": "",
+    }
+
+
+def count_classes(examples: Sequence[Example], rendering: Rendering) -> Counter[str]:
+    """Return how often each class or tag occurs."""
+    labels, several = rendering.labels, rendering.problem_type == "multi_label_classification"
+    indices = (
+        (place for place, holds in enumerate(example.labels) if holds)
+        if several
+        else (int(index) for index in example.labels if index != IGNORED)
+        for example in examples
+    )
+    return Counter(labels[index] for found in indices for index in found)
 
 
 def find_odd_classes(records: Sequence[Record]) -> Iterator[tuple[str, list[int], str]]:

@@ -8,15 +8,18 @@ from typing import Any
 
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.config import TEXT_TASKS, EvalConfig
-from edge_ft.data import Row, encode_rows, longest_sequence, read_rows
+from edge_ft.data import Row, Rows, encode_rows, longest_sequence, read_rows
 from edge_ft.errors import UsageError
 from edge_ft.evaluate.few_shot import encode_few_shot
+from edge_ft.evaluate.findings import Scored, answer_findings, row_findings, score_findings
 from edge_ft.evaluate.generation import answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.loading import LoadedSource, open_source
 from edge_ft.evaluate.scoring import Batching, drop_unscorable, score, summary
 from edge_ft.progress import Progress, Silent
 
 __all__ = ["evaluate", "evaluate_loaded"]
+
+CUT_ADVICE = "give --max-new-tokens {tokens} to compare whole answers"
 
 
 def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -36,7 +39,10 @@ def evaluate(source: str, config: EvalConfig, progress: Progress | None = None) 
     """
     progress = progress or Silent()
     progress.say(f"reading {config.data}")
-    rows = read_rows(config.data)[: config.limit]
+    read = read_rows(config.data)
+    if isinstance(read, Rows) and read.comments:
+        progress.say(f"{config.data}: {len(read.comments)} lines are comments and are left out")
+    rows = read[: config.limit]
     shots = _shot_rows(source, config)[: config.shots] if config.shots else []
     return {
         "source": source,
@@ -59,7 +65,7 @@ def evaluate_loaded(
     Returns:
         `task`; the number of scored `rows`, of `dropped` and `cut` ones, and of `cut_tokens`; `nll` (nats per target
         token), `perplexity` and their intervals; `metrics` ({name: {value, low, high}}, 95% intervals over rows, see
-        `summary` and `answer_metrics`); the number of `shots`; `seconds`.
+        `summary` and `answer_metrics`); the `findings` (see `score_findings`); the number of `shots`; `seconds`.
 
     Raises:
         AuditRefused: no row has an answer to score.
@@ -78,14 +84,22 @@ def evaluate_loaded(
         opened.scorer, examples, Batching(rendering.task, tokenizer.pad_id, config.batch_size), progress, "score"
     )
     result = summary(scores, examples, rendering.task, rendering.labels)
+    findings = [
+        *row_findings(examples, rendering, tokenizer, config.data),
+        *score_findings(Scored("scored", "model", examples, result["metrics"], scores), rendering),
+    ]
     has_prompts = rendering.columns.kind == "messages" or bool(rendering.columns.prompt)
     if rendering.task in TEXT_TASKS and config.generate and has_prompts:
-        answers = generate_answers(opened, examples, config.max_new_tokens, progress)
-        result["metrics"] |= answer_metrics(answers, progress) | choice_metrics(opened, examples, progress)
+        limit = config.max_new_tokens
+        answers = generate_answers(opened, examples, limit, progress)
+        found = answer_metrics(answers, progress) | choice_metrics(opened, examples, progress)
+        findings += answer_findings(Scored("scored", "model", examples, found), answers, limit, CUT_ADVICE)
+        result["metrics"] |= found
     return {
         "task": rendering.task,
         **counts,
         **result,
+        "findings": findings,
         "shots": config.shots,
         "seconds": round(time.monotonic() - started, 2),
     }

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from edge_ft.errors import require
 
 __all__ = [
+    "UNDEFINED",
+    "MaybeMetric",
     "Metric",
     "Statistic",
     "correlation",
@@ -53,6 +55,18 @@ class Metric(TypedDict):
     value: float
     low: float
     high: float
+
+
+class Undefined(TypedDict):
+    """A metric that has no value for these rows."""
+
+    value: None
+    low: None
+    high: None
+
+
+MaybeMetric = Metric | Undefined
+UNDEFINED = Undefined(value=None, low=None, high=None)
 
 
 def interval(statistic: Statistic, rows: int) -> tuple[float, float]:
@@ -97,14 +111,21 @@ def macro_f1(predicted: NDArray[np.int64], gold: NDArray[np.int64], classes: int
     Classes that occur in neither `predicted` nor `gold` do not count, as in scikit-learn.
     """
     one_hot = np.eye(classes, dtype=np.bool_)
-    return multi_label_f1(one_hot[predicted], one_hot[gold])["macro_f1"]
+    return _macro_f1(one_hot[predicted], one_hot[gold])
 
 
-def multi_label_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> dict[str, Metric]:
+def multi_label_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> dict[str, MaybeMetric]:
     """Return `micro_f1` over all labels, and `macro_f1`, the mean F1 of the classes; both arrays [rows, classes].
 
-    Classes that occur in neither `predicted` nor `gold` do not count.
+    Classes that occur in neither `predicted` nor `gold` do not count. Both are undefined if no row has a class.
     """
+    if not gold.any():
+        return {"micro_f1": UNDEFINED, "macro_f1": UNDEFINED}
+    return {"micro_f1": estimate(micro_f1(predicted, gold), len(gold)), "macro_f1": _macro_f1(predicted, gold)}
+
+
+def _macro_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> Metric:
+    """Return the mean F1 of the classes; both arrays [rows, classes]."""
     hits, seen = (predicted & gold).astype(np.float64), predicted.astype(np.float64) + gold
 
     def macro(rows: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -114,7 +135,7 @@ def multi_label_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> dic
         right, count = drawn @ hits, drawn @ seen  # [samples, classes]
         return np.asarray((2 * right / np.maximum(count, 1)).sum(1) / np.maximum((count > 0).sum(1), 1))
 
-    return {"micro_f1": estimate(micro_f1(predicted, gold), len(gold)), "macro_f1": estimate(macro, len(gold))}
+    return estimate(macro, len(gold))
 
 
 def micro_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> Statistic:
@@ -122,13 +143,17 @@ def micro_f1(predicted: NDArray[np.bool_], gold: NDArray[np.bool_]) -> Statistic
     return ratio(2 * (predicted & gold).sum(1), predicted.sum(1) + gold.sum(1))
 
 
-def number_metrics(predicted: NDArray[Any], gold: NDArray[Any]) -> dict[str, Metric]:
-    """Return `mse`, `pearson` and, where scipy is installed, `spearman` of numbers [rows]."""
+def number_metrics(predicted: NDArray[Any], gold: NDArray[Any]) -> dict[str, MaybeMetric]:
+    """Return `mse`, `pearson` and, where scipy is installed, `spearman` of numbers [rows].
+
+    A correlation is undefined where all predictions or all right numbers are equal.
+    """
     kinds = ("pearson", "spearman") if find_spec("scipy") is not None else ("pearson",)
-    return {
-        "mse": mean((predicted - gold) ** 2),
-        **{kind: estimate(correlation(predicted, gold, kind), len(gold)) for kind in kinds},
+    defined = np.ptp(predicted) > 0 and np.ptp(gold) > 0
+    correlations = {
+        kind: estimate(correlation(predicted, gold, kind), len(gold)) if defined else UNDEFINED for kind in kinds
     }
+    return {"mse": mean((predicted - gold) ** 2), **correlations}
 
 
 def recall(first: NDArray[np.float32], second: NDArray[np.float32], texts: Sequence[Hashable]) -> dict[str, Metric]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +13,8 @@ from edge_ft.data import IGNORED, Batch, Example, Rendering, TextTokenizer, coll
 from edge_ft.data.contrastive import SCORED_TOGETHER, in_batch_loss
 from edge_ft.errors import AuditRefused
 from edge_ft.evaluate.metrics import (
+    UNDEFINED,
+    MaybeMetric,
     macro_f1,
     mean,
     multi_label_f1,
@@ -223,18 +226,26 @@ def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: t
         labels: Classes or tags in the order of the logits.
 
     Returns:
-        `nll` (nats per target token), `perplexity` and their intervals, and `metrics`. For regression and
+        `nll` (nats per target token), `perplexity` and their intervals, and `metrics`; a metric that these rows leave
+        undefined has the value None. For regression and
         feature-extraction the perplexity and its interval are None.
     """
+    metrics: dict[str, MaybeMetric]
     right = scores.correct / scores.tokens
     has_perplexity = task != "feature-extraction"  # its loss grows with the number of rows in a batch
     if task in TEXT_TASKS or task == "fill-mask":
         metrics = {"token_accuracy": mean(right, scores.tokens)}
     elif task == "feature-extraction":
         assert scores.vectors is not None
-        metrics = recall(*scores.vectors, [tuple(example.pair_ids) for example in examples])
+        metrics = {**recall(*scores.vectors, [tuple(example.pair_ids) for example in examples])}
     elif task == "token-classification":
-        metrics = {"accuracy": mean(right, scores.tokens), **span_metrics(*tag_names(scores, examples, labels))}
+        spans = span_metrics(*tag_names(scores, examples, labels))
+        marked = any(label[:2] in ("B-", "I-") for label in labels) and find_spec("seqeval") is not None
+        metrics = {
+            "accuracy": mean(right, scores.tokens),
+            **({"span_f1": UNDEFINED} if marked else {}),  # no row has a span
+            **spans,
+        }
     elif isinstance(examples[0].labels[0], float):
         gold = np.array([example.labels for example in examples])
         predicted = np.stack(scores.predicted)

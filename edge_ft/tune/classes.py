@@ -6,14 +6,15 @@ from typing import Any
 
 from edge_ft.config import Task
 from edge_ft.data import (
-    IGNORED,
     Columns,
     Example,
     Rendering,
     Row,
+    absent_class,
     answer_of,
     class_index,
     class_numbers,
+    count_classes,
     find_labels,
 )
 from edge_ft.errors import AuditRefused
@@ -112,9 +113,7 @@ def find_absent_classes(
         if not absent:
             continue
         what = "class" if rendering.task in CLASSIFIERS else "answer"
-        effect = "nothing is learned about it" if split == "train" else "the scores of this split say nothing about it"
-        finding = _finding("absent-class", files[split], f"no {split} row has the {what} {_join(absent)}: {effect}")
-        findings.append({**finding, "count": len(absent), "split": split, "classes": absent})
+        findings.append(absent_class(absent, files[split], split, what))
     return findings
 
 
@@ -139,26 +138,15 @@ def find_too_many_classes(
         f"{count} rows have {len(labels)} different classes in the column {columns.label}, such as {labels[0]!r}: "
         "name the column of the class with --label; for numbers give --problem-type regression"
     )
-    return [{**_finding("many-classes", file, message), "severity": "error", "count": count}]
-
-
-def _finding(code: str, file: str, message: str) -> dict[str, Any]:
-    """Return the JSON values of a warning that is about no single row."""
-    return {"code": code, "severity": "warning", "file": file, "rows": [], "message": message, "example": ""}
+    where = {"code": "many-classes", "severity": "error", "file": file}
+    return [{**where, "rows": [], "count": count, "message": message, "example": ""}]
 
 
 def _count(rows: Sequence[Row], examples: Sequence[Example], rendering: Rendering) -> Counter[str]:
     """Return in how many rows, or words, each class or answer occurs."""
-    if rendering.task not in CLASSIFIERS:
-        return Counter(answer_of(row, rendering.columns) or "" for row in rows) if rendering.answers else Counter()
-    labels, several = rendering.labels, rendering.problem_type == "multi_label_classification"
-    indices = (
-        (place for place, holds in enumerate(example.labels) if holds)
-        if several
-        else (int(index) for index in example.labels if index != IGNORED)
-        for example in examples
-    )
-    return Counter(labels[index] for found in indices for index in found)
+    if rendering.task in CLASSIFIERS:
+        return count_classes(examples, rendering)
+    return Counter(answer_of(row, rendering.columns) or "" for row in rows) if rendering.answers else Counter()
 
 
 def _join(names: Sequence[str]) -> str:

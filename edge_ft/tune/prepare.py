@@ -34,6 +34,7 @@ from edge_ft.data import (
     show_example,
     template_marks,
     train_batches,
+    untrained_references,
     with_pooling,
 )
 from edge_ft.errors import AuditRefused, UsageError, did_you_mean
@@ -300,6 +301,7 @@ def _audit(
             if finding.code == "one-class" and "train" not in together:
                 finding = replace(finding, severity="warning")
             findings.append((file, finding))
+        findings += [(file, one) for one in untrained_references([b for _, b in pairs], rendering, tokenizer)]
     return findings
 
 

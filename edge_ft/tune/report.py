@@ -8,6 +8,7 @@ import numpy as np
 
 from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Example, TextTokenizer
+from edge_ft.evaluate.findings import Scored, answer_findings, score_findings
 from edge_ft.evaluate.generation import Answer, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.loading import LoadedSource
 from edge_ft.evaluate.metrics import Metric
@@ -17,7 +18,7 @@ from edge_ft.system import release_memory
 from edge_ft.tune.loop import Fit
 
 if TYPE_CHECKING:
-    from edge_ft.tune.prepare import Job
+    from edge_ft.tune.prepare import Job, Prepared
     from edge_ft.tune.trainable_model import TrainableModel
 
 __all__ = ["results"]
@@ -28,6 +29,7 @@ ANSWERS = 16
 BATCH_COST = 3
 """Time of a batch of ANSWERS answers, over that of a single answer (SmolLM2 on one slow core: 13 s a batch)."""
 SAMPLE_TOKENS = 32
+CUT_ADVICE = "these metrics are of shortened answers; edge-ft eval --max-new-tokens {tokens} compares whole ones"
 PROMPT_TAIL = 400
 """Characters of a prompt that a sample shows: its end, where the question is."""
 OVERFITTING_ROWS = 256
@@ -50,8 +52,8 @@ def results(job: "Job", model: "TrainableModel", fitted: Fit, progress: Progress
         progress: Gets over-fitting and sample answers.
 
     Returns:
-        `nll`, `metrics`, `overfitting`, `guards`, `answers` and `samples` of report.json; `answers` scores the
-        answers to the first `ANSWERS` rows of a model that writes text, and is None for others.
+        `nll`, `metrics`, `overfitting`, `guards`, `answers` and `samples` of report.json, and more of its `findings`;
+        `answers` scores the answers to the first `ANSWERS` rows of a model that writes text, and is None for others.
     """
     model.backend.compute.cache_weights(None)
     release_memory()  # what is scored here would come on top of what the steps took
@@ -80,7 +82,11 @@ def results(job: "Job", model: "TrainableModel", fitted: Fit, progress: Progress
         rows = examples[column.removesuffix("_base")]
         for name, value in summary(found, rows, prepared.task, prepared.rendering.labels)["metrics"].items():
             metrics.setdefault(name, {})[column] = value
+    findings = [*_score_findings(prepared, scores, metrics), *(answers or {}).pop("findings", ())]
+    for finding in findings:
+        progress.say(f"{finding['message']} [{finding['code']}]")
     return {
+        "findings": findings,
         "nll": {
             "base": scores["validation_base"].mean_nll,
             "best": scores["validation"].mean_nll,
@@ -93,6 +99,19 @@ def results(job: "Job", model: "TrainableModel", fitted: Fit, progress: Progress
         "answers": answers and {"split": split, **answers},
         "samples": [{"split": split, **sample} for sample in samples],
     }
+
+
+def _score_findings(
+    prepared: "Prepared", scores: dict[str, RowScores], metrics: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return what makes the scores say less than they seem to."""
+    findings = []
+    for column, found in scores.items():
+        split, model = column.removesuffix("_base"), "base" if column.endswith("_base") else "tuned"
+        values = {name: columns[column] for name, columns in metrics.items()}
+        scored = Scored(split, model, prepared.examples[split], values, found)
+        findings += score_findings(scored, prepared.rendering)
+    return findings
 
 
 def _scores(job: "Job", scorer: Answerer, base: Base, fitted: Fit, progress: Progress) -> dict[str, RowScores]:
@@ -165,7 +184,12 @@ def _answers(
         progress.say(
             f"row {example.row}: reference {sample['reference']!r}, base {sample['base']!r}, tuned {sample['tuned']!r}"
         )
-    return samples, {"rows": len(examples), "max_new_tokens": SAMPLE_TOKENS, "metrics": metrics}
+    split, findings = "test" if job.prepared.examples["test"] else "validation", list[dict[str, Any]]()
+    for name, texts in answers.items():
+        values = {metric: columns[name] for metric, columns in metrics.items() if columns[name] is not None}
+        findings += answer_findings(Scored(split, name, examples, values), texts, SAMPLE_TOKENS, CUT_ADVICE)
+    figures = {"rows": len(examples), "max_new_tokens": SAMPLE_TOKENS, "metrics": metrics, "findings": findings}
+    return samples, figures
 
 
 def _shown(example: Example, tokenizer: TextTokenizer) -> dict[str, Any]:
