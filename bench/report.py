@@ -12,6 +12,7 @@ __all__ = [
     "DECODER_UNITS",
     "budget_failures",
     "classifier_lengths",
+    "format_value",
     "markdown_table",
     "records_of",
     "table",
@@ -145,7 +146,7 @@ def budget_failures(records: Sequence[dict[str, Any]], config: BenchConfig) -> l
                 continue
             value = record["value"] * scale
             if value < bound if flag.startswith("--min") else value > bound:
-                failures.append(f"{flag} {bound:g}: {where} has a {figure.format(_figure(value))}")
+                failures.append(f"{flag} {bound:g}: {where} has a {figure.format(format_value(value))}")
     return failures
 
 
@@ -155,11 +156,11 @@ def _cell(record: dict[str, Any]) -> str:
     scale = 1e-6 if record["unit"] == "bytes" else 1.0
     samples = [sample * scale for sample in record["samples"]]
     low, high = record.get("interval") or (min(samples), max(samples))
-    spread = f" [{_figure(low)}–{_figure(high)}]" if low != high else ""
-    return _figure(record["value"] * scale) + spread
+    spread = f" [{format_value(low)}–{format_value(high)}]" if low != high else ""
+    return format_value(record["value"] * scale) + spread
 
 
-def _figure(value: float) -> str:
+def format_value(value: float) -> str:
     """Three significant digits, without an exponent."""
     digits = max(0, 2 - floor(log10(abs(value)))) if value else 0
     return f"{value:.{digits}f}"

@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from edge_ft import __version__
-from edge_ft.artifacts import RunFolder, cache_folder, disk_full, write_json
+from edge_ft.artifacts import RunFolder, cache_folder, disk_full, write_json, write_text
 from edge_ft.config import (
     TEXT_TASKS,
     BenchConfig,
@@ -333,7 +333,11 @@ def _read_prompt() -> str:
     return text
 
 
-@app.command
+bench_app = App(name="bench")
+app.command(bench_app)
+
+
+@bench_app.default
 def bench(
     *subjects: str, settings: Annotated[BenchConfig, FLAT] = BenchConfig(), output: Annotated[Output, FLAT] = Output()
 ) -> None:
@@ -348,13 +352,38 @@ def bench(
         BudgetFailed: a measured value does not keep its budget.
     """
     from edge_ft.bench import bench as run_bench
-    from edge_ft.bench.report import budget_failures, table
+    from edge_ft.bench.report import budget_failures, markdown_table, table
 
     with _progress(output) as progress:
         records = run_bench(subjects, settings, progress)
-    _show(output, records, table(records), "")
+    rows = table(records)
+    if settings.markdown is not None:
+        write_text(settings.markdown, markdown_table(rows[0], rows[1:]))
+    _show(output, records, rows, "")
     if failures := budget_failures(records, settings):
         raise BudgetFailed("; ".join(failures))
+
+
+@bench_app.command(name="compare")
+def compare_benches(old: Path, new: Path, /, *, output: Annotated[Output, FLAT] = Output()) -> None:
+    """Say which figures of two reports differ beyond the noise; exit code 1 if one is worse.
+
+    Args:
+        old: What edge-ft bench --json wrote before a change.
+        new: What it wrote after the change, for the same subjects under the same conditions.
+
+    Raises:
+        BudgetFailed: a figure is worse.
+    """
+    from edge_ft.bench.compare import compare, read_records
+
+    changes = compare(read_records(old), read_records(new))
+    changed = [change for change in changes if change.verdict != "same"]
+    header = ("subject", "metric", "old", "new", "new ÷ old", "")
+    rows = [header, *(change.cells for change in changed)] if changed else []
+    _show(output, [asdict(change) for change in changes], rows, f"{len(changes) - len(changed)} figures are the same")
+    if worse := [change for change in changes if change.verdict == "worse"]:
+        raise BudgetFailed("worse: " + ", ".join(f"{c.subject} {c.variant} {c.metric}" for c in worse))
 
 
 @app.command(name="--version")

@@ -1,6 +1,7 @@
 """Settings of `edge-ft bench`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from edge_ft.config.shared import Group, Minimum, RowsConfig, Threads, check
@@ -31,6 +32,8 @@ class BenchConfig(RowsConfig):
     """Length of the prompt, or of the text to classify, in tokens."""
     new_tokens: Annotated[int, Group.MEASUREMENT, Minimum(2)] = 32
     """Tokens to generate; also the maximum length of an answer to --data."""
+    markdown: Annotated[Path | None, Group.OUTPUT] = None
+    """Also write the table in Markdown to this file, for a pull request."""
     max_ttft_ms: Annotated[float | None, Group.BUDGETS] = None
     """Highest median time to the first token in milliseconds; for classifiers, the time of one text."""
     min_decode_tps: Annotated[float | None, Group.BUDGETS] = None
