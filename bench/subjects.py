@@ -80,7 +80,7 @@ def bundle_subject(source: str, accuracy_level: int | None, workload: Workload) 
         "accuracy_level": next(levels, accuracy_level),
         **asdict(workload),
     }
-    return Subject("edge-ft", source, bundle.task, int(bundle.manifest["max_length"]), bundle.size_bytes, job)
+    return Subject("edge-ft", source, bundle.task, bundle.max_length, bundle.size_bytes, job)
 
 
 def torch_subject(source: str, found: dict[str, Any], workload: Workload) -> Subject:

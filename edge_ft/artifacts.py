@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ft.errors import BundleError, UsageError
+from edge_ft.manifest import find_misfit
 from edge_ft.utf8 import read_json, read_utf8
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-_KEYS = {"task", "model", "graphs", "lane", "rendering", "files"}
 
 
 def cache_folder() -> Path:
@@ -258,30 +258,25 @@ class Bundle:
             raise BundleError(f"{path} does not exist: give a bundle folder (edge-ft export makes one)")
         if not manifest_path.is_file():
             raise BundleError(f"{path} is not a bundle: it has no manifest.json (edge-ft export makes one)")
-        try:
-            manifest = read_json(manifest_path, BundleError, "export it again")
-            if (version := manifest["format_version"]) != FORMAT_VERSION:
-                raise BundleError(
-                    f"{path} is of bundle version {version}, this edge-ft reads version {FORMAT_VERSION}: "
-                    "export it again or install the edge-ft that wrote it"
-                )
-            if missing := sorted(_KEYS - manifest.keys()):
-                raise BundleError(f"{manifest_path} lacks {missing[0]!r}: export it again")
-            files = {
-                str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{manifest_path} cannot be read as a manifest ({error!r}): export it again") from error
+        manifest = read_json(manifest_path, BundleError, "export it again")
+        version = manifest.get("format_version", FORMAT_VERSION) if isinstance(manifest, dict) else FORMAT_VERSION
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{path} is of bundle version {version}, this edge-ft reads version {FORMAT_VERSION}: "
+                "export it again or install the edge-ft that wrote it"
+            )
+        if wrong := find_misfit(manifest):
+            raise BundleError(f"{manifest_path} is not as an export writes it: {wrong}; export it again")
         found = {
             file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink()
         } - {"manifest.json"}
-        if unlisted := sorted(found - files.keys()):
+        if unlisted := sorted(found - manifest["files"].keys()):
             raise BundleError(f"{path} holds a file that its manifest does not list: {unlisted[0]}")
-        for name, (sha256, size) in files.items():
+        for name, entry in manifest["files"].items():
             file = path / name
             if name not in found:
                 raise BundleError(f"{path} lacks {name}, which its manifest lists: copy the bundle again")
-            if file.stat().st_size != size or file_sha256(file) != sha256:
+            if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
                 raise BundleError(f"{file} is not the file that was exported (sha256 differs): copy the bundle again")
         return cls(path, manifest)
 
@@ -299,6 +294,31 @@ class Bundle:
     def task(self) -> str:
         """The task, as transformers' pipelines call it."""
         return str(self.manifest["task"])
+
+    @property
+    def max_length(self) -> int:
+        """The model's limit in tokens.
+
+        Raises:
+            BundleError: the manifest does not say it.
+        """
+        if "max_length" not in self.manifest:
+            raise BundleError(f"{self.path / 'manifest.json'} lacks 'max_length': export the model again")
+        return int(self.manifest["max_length"])
+
+    @property
+    def verification(self) -> dict[str, Any]:
+        """What the export measured.
+
+        Raises:
+            BundleError: the manifest has none, or not of every accuracy level.
+        """
+        found: dict[str, Any] = self.manifest.get("verification", {})
+        missing = sorted({"limits", "rows_sha256", "nll", "by_accuracy_level"} - found.keys())
+        missing += sorted(self.manifest["graphs"].keys() - found.get("by_accuracy_level", {}).keys())
+        if missing:
+            raise BundleError(f"{self.path / 'manifest.json'}: its verification lacks {missing[0]!r}: export it again")
+        return found
 
     @property
     def size_bytes(self) -> int:

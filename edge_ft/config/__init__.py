@@ -7,6 +7,7 @@ Python API; a field's docstring is its text in `--help`.
 from edge_ft.config.bench import BenchConfig
 from edge_ft.config.evaluate import EvalConfig
 from edge_ft.config.export import ExportConfig, VerifyConfig
+from edge_ft.config.plain import from_plain, misfit
 from edge_ft.config.run import RunConfig
 from edge_ft.config.shared import (
     INT8_ACTIVATIONS,
@@ -14,6 +15,7 @@ from edge_ft.config.shared import (
     BaseFormat,
     Group,
     Memory,
+    Minimum,
     Pooling,
     ProblemType,
     RowsConfig,
@@ -33,6 +35,7 @@ __all__ = [
     "ExportConfig",
     "Group",
     "Memory",
+    "Minimum",
     "PlanConfig",
     "Pooling",
     "ProblemType",
@@ -43,7 +46,9 @@ __all__ = [
     "VerifyConfig",
     "Weights",
     "as_plain",
+    "from_plain",
     "last_layers",
+    "misfit",
     "preset_file",
     "unescape",
     "without_retired",

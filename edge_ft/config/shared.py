@@ -93,7 +93,7 @@ Weights = Literal["int4", "int8", "int8-dynamic", "int8-static", "fp16", "fp32"]
 INT8_ACTIVATIONS: tuple[Weights, ...] = ("int8-dynamic", "int8-static")
 """Weights that are multiplied with activations in int8, at accuracy level 4 and no other."""
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
-Threads = Annotated[int | None, Group.RESOURCES, Minimum(1)]
+Threads = Annotated[int | None, Group.RESOURCES, Minimum(1), Maximum(1024)]
 
 
 def as_plain(config: Any) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from edge_ft.config import TEXT_TASKS, Pooling, ProblemType, RowsConfig, Task
+from edge_ft.config import TEXT_TASKS, Minimum, Pooling, ProblemType, RowsConfig, Task, from_plain
 from edge_ft.data.chat import end_of_turn
 from edge_ft.data.classes import count_places
 from edge_ft.data.clock import clock_at, now, reads_clock
@@ -30,11 +30,11 @@ class Rendering:
     columns: Columns
     labels: tuple[str, ...]
     """Classes or tags in the order of the logits; for regression the name of the label column."""
-    max_length: int
+    max_length: Annotated[int, Minimum(1)]
     """Tokens; longer rows are cut at their end. An encoder-decoder: tokens of the source and of the target each."""
-    bos: int | None
+    bos: Annotated[int | None, Minimum(0)]
     """Id that is put before a plain prompt; None: none."""
-    appended_eos: int | None
+    appended_eos: Annotated[int | None, Minimum(0)]
     """Id that is put after the last completion; None where the chat template ends a turn itself."""
     answers: tuple[str, ...] = ()
     """All answers of the training rows where they are few: `classify` chooses among them (text-generation)."""
@@ -57,9 +57,16 @@ class Rendering:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Rendering":
-        """Return the rendering that `to_dict` wrote."""
-        names = {name: tuple(values.get(name, ())) for name in ("labels", "answers")}
-        return cls(**{**values, **names, "columns": Columns(**values["columns"])})
+        """Return the rendering that `to_dict` wrote.
+
+        Raises:
+            ModelError: it did not write these values.
+        """
+        try:
+            found = from_plain(cls, {"labels": [], **values}, "rendering")
+        except ValueError as error:
+            raise ModelError(f"the rendering of the rows is not as tune or export wrote it: {error}") from error
+        return found
 
 
 class ModelFiles(Protocol):

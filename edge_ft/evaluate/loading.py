@@ -106,7 +106,7 @@ def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
     from edge_ft.runtime import load
 
     bundle = Bundle.open(path)
-    tokenizer, limit = TextTokenizer.of_bundle(path), int(bundle.manifest["max_length"])
+    tokenizer, limit = TextTokenizer.of_bundle(path), bundle.max_length
     own = Rendering.from_dict(bundle.manifest["rendering"])
     rendering = trained_rendering(own, config, rows, tokenizer, limit)
     return LoadedSource(

@@ -23,7 +23,7 @@ from edge_ft.data import (
     reads_clock,
     trained_rendering,
 )
-from edge_ft.errors import GateRefused
+from edge_ft.errors import BundleError, GateRefused
 from edge_ft.evaluate.metrics import mean
 from edge_ft.evaluate.scoring import Batching, RowScores, drop_unscorable, score, summary
 from edge_ft.families import CLASSIFIERS
@@ -99,9 +99,9 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
         AuditRefused: no row has an answer to score.
     """
     bundle = Bundle.open(path)
-    recorded = bundle.manifest["verification"]
-    if refused := recorded.get("refused"):
+    if refused := bundle.manifest.get("verification", {}).get("refused"):
         raise GateRefused(f"{path}: its export was refused: {'; '.join(refused)}")
+    recorded = bundle.verification
     graphs = _Graphs(
         bundle,
         TextTokenizer.of_bundle(path),
@@ -131,9 +131,18 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
 
 
 def _probe_differences(graphs: _Graphs) -> dict[str, float]:
-    """Return by accuracy level the largest difference of a probe text's score from the export's, in nats per token."""
+    """Return by accuracy level the largest difference of a probe text's score from the export's, in nats per token.
+
+    Raises:
+        BundleError: the export compared other probe texts.
+    """
     probes = probe_examples(graphs.tokenizer, graphs.rendering)
-    exported = graphs.bundle.manifest["verification"]["by_accuracy_level"]
+    exported = graphs.bundle.verification["by_accuracy_level"]
+    if odd := [level for level in graphs.levels if len(exported[level]["probe_nll"]) != len(probes)]:
+        raise BundleError(
+            f"{graphs.bundle.path}: level {odd[0]} was verified with other probe texts than this edge-ft has: export "
+            "the model again, or verify it with the edge-ft that wrote it"
+        )
     return {
         level: largest_difference(graphs.score(level, probes, "probe"), np.array(exported[level]["probe_nll"]))
         for level in graphs.levels
@@ -144,9 +153,9 @@ def _verify_rows(graphs: _Graphs, data: str, config: VerifyConfig) -> tuple[dict
     """Return the scores of the user's rows, and the reasons to refuse the bundle."""
     manifest = graphs.bundle.manifest
     rows = read_rows(data)
-    rendering = trained_rendering(graphs.rendering, config, rows, graphs.tokenizer, int(manifest["max_length"]))
+    rendering = trained_rendering(graphs.rendering, config, rows, graphs.tokenizer, graphs.bundle.max_length)
     # The same rows, rendered differently, have other scores.
-    exported = manifest["verification"]["rows_sha256"]
+    exported = graphs.bundle.verification["rows_sha256"]
     same = rendering == graphs.rendering and fingerprint(rows[:VERIFY_ROWS]) == exported
     if same and rendering.rendered_at is None and reads_clock(rendering.chat_template):
         same = False
@@ -171,8 +180,10 @@ def _verify_rows(graphs: _Graphs, data: str, config: VerifyConfig) -> tuple[dict
 
 def _differences_from_export(graphs: _Graphs, level: str, scores: RowScores) -> list[str]:
     """Return in what respect the export's validation rows score differently, or lost too much."""
-    recorded = graphs.bundle.manifest["verification"]
-    exported, trained = recorded["by_accuracy_level"][level].get("nll"), recorded["nll"]["trained"]
+    recorded = graphs.bundle.verification
+    exported, trained = recorded["by_accuracy_level"][level].get("nll"), recorded["nll"].get("trained")
+    if exported is None:
+        return [f"the manifest names the export's rows and has no score of level {level} on them"]
     reasons = []
     if abs(scores.mean_nll - exported) > graphs.tolerance(level):
         reasons.append(f"the export's rows score {scores.mean_nll:.4f} here and {exported:.4f} there")

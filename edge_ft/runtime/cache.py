@@ -6,12 +6,16 @@ nothing. The buffers start empty and grow in steps: memory use follows the lengt
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge_ft.runtime.session import output_size
+from edge_ft.artifacts import Bundle
+from edge_ft.config import Minimum, from_plain
+from edge_ft.errors import BundleError
+from edge_ft.runtime.session import output_size, running
 
 __all__ = ["CacheShape", "KVCache"]
 
@@ -25,9 +29,21 @@ _PREFILL = 512
 class CacheShape:
     """What a decoder caches for a token: a key and a value [kv_heads, head_dim] in each of `layers`."""
 
-    layers: int
-    kv_heads: int
-    head_dim: int
+    layers: Annotated[int, Minimum(1)]
+    kv_heads: Annotated[int, Minimum(1)]
+    head_dim: Annotated[int, Minimum(1)]
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "CacheShape":
+        """Return the shape that a bundle's manifest names.
+
+        Raises:
+            BundleError: it names none.
+        """
+        try:
+            return from_plain(cls, bundle.manifest.get("cache"), "cache")
+        except ValueError as error:
+            raise BundleError(f"{bundle.path / 'manifest.json'}: {error}; export it again") from error
 
     def names(self) -> list[str]:
         """Return `LAYER.key` and `LAYER.value` of every layer."""
@@ -118,7 +134,8 @@ class KVCache:
     def _run(self, ids: Sequence[int]) -> None:
         self._binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
         self._binding.bind_cpu_input("attention_mask", self._mask[:, : len(self.ids) + len(ids)])
-        self._session.run_with_iobinding(self._binding)
+        with running(self._session):
+            self._session.run_with_iobinding(self._binding)
         self.ids.extend(ids)
 
     def _bind_logits(self, logits: NDArray[np.float32], keep: int) -> None:
@@ -138,6 +155,7 @@ class KVCache:
             grown = np.zeros(size, np.float32)
             grown[:, :, :used] = old[:, :, :used]
             value = ort.OrtValue.ortvalue_from_numpy(grown)  # the same memory, not a copy
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            self._binding.bind_ortvalue_output(f"present.{name}", value)
+            with running(self._session):  # a graph without such an input refuses it
+                self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+                self._binding.bind_ortvalue_output(f"present.{name}", value)
             self._buffers[name] = grown

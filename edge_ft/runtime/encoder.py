@@ -12,7 +12,7 @@ from edge_ft.data import Batch, Framed, eval_batches, pad, target_mask
 from edge_ft.errors import BundleError
 from edge_ft.families import CLASSIFIERS
 from edge_ft.runtime.open_bundle import OpenBundle
-from edge_ft.runtime.session import output_size
+from edge_ft.runtime.session import output_size, running
 from edge_ft.runtime.token_scores import score_targets
 
 __all__ = ["Encoder"]
@@ -72,7 +72,8 @@ class Encoder(OpenBundle):
         feed = {"input_ids": input_ids, "attention_mask": attention_mask, **self._adapter_inputs}
         if "token_type_ids" in self._names:
             feed["token_type_ids"] = np.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        return self._session.run([self.output], feed)[0]
+        with running(self._session):
+            return self._session.run([self.output], feed)[0]
 
     def map_outputs(self, read: Callable[[int, NDArray[np.float32]], T], texts: Sequence[Framed]) -> list[T]:
         """Run the graph on tokenized texts, in batches of similar length.

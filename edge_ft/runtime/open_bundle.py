@@ -7,7 +7,7 @@ from typing import NoReturn
 from edge_ft.artifacts import Bundle
 from edge_ft.config import RunConfig
 from edge_ft.data import Message, Rendering, TextTokenizer, stop_ids
-from edge_ft.errors import UsageError
+from edge_ft.errors import BundleError, UsageError
 from edge_ft.runtime.decode import GREEDY, Generation, Timings, TimingsRecorder, read_to_end
 
 __all__ = ["GenerativeBundle", "OpenBundle"]
@@ -25,12 +25,21 @@ METHOD_TASKS = {
 
 
 class OpenBundle:
-    """A bundle, its tokenizer and its rendering; a method of another task raises UsageError."""
+    """A bundle, its tokenizer and its rendering; a method of another task raises UsageError.
+
+    Raises:
+        BundleError: the manifest contradicts itself.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.tokenizer = TextTokenizer.of_bundle(bundle.path)
         self.rendering = Rendering.from_dict(bundle.manifest["rendering"])
+        if self.rendering.task != bundle.task:
+            raise BundleError(
+                f"{bundle.path / 'manifest.json'} is of a {bundle.task} bundle and renders rows for "
+                f"{self.rendering.task}: export it again"
+            )
 
     def __getattr__(self, name: str) -> NoReturn:
         if name in METHOD_TASKS:
@@ -51,7 +60,7 @@ class GenerativeBundle(OpenBundle):
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle)
-        self.max_length = int(bundle.manifest["max_length"])
+        self.max_length = bundle.max_length
         self.stop_ids = stop_ids(self.rendering, self.tokenizer)
 
     def generate(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generation:

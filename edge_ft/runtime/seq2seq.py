@@ -26,7 +26,7 @@ from edge_ft.runtime.decode import (
 )
 from edge_ft.runtime.open_bundle import GenerativeBundle
 from edge_ft.runtime.sampling import Sampler
-from edge_ft.runtime.session import output_size
+from edge_ft.runtime.session import output_size, running
 from edge_ft.runtime.token_scores import score_targets
 
 __all__ = ["Seq2SeqGenerator"]
@@ -44,12 +44,12 @@ class Seq2SeqGenerator(GenerativeBundle):
 
     def __init__(self, bundle: Bundle, encoder: Graph, decoder: Graph) -> None:
         super().__init__(bundle)
-        start = bundle.manifest["tokenization"].get("decoder_start")
+        start = bundle.manifest.get("tokenization", {}).get("decoder_start")
         if start is None:
             raise BundleError(f"{bundle.path}: its manifest has no decoder_start token; export it again")
         self._start = int(start)
         self._encoder, self._decoder = encoder, decoder
-        self._shape = CacheShape(**bundle.manifest["cache"])
+        self._shape = CacheShape.of(bundle)
 
     def stream(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generator[str, None, Generation]:
         """Answer a text piece by piece, as `generate` does; with beams, all at the end.
@@ -157,7 +157,8 @@ class Seq2SeqGenerator(GenerativeBundle):
         session, extra = self._encoder
         names = [node.name for node in session.get_outputs() if node.name.startswith("present.")]
         feed: dict[str, NDArray[Any]] = {"input_ids": input_ids, "attention_mask": attention_mask, **extra}
-        values = session.run_with_ort_values(names, {name: _value(array) for name, array in feed.items()})
+        with running(session):
+            values = session.run_with_ort_values(names, {name: _value(array) for name, array in feed.items()})
         fixed = {name.replace("present", "past_key_values"): value for name, value in zip(names, values, strict=True)}
         fixed |= {"encoder_attention_mask": _value(attention_mask)}
         session, extra = self._decoder
@@ -193,7 +194,8 @@ class _DecoderState:
         """Return the logits [rows, n, vocab] of further tokens [rows, n]."""
         names = [name.replace("past_key_values", "present") for name in self._past]
         feed = {"input_ids": _value(ids), **self._fixed, **self._past}
-        logits, *present = self._session.run_with_ort_values(["logits", *names], feed)
+        with running(self._session):
+            logits, *present = self._session.run_with_ort_values(["logits", *names], feed)
         self._past = dict(zip(self._past, present, strict=True))
         return logits.numpy()
 

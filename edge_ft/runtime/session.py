@@ -1,16 +1,24 @@
 """ONNX Runtime sessions on the CPU, with options for small devices."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf, NotImplemented
+from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from edge_ft.errors import BundleError
 from edge_ft.system import default_threads
 
-__all__ = ["open_session", "output_size"]
+__all__ = ["open_session", "output_size", "running"]
 
 _ERRORS_ONLY = 3
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    *(kind for kind in vars(states).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+    RuntimeError,
+    ValueError,
+)
+"""What ONNX Runtime raises: a class for each of its status codes, and what pybind makes of C++ exceptions."""
 
 
 def open_session(graph: Path, threads: int | None = None) -> ort.InferenceSession:
@@ -36,12 +44,39 @@ def open_session(graph: Path, threads: int | None = None) -> ort.InferenceSessio
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
     try:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except (Fail, InvalidGraph, InvalidProtobuf, NotImplemented) as error:
+    except _ORT_ERRORS as error:
         raise BundleError(
-            f"onnxruntime {ort.__version__} cannot open {graph} ({error}): install a newer onnxruntime"
+            f"onnxruntime {ort.__version__} cannot open {graph} ({error}): install a newer onnxruntime, or export the "
+            "model again"
+        ) from error
+
+
+@contextmanager
+def running(session: ort.InferenceSession) -> Iterator[None]:
+    """A block that runs a session, whose graph may be of any origin.
+
+    Raises:
+        BundleError: ONNX Runtime cannot run it.
+    """
+    try:
+        yield
+    except _ORT_ERRORS as error:
+        raise BundleError(
+            f"onnxruntime {ort.__version__} cannot run {_path(session)} ({error}): export the model again"
         ) from error
 
 
 def output_size(session: ort.InferenceSession, name: str) -> int:
-    """Return the size of the last dimension of a graph's output, such as the vocabulary of `logits`."""
-    return next(int(output.shape[-1]) for output in session.get_outputs() if output.name == name)
+    """Return the size of the last dimension of a graph's output, such as the vocabulary of `logits`.
+
+    Raises:
+        BundleError: there is no such output, or the graph does not say its size.
+    """
+    size = next((output.shape[-1] for output in session.get_outputs() if output.name == name and output.shape), None)
+    if not isinstance(size, int) or not 0 < size < 2**31:
+        raise BundleError(f"{_path(session)} has no output {name!r} of a known size: export the model again")
+    return size
+
+
+def _path(session: ort.InferenceSession) -> str:
+    return str(getattr(session, "_model_path", None) or "the bundle's graph")

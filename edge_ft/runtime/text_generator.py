@@ -36,6 +36,7 @@ from edge_ft.runtime.decode import (
 )
 from edge_ft.runtime.open_bundle import GenerativeBundle
 from edge_ft.runtime.sampling import Sampler
+from edge_ft.runtime.session import running
 from edge_ft.runtime.token_scores import answer_nll, score_targets
 
 __all__ = ["Conversation", "TextGenerator"]
@@ -87,7 +88,7 @@ class TextGenerator(GenerativeBundle):
     ) -> None:
         super().__init__(bundle)
         self._session = session
-        self._shape = CacheShape(**bundle.manifest["cache"])
+        self._shape = CacheShape.of(bundle)
         self._adapter_inputs = adapter_inputs
 
     def stream(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generator[str, None, Generation]:
@@ -226,7 +227,8 @@ class TextGenerator(GenerativeBundle):
             **{f"past_key_values.{name}": empty for name in self._shape.names()},
             **self._adapter_inputs,
         }
-        return self._session.run(["logits"], feed)[0]
+        with running(self._session):
+            return self._session.run(["logits"], feed)[0]
 
     def open_cache(self) -> KVCache:
         """Return an empty cache of this model."""
