@@ -134,7 +134,7 @@ def prepare(job: dict[str, Any]) -> Base:
 
 def load_peer(base: Base, job: dict[str, Any]) -> TorchDecoder | TorchSeq2Seq | TorchClassifier:
     """The float model, with its adapter unmerged if it has one, and its tokenizer."""
-    from edge_ft.models.lora import load_adapter
+    from edge_ft.models.adapted import load_adapter
 
     tokenizer = TextTokenizer.load(Path(job["tokenizer"]), base.known_ids)
     model: Any = load_model(ModelSpec(base, job["task"], "fp32", labels=tuple(job["labels"])))

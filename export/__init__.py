@@ -38,6 +38,8 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
     use_threads(config.threads)
     with heartbeat(progress, f"opening {source}"):
         opened = open_export_source(source, config)
+    for note in opened.notes:
+        progress.say(note)
     rejected = config.out.with_name(config.out.name + ".rejected")
     if not _is_rejected(rejected):
         refuse_existing(rejected)
@@ -53,7 +55,7 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
                 (folder / file).unlink()
                 (folder / file).with_suffix(".onnx_data").unlink(missing_ok=True)  # its weights, if it has its own
         if opened.base.family.decoder:
-            write_genai(folder, opened.base.family.name, opened.base.dims, opened.tokenizer, kept[main])
+            write_genai(folder, opened.base.family.name, opened.dims, opened.tokenizer, kept[main])
         with heartbeat(progress, "writing the manifest"):
             Bundle.seal(folder, {**make_manifest(opened, kept, main), "verification": verification})
         if reasons := verification["refused"]:

@@ -15,6 +15,7 @@ from edge_ft.artifacts import write_json, write_text
 from edge_ft.config import INT8_ACTIVATIONS, Weights
 from edge_ft.data import TextTokenizer, collate, eval_batches
 from edge_ft.export.activations import Feed, quantize_activations
+from edge_ft.export.foreign import adapter_provenance
 from edge_ft.export.lowering import add_lora_inputs, lower, store_in_fp16
 from edge_ft.export.packing import write_graphs
 from edge_ft.export.source import ExportSource
@@ -22,7 +23,7 @@ from edge_ft.export.trace import trace
 from edge_ft.export.trace_seq2seq import trace_seq2seq
 from edge_ft.models.dims import ModelDims
 from edge_ft.models.loading import BITS
-from edge_ft.models.lora import lora_pairs
+from edge_ft.models.lora import lora_pairs, tied_layers
 from edge_ft.progress import Progress, heartbeat
 
 __all__ = ["graph_files", "make_manifest", "write_bundle", "write_genai"]
@@ -59,14 +60,15 @@ def write_bundle(folder: Path, source: ExportSource, model: Any, progress: Progr
     Returns:
         By accuracy level, the graph's path relative to `folder`.
     """
-    pairs = {}
+    pairs, tied = {}, {}
     if source.lane == "adapter":
         pairs = lora_pairs(model)
         model = model.unload()  # the base with its trained head: 2 x 210 LoRA inputs would triple the time of a trace
+        tied = tied_layers(model)
     with heartbeat(progress, f"tracing {source.base.name} ({source.weights}, {source.lane} lane)"):
         graphs = _trace(source, model)
     with heartbeat(progress, "converting to ONNX Runtime's operators"):
-        add_lora_inputs(list(graphs.values()), pairs)
+        add_lora_inputs(list(graphs.values()), pairs, tied)
         for graph in graphs.values():
             lower(graph)
             if source.weights == "fp16":
@@ -160,6 +162,7 @@ def make_manifest(source: ExportSource, graphs: dict[int, str], main: int) -> di
         "provenance": {
             "base": {"model": base.name, "content_sha256": base.content_sha256, "license": base.license},
             "data_fingerprint": source.data_fingerprint,
+            **({"adapter": adapter_provenance(source.adapter, source.notes)} if source.notes else {}),
             "versions": {name: version(name) for name in packages},
         },
     }

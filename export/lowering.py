@@ -71,7 +71,9 @@ def lower(model: ir.Model) -> None:
 
 
 def add_lora_inputs(
-    models: Sequence[ir.Model], pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+    models: Sequence[ir.Model],
+    pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
+    tied: dict[str, str] | None = None,
 ) -> None:
     """Add a low-rank term B A x to linear layers, with A and B as inputs that have defaults; call before `lower`.
 
@@ -81,11 +83,13 @@ def add_lora_inputs(
         models: Traced graphs of one model, changed in place.
         pairs: By module name, A [rank, in_features] and B [out_features, rank], float32, the scaling folded into B.
             They are the defaults; values of another rank may be bound.
+        tied: By the name of a module whose weight is that of another one, the name of the other (a head and the
+            token embedding): a graph holds the weight once.
 
     Raises:
         ValueError: no graph holds a linear layer of that name.
     """
-    found = [_find_linears(model.graph, pairs) for model in models]
+    found = [_find_linears(model.graph, pairs, tied or {}) for model in models]
     if lost := [module for module in pairs if not any(module in layers for layers in found)]:
         raise ValueError(f"the adapter has {lost[0]!r}, but no graph has a linear layer of that name")
     for graph, linears in zip((model.graph for model in models), found, strict=True):
@@ -107,10 +111,10 @@ def add_lora_inputs(
                 graph.insert_after(layer, [down, up, add])
 
 
-def _find_linears(graph: ir.Graph, modules: Iterable[str]) -> dict[str, list[ir.Node]]:
+def _find_linears(graph: ir.Graph, modules: Iterable[str], tied: dict[str, str]) -> dict[str, list[ir.Node]]:
     """Return the nodes of each linear layer that the graph holds; several if a model runs the same layers again."""
     weights = {
-        module: graph.initializers.get(f"{module}.qweight") or graph.initializers.get(f"{module}.weight")
+        module: next(filter(None, map(graph.initializers.get, _weight_names(module, tied.get(module, module)))), None)
         for module in modules
     }
     return {
@@ -118,6 +122,10 @@ def _find_linears(graph: ir.Graph, modules: Iterable[str]) -> dict[str, list[ir.
         for module, weight in weights.items()
         if weight is not None and (nodes := [use.node for use in weight.uses() if use.node.op_type in LINEARS])
     }
+
+
+def _weight_names(*modules: str) -> list[str]:
+    return [f"{module}.{part}" for module in modules for part in ("qweight", "weight")]
 
 
 def store_in_fp16(model: ir.Model) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from edge_ft.artifacts import RunFolder, kind_of
@@ -15,6 +14,7 @@ from edge_ft.data import (
     Rendering,
     Row,
     TextTokenizer,
+    class_numbers,
     column_names,
     encode_rows,
     find_columns,
@@ -27,12 +27,15 @@ from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.evaluate.loading import find_run_base, open_run_model
 from edge_ft.evaluate.scoring import scorable
 from edge_ft.evaluate.verify import VERIFY_ROWS
+from edge_ft.export.foreign import check_adapter, open_tokenizer
+from edge_ft.models.adapted import load_adapter, merge_adapter, take_vocabulary
+from edge_ft.models.adapter import Adapter, find_adapter
 from edge_ft.models.base_model import Base, find_base
+from edge_ft.models.dims import ModelDims
 from edge_ft.models.loading import BITS, ModelSpec, load_model, quantize_calibrated
-from edge_ft.models.lora import adapter_task, load_adapter, merge_adapter
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.quant.calibration import evenly_spaced, make_calibration
-from edge_ft.quant.conversion import is_within, quantize_model
+from edge_ft.quant.conversion import is_within, quantize_model, restore_conv1d
 
 __all__ = ["ExportRows", "ExportSource", "open_export_source"]
 
@@ -58,7 +61,7 @@ class ExportSource:
     """A base, its adapter if there is one, and the options that decide what ships."""
 
     base: Base
-    adapter: Path | None
+    adapter: Adapter | None
     trained_format: BaseFormat
     """Format of the base that the adapter was trained over; fp32 for an adapter that was trained elsewhere."""
     weights: Weights
@@ -74,11 +77,19 @@ class ExportSource:
     run: RunFolder | None
     seed: int
     """Initialises a classification head that the checkpoint lacks."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about an adapter that was trained elsewhere: what it brings, and doubts."""
 
     @property
     def task(self) -> Task:
         """The bundle's task."""
         return self.rendering.task
+
+    @property
+    def dims(self) -> ModelDims:
+        """Dimensions of the model that ships."""
+        size = None if self.adapter is None else self.adapter.vocabulary
+        return self.base.dims if size is None else self.base.dims.with_vocabulary(size)
 
     def load(self, base_format: BaseFormat | Weights) -> Any:
         """Load the base without its adapter.
@@ -94,9 +105,17 @@ class ExportSource:
         if self.run is not None and self.run.codes.is_file() and self.block_size == self.run.base()["block_size"]:
             codes = self.run.codes
         held = cast(BaseFormat, "fp32" if base_format in ("fp16", *INT8_ACTIVATIONS) else base_format)
-        model = load_model(ModelSpec.from_rendering(self.base, self.rendering, held, self.block_size, self.seed, codes))
-        if base_format == "fp16":
-            self._round_to_fp16(model)
+        resized = self.adapter is not None and self.adapter.vocabulary not in (None, self.base.dims.vocabulary)
+        spec = ModelSpec.from_rendering(self.base, self.rendering, held, self.block_size, self.seed, codes)
+        if self.adapter is None or not resized:
+            model = load_model(spec)
+            if base_format == "fp16":
+                self._round_to_fp16(model)
+            return model
+        # The rows have tokens that the base lacks.
+        model = load_model(replace(spec, base_format="fp32"))
+        take_vocabulary(model, self.adapter)
+        self._round(model, "fp16" if base_format == "fp16" else held)
         return model
 
     def load_trained(self) -> Any:
@@ -104,7 +123,10 @@ class ExportSource:
         assert self.adapter is not None
         if self.run is not None:
             return open_run_model(self.run)[0]
-        return load_adapter(self.load(self.trained_format), self.adapter)
+        model = self.load(self.trained_format)
+        if self.base.family.fan_in_fan_out:
+            restore_conv1d(model, self.base.family.layers)
+        return load_adapter(model, self.adapter)
 
     def load_shipped(self, progress: Progress) -> Any:
         """Load the model that ships.
@@ -131,14 +153,18 @@ class ExportSource:
                 quantize_calibrated(model, self.task, self.block_size, self._float_modules, rows)
         elif self.weights != "fp32":
             with heartbeat(progress, f"rounding the weights to {self.weights}"):
-                if self.weights == "fp16":
-                    self._round_to_fp16(model)
-                elif self.weights == "int4" or self.weights == "int8":
-                    quantize_model(model, self.block_size, self._float_modules, BITS[self.weights])
-                else:  # int8 activations
-                    layers = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-                    quantize_model(model, self.block_size, layers, 8)
+                self._round(model, self.weights)
         return model
+
+    def _round(self, model: nn.Module, weights: BaseFormat | Weights) -> None:
+        """Round the weights of a float model in place, each by itself."""
+        if weights == "fp16":
+            self._round_to_fp16(model)
+        elif weights == "int4" or weights == "int8":
+            quantize_model(model, self.block_size, self._float_modules, BITS[weights])
+        elif weights in INT8_ACTIVATIONS:
+            layers = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+            quantize_model(model, self.block_size, layers, 8)
 
     @property
     def _float_modules(self) -> tuple[str, ...]:
@@ -208,7 +234,7 @@ def _from_run(run: RunFolder, config: ExportConfig) -> ExportSource:
     rendering = Rendering.from_dict(run.rendering())
     return ExportSource(
         base=base,
-        adapter=run.adapter,
+        adapter=find_adapter(run.adapter),
         trained_format=trained_format,
         weights=weights,
         lane=config.lane,
@@ -247,15 +273,16 @@ def _from_model(source: str, config: ExportConfig) -> ExportSource:
         DataError: no row has an answer.
     """
     base = find_base(source, config.task)
+    adapter = find_adapter(config.adapter) if config.adapter is not None else None
     weights = config.weights or "int4"
-    _refuse_int8_activations(weights, base, config.lane if config.adapter else "base")
+    _refuse_int8_activations(weights, base, config.lane if adapter else "base")
     if weights == "int8-static" and config.data is None:
         raise UsageError("--weights int8-static measures ranges of activations on rows: give --data")
-    tokenizer = base.open_tokenizer()
-    # An adapter that cannot be used is refused before any work.
-    task = config.task or (adapter_task(config.adapter) if config.adapter is not None else None) or base.task
+    tokenizer = base.open_tokenizer() if adapter is None else open_tokenizer(adapter, base)
+    task = config.task or (adapter.task if adapter is not None else None) or base.task
+    notes = () if adapter is None else check_adapter(adapter, base, task, config.lane, tokenizer)
     rows = read_rows(config.data)[:VERIFY_ROWS] if config.data is not None else []
-    labels = _labels(base, task, config, rows) if base.family.trained_head(task) else ()
+    labels = _labels(base, task, config, rows, adapter) if base.family.trained_head(task) else ()
     rendering = plain_rendering(base, config, rows, tokenizer, task, labels)
     examples = scorable(encode_rows(rendering, tokenizer, rows))
     rendering = replace(rendering, labels=labels)  # rows may name classes by number; the bundle names them by name
@@ -263,10 +290,10 @@ def _from_model(source: str, config: ExportConfig) -> ExportSource:
         raise DataError(f"{config.data}: no row has an answer to score")
     return ExportSource(
         base=base,
-        adapter=config.adapter,
+        adapter=adapter,
         trained_format="fp32",
         weights=weights,
-        lane=config.lane if config.adapter else "base",
+        lane=config.lane if adapter else "base",
         block_size=config.block_size or 32,
         tokenizer=tokenizer,
         rendering=rendering,
@@ -279,6 +306,7 @@ def _from_model(source: str, config: ExportConfig) -> ExportSource:
         data_fingerprint=None,
         run=None,
         seed=0,
+        notes=notes,
     )
 
 
@@ -299,21 +327,32 @@ def _refuse_int8_activations(weights: Weights, base: Base, lane: str) -> None:
         )
 
 
-def _labels(base: Base, task: Task, config: ExportConfig, rows: list[Row]) -> tuple[str, ...]:
-    """Return the class names: the checkpoint's, or for an adapter's head the rows' if they are as many, else LABEL_i.
+def _labels(base: Base, task: Task, config: ExportConfig, rows: list[Row], adapter: Adapter | None) -> tuple[str, ...]:
+    """Return the class names: --class-names, else the adapter's or the checkpoint's own, else LABEL_i.
 
     Raises:
         ModelError: neither the model nor the adapter has a head.
+        UsageError: --class-names gives more or fewer names than the head has outputs.
+        DataError: the rows name the classes of a head that does not: in which order is not known.
     """
     own, size = base.labels(task), 0
-    if config.adapter is not None:
-        with safe_open(config.adapter / "adapter_model.safetensors", "np") as weights:
-            for key in weights.keys():  # noqa: SIM118 - not a dict
-                if key.endswith(base.family.class_weights(task)):
-                    size = weights.get_slice(key).get_shape()[0]
-    if size in (0, len(own)):
-        if not own:
-            raise ModelError(f"{base.path} has no head for {task}: tune it first")
-        return own
-    found = find_labels(rows, find_columns(column_names(rows), config, task)) if rows else ()
-    return found if len(found) == size else tuple(f"LABEL_{index}" for index in range(size))
+    if adapter is not None:
+        endings = base.family.class_weights(task)
+        size = next((shape[0] for name, shape in adapter.shapes.items() if name.endswith(endings)), 0)
+    if not size and not own:
+        raise ModelError(f"{base.path} has no head for {task}: tune it first")
+    size = size or len(own)
+    named = adapter.class_names if adapter is not None else ()
+    names = next((names for names in (config.class_names, named, own) if len(names) == size), ())
+    if config.class_names and names != config.class_names:
+        raise UsageError(f"--class-names gives {len(config.class_names)} names, the head has {size} outputs")
+    if names:
+        return names
+    names = tuple(f"LABEL_{index}" for index in range(size))
+    found = find_labels(rows, find_columns(column_names(rows), config, task)) if rows and size > 1 else ()
+    if set(found) - {*names, *class_numbers(names)}:
+        raise DataError(
+            f"{config.data} names classes ({', '.join(found[:8])}) and the head of the adapter has {size} outputs "
+            "without names: give them in the order of its outputs, --class-names NAME NAME …"
+        )
+    return names

@@ -26,9 +26,10 @@ from transformers import (
 
 from edge_ft.data import Example, collate, train_batches
 from edge_ft.evaluate.scoring import Batching, score
+from edge_ft.models.adapter import PEFT_TASKS
 from edge_ft.models.base_model import Base
 from edge_ft.models.loading import ModelSpec, load_model
-from edge_ft.models.lora import PEFT_TASKS, add_lora
+from edge_ft.models.lora import add_lora
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 from edge_ft.tune.loop import learning_rate_at, planned_steps

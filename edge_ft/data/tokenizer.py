@@ -29,6 +29,17 @@ FILES = (
     "merges.txt",
     "added_tokens.json",
 )
+BESIDE_TOKENIZER = ("generation_config.json", "chat_template.jinja")
+"""Files that stay the base's where an adapter has a tokenizer without them."""
+SLOW_FILES = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "added_tokens.json",
+)
+"""Files that define a tokenizer without tokenizer.json."""
 
 
 class Filled(str):
@@ -95,27 +106,27 @@ class KnownIds:
 class TextTokenizer:
     """Text to token ids and back, as the model's tokenizer.json defines it."""
 
-    def __init__(self, folder: Path, known: KnownIds | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, known: KnownIds | None = None, over: Path | None = None) -> None:
+        self._files = _find_files(folder, over)
+        self.folder = self._files["tokenizer.json"].parent
         self._segments = known.segments if known is not None else None
         try:
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self._tokenizer = Tokenizer.from_file(str(self._files["tokenizer.json"]))
         # The library raises a bare Exception for every kind of broken file.
         except Exception as error:
             raise ModelError(
-                f"{folder / 'tokenizer.json'} cannot be read as a tokenizer ({error}): save it again"
+                f"{self._files['tokenizer.json']} cannot be read as a tokenizer ({error}): save it again"
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = _read_json(folder / "tokenizer_config.json")
-        named = _read_json(folder / "special_tokens_map.json") | config
+        named = self._settings("special_tokens_map.json") | self._settings("tokenizer_config.json")
         self.special_tokens: dict[str, str] = {
             name: text["content"] if isinstance(text, dict) else text
             for name, text in named.items()
             if name.endswith("_token") and isinstance(text, str | dict)
         }
         """The texts of `bos_token`, `eos_token` and so on, as far as the model names them."""
-        generation = _read_json(folder / "generation_config.json")
+        generation = self._settings("generation_config.json")
         ends = _ids(generation.get("eos_token_id")) if generation or known is None else known.ends
         # A default that the model's author left in config.json may be beyond a small vocabulary: it never occurs.
         ends = tuple(at for at in ends if known is None or at < known.tokens)
@@ -124,7 +135,7 @@ class TextTokenizer:
         pad = self._id_of("pad_token")
         self.pad_id: int = pad if pad is not None else self.eos_id or 0
         self.stop_ids: frozenset[int] = frozenset(ends) | ({eos} if eos is not None else set())
-        self.chat_template: str | None = _chat_template(folder, config)
+        self.chat_template: str | None = (_chat_template(over) if over else None) or _chat_template(folder)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.control_tokens: dict[int, str] = {
             token_id: token.content
@@ -142,12 +153,14 @@ class TextTokenizer:
         self._beyond: dict[int, str] = {} if known is None else self._check_fit(known)
 
     @classmethod
-    def load(cls, folder: Path, known: KnownIds | None = None) -> "TextTokenizer":
+    def load(cls, folder: Path, known: KnownIds | None = None, over: Path | None = None) -> "TextTokenizer":
         """Return the tokenizer of a model folder, run folder or bundle; its own truncation and padding are off.
 
         Args:
             folder: Holds tokenizer.json, and what else of `FILES` there is.
             known: What the model that reads the ids has embeddings for; None checks nothing.
+            over: Folder of an adapter, whose files are read instead of those in `folder` where it has them: its own
+                tokenizer, chat template and generation settings.
 
         Returns:
             The tokenizer.
@@ -155,9 +168,15 @@ class TextTokenizer:
         Raises:
             ModelError: tokenizer.json is missing or unreadable, or has tokens that the model does not know.
         """
-        if not (folder / "tokenizer.json").is_file():
+        own = over is not None and (over / "tokenizer.json").is_file()
+        if over is not None and not own and (slow := [name for name in SLOW_FILES if (over / name).is_file()]):
+            raise ModelError(
+                f"{over} has a tokenizer of its own in {slow[0]}, but no tokenizer.json: save its fast tokenizer "
+                "there, or remove its tokenizer files if they are the base's"
+            )
+        if not own and not (folder / "tokenizer.json").is_file():
             raise ModelError(f"{folder} has no tokenizer.json: save the model's fast tokenizer there")
-        return cls(folder, known)
+        return cls(folder, known, over)
 
     @classmethod
     def of_bundle(cls, folder: Path) -> "TextTokenizer":
@@ -235,7 +254,10 @@ class TextTokenizer:
 
     def files(self) -> list[Path]:
         """Return the files that a run folder or bundle needs to load this tokenizer again."""
-        return [self.folder / name for name in FILES if (self.folder / name).is_file()]
+        return list(self._files.values())
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        return _read_json(self._files[name]) if name in self._files else {}
 
     def _check_fit(self, known: KnownIds) -> dict[int, str]:
         """Refuse a tokenizer whose ids the model has no embedding for.
@@ -331,10 +353,21 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(at for at in found if isinstance(at, int) and at >= 0)
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+def _find_files(folder: Path, over: Path | None) -> dict[str, Path]:
+    """Return the tokenizer's files by name: those in `over` win, a tokenizer there as a whole."""
+    found = {name: folder / name for name in FILES if (folder / name).is_file()}
+    own = {} if over is None else {name: over / name for name in FILES if (over / name).is_file()}
+    if "tokenizer.json" in own:
+        found = {name: file for name, file in found.items() if name in BESIDE_TOKENIZER}
+    if over is not None and _chat_template(over) is not None:
+        found.pop("chat_template.jinja", None)
+    return found | own
+
+
+def _chat_template(folder: Path) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return read_utf8(folder / "chat_template.jinja", ModelError)
-    template = config.get("chat_template")
+    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several named templates
         return next((item["template"] for item in template if item["name"] == "default"), None)
     return template

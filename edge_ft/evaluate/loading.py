@@ -150,8 +150,8 @@ def open_run_model(run: RunFolder, adapter: bool = True, base: "Base | None" = N
     Raises:
         ModelError: the base is gone or has changed, or is rounded to other codes than in the training.
     """
+    from edge_ft.models.adapted import load_adapter
     from edge_ft.models.loading import ModelSpec, load_model
-    from edge_ft.models.lora import load_adapter
     from edge_ft.quant.serialization import codes_sha256
 
     identity = run.base()

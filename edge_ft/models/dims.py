@@ -1,5 +1,6 @@
 """Dimensions of a model, read from its transformers config, and which of them can be exported."""
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -47,6 +48,12 @@ class ModelDims:
     def vocabulary(self) -> int:
         """Rows of the token embedding."""
         return int(self.config.vocab_size)
+
+    def with_vocabulary(self, size: int) -> "ModelDims":
+        """Return the same dimensions with another number of rows of the token embedding."""
+        config = copy.copy(self.config)
+        config.vocab_size = size
+        return ModelDims(config)
 
     @property
     def heads(self) -> int:

@@ -1,34 +1,23 @@
-"""PEFT's LoRA adapters: add a fresh one, load a saved one, read its matrices, or merge it."""
+"""LoRA layers of PEFT on a model: add fresh ones, and read their matrices."""
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from torch import nn
 
 from edge_ft.config import Task, TuneConfig, last_layers
 from edge_ft.errors import ModelError, UsageError, did_you_mean
 from edge_ft.families import Family
+from edge_ft.models.adapter import PEFT_TASKS
 from edge_ft.models.dims import ModelDims
 from edge_ft.models.logging import silence_libraries
 from edge_ft.quant.conversion import is_within
 from edge_ft.quant.layers import FrozenLinear
-from edge_ft.utf8 import read_json
 
-__all__ = ["adapter_task", "add_lora", "layer_stacks", "load_adapter", "lora_pairs", "merge_adapter"]
-
-PEFT_TASKS: dict[Task, str | None] = {
-    "text-generation": "CAUSAL_LM",
-    "text2text-generation": "SEQ_2_SEQ_LM",
-    "text-classification": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-    "feature-extraction": "FEATURE_EXTRACTION",
-    "fill-mask": None,  # PEFT has no name for it
-}
+__all__ = ["add_lora", "layer_stacks", "lora_pairs", "tied_layers", "without_weights"]
 
 
 def layer_stacks(model: nn.Module, family: Family) -> tuple[str, ...]:
@@ -59,75 +48,10 @@ def add_lora(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
         modules_to_save=[name.rpartition(".")[2] for name in family.trained_head(task)] or None,
     )
     with silence_libraries():
-        peft_model = _without_weights(get_peft_model(model, lora))
+        peft_model = without_weights(get_peft_model(model, lora))
     # For whoever loads the adapter on the original model: here GPT-2's layers are linear ones.
     peft_model.peft_config["default"].fan_in_fan_out = family.fan_in_fan_out
     return peft_model
-
-
-def load_adapter(model: nn.Module, folder: Path) -> Any:
-    """Put a saved PEFT adapter on `model`, frozen, as `PeftModel.from_pretrained` does.
-
-    Returns:
-        The `peft.PeftModel`.
-
-    Raises:
-        ModelError: not a LoRA adapter in safetensors, or not one of this model.
-    """
-    adapter_config(folder)
-    try:
-        with silence_libraries():
-            from peft import PeftModel, get_peft_model_state_dict
-
-            loaded = _without_weights(PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval())
-            taken = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"the adapter {folder} does not fit this model's layers: {reason} (--lane merged may accept it)"
-        ) from error
-    with safe_open(folder / "adapter_model.safetensors", "np") as weights:
-        saved = set(weights.keys())
-    # PEFT only warns when the tensors of the adapter are not those of the model's LoRA layers.
-    if odd := sorted(saved ^ taken):
-        what = f"lacks {odd[0]}" if odd[0] in taken else f"has {odd[0]}, which this model lacks"
-        raise ModelError(f"the adapter {folder} {what} ({len(odd)} tensors differ): it is of another model or damaged")
-    return loaded
-
-
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json of a LoRA adapter whose weights are safetensors.
-
-    Returns:
-        Its content.
-
-    Raises:
-        ModelError: there is none, it is of another kind, or it uses an option that an export would lose.
-    """
-    config = read_json(folder / "adapter_config.json", ModelError, "give the folder of a PEFT adapter")
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder / 'adapter_config.json'} must hold one JSON object: save the adapter again")
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{folder} is a {config.get('peft_type')} adapter: only LORA can be exported")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{folder} lacks adapter_model.safetensors (pickled weights are never loaded): save it again")
-    # These change the base or layers without LoRA, which an export of A and B alone would lose.
-    for field in ("trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens"):
-        if config.get(field):
-            raise ModelError(f"{folder} uses {field}, which cannot be exported: train it without")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
-        raise ModelError(
-            f"{folder} was initialised with init_lora_weights={start!r}, which changed its base: save it with PEFT's "
-            "path_initial_model_for_weight_conversion first"
-        )
-    return config
-
-
-def adapter_task(folder: Path) -> Task | None:
-    """Return the task in an adapter's config; None if it has none, or PEFT has no name for it."""
-    named = adapter_config(folder).get("task_type")
-    return next((task for task, name in PEFT_TASKS.items() if name is not None and name == named), None)
 
 
 def lora_pairs(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
@@ -168,27 +92,19 @@ def lora_pairs(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.fl
     return pairs
 
 
-def merge_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Merge the adapter into the weights of a float model (every PEFT variant that can merge).
-
-    Returns:
-        The transformers model.
-
-    Raises:
-        ModelError: the adapter changes one of two tied weights, which would change the other as well.
-    """
-    peft_model = load_adapter(model, folder)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    if any(hasattr(layer, "lora_A") or hasattr(layer, "modules_to_save") for layer in (head, embedding)) and getattr(
-        model.config, "tie_word_embeddings", False
-    ):
-        raise ModelError(f"{folder} adapts the embedding or the head of a model that ties them: it cannot be exported")
-    with silence_libraries():  # PEFT warns that a head with its own weights is not tied
-        merged: nn.Module = peft_model.merge_and_unload(safe_merge=True)
-    return merged.eval()
+def tied_layers(model: nn.Module) -> dict[str, str]:
+    """Return by the name of each layer that shares its weight with an earlier one, the name of that one."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        held = weight if weight is not None else module._buffers.get("qweight")
+        if held is not None and first.setdefault(id(held), name) != name:
+            tied[name] = first[id(held)]
+    return tied
 
 
-def _without_weights(peft_model: Any) -> Any:
+def without_weights(peft_model: Any) -> Any:
     """Set the `weight` of LoRA layers over quantized layers to None, as in the layers inside.
 
     PEFT's property returns the codes, and T5 casts the input of its `wo` to the dtype of that weight: to uint8.

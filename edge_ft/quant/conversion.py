@@ -16,6 +16,7 @@ __all__ = [
     "is_within",
     "quantize_model",
     "replace_linear_layers",
+    "restore_conv1d",
     "retained_weights",
     "round_to_bf16",
     "transpose_conv1d",
@@ -64,6 +65,16 @@ def transpose_conv1d(model: nn.Module) -> set[str]:
             layer.bias = module.bias
             model.set_submodule(name, layer)
     return transposed
+
+
+def restore_conv1d(model: nn.Module, layers: str) -> None:
+    """Undo `transpose_conv1d` in place: make `Conv1D` of each linear layer inside the module of the name `layers`."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_within(name, (layers,)):
+            layer = Conv1D(module.out_features, module.in_features)
+            layer.weight = nn.Parameter(module.weight.detach().T.contiguous(), requires_grad=False)
+            layer.bias = module.bias
+            model.set_submodule(name, layer)
 
 
 def replace_linear_layers(

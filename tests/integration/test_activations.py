@@ -152,8 +152,8 @@ def test_models_and_lanes_without_int8_activations_are_refused(
 
 def _write_with_head(run: RunFolder, folder: Path) -> None:
     """The run's merged model as a plain checkpoint."""
+    from edge_ft.models.adapted import merge_adapter
     from edge_ft.models.loading import ModelSpec, load_model
-    from edge_ft.models.lora import merge_adapter
 
     base = find_base(run.base()["path"])
     labels = tuple(run.rendering()["labels"])

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.data import Rendering, TextTokenizer, collate, encode_rows, read_rows
-from edge_ft.errors import GateRefused, ModelError, UsageError
+from edge_ft.errors import DataError, GateRefused, ModelError, UsageError
 from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
 from edge_ft.models.base_model import find_base
@@ -311,9 +311,11 @@ def test_a_classifiers_adapter_has_its_own_head(bert: Path, reviews: Path, tmp_p
         model.get_submodule("base_model.model.classifier").modules_to_save["default"].weight *= 30  # sure of anything
     model.save_pretrained(tmp_path / "adapter")
     loose = ExportConfig(out=tmp_path / "named", adapter=tmp_path / "adapter", data=str(reviews), **LOOSE)
-    with pytest.raises(GateRefused, match="nothing was learned"):
+    with pytest.raises(DataError, match=r"blame, praise.*2 outputs without names.*--class-names"):
         export(str(bert), loose)
+    with pytest.raises(GateRefused, match="nothing was learned"):
+        export(str(bert), replace(loose, class_names=("praise", "blame")))
     named = Bundle.open(tmp_path / "named.rejected")
-    assert named.manifest["rendering"]["labels"] == ["blame", "praise"]
+    assert named.manifest["rendering"]["labels"] == ["praise", "blame"]
     bare = export(str(bert), ExportConfig(out=tmp_path / "bare", adapter=tmp_path / "adapter"))
     assert bare.manifest["rendering"]["labels"] == ["LABEL_0", "LABEL_1"]

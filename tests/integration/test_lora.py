@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.evaluate.loading import open_run_model
+from edge_ft.models.adapted import load_adapter
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
-from edge_ft.models.lora import load_adapter
 from edge_ft.quant.blockwise import dequantize
 from edge_ft.quant.layers import QuantEmbedding, QuantLinear
 from edge_ft.quant.serialization import codes_sha256, frozen_layers

@@ -1,6 +1,5 @@
 """An adapter is PEFT's in every respect, and what cannot be exported is refused by name."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_models import write_llama
 from transformers import AutoModelForCausalLM
 
 from edge_ft.config import TuneConfig
 from edge_ft.errors import ModelError, UsageError
+from edge_ft.models.adapted import load_adapter, merge_adapter
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
-from edge_ft.models.lora import add_lora, load_adapter, lora_pairs, merge_adapter
+from edge_ft.models.lora import add_lora, lora_pairs
 
 IDS = torch.tensor([[1, 20, 30, 40, 50, 60]])
 
@@ -86,46 +86,6 @@ def test_the_adapter_lane_refuses_lora_biases(tmp_path: Path) -> None:
         lora_pairs(load_adapter(base_model(biased), folder))
 
 
-@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True")
-def test_merging_into_one_of_two_tied_weights_is_refused(llama: Path, tmp_path: Path) -> None:
-    folder = save_adapter(llama, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(ModelError, match="ties them"):
-        merge_adapter(base_model(llama), folder)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "named"),
-    [
-        ("peft_type", "IA3", "IA3"),
-        ("trainable_token_indices", [1, 2], "trainable_token_indices"),
-        ("layer_replication", [[0, 2]], "layer_replication"),
-    ],
-)
-def test_adapters_with_options_that_an_export_would_lose_are_refused(
-    llama: Path, tmp_path: Path, field: str, value: Any, named: str
-) -> None:
-    folder = save_adapter(llama, tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, field: value}))
-    with pytest.raises(ModelError, match=named):
-        load_adapter(base_model(llama), folder)
-
-
-def test_pickled_weights_are_never_loaded(llama: Path, tmp_path: Path) -> None:
-    folder = save_adapter(llama, tmp_path / "adapter")
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(ModelError, match="pickled"):
-        load_adapter(base_model(llama), folder)
-
-
-def test_an_adapter_of_another_model_is_refused(llama: Path, tmp_path: Path) -> None:
-    folder = save_adapter(llama, tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["c_attn"]}))
-    with pytest.raises(ModelError, match="c_attn"):
-        load_adapter(base_model(llama), folder)
-
-
 def targets(llama: Path, tmp_path: Path, **settings: Any) -> set[str]:
     config = TuneConfig(model=str(llama), data="", out=tmp_path, **settings)
     base = find_base(str(llama))
@@ -154,31 +114,3 @@ def test_an_unknown_target_module_gets_a_suggestion(llama: Path, tmp_path: Path)
 def test_more_layers_than_there_are_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 layers"):
         targets(llama, tmp_path, layers="last:3")
-
-
-@pytest.mark.parametrize("change", ["lost", "renamed"])
-def test_an_adapter_with_other_tensors_is_refused(llama: Path, tmp_path: Path, change: str) -> None:
-    folder = save_adapter(llama, tmp_path / "adapter")
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    gone = next(name for name in tensors if "layers.1.self_attn.q_proj.lora_B" in name)
-    moved = tensors.pop(gone)
-    if change == "renamed":
-        tensors[gone.replace("q_proj", "query")] = moved
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q"):
-        load_adapter(base_model(llama), folder)
-
-
-def test_an_adapter_of_a_deeper_model_is_refused(llama: Path, tmp_path: Path) -> None:
-    deeper = write_llama(tmp_path / "deeper", num_hidden_layers=3)
-    with pytest.raises(ModelError, match=r"has .*layers\.2.*, which this model lacks"):
-        load_adapter(base_model(llama), save_adapter(deeper, tmp_path / "adapter"))
-
-
-def test_an_adapter_that_changed_its_base_is_refused(llama: Path, tmp_path: Path) -> None:
-    folder = save_adapter(llama, tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
-    with pytest.raises(ModelError, match="pissa"):
-        load_adapter(base_model(llama), folder)

@@ -1,0 +1,253 @@
+"""The folder of a PEFT adapter: found, read and checked before any weights are loaded."""
+
+import re
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from edge_ft.artifacts import file_sha256
+from edge_ft.config import Task
+from edge_ft.errors import ModelError, did_you_mean
+from edge_ft.utf8 import read_json
+
+__all__ = ["PEFT_TASKS", "Adapter", "find_adapter"]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+PEFT_TASKS: dict[Task, str | None] = {
+    "text-generation": "CAUSAL_LM",
+    "text2text-generation": "SEQ_2_SEQ_LM",
+    "text-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "feature-extraction": "FEATURE_EXTRACTION",
+    "fill-mask": None,  # PEFT has no name for it
+}
+
+VIRTUAL_TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
+"""Types of adapters that put trained vectors before a text."""
+PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the weights of the base as they are."""
+VARIANTS = {
+    "use_dora": "DoRA",
+    "lora_bias": "biases of LoRA layers (lora_bias)",
+    "trainable_token_indices": "trained tokens (trainable_token_indices)",
+    "target_parameters": "parameters outside linear layers (target_parameters)",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "monteclora_config": "MonteCLoRA",
+}
+"""Fields of adapter_config.json whose result is more than A and B of linear layers, and how messages call it."""
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "shared", "word_embeddings", "tok_embeddings", "lm_head", "embed_out")
+"""Last names of modules with a row for each token, in the supported families."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as PEFT saves it."""
+
+    path: Path
+    """The folder with adapter_config.json and adapter_model.safetensors."""
+    config: dict[str, Any]
+    """adapter_config.json"""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of each tensor by its name in the file."""
+
+    @property
+    def weights(self) -> Path:
+        """The file of the tensors."""
+        return self.path / WEIGHTS
+
+    @property
+    def task(self) -> Task | None:
+        """The task in the config; None if it has none, or PEFT has no name for it."""
+        named = self.config.get("task_type")
+        return next((task for task, name in PEFT_TASKS.items() if name is not None and name == named), None)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex sha256 of the weights."""
+        return file_sha256(self.weights)
+
+    @property
+    def trained_on(self) -> str | None:
+        """Name or path of the model on which it was trained, as PEFT wrote it down."""
+        return self.config.get("base_model_name_or_path") or None
+
+    @cached_property
+    def model_config(self) -> dict[str, Any]:
+        """The content of a transformers config.json beside the adapter; nothing without one.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        file = self.path / "config.json"
+        return _json_object(file) if file.is_file() else {}
+
+    @property
+    def unknown_settings(self) -> list[str]:
+        """Fields of the config, with a value, that the installed PEFT does not know: a newer one wrote them."""
+        from peft import LoraConfig
+
+        known = {field.name for field in fields(LoraConfig)} | {"auto_mapping", "peft_version"}
+        return sorted(name for name, value in self.config.items() if value and name not in known)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names in its config.json, in the order of the logits; () where these are only LABEL_0, LABEL_1."""
+        names = self.model_config.get("id2label") or {}
+        ordered = tuple(str(names.get(str(index), f"LABEL_{index}")) for index in range(len(names)))
+        return () if all(name == f"LABEL_{index}" for index, name in enumerate(ordered)) else ordered
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the embedding with which it was trained; None where its tensors do not say so.
+
+        Raises:
+            ModelError: its tensors disagree.
+        """
+        found: dict[int, str] = {}
+        for name, shape in self.shapes.items():
+            module, _, part = name.removesuffix(".weight").rpartition(".")
+            last = module.removesuffix(".token_adapter").rpartition(".")[2]
+            if part in EMBEDDINGS or (part == "base_layer" and last in EMBEDDINGS):
+                found[shape[0]] = name
+            elif part == "lora_embedding_A" and last in EMBEDDINGS:
+                found[shape[1]] = name
+            elif part == "lora_B" and last in EMBEDDINGS[-2:]:
+                found[shape[0]] = name
+        if len(found) > 1:
+            (first, one), (second, other), *_ = found.items()
+            raise ModelError(f"the adapter {self.path} is damaged: {one} has {first} tokens and {other} {second}")
+        tokens = [index + 1 for indices in self.trained_tokens.values() for index in indices]
+        return next(iter(found), None) or (max(tokens) if tokens else None)
+
+    @property
+    def trained_tokens(self) -> dict[str, list[int]]:
+        """Token ids that it trained alone, by the name of the module; "" is the input embedding."""
+        tokens = self.config.get("trainable_token_indices") or {}
+        return {"": tokens} if isinstance(tokens, list) else tokens
+
+    def beyond_lora_inputs(self, head: tuple[str, ...]) -> str | None:
+        """Find what inputs A and B of linear layers cannot hold.
+
+        Args:
+            head: Modules that may be whole: a classifier's head.
+
+        Returns:
+            Its name for a message; None if they hold all of it.
+        """
+        for field, what in VARIANTS.items():
+            if self.config.get(field):
+                return what
+        last = {name.rpartition(".")[2] for name in head}
+        for name in self.config.get("modules_to_save") or ():
+            if name.rpartition(".")[2] not in last | {"classifier", "score"}:
+                return f"the whole of {name} (modules_to_save)"
+        for tensor in self.shapes:
+            if ".lora_embedding_" in tensor:
+                return f"an adapted embedding ({tensor})"
+        if self.config.get("bias", "none") != "none":
+            return f"trained biases (bias={self.config['bias']!r})"
+        return None
+
+
+def find_adapter(folder: Path) -> Adapter:
+    """Find the LoRA adapter in a folder, or in the only one of its subfolders that holds one.
+
+    Args:
+        folder: As PEFT saved it; or of a trainer with one checkpoint, or an edge-ft run.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ModelError: there is none or a choice of several, it is of another type or damaged, or it uses an option that
+            an export would lose.
+    """
+    path = _adapter_folder(folder)
+    config = _json_object(path / CONFIG)
+    _refuse_unsupported(path, config)
+    if not (path / WEIGHTS).is_file():
+        if (path / "adapter_model.bin").is_file():
+            raise ModelError(
+                f"{path} has pickled weights (adapter_model.bin), which are never loaded: load it with PEFT where it "
+                "was trained and save it again (save_pretrained writes safetensors)"
+            )
+        raise ModelError(f"{path} lacks {WEIGHTS}: save the adapter again, or copy all of its files")
+    try:
+        with safe_open(path / WEIGHTS, "np") as weights:
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path / WEIGHTS} cannot be read, it is damaged ({error}): copy it again") from error
+    return Adapter(path, config, shapes)
+
+
+def _adapter_folder(folder: Path) -> Path:
+    """Return the folder that holds adapter_config.json.
+
+    Raises:
+        ModelError: there is none, or several.
+    """
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        neighbours = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        what = "is a file, name its folder" if folder.is_file() else "does not exist"
+        raise ModelError(
+            f"the adapter {folder} {what}{did_you_mean(folder.name, neighbours)} (an adapter on a hub must be "
+            "downloaded first)"
+        )
+    if (folder / CONFIG).is_file():
+        return folder
+    inside = sorted((file.parent for file in folder.glob(f"*/{CONFIG}")), key=_natural)
+    if not inside:
+        raise ModelError(f"{folder} is not a PEFT adapter: it has no {CONFIG}, and no subfolder that has one")
+    if len(inside) > 1:
+        names = ", ".join(child.name for child in inside[:8]) + (", …" if len(inside) > 8 else "")
+        raise ModelError(f"{folder} holds {len(inside)} adapters ({names}): name one, --adapter {inside[-1]}")
+    return inside[0]
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sort checkpoint-500 before checkpoint-1000."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    content = read_json(file, ModelError, "save the adapter again, or copy it again")
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} must hold one JSON object: save the adapter again")
+    return content
+
+
+def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+    """Refuse an adapter that is not LoRA, or whose result depends on more than its weights and its base.
+
+    Raises:
+        ModelError: it is one; the message names the way out.
+    """
+    kind = config.get("peft_type")
+    if kind is None:
+        raise ModelError(f"{path / CONFIG} names no peft_type: another library than PEFT wrote it, save it with PEFT")
+    if kind in VIRTUAL_TOKENS:
+        raise ModelError(
+            f"{path} is a {kind} adapter, which puts trained vectors before each text: no exported graph can take "
+            "these, train a LoRA adapter instead"
+        )
+    if kind != "LORA":
+        raise ModelError(
+            f"{path} is a {kind} adapter, and only LORA is read here: merge it into its base with PEFT "
+            "(merge_and_unload, then save_pretrained) and export the merged model"
+        )
+    for field in ("layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config"):
+        if config.get(field):
+            raise ModelError(f"{path} uses {field}, which cannot be exported: train it without")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start not in PLAIN_STARTS:
+        raise ModelError(
+            f"{path} was initialised with init_lora_weights={start!r}, which changed its base: on the original base it "
+            "would be wrong. Convert it where it was trained, save_pretrained(DIR, "
+            "path_initial_model_for_weight_conversion=…), or merge it there and export the merged model"
+        )
