@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from edge_ft.config import Task
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import ModelError
@@ -21,7 +23,7 @@ def open_tokenizer(adapter: Adapter, base: Base) -> TextTokenizer:
         ModelError: a file cannot be read, or there are no weights for a token.
     """
     known = base.known_ids
-    known = replace(known, tokens=adapter.vocabulary or known.tokens)
+    known = replace(known, tokens=adapter.vocabulary(known.tokens))
     try:
         return TextTokenizer.load(base.path, known, adapter.path)
     except ModelError as error:
@@ -51,15 +53,32 @@ def check_adapter(adapter: Adapter, base: Base, task: Task, lane: str, tokenizer
     Raises:
         ModelError: it cannot be used; the message says with what it can.
     """
-    size, own = adapter.vocabulary, base.dims.vocabulary
+    own = base.dims.vocabulary
+    size = adapter.vocabulary(own)
     beyond = adapter.beyond_lora_inputs(base.family.trained_head(task))
-    if beyond is None and size not in (None, own):
+    if beyond is None and size != own:
         beyond = f"a vocabulary of {size} tokens where the base has {own}"
     if lane == "adapter" and beyond is not None:
         raise ModelError(
             f"the adapter {adapter.path} has {beyond}, which A and B beside the weights cannot hold: use --lane merged"
         )
+    for module in base.family.trained_head(task):
+        names = module, module.removeprefix(f"{base.family.layers.partition('.')[0]}.")
+        saved = any(name.startswith(f"base_model.model.{module}.") for name in adapter.shapes)
+        if not saved and not any(key.startswith(f"{name}.") for key in _tensor_names(base) for name in names):
+            raise ModelError(
+                f"neither {base.path} nor the adapter {adapter.path} has the weights of {module}, which {task} needs: "
+                "save the adapter again with this module in modules_to_save"
+            )
     return tuple(_notes(adapter, base, tokenizer))
+
+
+def _tensor_names(base: Base) -> set[str]:
+    names: set[str] = set()
+    for file in sorted(base.path.glob("*.safetensors")):
+        with safe_open(file, "np") as weights:
+            names.update(weights.keys())
+    return names
 
 
 def _notes(adapter: Adapter, base: Base, tokenizer: TextTokenizer) -> list[str]:
@@ -96,8 +115,8 @@ def _brings(adapter: Adapter, base: Base, tokenizer: TextTokenizer) -> list[str]
         found.append("generation settings")
     if adapter.class_names:
         found.append("class names")
-    if adapter.vocabulary not in (None, base.dims.vocabulary):
-        found.append(f"vocabulary of {adapter.vocabulary} tokens")
+    if (size := adapter.vocabulary(base.dims.vocabulary)) != base.dims.vocabulary:
+        found.append(f"vocabulary of {size} tokens")
     return found + [f"{name}" for name in adapter.config.get("modules_to_save") or ()]
 
 

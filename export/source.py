@@ -88,8 +88,8 @@ class ExportSource:
     @property
     def dims(self) -> ModelDims:
         """Dimensions of the model that ships."""
-        size = None if self.adapter is None else self.adapter.vocabulary
-        return self.base.dims if size is None else self.base.dims.with_vocabulary(size)
+        dims = self.base.dims
+        return dims if self.adapter is None else dims.with_vocabulary(self.adapter.vocabulary(dims.vocabulary))
 
     def load(self, base_format: BaseFormat | Weights) -> Any:
         """Load the base without its adapter.
@@ -105,9 +105,8 @@ class ExportSource:
         if self.run is not None and self.run.codes.is_file() and self.block_size == self.run.base()["block_size"]:
             codes = self.run.codes
         held = cast(BaseFormat, "fp32" if base_format in ("fp16", *INT8_ACTIVATIONS) else base_format)
-        resized = self.adapter is not None and self.adapter.vocabulary not in (None, self.base.dims.vocabulary)
         spec = ModelSpec.from_rendering(self.base, self.rendering, held, self.block_size, self.seed, codes)
-        if self.adapter is None or not resized:
+        if self.adapter is None or self.dims.vocabulary == self.base.dims.vocabulary:
             model = load_model(spec)
             if base_format == "fp16":
                 self._round_to_fp16(model)
@@ -281,6 +280,8 @@ def _from_model(source: str, config: ExportConfig) -> ExportSource:
     tokenizer = base.open_tokenizer() if adapter is None else open_tokenizer(adapter, base)
     task = config.task or (adapter.task if adapter is not None else None) or base.task
     notes = () if adapter is None else check_adapter(adapter, base, task, config.lane, tokenizer)
+    if adapter is not None and config.problem_type is None:
+        config = replace(config, problem_type=adapter.model_config.get("problem_type"))
     rows = read_rows(config.data)[:VERIFY_ROWS] if config.data is not None else []
     labels = _labels(base, task, config, rows, adapter) if base.family.trained_head(task) else ()
     rendering = plain_rendering(base, config, rows, tokenizer, task, labels)

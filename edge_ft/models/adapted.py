@@ -146,8 +146,8 @@ def take_vocabulary(model: nn.Module, adapter: Adapter) -> None:
         ModelError: the weights of a new token were not saved, or the model is quantized.
     """
     embedding, *_ = layers = _vocabulary_layers(model)
-    size = adapter.vocabulary
-    if size is None or size == embedding.num_embeddings or (size < embedding.num_embeddings and adapter.trained_tokens):
+    size = adapter.vocabulary(embedding.num_embeddings)
+    if size == embedding.num_embeddings:
         return
     if any(layer.weight is None for layer in layers):
         raise ModelError(

@@ -101,9 +101,8 @@ class Adapter:
         ordered = tuple(str(names.get(str(index), f"LABEL_{index}")) for index in range(len(names)))
         return () if all(name == f"LABEL_{index}" for index, name in enumerate(ordered)) else ordered
 
-    @property
-    def vocabulary(self) -> int | None:
-        """Rows of the embedding with which it was trained; None where its tensors do not say so.
+    def vocabulary(self, base: int) -> int:
+        """Return the rows of the embedding with which it was trained, on a base that has `base` rows.
 
         Raises:
             ModelError: its tensors disagree.
@@ -121,8 +120,8 @@ class Adapter:
         if len(found) > 1:
             (first, one), (second, other), *_ = found.items()
             raise ModelError(f"the adapter {self.path} is damaged: {one} has {first} tokens and {other} {second}")
-        tokens = [index + 1 for indices in self.trained_tokens.values() for index in indices]
-        return next(iter(found), None) or (max(tokens) if tokens else None)
+        least = max((token + 1 for tokens in self.trained_tokens.values() for token in tokens), default=0)
+        return next(iter(found), max(base, least))
 
     @property
     def trained_tokens(self) -> dict[str, list[int]]:

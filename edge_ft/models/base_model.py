@@ -168,6 +168,8 @@ def find_base(model: str, task: Task | None = None) -> Base:
         folder = path
     elif len(ggufs) == 1:
         folder = _convert_gguf(ggufs[0])
+    elif (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path} is a PEFT adapter: give the model that it was trained on, and --adapter {path}")
     elif path.is_dir():
         found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
         raise ModelError(f"{path} is not a model folder: it holds {found}; name the model file or its folder")
