@@ -123,7 +123,7 @@ def _untie_adapted(peft_model: Any) -> None:
         if weight is not None:
             users.setdefault(id(weight), []).append(module)
     for wrapper in peft_model.modules():
-        layer = getattr(wrapper, "base_layer", None)
+        layer: Any = getattr(wrapper, "base_layer", None)
         weight = None if layer is None else layer._parameters.get("weight")
         if weight is not None and len(users[id(weight)]) > 1:
             layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
