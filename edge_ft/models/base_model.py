@@ -117,7 +117,7 @@ class Base:
         """Return the checkpoint's class names for `task` in the order of its logits; () if it has no head for it.
 
         Raises:
-            ModelError: a weight file cannot be read.
+            ModelError: a weight file cannot be read, or the names are unusable.
         """
         if task != self.task or not self.family.trained_head(task):
             return ()
@@ -130,10 +130,25 @@ class Base:
             except SafetensorError as error:
                 raise ModelError(f"{file} cannot be read as safetensors: {error}") from error
             if size:
-                # transformers leaves out names that are LABEL_0, LABEL_1 ...
-                names: dict[str, str] = self.config.get("id2label") or {}
-                return tuple(names.get(str(index), f"LABEL_{index}") for index in range(size))
+                return self._class_names(size)
         return ()
+
+    def _class_names(self, size: int) -> tuple[str, ...]:
+        """Return the names of a head's outputs; transformers leaves out names that are LABEL_0, LABEL_1 ...
+
+        Raises:
+            ModelError: id2label is no object with a name of its own for each output.
+        """
+        named = self.config.get("id2label") or {}
+        if not isinstance(named, dict) or not all(isinstance(name, str | int) for name in named.values()):
+            raise ModelError(f"{self.path / 'config.json'}: id2label must be an object of class names by number")
+        names = tuple(str(named.get(str(index), f"LABEL_{index}")).strip() for index in range(size))
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ModelError(
+                f"{self.path / 'config.json'}: id2label gives several outputs the name {twice[0]!r}: "
+                "give each a name of its own"
+            )
+        return names
 
     def has_head_for(self, task: Task, labels: tuple[str, ...]) -> bool:
         """Return whether the checkpoint has a head for these classes, given by their names or their numbers."""

@@ -58,7 +58,8 @@ def choose_classes(
     known = all(class_index(name, model_labels) is not None for name in found)
     if columns.places:
         known = columns.places == len(model_labels)
-    labels = model_labels if known and len(model_labels) > 1 else found
+    known = known and len(model_labels) > 1  # a head with one output gives a number
+    labels = model_labels if known else found
     if labels is model_labels and not set(found) & set(labels) and _is_unnamed(labels):
         labels = class_numbers(labels)  # LABEL_0 is no name
     if len(labels) < 2:

@@ -108,6 +108,7 @@ def test_answers_can_be_left_out_or_cut_short(llama_run: RunFolder, monkeypatch:
     assert "exact_match" not in evaluate_loaded(opened, given, config, Silent())["metrics"]
     assert isinstance(opened.scorer, TorchScorer)
     opened.scorer.stop_ids = frozenset()
+    monkeypatch.setattr("edge_ft.evaluate.row_findings", lambda *_: [])  # it decodes the right answers
     for longest in (1, 12):
         lengths: set[int] = set()
         monkeypatch.setattr(opened.tokenizer, "decode", lambda ids, lengths=lengths: lengths.add(len(ids)) or "")

@@ -1,5 +1,6 @@
 """Heads, labels and failures of loading, through tune."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ from safetensors.torch import load_file
 from tiny_models import write_bert
 from transformers import AutoConfig, BertForSequenceClassification
 
-from edge_ft.config import TuneConfig
+from edge_ft.config import EvalConfig, ExportConfig, TuneConfig
 from edge_ft.errors import DataError, ModelError
+from edge_ft.evaluate import evaluate
+from edge_ft.export import export
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
+from edge_ft.runtime import TextClassifier, load
 from edge_ft.tune import tune
 
 
@@ -30,6 +34,26 @@ def test_a_head_keeps_the_order_of_its_classes(tmp_path: Path, reviews: Path) ->
     assert run.rendering()["labels"] == ["praise", "blame"]
     kept = load_model(ModelSpec(find_base(str(folder)), "text-classification", labels=("praise", "blame")))
     torch.testing.assert_close(kept.classifier.weight, load_file(folder / "model.safetensors")["classifier.weight"])
+
+
+def test_a_head_keeps_its_names_for_rows_with_numbers(tmp_path: Path) -> None:
+    folder, names = write_headed(tmp_path / "model", ("praise", "blame")), {"0": "praise", "1": "blame"}
+    lines = [{"text": f"the film was {'very ' * (n // 2)}{['good', 'bad'][n % 2]}", "label": n % 2} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {"max_steps": 30, "learning_rate": 1e-2, "compute": "fp32", "calibration_rows": 0}
+    run = tune(TuneConfig(model=str(folder), data=str(tmp_path / "rows.jsonl"), out=tmp_path / "run", **settings))
+    assert run.rendering()["labels"] == ["praise", "blame"]
+    assert {sample["reference"] for sample in run.report()["samples"]} <= {"praise", "blame"}
+    bundle = export(str(run.path), ExportConfig(out=tmp_path / "b", max_tax=9, min_retained=-9, max_metric_drop=1))
+    assert bundle.manifest["rendering"]["labels"] == ["praise", "blame"]
+    assert json.loads((bundle.path / "config.json").read_text())["id2label"] == names
+    opened = load(bundle)
+    assert isinstance(opened, TextClassifier)
+    (found,) = opened.classify(["the film was very good"])
+    assert found.label == "praise"
+    assert list(found.scores) == ["praise", "blame"]
+    for source in (run.path, bundle.path):
+        assert evaluate(str(source), EvalConfig(data=str(tmp_path / "rows.jsonl")))["rows"] == 20
 
 
 def test_a_head_for_other_classes_is_initialised(tmp_path: Path, reviews: Path) -> None:

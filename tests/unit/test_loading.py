@@ -75,6 +75,22 @@ def test_a_head_without_names_has_default_names(tmp_path: Path) -> None:
     assert find_base(str(folder)).labels("text-classification") == ("LABEL_0", "LABEL_1")
 
 
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ({"0": "cat", "1": "cat"}, "several outputs the name 'cat'"),
+        (["cat", "dog"], "id2label must be an object"),
+        ({"0": ["cat"], "1": "dog"}, "id2label must be an object"),
+    ],
+)
+def test_unusable_names_of_classes_are_refused(tmp_path: Path, names: Any, says: str) -> None:
+    folder = edit_config(write_headed(tmp_path / "model", ("no", "yes")), id2label=names)
+    with pytest.raises(ModelError, match=says):
+        find_base(str(folder)).labels("text-classification")
+    numbered = edit_config(folder, id2label={"0": 10, "1": 20})
+    assert find_base(str(numbered)).labels("text-classification") == ("10", "20")
+
+
 def test_class_numbers_follow_the_order_of_the_head(tmp_path: Path) -> None:
     folder = write_headed(tmp_path / "model", ("no", "yes"))
     assert find_base(str(folder)).has_head_for("text-classification", ("0", "1"))
