@@ -55,7 +55,7 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
                 (folder / file).unlink()
                 (folder / file).with_suffix(".onnx_data").unlink(missing_ok=True)  # its weights, if it has its own
         if opened.base.family.decoder:
-            write_genai(folder, opened.base.family.name, opened.dims, opened.tokenizer, kept[main])
+            write_genai(folder, opened.base.family.name, opened.dims, opened.special_ids, kept[main])
         with heartbeat(progress, "writing the manifest"):
             Bundle.seal(folder, {**make_manifest(opened, kept, main), "verification": verification})
         if reasons := verification["refused"]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from edge_ft.artifacts import write_json, write_text
 from edge_ft.config import INT8_ACTIVATIONS, Weights
-from edge_ft.data import TextTokenizer, collate, eval_batches
+from edge_ft.data import SpecialIds, collate, eval_batches
 from edge_ft.export.activations import Feed, quantize_activations
 from edge_ft.export.foreign import adapter_provenance
 from edge_ft.export.lowering import add_lora_inputs, lower, store_in_fp16
@@ -25,6 +26,7 @@ from edge_ft.models.dims import ModelDims
 from edge_ft.models.loading import BITS
 from edge_ft.models.lora import lora_pairs, tied_layers
 from edge_ft.progress import Progress, heartbeat
+from edge_ft.utf8 import read_json
 
 __all__ = ["graph_files", "make_manifest", "write_bundle", "write_genai"]
 
@@ -42,6 +44,8 @@ ENCODER, FIRST, DECODER = "encoder_", "decoder_", "decoder_with_past_"
 
 ACTIVATION_RANGES: dict[Weights, str] = {"int8-dynamic": "dynamic", "int8-static": "static"}
 """Where int8 activations get their ranges: from each batch, or from calibration rows."""
+LOCAL_PATHS = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file", "merges_file")
+"""Keys of tokenizer_config.json that hold paths of the machine where it was saved."""
 GENAI_FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 """Families that onnxruntime-genai supports under transformers' name."""
 
@@ -105,15 +109,36 @@ def _write_model_files(folder: Path, source: ExportSource, model: Any, one_graph
     """Write the tokenizer's files, the chat template, config.json and generation_config.json."""
     for file in source.tokenizer.files():
         shutil.copyfile(file, folder / file.name)
-    if source.rendering.chat_template is not None:
-        write_text(folder / "chat_template.jinja", source.rendering.chat_template)
+    template = source.rendering.chat_template
+    if template is not None:
+        write_text(folder / "chat_template.jinja", template)
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.exists():
+        write_json(tokenizer_config, _shipped_tokenizer_config(read_json(tokenizer_config), template))
     model_config = json.loads(model.config.to_json_string(use_diff=False))
+    model_config.pop("_name_or_path", None)  # a path of this machine
     if one_graph:
         # For transformers.js: which file to load, and that its weights are in a file beside it.
         model_config["transformers.js_config"] = {"use_external_data_format": True, "dtype": NAMES[source.weights][1]}
+    if source.base.family.kind != "encoder":
+        generation, special = folder / "generation_config.json", source.special_ids.settings()
+        own = read_json(generation) if generation.exists() else json.loads(model.generation_config.to_json_string())
+        write_json(generation, {**own, **special})
+        model_config |= special
     write_json(folder / "config.json", model_config)
-    if source.base.family.kind != "encoder" and not (folder / "generation_config.json").exists():
-        write_text(folder / "generation_config.json", model.generation_config.to_json_string())
+
+
+def _shipped_tokenizer_config(config: dict[str, Any], template: str | None) -> dict[str, Any]:
+    """Return a tokenizer_config.json without paths of this machine, and with no other chat template than the bundle's.
+
+    Args:
+        config: Content of the file of the base.
+        template: The bundle's chat template; None: the base's own stays.
+    """
+    kept = {name: value for name, value in config.items() if name not in LOCAL_PATHS}
+    if template is not None:
+        kept.pop("chat_template", None)
+    return kept
 
 
 def graph_files(graph: str) -> tuple[str, ...]:
@@ -171,6 +196,7 @@ def make_manifest(source: ExportSource, graphs: dict[int, str], main: int) -> di
         manifest["encoder_graphs"] = {str(level): graph_files(path)[0] for level, path in graphs.items()}
         manifest["tokenization"]["decoder_start"] = int(sizes.config.decoder_start_token_id)
     if base.family.kind != "encoder":
+        manifest["special_ids"] = asdict(source.special_ids)
         layers = int(getattr(sizes.config, "num_decoder_layers", sizes.layers))
         manifest["cache"] = {"layers": layers, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
     return manifest
@@ -190,7 +216,7 @@ def _quantization(source: ExportSource) -> dict[str, Any]:
     }
 
 
-def write_genai(folder: Path, family: str, sizes: ModelDims, tokenizer: TextTokenizer, graph: str) -> None:
+def write_genai(folder: Path, family: str, sizes: ModelDims, special: SpecialIds, graph: str) -> None:
     """Write `genai_config.json` and `NAME_genai.onnx` beside the bundle's graph NAME.onnx, with the same weights.
 
     onnxruntime-genai allocates logits for every position that it reads, unless the graph declares a single one.
@@ -199,7 +225,7 @@ def write_genai(folder: Path, family: str, sizes: ModelDims, tokenizer: TextToke
         folder: The bundle.
         family: Family of the model.
         sizes: Sizes of the model.
-        tokenizer: Gives the ids of the special tokens.
+        special: The special tokens, as the bundle's other files name them.
         graph: Path of NAME.onnx relative to `folder`.
     """
     model = ir.load(folder / graph)
@@ -208,10 +234,10 @@ def write_genai(folder: Path, family: str, sizes: ModelDims, tokenizer: TextToke
     logits.shape = ir.Shape(["batch_size", 1, sizes.vocabulary])
     path = Path(graph).with_stem(f"{Path(graph).stem}_genai").as_posix()
     ir.save(model, folder / path)
-    write_json(folder / "genai_config.json", _genai_config(family, sizes, tokenizer, path))
+    write_json(folder / "genai_config.json", _genai_config(family, sizes, special, path))
 
 
-def _genai_config(family: str, sizes: ModelDims, tokenizer: TextTokenizer, graph: str) -> dict[str, Any]:
+def _genai_config(family: str, sizes: ModelDims, special: SpecialIds, graph: str) -> dict[str, Any]:
     """Return the config of the decoder at `graph`, a path relative to the bundle.
 
     Other families are declared as `decoder`, onnxruntime-genai's type for a decoder with only the inputs named here.
@@ -221,9 +247,10 @@ def _genai_config(family: str, sizes: ModelDims, tokenizer: TextTokenizer, graph
             "type": family if family in GENAI_FAMILIES else "decoder",
             "vocab_size": sizes.vocabulary,
             "context_length": sizes.positions,
-            "bos_token_id": tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.pad_id,
-            "eos_token_id": sorted(tokenizer.stop_ids) or [tokenizer.pad_id],
-            "pad_token_id": tokenizer.pad_id,
+            # onnxruntime-genai requires a number here.
+            "bos_token_id": special.bos if special.bos is not None else special.pad,
+            "eos_token_id": list(special.ends),
+            "pad_token_id": special.pad,
             "decoder": {
                 "filename": graph,
                 "hidden_size": sizes.hidden,

@@ -13,6 +13,7 @@ from edge_ft.data import (
     Example,
     Rendering,
     Row,
+    SpecialIds,
     TextTokenizer,
     class_numbers,
     column_names,
@@ -90,6 +91,11 @@ class ExportSource:
         """Dimensions of the model that ships."""
         dims = self.base.dims
         return dims if self.adapter is None else dims.with_vocabulary(self.adapter.vocabulary(dims.vocabulary))
+
+    @property
+    def special_ids(self) -> SpecialIds:
+        """The tokens that begin, end and pad texts."""
+        return SpecialIds.of(self.rendering, self.tokenizer)
 
     def load(self, base_format: BaseFormat | Weights) -> Any:
         """Load the base without its adapter.

@@ -26,7 +26,6 @@ from edge_ft.data.encoding import (
     encode_rows,
     find_answers,
     show_example,
-    stop_ids,
 )
 from edge_ft.data.readers import Row, Rows, column_names, read_rows, split_names
 from edge_ft.data.records import Message, Record, answer_of, fill_text, find_labels, has_answer, is_empty, record
@@ -39,6 +38,7 @@ from edge_ft.data.rendering import (
     trained_rendering,
     with_pooling,
 )
+from edge_ft.data.special_ids import SpecialIds, stop_ids
 from edge_ft.data.split import fingerprint, overlap, split_rows
 from edge_ft.data.tokenizer import Filled, Framed, KnownIds, TextTokenizer
 
@@ -57,6 +57,7 @@ __all__ = [
     "Rendering",
     "Row",
     "Rows",
+    "SpecialIds",
     "TextTokenizer",
     "absent_class",
     "answer_ids",

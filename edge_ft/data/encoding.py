@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edge_ft.data.batches import IGNORED, Example
-from edge_ft.data.chat import encode_chat, end_of_turn, exchange, render_chat
+from edge_ft.data.chat import encode_chat, exchange, render_chat
 from edge_ft.data.clock import clock_at
 from edge_ft.data.encoders import ENCODERS
 from edge_ft.data.readers import Row
@@ -34,18 +34,10 @@ __all__ = [
     "encode_rows",
     "find_answers",
     "show_example",
-    "stop_ids",
 ]
 
 MAX_ANSWERS, MAX_TOKENS, MIN_ROWS = 64, 16, 4
 """Most different answers, longest answer in tokens, and fewest rows per answer on average."""
-
-
-def stop_ids(rendering: Rendering, tokenizer: TextTokenizer) -> frozenset[int]:
-    """Return the ids that end an answer: the model's own, and the one that this rendering puts after an answer."""
-    template = rendering.chat_template
-    ends = (rendering.appended_eos, None if template is None else end_of_turn(template, tokenizer))
-    return tokenizer.stop_ids.union(end for end in ends if end is not None)
 
 
 def encode_prompt(rendering: Rendering, tokenizer: TextTokenizer, prompt: str | Sequence[Message]) -> list[int]:

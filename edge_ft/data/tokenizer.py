@@ -147,7 +147,8 @@ class TextTokenizer:
         self._unknown = self._id_of("unk_token")
         self._single = _frame(self._tokenizer.encode("a"))
         self._pair = _frame(self._tokenizer.encode("a", "a"))
-        bos = self._id_of("bos_token")
+        self.named_bos_id: int | None = self._id_of("bos_token")
+        bos = self.named_bos_id
         self.bos_id: int | None = bos if bos is not None and self._single[0][0] == [bos] else None
         """The id that the tokenizer itself puts before a text; None when it adds none."""
         self._beyond: dict[int, str] = {} if known is None else self._check_fit(known)
