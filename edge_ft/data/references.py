@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from edge_ft.config import TEXT_TASKS
 from edge_ft.data.audit import Finding, format_rows, shorten
 from edge_ft.data.batches import IGNORED, Example
-from edge_ft.data.encoding import stop_ids
 from edge_ft.data.rendering import Rendering
+from edge_ft.data.special_ids import stop_ids
 from edge_ft.data.tokenizer import TextTokenizer
 
 __all__ = ["answer_tokens", "untrained_references"]
