@@ -1,0 +1,420 @@
+"""Open a GGUF model: find all its files, check that they make a whole model, and convert it once into the cache.
+
+The conversion is a checkpoint folder as every other: config.json, float weights in safetensors, and a tokenizer.
+"""
+
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_ft.artifacts import atomic_folder, cache_folder, write_json, write_text
+from edge_ft.errors import ModelError, WillNotFit
+from edge_ft.models.dims import ModelDims, check_supported, read_config
+from edge_ft.models.gguf_config import config_settings
+from edge_ft.models.gguf_header import GgufHeader, TensorInfo, read_header
+from edge_ft.models.gguf_names import Heads, architecture_of, gguf_names, reorder_of
+from edge_ft.models.gguf_rope import ROPE_TENSORS
+from edge_ft.models.gguf_tokenizer import write_tokenizer
+from edge_ft.models.logging import silence_libraries
+from edge_ft.progress import Progress, Silent, heartbeat
+
+__all__ = ["CONVERTER", "GgufModel", "convert_gguf", "open_gguf", "pick_gguf"]
+
+CONVERTER = 2
+"""Version of what is written here: part of the name of a conversion in the cache, so that an older one is not used."""
+RECORD = "gguf.json"
+"""Of a conversion: the files it came from, and the converter."""
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+"""Types of tensors that are read."""
+STORED = {"F16": ("F16", 2), "BF16": ("BF16", 2)}
+"""Types that safetensors has too; all others are stored as float32."""
+UNUSED = re.compile(r"^(blk\.\d+\.attn_rot_embd)\.|\.attn\.(masked_)?bias$")
+"""Tensors of older conversions that llama.cpp does not read either."""
+PART = re.compile(r"^(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+OTHERS = {
+    "adapter": "a LoRA adapter, not a model: give the model it belongs to, or a PEFT adapter with --adapter",
+    "mmproj": "the image or audio part of a model: give the GGUF file of its language model",
+    "imatrix": "an importance matrix, not a model",
+    "vocab": "a vocabulary without weights",
+}
+"""What `general.type` names besides a model."""
+CHUNK = 2**19
+"""Weights that are dequantized at a time."""
+BLOCK = 2**24
+"""Bytes that are hashed at a time."""
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A model in one GGUF file or in several parts, whose headers are read and fit together."""
+
+    files: tuple[Path, ...]
+    header: GgufHeader
+    """Metadata of the first part, and the tensors of all of them."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of the transformers model, and where it comes from."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: TensorInfo
+    reorder: Any
+    """From `reorder_of`: None where the file's order is transformers'."""
+
+    @property
+    def stored(self) -> tuple[str, int]:
+        """Type in the safetensors file, and bytes of a weight."""
+        return ("F32", 4) if self.reorder is not None else STORED.get(self.source.type.name, ("F32", 4))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a conversion will write, known before it begins."""
+
+    config: Any
+    """transformers config."""
+    weights: tuple[Weight, ...]
+    unused: tuple[str, ...]
+    """Tensors of the file that llama.cpp does not read either."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights."""
+        return sum(int(np.prod(weight.shape)) * weight.stored[1] for weight in self.weights)
+
+
+def pick_gguf(path: Path) -> Path | None:
+    """Return the GGUF file that a path names: itself, or the one model of a folder (its first part); None: no GGUF.
+
+    Raises:
+        ModelError: a folder with several models.
+    """
+    if path.is_file():
+        return path
+    models: dict[str, Path] = {}
+    for file in sorted(path.glob("*.gguf")):
+        part = PART.match(file.name)
+        models.setdefault(part["name"] if part else file.name, file)
+    if len(models) > 1:
+        raise ModelError(
+            f"{path} holds {len(models)} models as GGUF ({', '.join(file.name for file in models.values())}): "
+            "name one of the files"
+        )
+    return next(iter(models.values()), None)
+
+
+def open_gguf(file: Path) -> GgufModel:
+    """Read the header of a GGUF file, and of the other parts of a split model, whichever part was given.
+
+    Raises:
+        ModelError: a file is malformed, a part is missing, or the file holds no language model.
+    """
+    header = read_header(file)
+    _refuse_other_kinds(header)
+    count = header.get("split.count", 1)
+    if not isinstance(count, int) or count < 1:
+        raise ModelError(f"{file}: split.count is {count!r} in its header, not a number of parts")
+    if count == 1:
+        return GgufModel((file,), header)
+    part = PART.match(file.name)
+    if part is None or int(part["count"]) != count:
+        raise ModelError(
+            f"{file} is one of {count} parts of a model, which are found by their names: name them "
+            f"NAME-00001-of-{count:05}.gguf to NAME-{count:05}-of-{count:05}.gguf, in one folder"
+        )
+    paths = [file.with_name(f"{part['name']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise ModelError(
+            f"{file} is one of {count} parts of a model, and {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''} "
+            f"{'is' if len(missing) == 1 else 'are'} not beside it: download all parts into one folder"
+        )
+    return GgufModel(tuple(paths), _joined([header if path == file else read_header(path) for path in paths]))
+
+
+def convert_gguf(file: Path, progress: Progress | None = None) -> Path:
+    """Return the folder of a GGUF model's float checkpoint, converted once and cached under the files' hash.
+
+    One tensor is in memory at a time. Of two processes that convert the same file, one waits for the other.
+
+    Args:
+        file: A GGUF file; any part of a split model.
+        progress: Receives the tensors that are done; None is silent.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: the file holds no model that is supported, or not the whole of it.
+        WillNotFit: the disk of the cache is too small for the float weights.
+        OSError: the cache cannot be written.
+    """
+    progress = progress or Silent()
+    model = open_gguf(file)
+    plan = plan_conversion(model.header)
+    folder = cache_folder() / f"gguf-{_key(model.files, progress)}-{CONVERTER}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder, progress):
+        if folder.is_dir():  # another process was faster
+            return folder
+        for rest in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
+            shutil.rmtree(rest, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free
+        if plan.size > free:
+            raise WillNotFit(
+                f"the float weights of {file} take {plan.size / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB "
+                "free: free some, or set EDGE_FT_CACHE to a folder on a larger disk"
+            )
+        with atomic_folder(folder) as temporary:
+            _write(model, plan, temporary, progress)
+    return folder
+
+
+def plan_conversion(header: GgufHeader) -> Plan:
+    """Pair every parameter of the model with a tensor of the file, and every tensor with a parameter.
+
+    Raises:
+        ModelError: a tensor is missing, unknown, of another shape, or of a type that is not read.
+    """
+    where = header.file
+    model_type, settings = config_settings(header)
+    architecture = architecture_of(header.architecture, where)
+    config = read_config(model_type, settings, where)
+    dims = ModelDims(config)
+    check_supported(dims, where)
+    parameters = _parameters(config, where)
+    names = gguf_names(architecture.name, dims.layers, parameters)
+    heads = Heads(dims.heads, dims.kv_heads)
+    if lost := [names[name] or name for name in parameters if names[name] not in header.tensors]:
+        raise ModelError(
+            f"{where} lacks the tensor {lost[0]}{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}: it is not "
+            "the whole model, take a file that is complete"
+        )
+    weights = []
+    for name, shape in parameters.items():
+        source = header.tensors[str(names[name])]
+        reorder = reorder_of(architecture, source.name, heads)
+        stored = shape[::-1] if reorder is not None and architecture.name == "gpt2" else shape
+        if source.shape != stored:
+            raise ModelError(
+                f"{where}: the tensor {source.name} has shape {list(source.shape)} where its header asks for "
+                f"{list(stored)}: take another file"
+            )
+        weights.append(Weight(name, shape, source, reorder))
+    used = {weight.source.name for weight in weights}
+    unused = tuple(name for name in header.tensors if name not in used and UNUSED.search(name))
+    if unknown := [name for name in header.tensors if name not in {*used, *unused, *ROPE_TENSORS}]:
+        raise ModelError(
+            f"{where} has the tensor {unknown[0]}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}, which "
+            f"a {model_type} model does not have here: give the checkpoint folder that the file was converted from"
+        )
+    _refuse_types(header, used)
+    tokens = len(header.get("tokenizer.ggml.tokens", ()))
+    if tokens > dims.vocabulary:
+        raise ModelError(
+            f"{where} has {tokens} tokens and embeddings for {dims.vocabulary}: it is torn or was changed, take "
+            "another file"
+        )
+    return Plan(config, tuple(weights), unused)
+
+
+def _refuse_other_kinds(header: GgufHeader) -> None:
+    """Refuse a file that is no language model.
+
+    Raises:
+        ModelError: the message says what it is, and what to give.
+    """
+    kind = str(header.get("general.type", "model"))
+    if header.architecture == "clip":
+        kind = "mmproj"
+    elif header.get("adapter.type") is not None or any(name.endswith(".lora_a") for name in header.tensors):
+        kind = "adapter"
+    if kind in OTHERS:
+        raise ModelError(f"{header.file} is {OTHERS[kind]}")
+    if not header.architecture and header.get("split.count") is None:
+        raise ModelError(f"{header.file} does not say which architecture it holds (general.architecture)")
+    if not header.tensors and header.get("split.count") is None:
+        raise ModelError(f"{header.file} is {OTHERS['vocab']}")
+
+
+def _joined(headers: list[GgufHeader]) -> GgufHeader:
+    """Join the parts of a split model.
+
+    Raises:
+        ModelError: they are not the parts of one model.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for number, header in enumerate(headers):
+        if (header.get("split.no"), header.get("split.count")) != (number, len(headers)):
+            raise ModelError(
+                f"{header.file} says that it is part {header.get('split.no')} (from 0) of {header.get('split.count')}: "
+                "the parts were renamed or are of several models, download them again"
+            )
+        if twice := tensors.keys() & header.tensors.keys():
+            raise ModelError(f"{header.file} has the tensor {min(twice)}, which another part has too: download again")
+        tensors |= header.tensors
+    first = headers[0]
+    count = first.get("split.tensors.count", len(tensors))
+    if count != len(tensors):
+        raise ModelError(
+            f"{first.file} and its other parts hold {len(tensors)} tensors, and should hold {count}: download them "
+            "again"
+        )
+    if not first.architecture:
+        raise ModelError(f"{first.file} does not say which architecture it holds (general.architecture)")
+    return GgufHeader(first.file, first.fields, tensors)
+
+
+def _refuse_types(header: GgufHeader, used: Iterable[str]) -> None:
+    """Refuse tensors of a type that is not read.
+
+    Raises:
+        ModelError: the message names the types.
+    """
+    found = {header.tensors[name].type.name: name for name in used if header.tensors[name].type.name not in TYPES}
+    if found:
+        kind, name = min(found.items())
+        raise ModelError(
+            f"{header.file} has tensors of type {', '.join(sorted(found))} ({name} is {kind}), which are not read: take "
+            f"a file of another quantization, for example Q4_K_M, Q6_K or Q8_0 (read are {', '.join(TYPES)}), or the "
+            "checkpoint folder it was made from"
+        )
+
+
+def _parameters(config: Any, where: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of the model for text generation; tied ones once.
+
+    Raises:
+        ModelError: transformers cannot make a model of these sizes.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with silence_libraries(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model.tie_weights()
+    except (ValueError, TypeError, RuntimeError, KeyError, ZeroDivisionError, OverflowError) as error:
+        raise ModelError(f"{where}: its header does not describe a model: {' '.join(str(error).split())}") from error
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _key(files: tuple[Path, ...], progress: Progress) -> str:
+    """16 letters of the hash of the files' content."""
+    hashes, done, total = [], 0, sum(file.stat().st_size for file in files)
+    stage = f"hashing {files[0].name}"
+    for file in files:
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+                done += len(block)
+                progress.advance(stage, done // 2**20, -(-total // 2**20), "MB")
+        hashes.append(digest.hexdigest())
+    return (hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())[:16]
+
+
+@contextmanager
+def _lock(folder: Path, progress: Progress) -> Iterator[None]:
+    """Hold the lock of a conversion; the system frees it when a process ends, however it ends."""
+    with folder.with_name(f".{folder.name}.lock").open("w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with heartbeat(progress, "waiting for another process, which converts the same GGUF file"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write(model: GgufModel, plan: Plan, folder: Path, progress: Progress) -> None:
+    header = model.header
+    progress.say(f"converting {model.files[0]} into the cache, once")
+    if plan.unused:
+        progress.say(f"not used, as in llama.cpp: {', '.join(plan.unused[:3])} ({len(plan.unused)} tensors in all)")
+    progress.advance("reading the tokenizer", 0, 0)
+    write_tokenizer(header, folder)
+    with silence_libraries():
+        plan.config.architectures = [_class_name(plan.config)]
+        plan.config.dtype = "float32"
+        plan.config.save_pretrained(folder)
+    ends = [header.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    known = [end for end in dict.fromkeys(ends) if isinstance(end, int) and 0 <= end < plan.config.vocab_size]
+    named = {"bos_token_id": plan.config.bos_token_id, "pad_token_id": plan.config.pad_token_id}
+    settings = {key: value for key, value in named.items() if value is not None}
+    write_json(folder / "generation_config.json", settings | ({"eos_token_id": known} if known else {}))
+    licence = header.get("general.license")
+    if isinstance(licence, str):
+        write_text(folder / "README.md", f"---\nlicense: {licence}\n---\n")
+    write_json(folder / RECORD, {"converter": CONVERTER, "files": [file.name for file in model.files]})
+    write_safetensors(folder / "model.safetensors", plan.weights, progress)
+
+
+def _class_name(config: Any) -> str:
+    from transformers import AutoModelForCausalLM
+
+    return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)
+
+
+def write_safetensors(file: Path, weights: tuple[Weight, ...], progress: Progress) -> None:
+    """Write weights as one safetensors file, each read when it is written: the library wants all of them at once.
+
+    Args:
+        file: What is written.
+        weights: In the order of the file.
+        progress: Receives the number of tensors that are done.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    listed: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for weight in weights:
+        kind, size = weight.stored
+        begin, end = end, end + int(np.prod(weight.shape)) * size
+        listed[weight.name] = {"dtype": kind, "shape": list(weight.shape), "data_offsets": [begin, end]}
+    head = json.dumps(listed, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(head).to_bytes(8, "little") + head)
+        for done, weight in enumerate(weights, 1):
+            for part in _parts(weight):
+                stream.write(np.ascontiguousarray(part).data)
+            progress.advance("tensors converted", done, len(weights))
+
+
+def _parts(weight: Weight) -> Iterator[NDArray[Any]]:
+    """Yield a tensor's weights in the order and type in which they are stored, some rows at a time if that can be."""
+    source, kind = weight.source, weight.stored[0]
+    data = np.memmap(source.file, np.uint8, "r", source.start, (source.elements // source.shape[-1], source.row_bytes))
+    if kind != "F32":
+        yield data
+        return
+    rows = max(1, CHUNK // source.shape[-1])
+    parts = (_floats(data[start : start + rows], source) for start in range(0, len(data), rows))
+    if weight.reorder is None:
+        yield from parts
+    else:
+        yield weight.reorder(np.concatenate(list(parts)).reshape(source.shape))
+
+
+def _floats(rows: NDArray[np.uint8], source: TensorInfo) -> NDArray[np.float32]:
+    """Return rows [rows, bytes] of a tensor as float32, flat."""
+    from gguf.quants import dequantize
+
+    # As one row: gguf-py goes through rows in small groups, and blocks do not care where a row ends.
+    found: NDArray[np.float32] = dequantize(np.array(rows).reshape(1, -1), source.type)
+    return found.reshape(-1)
