@@ -37,7 +37,7 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
 
     use_threads(config.threads)
     with heartbeat(progress, f"opening {source}"):
-        opened = open_export_source(source, config)
+        opened = open_export_source(source, config, progress)
     for note in opened.notes:
         progress.say(note)
     rejected = config.out.with_name(config.out.name + ".rejected")

@@ -191,12 +191,13 @@ class ExportSource:
             parameter.data = parameter.data.half().float()
 
 
-def open_export_source(source: str, config: ExportConfig) -> ExportSource:
+def open_export_source(source: str, config: ExportConfig, progress: Progress | None = None) -> ExportSource:
     """Open a SOURCE of `edge-ft export`.
 
     Args:
         source: A run folder; or a hub id, a folder or a GGUF file of a model.
         config: Options of the export.
+        progress: Receives the state of a conversion; None is silent.
 
     Returns:
         The source, with its options resolved and its rows encoded.
@@ -207,10 +208,12 @@ def open_export_source(source: str, config: ExportConfig) -> ExportSource:
     kind = kind_of(source)
     if kind == "bundle":
         raise UsageError(f"{source} is already a bundle: export takes a run folder or a model")
-    return _from_run(RunFolder.open(Path(source)), config) if kind == "run" else _from_model(source, config)
+    if kind == "run":
+        return _from_run(RunFolder.open(Path(source)), config, progress)
+    return _from_model(source, config, progress)
 
 
-def _from_run(run: RunFolder, config: ExportConfig) -> ExportSource:
+def _from_run(run: RunFolder, config: ExportConfig, progress: Progress | None) -> ExportSource:
     """Return a finished run as a source.
 
     Raises:
@@ -233,7 +236,7 @@ def _from_run(run: RunFolder, config: ExportConfig) -> ExportSource:
                 f"{run.path} has a base of format {trained_format}, which no bundle can have: use --lane merged"
             )
         weights = config.weights or trained_format
-    base = find_run_base(run)
+    base = find_run_base(run, progress)
     _refuse_int8_activations(weights, base, config.lane)
     tokenizer = TextTokenizer.load(run.tokenizer, base.known_ids)
     rendering = Rendering.from_dict(run.rendering())
@@ -270,14 +273,14 @@ def _rows_of_run(
     )
 
 
-def _from_model(source: str, config: ExportConfig) -> ExportSource:
+def _from_model(source: str, config: ExportConfig, progress: Progress | None) -> ExportSource:
     """Return a model, with `config.adapter` on it, as a source.
 
     Raises:
         UsageError: options that do not fit it.
         DataError: no row has an answer.
     """
-    base = find_base(source, config.task)
+    base = find_base(source, config.task, progress)
     adapter = find_adapter(config.adapter) if config.adapter is not None else None
     weights = config.weights or "int4"
     _refuse_int8_activations(weights, base, config.lane if adapter else "base")

@@ -65,7 +65,10 @@ def write_gguf(
             out.add_custom_alignment(value)
         else:
             out.add_key_value(full, value, *value_type(value))
-    for key, weights in {**gguf_tensors(load_file(folder / "model.safetensors"), config, name), **(tensors or {})}.items():
+    for key, weights in {
+        **gguf_tensors(load_file(folder / "model.safetensors"), config, name),
+        **(tensors or {}),
+    }.items():
         if key not in without:
             data, stored = encode(weights, kind, key)
             out.add_tensor(key, data, raw_dtype=stored)

@@ -66,7 +66,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
 
         if kind == "run":
             run = RunFolder.open(Path(source))
-            base = find_run_base(run)
+            base = find_run_base(run, progress)
             tokenizer = TextTokenizer.load(run.tokenizer, base.known_ids)
             own = Rendering.from_dict(run.rendering())
             rendering = trained_rendering(own, config, rows, tokenizer, base.max_length)
@@ -74,7 +74,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
         elif config.adapter is not None:
             raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter, leave it out")
         else:
-            base = find_base(source, config.task)
+            base = find_base(source, config.task, progress)
             tokenizer = base.open_tokenizer()
             rendering = plain_rendering(base, config, rows, tokenizer, config.task)
             model = load_model(ModelSpec(base, rendering.task, config.base_format))
@@ -117,17 +117,27 @@ def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
     )
 
 
-def find_run_base(run: RunFolder) -> "Base":
+def find_run_base(run: RunFolder, progress: Progress | None = None) -> "Base":
     """Return the base model that a run was trained on.
 
+    Args:
+        run: The run.
+        progress: Receives what could not be checked, and the state of a conversion; None is silent.
+
+    Returns:
+        The base.
+
     Raises:
-        ModelError: the base is gone, or its content has changed.
+        ModelError: the base is gone, its content has changed, or it is an incomplete conversion of a GGUF file.
     """
     from edge_ft.models.base_model import find_base
+    from edge_ft.models.gguf_first import check_first_conversion, is_first_conversion
 
     identity = run.base()
     where = identity["path"] if Path(identity["path"]).is_dir() else identity["model"]
-    base = find_base(where)
+    if is_first_conversion(Path(identity["path"])):
+        check_first_conversion(Path(identity["path"]), identity["model"], progress)
+    base = find_base(where, None, progress)
     if base.content_sha256 != identity["content_sha256"]:
         raise ModelError(
             f"the base at {where} is not the one that {run.path} was trained on, its content has changed: "

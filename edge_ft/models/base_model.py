@@ -7,16 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from edge_ft.artifacts import atomic_folder, cache_folder, file_sha256, write_text
+from edge_ft.artifacts import file_sha256
 from edge_ft.config import Pooling, ProblemType, Task
 from edge_ft.data import KnownIds, TextTokenizer, class_numbers
 from edge_ft.errors import ModelError, did_you_mean
 from edge_ft.families import Family, family_of
 from edge_ft.models.dims import ModelDims, check_supported, read_config
-from edge_ft.models.logging import silence_libraries
+from edge_ft.models.gguf import convert_gguf, pick_gguf
+from edge_ft.models.gguf_header import is_gguf
+from edge_ft.progress import Progress
 from edge_ft.utf8 import read_json
 
 __all__ = ["Base", "find_base"]
@@ -164,12 +165,13 @@ class Base:
         return found[1].decode(errors="replace") if found else None
 
 
-def find_base(model: str, task: Task | None = None) -> Base:
+def find_base(model: str, task: Task | None = None, progress: Progress | None = None) -> Base:
     """Find the base model of a hub id, local folder or GGUF file (converted once, into the user's cache).
 
     Args:
         model: As the user gave it.
         task: The task that the family must support; None: any.
+        progress: Receives the state of a conversion; None is silent.
 
     Returns:
         The base.
@@ -177,19 +179,7 @@ def find_base(model: str, task: Task | None = None) -> Base:
     Raises:
         ModelError: nothing there, no safetensors weights, or a family or task that is not supported.
     """
-    path = Path(model).expanduser()
-    ggufs = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    if (path / "config.json").is_file():
-        folder = path
-    elif len(ggufs) == 1:
-        folder = _convert_gguf(ggufs[0])
-    elif (path / "adapter_config.json").is_file():
-        raise ModelError(f"{path} is a PEFT adapter: give the model that it was trained on, and --adapter {path}")
-    elif path.is_dir():
-        found = f"{len(ggufs)} GGUF files" if ggufs else "neither config.json nor a GGUF file"
-        raise ModelError(f"{path} is not a model folder: it holds {found}; name the model file or its folder")
-    else:
-        folder = _download(model)
+    folder = _find_folder(model, task, progress)
     config = read_json(folder / "config.json", ModelError)
     if not isinstance(config, dict):
         raise ModelError(f"{folder / 'config.json'} is not a model's config: it must be one JSON object")
@@ -210,39 +200,28 @@ def find_base(model: str, task: Task | None = None) -> Base:
     return replace(base, content_sha256=digest.hexdigest())
 
 
-def _convert_gguf(file: Path) -> Path:
-    """Return the folder of a GGUF file's float model, converted once and cached under the file's hash.
+def _find_folder(model: str, task: Task | None, progress: Progress | None) -> Path:
+    """Return the checkpoint folder of a hub id, local folder or GGUF file; arguments as for `find_base`.
 
     Raises:
-        ModelError: the file cannot be converted.
-        OSError: the cache cannot be written.
-    """  # noqa: DOC501 - of the errors below only an OSError is raised again
-    from gguf import GGUFReader
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    folder = cache_folder() / f"gguf-{file_sha256(file)[:16]}"
-    if folder.is_dir():
-        return folder
-    try:
-        with silence_libraries(), atomic_folder(folder) as temporary:
-            # The family is checked on the header, before hundreds of MB are converted.
-            family_of(AutoConfig.from_pretrained(file.parent, gguf_file=file.name).model_type, "text-generation")
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-            )
-            # The weights are float now: with this entry the next load would quantize them again.
-            if hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
-            model.save_pretrained(temporary)
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
-            licence = GGUFReader(file).get_field("general.license")
-            if licence is not None:
-                write_text(temporary / "README.md", f"---\nlicense: {licence.contents()}\n---\n")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ModelError(f"{file} cannot be read as a GGUF model: {error}") from error
-    return folder
+        ModelError: there is none.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() and not (path.suffix == ".gguf" or is_gguf(path)):
+        raise ModelError(f"{path} is neither a folder nor a GGUF file: name the folder of the model")
+    complete = (path / "config.json").is_file()
+    if not (complete and any(path.glob("*.safetensors"))) and (file := pick_gguf(path)):
+        return convert_gguf(file, task, progress)
+    if complete:
+        return path
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path} is a PEFT adapter: give the model that it was trained on, and --adapter {path}")
+    if path.is_dir():
+        raise ModelError(
+            f"{path} is not a model folder: it holds neither config.json nor a GGUF file; name the model file or its "
+            "folder"
+        )
+    return _download(model)
 
 
 def _download(model: str) -> Path:

@@ -3,7 +3,6 @@
 The conversion is a checkpoint folder as every other: config.json, float weights in safetensors, and a tokenizer.
 """
 
-import fcntl
 import hashlib
 import json
 import re
@@ -18,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_ft.artifacts import atomic_folder, cache_folder, write_json, write_text
+from edge_ft.config import Task
 from edge_ft.errors import ModelError, WillNotFit
+from edge_ft.families import family_of
 from edge_ft.models.dims import ModelDims, check_supported, read_config
 from edge_ft.models.gguf_config import config_settings
 from edge_ft.models.gguf_header import GgufHeader, TensorInfo, read_header
@@ -96,7 +97,10 @@ class Plan:
 
 
 def pick_gguf(path: Path) -> Path | None:
-    """Return the GGUF file that a path names: itself, or the one model of a folder (its first part); None: no GGUF.
+    """Find the GGUF file that a path names.
+
+    Returns:
+        The file itself; of a folder, its one model (the first part); None where there is none.
 
     Raises:
         ModelError: a folder with several models.
@@ -104,7 +108,9 @@ def pick_gguf(path: Path) -> Path | None:
     if path.is_file():
         return path
     models: dict[str, Path] = {}
-    for file in sorted(path.glob("*.gguf")):
+    files = sorted(path.glob("*.gguf"))
+    languages = [file for file in files if not file.name.startswith("mmproj")]  # beside it: the part for images
+    for file in languages or files:
         part = PART.match(file.name)
         models.setdefault(part["name"] if part else file.name, file)
     if len(models) > 1:
@@ -117,6 +123,9 @@ def pick_gguf(path: Path) -> Path | None:
 
 def open_gguf(file: Path) -> GgufModel:
     """Read the header of a GGUF file, and of the other parts of a split model, whichever part was given.
+
+    Returns:
+        The files and their headers.
 
     Raises:
         ModelError: a file is malformed, a part is missing, or the file holds no language model.
@@ -144,25 +153,27 @@ def open_gguf(file: Path) -> GgufModel:
     return GgufModel(tuple(paths), _joined([header if path == file else read_header(path) for path in paths]))
 
 
-def convert_gguf(file: Path, progress: Progress | None = None) -> Path:
+def convert_gguf(file: Path, task: Task | None = None, progress: Progress | None = None) -> Path:
     """Return the folder of a GGUF model's float checkpoint, converted once and cached under the files' hash.
 
     One tensor is in memory at a time. Of two processes that convert the same file, one waits for the other.
 
     Args:
         file: A GGUF file; any part of a split model.
+        task: The task that the model must do; None: any.
         progress: Receives the tensors that are done; None is silent.
 
     Returns:
         The folder.
 
     Raises:
-        ModelError: the file holds no model that is supported, or not the whole of it.
+        ModelError: the file holds no model that is supported or does `task`, or not the whole of it.
         WillNotFit: the disk of the cache is too small for the float weights.
         OSError: the cache cannot be written.
     """
     progress = progress or Silent()
     model = open_gguf(file)
+    family_of(architecture_of(model.header.architecture, file).model_type, task)
     plan = plan_conversion(model.header)
     folder = cache_folder() / f"gguf-{_key(model.files, progress)}-{CONVERTER}"
     if folder.is_dir():
@@ -186,6 +197,9 @@ def convert_gguf(file: Path, progress: Progress | None = None) -> Path:
 
 def plan_conversion(header: GgufHeader) -> Plan:
     """Pair every parameter of the model with a tensor of the file, and every tensor with a parameter.
+
+    Returns:
+        What to write.
 
     Raises:
         ModelError: a tensor is missing, unknown, of another shape, or of a type that is not read.
@@ -254,6 +268,9 @@ def _refuse_other_kinds(header: GgufHeader) -> None:
 def _joined(headers: list[GgufHeader]) -> GgufHeader:
     """Join the parts of a split model.
 
+    Returns:
+        The first header, with the tensors of all.
+
     Raises:
         ModelError: they are not the parts of one model.
     """
@@ -289,14 +306,17 @@ def _refuse_types(header: GgufHeader, used: Iterable[str]) -> None:
     if found:
         kind, name = min(found.items())
         raise ModelError(
-            f"{header.file} has tensors of type {', '.join(sorted(found))} ({name} is {kind}), which are not read: take "
-            f"a file of another quantization, for example Q4_K_M, Q6_K or Q8_0 (read are {', '.join(TYPES)}), or the "
-            "checkpoint folder it was made from"
+            f"{header.file} has tensors of type {', '.join(sorted(found))} ({name} is {kind}), which are not read: "
+            f"take a file of another quantization, for example Q4_K_M, Q6_K or Q8_0 (read are {', '.join(TYPES)}), or "
+            "the checkpoint folder it was made from"
         )
 
 
 def _parameters(config: Any, where: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters of the model for text generation; tied ones once.
+    """Make the model for text generation, without memory for its weights.
+
+    Returns:
+        Names and shapes of its parameters; tied ones once.
 
     Raises:
         ModelError: transformers cannot make a model of these sizes.
@@ -331,6 +351,8 @@ def _key(files: tuple[Path, ...], progress: Progress) -> str:
 @contextmanager
 def _lock(folder: Path, progress: Progress) -> Iterator[None]:
     """Hold the lock of a conversion; the system frees it when a process ends, however it ends."""
+    import fcntl
+
     with folder.with_name(f".{folder.name}.lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -117,7 +117,10 @@ class Settings:
 
 
 def config_settings(header: GgufHeader) -> tuple[str, dict[str, Any]]:
-    """Return the model type, and the settings of its transformers config.
+    """Describe the model by the settings of transformers.
+
+    Returns:
+        The model type, and the settings of its config.
 
     Raises:
         ModelError: the architecture or a part of the model is not supported, or the header lacks a size.
@@ -209,7 +212,10 @@ def _special(found: Settings, settings: dict[str, Any], head_dim: int) -> dict[s
     if name == "phi3":
         rope = settings["rope_parameters"]
         original = rope.get("original_max_position_embeddings", settings["max_position_embeddings"])
-        return {"sliding_window": found.size(".attention.sliding_window") if window else None, "original_max_position_embeddings": original}
+        return {
+            "sliding_window": found.size(".attention.sliding_window") if window else None,
+            "original_max_position_embeddings": original,
+        }
     if name == "gemma2":
         local = {"sliding_window": found.size(".attention.sliding_window", 4096)}
         caps = {

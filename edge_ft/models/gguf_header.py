@@ -22,7 +22,19 @@ __all__ = ["GgufHeader", "TensorInfo", "is_gguf", "read_header"]
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
-SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 """Numpy types of the numbers of the metadata, by their number in the file."""
 MAX_DIMENSIONS = 4
 MAX_NESTING = 4
@@ -78,7 +90,10 @@ class GgufHeader:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as a GGUF file does.
+    """Look at the first bytes of a file.
+
+    Returns:
+        Whether they are those of a GGUF file.
 
     Raises:
         ModelError: it cannot be read.

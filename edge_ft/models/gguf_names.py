@@ -14,6 +14,7 @@ from edge_ft.errors import ModelError
 
 __all__ = ["ARCHITECTURES", "Architecture", "Heads", "Reorder", "architecture_of", "gguf_names", "reorder_of"]
 
+
 @dataclass(frozen=True)
 class Heads:
     """Numbers of attention heads of a model."""

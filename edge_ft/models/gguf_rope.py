@@ -120,9 +120,7 @@ def _read(file: Path, start: int, count: int) -> NDArray[np.float32]:
     return np.fromfile(file, "<f4", count, offset=start)
 
 
-def _longrope(
-    found: "Settings", short: NDArray[np.float32], long: NDArray[np.float32], context: int
-) -> dict[str, Any]:
+def _longrope(found: "Settings", short: NDArray[np.float32], long: NDArray[np.float32], context: int) -> dict[str, Any]:
     original = found.size(".rope.scaling.original_context_length", context)
     # llama.cpp's scripts always write it: without it the attention would be scaled by guess.
     factor = found.number(".rope.scaling.attn_factor", None if context > original else 1.0)

@@ -124,11 +124,11 @@ def write_tokenizer(header: GgufHeader, folder: Path) -> None:
     try:
         tokenizer = _build(vocabulary)
     except (ValueError, OverflowError, MemoryError) as error:
-        raise _unreadable(header, error) from error
+        raise ModelError(_unreadable(header, error)) from error
     # The library raises a bare Exception for a merge of unknown tokens, and PanicException for what it did not foresee.
     except BaseException as error:
         if type(error) is Exception or type(error).__name__ == "PanicException":
-            raise _unreadable(header, error) from error
+            raise ModelError(_unreadable(header, error)) from error
         raise
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {name: text for name, text in vocabulary.special.items() if text is not None}
@@ -139,8 +139,8 @@ def write_tokenizer(header: GgufHeader, folder: Path) -> None:
         write_text(folder / "chat_template.jinja", template)
 
 
-def _unreadable(header: GgufHeader, error: BaseException) -> ModelError:
-    return ModelError(f"{header.file}: its tokenizer cannot be read ({error}): take another file")
+def _unreadable(header: GgufHeader, error: BaseException) -> str:
+    return f"{header.file}: its tokenizer cannot be read ({error}): take another file"
 
 
 def _build(vocabulary: _Vocabulary) -> Tokenizer:
@@ -159,11 +159,12 @@ def _build(vocabulary: _Vocabulary) -> Tokenizer:
     bos, eos = vocabulary.special["bos_token"], vocabulary.special["eos_token"]
     before = bos if vocabulary.flag("add_bos_token", default_bos) else None
     after = eos if vocabulary.flag("add_eos_token", False) else None
-    parts = [[text] if text is not None else [] for text in (before, after)]
+    start, end = ([text] if text is not None else [] for text in (before, after))
+    second = [f"{text}:1" for text in start], [f"{text}:1" for text in end]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*parts[0], "$A", *parts[1]],
-        pair=[*parts[0], "$A", *parts[1], *(f"{text}:1" for text in parts[0]), "$B:1", *(f"{text}:1" for text in parts[1])],
-        special_tokens=[(text, tokenizer.token_to_id(text)) for text in dict.fromkeys([*parts[0], *parts[1]])],
+        single=[*start, "$A", *end],
+        pair=[*start, "$A", *end, *second[0], "$B:1", *second[1]],
+        special_tokens=[(text, tokenizer.token_to_id(text)) for text in dict.fromkeys([*start, *end])],
     )
     return tokenizer
 
@@ -184,9 +185,7 @@ def _byte_level(vocabulary: _Vocabulary, pre: str) -> Tokenizer:
         for index, (token, is_whole) in enumerate(zip(vocabulary.tokens, whole.tolist(), strict=True))
     }
     tokenizer = Tokenizer(
-        models.BPE(
-            ids, merges, continuing_subword_prefix="", end_of_word_suffix="", ignore_merges=pre in WHOLE_WORDS
-        )
+        models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix="", ignore_merges=pre in WHOLE_WORDS)
     )
     tokenizer.pre_tokenizer = _split(vocabulary.header, pre)
     tokenizer.decoder = decoders.ByteLevel()

@@ -168,10 +168,7 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
         AuditRefused: a finding that refuses the rows and that --allow does not name.
         UsageError: options that do not fit the rows, or a model or rows that are not those of `saved`.
     """
-    from edge_ft.models.base_model import find_base
-
-    # The task of an interrupted run is not required here: another model is to be refused as such.
-    base = find_base(config.model, config.task if saved is None else None)
+    base = _find_base(config, progress, saved)
     refuse_other(saved, {"content_sha256": base.content_sha256}, str(config.out))
     config, tokenizer = base.family.resolve(config), base.open_tokenizer()
     with clock_at((saved or {}).get("rendered_at")):
@@ -179,6 +176,29 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     job = Job(config, base, tokenizer, prepared)
     refuse_other(saved, job.identity, str(config.out))
     return job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)
+
+
+def _find_base(config: TuneConfig, progress: Progress, saved: Mapping[str, Any] | None) -> "Base":
+    """Find the base; for a run that began over a GGUF file's conversion by a first release, that conversion.
+
+    Returns:
+        The base.
+
+    Raises:
+        ModelError: there is no such model, or that conversion is not the whole of it.
+    """
+    from edge_ft.models.base_model import find_base
+    from edge_ft.models.gguf_first import check_first_conversion, first_conversion
+
+    if saved is None:
+        return find_base(config.model, config.task, progress)
+    # The task of an interrupted run is not required here: another model is to be refused as such.
+    if (folder := first_conversion(config.model)) is not None:
+        base = find_base(str(folder))
+        if base.content_sha256 == saved["content_sha256"]:
+            check_first_conversion(folder, config.model, progress)
+            return replace(base, name=config.model)
+    return find_base(config.model, None, progress)
 
 
 def refuse_other(saved: Mapping[str, Any] | None, found: Mapping[str, Any], run: str) -> None:
