@@ -388,7 +388,8 @@ def _write(model: GgufModel, plan: Plan, folder: Path, progress: Progress) -> No
 def _class_name(config: Any) -> str:
     from transformers import AutoModelForCausalLM
 
-    return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)
+    found: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    return str(found.__name__)
 
 
 def write_safetensors(file: Path, weights: tuple[Weight, ...], progress: Progress) -> None:

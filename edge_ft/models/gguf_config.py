@@ -136,7 +136,7 @@ def config_settings(header: GgufHeader) -> tuple[str, dict[str, Any]]:
     tokens = header.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in header.tensors else 0
     if not tokens:
         raise ModelError(f"{header.file} lacks the tensor token_embd.weight: take a file that is complete")
-    names = {
+    names: dict[str, Any] = {
         "vocab_size": tokens,
         "hidden_size": hidden,
         "num_hidden_layers": layers,

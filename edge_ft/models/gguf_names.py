@@ -60,8 +60,8 @@ class Architecture:
     """By a pattern that a tensor's name contains."""
 
 
-_ROTARY = {r"\.attn_[qk]\.": rotary_halves}
-_NORMS = {r"norm\.weight$": minus_one}
+_ROTARY: dict[str, Reorder] = {r"\.attn_[qk]\.": rotary_halves}
+_NORMS: dict[str, Reorder] = {r"norm\.weight$": minus_one}
 ARCHITECTURES = {
     row.name: row
     for row in (
