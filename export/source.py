@@ -20,7 +20,9 @@ from edge_ft.data import (
     encode_rows,
     find_columns,
     find_labels,
+    find_problem,
     fingerprint,
+    is_unnamed,
     plain_rendering,
     read_rows,
 )
@@ -224,6 +226,7 @@ def _from_run(run: RunFolder, config: ExportConfig, progress: Progress | None) -
         ("--data", config.data),
         ("--task", config.task),
         ("--pooling", config.pooling),
+        ("--class-names", config.class_names or None),
     ):
         if value is not None:
             raise UsageError(f"{flag} is for a model: the run folder {run.path} has its own")
@@ -293,6 +296,8 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
         config = replace(config, problem_type=adapter.model_config.get("problem_type"))
     rows = read_rows(config.data)[:VERIFY_ROWS] if config.data is not None else []
     labels = _labels(base, task, config, rows, adapter) if base.family.trained_head(task) else ()
+    if labels and len(labels) == len(base.labels(task)) and not _head_size(base, task, adapter):
+        base = base.with_class_names(labels)  # its own head stays, with these names
     rendering = plain_rendering(base, config, rows, tokenizer, task, labels)
     examples = scorable(encode_rows(rendering, tokenizer, rows))
     rendering = replace(rendering, labels=labels)  # rows may name classes by number; the bundle names them by name
@@ -337,6 +342,14 @@ def _refuse_int8_activations(weights: Weights, base: Base, lane: str) -> None:
         )
 
 
+def _head_size(base: Base, task: Task, adapter: Adapter | None) -> int:
+    """Return the number of outputs of the head that an adapter brings; 0 if it brings none."""
+    if adapter is None or not base.family.trained_head(task):
+        return 0
+    endings = base.family.class_weights(task)
+    return next((shape[0] for name, shape in adapter.shapes.items() if name.endswith(endings)), 0)
+
+
 def _labels(base: Base, task: Task, config: ExportConfig, rows: list[Row], adapter: Adapter | None) -> tuple[str, ...]:
     """Return the class names: --class-names, else the adapter's or the checkpoint's own, else LABEL_i.
 
@@ -345,24 +358,26 @@ def _labels(base: Base, task: Task, config: ExportConfig, rows: list[Row], adapt
         UsageError: --class-names gives more or fewer names than the head has outputs.
         DataError: the rows name the classes of a head that does not: in which order is not known.
     """
-    own, size = base.labels(task), 0
-    if adapter is not None:
-        endings = base.family.class_weights(task)
-        size = next((shape[0] for name, shape in adapter.shapes.items() if name.endswith(endings)), 0)
+    own, size = base.labels(task), _head_size(base, task, adapter)
     if not size and not own:
         raise ModelError(f"{base.path} has no head for {task}: tune it first")
     size = size or len(own)
     named = adapter.class_names if adapter is not None else ()
+    own = () if is_unnamed(own) else own
     names = next((names for names in (config.class_names, named, own) if len(names) == size), ())
     if config.class_names and names != config.class_names:
         raise UsageError(f"--class-names gives {len(config.class_names)} names, the head has {size} outputs")
     if names:
         return names
     names = tuple(f"LABEL_{index}" for index in range(size))
-    found = find_labels(rows, find_columns(column_names(rows), config, task)) if rows and size > 1 else ()
+    found: tuple[str, ...] = ()
+    if rows and size > 1:
+        columns = find_columns(column_names(rows), config, task)
+        columns = find_problem(rows, columns, config.problem_type or base.problem_type)
+        found = () if columns.places else find_labels(rows, columns)
     if set(found) - {*names, *class_numbers(names)}:
         raise DataError(
-            f"{config.data} names classes ({', '.join(found[:8])}) and the head of the adapter has {size} outputs "
-            "without names: give them in the order of its outputs, --class-names NAME NAME …"
+            f"{config.data} names classes ({', '.join(found[:8])}) and the head has {size} outputs without names: give "
+            "them in the order of its outputs, --class-names NAME,NAME,…"
         )
     return names

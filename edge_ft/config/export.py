@@ -19,8 +19,6 @@ class ExportConfig(RowsConfig):
     """PEFT adapter to add to a plain model SOURCE; any tool may have trained it."""
     task: Annotated[Task | None, Group.INPUT] = None
     """Task of a plain model SOURCE; a run folder has its own."""
-    class_names: Annotated[tuple[str, ...], Group.INPUT] = ()
-    """Names of the classes in the order of the head's outputs, where neither the adapter nor the model names them."""
     data: Annotated[str | None, Group.INPUT] = None
     """Rows on which to score a plain model SOURCE; a run folder has its own rows."""
     weights: Annotated[Weights | None, Group.BUNDLE] = None

@@ -96,6 +96,10 @@ ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 Threads = Annotated[int | None, Group.RESOURCES, Minimum(1), Maximum(1024)]
 
 
+MAY_HOLD_COMMAS = ("class_names",)
+"""Options whose values are used as they are where there are several; a single one is split at its commas."""
+
+
 def as_plain(config: Any) -> dict[str, Any]:
     """A config as plain YAML/JSON values (paths as text, tuples as lists)."""
 
@@ -112,7 +116,9 @@ def accept_python_values(config: Any) -> None:
     types = get_type_hints(type(config))
     for field in fields(config):
         value = getattr(config, field.name)
-        if types[field.name] == tuple[str, ...]:  # --peers a,b is --peers a b
+        if field.name in MAY_HOLD_COMMAS and len(value) > 1:
+            value = tuple(map(str, value))
+        elif types[field.name] == tuple[str, ...]:  # --peers a,b is --peers a b
             value = tuple(part for text in value for part in text.split(",") if part)
         elif isinstance(value, list):
             value = tuple(value)
@@ -175,6 +181,9 @@ class RowsConfig:
     label: Annotated[str | None, Group.ROWS] = None
     """Column with a class, a list of classes or a number (text-classification), or with a tag for each word
     (token-classification)."""
+    class_names: Annotated[tuple[str, ...], Group.ROWS] = ()
+    """Names of the classes or tags in the order of the model's outputs, or of the numbers in the rows, where the model
+    has none: a,b,c, or one with each --class-names where a name holds a comma."""
     problem_type: Annotated[ProblemType | None, Group.ROWS] = None
     """Kind of the labels (text-classification); default: multi-label for lists, regression if any number is
     not an integer, else single-label."""
@@ -192,6 +201,11 @@ class RowsConfig:
         check(
             self.max_length in (None, "auto") or (isinstance(self.max_length, int) and self.max_length >= 8),
             "--max-length must be at least 8 tokens, or auto",
+        )
+        object.__setattr__(self, "class_names", tuple(name.strip() for name in self.class_names))
+        check(
+            len(set(self.class_names) - {""}) == len(self.class_names) != 1,
+            "--class-names must be at least two different names",
         )
         check(
             self.completion is None or self.prompt is not None,

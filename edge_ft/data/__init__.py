@@ -14,7 +14,7 @@ from edge_ft.data.batches import (
 )
 from edge_ft.data.chat import render_chat
 from edge_ft.data.class_audit import absent_class, count_classes
-from edge_ft.data.classes import class_index, class_numbers
+from edge_ft.data.classes import class_index, class_numbers, is_unnamed
 from edge_ft.data.clock import clock_at, reads_clock
 from edge_ft.data.columns import Columns, bare_columns, find_columns, find_problem, guess_task
 from edge_ft.data.encoders import encode_words, split_words
@@ -88,6 +88,7 @@ __all__ = [
     "guess_task",
     "has_answer",
     "is_empty",
+    "is_unnamed",
     "longest_sequence",
     "make_rendering",
     "overlap",

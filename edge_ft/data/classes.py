@@ -18,6 +18,8 @@ __all__ = [
     "class_targets",
     "count_places",
     "guess_problem",
+    "is_unnamed",
+    "known_class",
     "list_of",
     "read_classes",
     "whole_number",
@@ -139,18 +141,32 @@ def class_targets(
     """
     if problem == "regression":
         return [float(classes[0])]
-    indices = []
-    for name in classes:
-        index = int(name) if places else class_index(name, labels)
-        if index is None or index >= len(labels):
-            raise DataError(
-                f"{where}: {name!r} is none of the classes{did_you_mean(name, list(labels))}: "
-                f"they are {', '.join(labels)}"
-            )
-        indices.append(index)
+    indices = [int(name) if places else known_class(name, labels, where) for name in classes]
     if problem == MULTI_LABEL:
         return [float(index in indices) for index in range(len(labels))]
     return indices
+
+
+def known_class(name: str, labels: tuple[str, ...], where: str, what: str = "classes") -> int:
+    """Return `class_index`.
+
+    Args:
+        name: What a row says.
+        labels: All classes, in the order of the logits.
+        where: The row, for error messages.
+        what: What several of them are called.
+
+    Raises:
+        DataError: it is not among `labels`.
+    """
+    index = class_index(name, labels)
+    if index is None:
+        advice = " (give their names with --class-names)" if is_unnamed(labels) else ""
+        raise DataError(
+            f"{where}: {name!r} is none of the {what}{did_you_mean(name, list(labels))}: "
+            f"they are {', '.join(labels)}{advice}"
+        )
+    return index
 
 
 def class_index(name: str, labels: tuple[str, ...]) -> int | None:
@@ -174,6 +190,11 @@ def class_index(name: str, labels: tuple[str, ...]) -> int | None:
 def class_numbers(labels: Sequence[str]) -> tuple[str, ...]:
     """Return the indices of the classes as text: "0", "1", ...; rows may use them instead of names."""
     return tuple(map(str, range(len(labels))))
+
+
+def is_unnamed(labels: Sequence[str]) -> bool:
+    """Return whether the names are those that transformers gives classes without a name."""
+    return all(name == f"LABEL_{index}" for index, name in enumerate(labels))
 
 
 def whole_number(name: str) -> int | None:

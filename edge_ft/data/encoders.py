@@ -9,11 +9,11 @@ import numpy as np
 
 from edge_ft.config import Task
 from edge_ft.data.batches import IGNORED, Example
-from edge_ft.data.classes import class_index, class_targets
+from edge_ft.data.classes import class_targets, known_class
 from edge_ft.data.records import Record
 from edge_ft.data.rendering import Rendering
 from edge_ft.data.tokenizer import Framed, TextTokenizer
-from edge_ft.errors import DataError, ModelError, did_you_mean
+from edge_ft.errors import ModelError
 
 __all__ = ["ENCODERS", "encode_words", "mask_tokens", "split_words"]
 
@@ -53,15 +53,7 @@ def encode_tags(rendering: Rendering, tokenizer: TextTokenizer, record: Record) 
         DataError: the rendering does not have this tag; the message names the row.
     """
     names = rendering.labels
-    tags: dict[str, int] = {}
-    for tag in record.classes:
-        index = class_index(tag, names)
-        if index is None:
-            raise DataError(
-                f"row {record.row}: {tag!r} is none of the tags{did_you_mean(tag, list(names))}: "
-                f"they are {', '.join(names)}"
-            )
-        tags[tag] = index
+    tags = {tag: known_class(tag, names, f"row {record.row}", "tags") for tag in set(record.classes)}
     framed, starts = encode_words(tokenizer, record.words, rendering.max_length)
     placed = {start: tags[tag] for start, tag in zip(starts, record.classes, strict=True) if start is not None}
     labels = [IGNORED] * len(framed.ids)

@@ -211,6 +211,8 @@ def trained_rendering(
         raise DataError(
             f"--problem-type {config.problem_type}: this model learned {own.problem_type or own.task}, leave it out"
         )
+    if config.class_names not in ((), own.labels):
+        raise DataError(f"--class-names: this model's classes are {', '.join(own.labels) or 'none'}, leave it out")
     columns = own.columns
     if config.prompt or config.label or not columns.fits(names):
         columns = find_columns(names, config, own.task)
@@ -251,11 +253,16 @@ def plain_rendering(
     Raises:
         DataError: the columns cannot be used, a classifier has no classes, or --max-length is beyond the model's limit.
         ModelError: the files define a pooling that cannot be exported, or no end-of-sequence token.
-        UsageError: --pooling for another task than feature-extraction.
+        UsageError: --pooling for another task than feature-extraction, or as many --class-names as the head has not.
     """
     names = column_names(rows)
     task = task or guess_task(names, config, model.family.kind)
-    labels = model.labels(task) if labels is None else labels
+    if labels is None:
+        labels = config.class_names or model.labels(task)
+        if config.class_names and len(labels) != len(model.labels(task)):
+            raise UsageError(
+                f"--class-names gives {len(labels)} names, the head has {len(model.labels(task))} outputs: name each"
+            )
     if task in CLASSIFIERS and not labels:
         raise DataError("this model has no class names of its own: tune it first")
     problem = config.problem_type or model.problem_type

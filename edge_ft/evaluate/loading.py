@@ -143,6 +143,9 @@ def find_run_base(run: RunFolder, progress: Progress | None = None) -> "Base":
             f"the base at {where} is not the one that {run.path} was trained on, its content has changed: "
             "restore it, or tune again"
         )
+    names = tuple(identity.get("class_names") or ())
+    if names and len(names) == len(base.labels(run.rendering()["task"])):
+        base = base.with_class_names(names)
     return replace(base, name=identity["model"])
 
 

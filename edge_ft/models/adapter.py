@@ -96,7 +96,10 @@ class Adapter:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Class names in its config.json, in the order of the logits; () where these are only LABEL_0, LABEL_1."""
+        """Class names of its run, or in its config.json, in the order of the logits; () where it names none."""
+        run = self.path.parent / "rendering.json"  # of an edge-ft run
+        if run.is_file() and (labels := _json_object(run).get("labels")):
+            return tuple(map(str, labels))
         names = self.model_config.get("id2label") or {}
         ordered = tuple(str(names.get(str(index), f"LABEL_{index}")) for index in range(len(names)))
         return () if all(name == f"LABEL_{index}" for index, name in enumerate(ordered)) else ordered

@@ -134,6 +134,10 @@ class Base:
                 return self._class_names(size)
         return ()
 
+    def with_class_names(self, names: tuple[str, ...]) -> "Base":
+        """Return the base with other names for the outputs of its own head."""
+        return replace(self, config={**self.config, "id2label": {str(at): name for at, name in enumerate(names)}})
+
     def _class_names(self, size: int) -> tuple[str, ...]:
         """Return the names of a head's outputs; transformers leaves out names that are LABEL_0, LABEL_1 ...
 

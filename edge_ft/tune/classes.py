@@ -16,8 +16,9 @@ from edge_ft.data import (
     class_numbers,
     count_classes,
     find_labels,
+    is_unnamed,
 )
-from edge_ft.errors import AuditRefused
+from edge_ft.errors import AuditRefused, UsageError
 from edge_ft.families import CLASSIFIERS
 from edge_ft.progress import Progress
 
@@ -35,6 +36,7 @@ def choose_classes(
     task: Task,
     model_labels: tuple[str, ...],
     progress: Progress,
+    named: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
     """Return the names of the classes in the order of the logits; none for a task without classes.
 
@@ -46,10 +48,14 @@ def choose_classes(
         task: Task of the model.
         model_labels: Classes of the model's own head; none if it has none.
         progress: Gets what becomes of the model's own head.
+        named: --class-names; of a head with as many outputs they are its names.
 
     Raises:
         AuditRefused: there is only one class.
+        UsageError: `named` are not the names of the rows' classes, or the task has none.
     """
+    if named and (task not in CLASSIFIERS or columns.problem_type == "regression"):
+        raise UsageError("--class-names is for classes and tags: leave it out")
     if columns.problem_type == "regression":
         return model_labels if len(model_labels) == 1 else find_labels((), columns)
     if task not in CLASSIFIERS:
@@ -60,7 +66,14 @@ def choose_classes(
         known = columns.places == len(model_labels)
     known = known and len(model_labels) > 1  # a head with one output gives a number
     labels = model_labels if known else found
-    if labels is model_labels and not set(found) & set(labels) and _is_unnamed(labels):
+    if named:
+        labels, known = named, len(named) == len(model_labels)
+        model_labels = named if known else model_labels
+        unknown = [name for name in found if not columns.places and class_index(name, named) is None]
+        if unknown or columns.places not in (0, len(named)):
+            what = f"{columns.places} classes" if columns.places else f"the class {unknown[0]!r}"
+            raise UsageError(f"the column {columns.label} has {what} and --class-names gives {_join(named)}")
+    if labels is model_labels and not set(found) & set(labels) and is_unnamed(labels):
         labels = class_numbers(labels)  # LABEL_0 is no name
     if len(labels) < 2:
         only = f"only the class {labels[0]!r}" if labels else "no class"
@@ -68,21 +81,13 @@ def choose_classes(
             f"the column {columns.label} holds {only} in all rows, and a classifier needs at least two "
             "(--allow one-class cannot change that): add rows of another class"
         )
-    if not model_labels:
-        return labels
-    if not known:
-        progress.say(f"a new head replaces the model's for {_join(model_labels)}")
-        return labels
-    progress.say(f"the model's own head is trained further, for {_join(model_labels)}")
+    if model_labels:
+        what = "the model's own head is trained further, for" if known else "a new head replaces the model's for"
+        progress.say(f"{what} {_join(model_labels)}")
     if not set(found) <= set(labels):
         pairs = zip(class_numbers(labels), labels, strict=True)
         progress.say(f"the rows name classes by number: {_join([f'{number} is {name}' for number, name in pairs])}")
     return labels
-
-
-def _is_unnamed(labels: Sequence[str]) -> bool:
-    """Return whether the names are those that transformers gives classes without a name."""
-    return all(name == f"LABEL_{index}" for index, name in enumerate(labels))
 
 
 def find_absent_classes(

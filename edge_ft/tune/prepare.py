@@ -173,6 +173,8 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     config, tokenizer = base.family.resolve(config), base.open_tokenizer()
     with clock_at((saved or {}).get("rendered_at")):
         prepared = prepare(config, base, tokenizer, progress)
+    if config.class_names and len(config.class_names) == len(base.labels(prepared.task)):
+        base = base.with_class_names(config.class_names)
     job = Job(config, base, tokenizer, prepared)
     refuse_other(saved, job.identity, str(config.out))
     return job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)
@@ -256,7 +258,7 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
     if columns.problem_type is not None and config.problem_type is None:
         written = f", as a 0 or 1 for each of {columns.places}" if columns.places else ""
         progress.say(f"{columns.label} holds {HOLDS[columns.problem_type]}{written} (--problem-type overrides)")
-    labels = choose_classes(rows, columns, task, model_labels, progress)
+    labels = choose_classes(rows, columns, task, model_labels, progress, config.class_names)
     limit = base.max_length
     longest = limit if config.max_length == "auto" else longest_sequence(config.max_length, limit)
     rendering = with_pooling(make_rendering(config, columns, task, tokenizer, longest, labels), base, config.pooling)

@@ -42,6 +42,7 @@ def begin(run: RunFolder, job: Job, model: TrainableModel) -> None:
             "path": str(base.path.resolve()),
             "model_type": base.family.name,
             "content_sha256": base.content_sha256,
+            "class_names": config.class_names,
             "format": config.base_format,
             "block_size": config.block_size,
             "calibration_rows": config.calibration_rows,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,22 +37,36 @@ def test_a_head_keeps_the_order_of_its_classes(tmp_path: Path, reviews: Path) ->
     torch.testing.assert_close(kept.classifier.weight, load_file(folder / "model.safetensors")["classifier.weight"])
 
 
-def test_a_head_keeps_its_names_for_rows_with_numbers(tmp_path: Path) -> None:
-    folder, names = write_headed(tmp_path / "model", ("praise", "blame")), {"0": "praise", "1": "blame"}
+@pytest.mark.parametrize(("own", "given"), [(("praise", "blame"), ()), (("LABEL_0", "LABEL_1"), ("praise", "blame"))])
+def test_a_head_keeps_its_names_for_rows_with_numbers(
+    own: tuple[str, ...], given: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder, names = write_headed(tmp_path / "model", own), {"0": "praise", "1": "blame"}
     lines = [{"text": f"the film was {'very ' * (n // 2)}{['good', 'bad'][n % 2]}", "label": n % 2} for n in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings = {"max_steps": 30, "learning_rate": 1e-2, "compute": "fp32", "calibration_rows": 0}
+    settings: dict[str, Any] = {"max_steps": 30, "learning_rate": 1e-2, "compute": "fp32", "class_names": given}
     run = tune(TuneConfig(model=str(folder), data=str(tmp_path / "rows.jsonl"), out=tmp_path / "run", **settings))
     assert run.rendering()["labels"] == ["praise", "blame"]
     assert {sample["reference"] for sample in run.report()["samples"]} <= {"praise", "blame"}
     bundle = export(str(run.path), ExportConfig(out=tmp_path / "b", max_tax=9, min_retained=-9, max_metric_drop=1))
     assert bundle.manifest["rendering"]["labels"] == ["praise", "blame"]
     assert json.loads((bundle.path / "config.json").read_text())["id2label"] == names
+    bases = run.report()["nll"]["base"], bundle.manifest["verification"]["nll"]["base"]
+    assert bases[0] == pytest.approx(bases[1], abs=1e-3), "the base is the model with its own head"
     opened = load(bundle)
     assert isinstance(opened, TextClassifier)
     (found,) = opened.classify(["the film was very good"])
     assert found.label == "praise"
     assert list(found.scores) == ["praise", "blame"]
+    if given:
+        plain = export(str(folder), ExportConfig(out=tmp_path / "plain", class_names=given, weights="fp32"))
+        ours = load(plain)
+        assert isinstance(ours, TextClassifier)
+        theirs = BertForSequenceClassification.from_pretrained(folder).eval()
+        ids = torch.tensor([ours.tokenizer.encode_framed("the film was good", 64).ids])
+        expected = theirs(ids).logits.softmax(-1)[0].tolist()
+        (said,) = ours.classify(["the film was good"])
+        assert said.scores == pytest.approx(dict(zip(given, expected, strict=True)), abs=1e-4)
     for source in (run.path, bundle.path):
         assert evaluate(str(source), EvalConfig(data=str(tmp_path / "rows.jsonl")))["rows"] == 20
 

@@ -8,9 +8,18 @@ import pytest
 from small_tokenizers import write_bpe
 
 from edge_ft.config import RowsConfig, TuneConfig
-from edge_ft.data import Columns, Rendering, Row, TextTokenizer, encode_rows, read_rows, trained_rendering
+from edge_ft.data import (
+    Columns,
+    Rendering,
+    Row,
+    TextTokenizer,
+    encode_rows,
+    plain_rendering,
+    read_rows,
+    trained_rendering,
+)
 from edge_ft.data.classes import class_index, list_of
-from edge_ft.errors import AuditRefused, DataError
+from edge_ft.errors import AuditRefused, DataError, UsageError
 from edge_ft.families import family_of
 from edge_ft.models.base_model import Base
 from edge_ft.tune.prepare import Prepared, prepare
@@ -342,3 +351,58 @@ def test_a_conll_file_with_other_columns_is_refused(tmp_path: Path, text: str, m
     file.write_text(text)
     with pytest.raises(DataError, match=message):
         read_rows(str(file))
+
+
+# --class-names.
+
+
+@pytest.mark.parametrize(
+    ("labels", "head", "said"),
+    [
+        ([[0, 1, 0], [1, 0, 0], [0, 1, 1]], (), "0 is joy, 1 is anger, 2 is fear"),
+        ([0, 1, 2], (), "0 is joy, 1 is anger, 2 is fear"),
+        (["fear", "joy", "anger"], (), ""),
+        (["fear", "joy", "anger"], ("LABEL_0", "LABEL_1", "LABEL_2"), "own head is trained further, for joy, anger"),
+        (["fear", "joy", "anger"], ("a", "b"), "a new head replaces the model's for a, b"),
+    ],
+)
+def test_classes_can_be_named(prepared: Any, labels: list[Any], head: tuple[str, ...], said: str) -> None:
+    found, text = prepared(labels * 6, head, class_names=("joy", "anger", "fear"))
+    assert found.rendering.labels == ("joy", "anger", "fear")
+    assert said in text
+
+
+@pytest.mark.parametrize(
+    ("labels", "config", "says"),
+    [
+        (["a", "b", "c"], {}, "has the class 'c' and --class-names gives a, b"),
+        ([[0, 1, 1], [1, 0, 0]], {}, "has 3 classes and --class-names gives a, b"),
+        ([0.5, 1.5, 2.5], {}, "--class-names is for classes and tags"),
+        (["a", "b"], {"class_names": ("a", "a")}, "two different names"),
+        (["a", "b"], {"class_names": ("a",)}, "two different names"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(prepared: Any, labels: list[Any], config: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        prepared(labels * 8, **{"class_names": ("a", "b"), **config})
+
+
+def test_a_name_may_hold_a_comma() -> None:
+    assert RowsConfig(class_names=("a,b",)).class_names == ("a", "b")
+    assert RowsConfig(class_names=("a, b", "c")).class_names == ("a, b", "c")
+
+
+def test_a_plain_head_is_given_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Base, "labels", lambda self, task: ("LABEL_0", "LABEL_1"))
+    tokenizer = TextTokenizer.load(write_bpe(tmp_path))
+    base = Base("m", tmp_path, family_of("bert"), "", {"max_position_embeddings": 256})
+    rows = [Row(1, {"text": "hello", "label": "yes"})]
+    named = plain_rendering(base, RowsConfig(class_names=("no", "yes")), rows, tokenizer, "text-classification")
+    assert encode_rows(named, tokenizer, rows)[0].labels == [1]
+    with pytest.raises(UsageError, match="--class-names gives 3 names, the head has 2 outputs"):
+        plain_rendering(base, RowsConfig(class_names=("a", "b", "c")), rows, tokenizer, "text-classification")
+    with pytest.raises(DataError, match="--class-names: this model's classes are a, b, leave it out"):
+        trained_rendering(rendering(("a", "b")), RowsConfig(class_names=("b", "a")), rows, tokenizer, 64)
+    bare = plain_rendering(base, RowsConfig(), rows, tokenizer, "text-classification")
+    with pytest.raises(DataError, match=r"'yes' is none of the classes.*give their names with --class-names"):
+        encode_rows(bare, tokenizer, rows)
