@@ -21,6 +21,7 @@ from edge_ft.data import (
     find_columns,
     find_labels,
     find_problem,
+    find_unused,
     fingerprint,
     is_unnamed,
     plain_rendering,
@@ -299,7 +300,10 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
     if labels and len(labels) == len(base.labels(task)) and not _head_size(base, task, adapter):
         base = base.with_class_names(labels)  # its own head stays, with these names
     rendering = plain_rendering(base, config, rows, tokenizer, task, labels)
-    examples = scorable(encode_rows(rendering, tokenizer, rows))
+    encoded = encode_rows(rendering, tokenizer, rows)
+    unused = find_unused(rows, rendering.columns, {example.row: example.unread for example in encoded})
+    notes = (*notes, *(f"{config.data}: {finding.message} [{finding.code}]" for finding in unused))
+    examples = scorable(encoded)
     rendering = replace(rendering, labels=labels)  # rows may name classes by number; the bundle names them by name
     if rows and not examples:
         raise DataError(f"{config.data}: no row has an answer to score")

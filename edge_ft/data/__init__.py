@@ -1,6 +1,6 @@
 """From rows to token ids and loss masks: the same in training and at run time, without torch."""
 
-from edge_ft.data.audit import CODES, Finding, audit, format_rows, preview, shorten, template_marks
+from edge_ft.data.audit import CODES, Finding, audit, find_unused, format_rows, preview, shorten, template_marks
 from edge_ft.data.batches import (
     IGNORED,
     Batch,
@@ -16,7 +16,16 @@ from edge_ft.data.chat import render_chat
 from edge_ft.data.class_audit import absent_class, count_classes
 from edge_ft.data.classes import class_index, class_numbers, is_unnamed
 from edge_ft.data.clock import clock_at, reads_clock
-from edge_ft.data.columns import Columns, bare_columns, find_columns, find_problem, guess_task
+from edge_ft.data.columns import (
+    Columns,
+    bare_columns,
+    chat_columns,
+    find_columns,
+    find_problem,
+    guess_task,
+    with_extras,
+)
+from edge_ft.data.conversations import Chat, Message
 from edge_ft.data.encoders import encode_words, split_words
 from edge_ft.data.encoding import (
     answer_ids,
@@ -26,9 +35,19 @@ from edge_ft.data.encoding import (
     encode_rows,
     find_answers,
     show_example,
+    unread_by,
 )
 from edge_ft.data.readers import Row, Rows, column_names, read_rows, split_names
-from edge_ft.data.records import Message, Record, answer_of, fill_text, find_labels, has_answer, is_empty, record
+from edge_ft.data.records import (
+    Record,
+    answer_of,
+    chat_record,
+    fill_text,
+    find_labels,
+    has_answer,
+    is_empty,
+    record,
+)
 from edge_ft.data.references import answer_tokens, untrained_references
 from edge_ft.data.rendering import (
     Rendering,
@@ -37,6 +56,7 @@ from edge_ft.data.rendering import (
     plain_rendering,
     trained_rendering,
     with_pooling,
+    writes_bos,
 )
 from edge_ft.data.special_ids import SpecialIds, stop_ids
 from edge_ft.data.split import fingerprint, overlap, split_rows
@@ -46,6 +66,7 @@ __all__ = [
     "CODES",
     "IGNORED",
     "Batch",
+    "Chat",
     "Columns",
     "Example",
     "Filled",
@@ -66,6 +87,8 @@ __all__ = [
     "audit",
     "bare_columns",
     "batch_tokens",
+    "chat_columns",
+    "chat_record",
     "class_index",
     "class_numbers",
     "clock_at",
@@ -83,6 +106,7 @@ __all__ = [
     "find_columns",
     "find_labels",
     "find_problem",
+    "find_unused",
     "fingerprint",
     "format_rows",
     "guess_task",
@@ -109,6 +133,9 @@ __all__ = [
     "template_marks",
     "train_batches",
     "trained_rendering",
+    "unread_by",
     "untrained_references",
+    "with_extras",
     "with_pooling",
+    "writes_bos",
 ]

@@ -3,17 +3,21 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from edge_ft.data.batches import Example
-from edge_ft.data.chat import exchange, render_chat
+from edge_ft.data.chat import render_chat
 from edge_ft.data.class_audit import find_odd_classes
+from edge_ft.data.columns import ANSWERS, Columns
+from edge_ft.data.conversations import Chat, exchange
+from edge_ft.data.readers import Row
 from edge_ft.data.records import Record
 from edge_ft.data.tokenizer import Filled, TextTokenizer
+from edge_ft.data.values import is_blank
 
-__all__ = ["CODES", "Finding", "audit", "format_rows", "preview", "shorten", "template_marks"]
+__all__ = ["CODES", "Finding", "audit", "find_unused", "format_rows", "preview", "shorten", "template_marks"]
 
 CODES = (
     "nothing-to-learn",
@@ -21,6 +25,7 @@ CODES = (
     "one-class",
     "many-classes",
     "truncated",
+    "unused",
     "unlabelled",
     "empty-row",
     "empty-prompt",
@@ -40,6 +45,8 @@ CODES = (
 )
 """Every code; the first four refuse the rows."""
 
+ANSWER_COLUMNS = {*ANSWERS, "label", "tags", "messages", "conversations"}
+"""Columns that rows for inference may have beside their prompt, as training rows do."""
 MAX_SHARE, MAX_RATIO = 0.9, 10
 """Classes are imbalanced when one has more than this share of the rows, or this many times the rows of another."""
 
@@ -118,6 +125,45 @@ def audit(
     ]
 
 
+def find_unused(
+    rows: Sequence[Row], columns: Columns, unread: Mapping[int, Sequence[str]], answers: bool = True
+) -> list[Finding]:
+    """Return the account of all that the rows say and that nothing reads: a finding for each set of rows.
+
+    Args:
+        rows: The rows of one file.
+        columns: The columns that are read.
+        unread: By the number of a row, the parts of it that were left out after its columns were read, see
+            `Example.unread`.
+        answers: Whether answers are read; else a column that holds them is not missed.
+
+    Returns:
+        Findings, each with the names of what is not used.
+    """
+    names = {name for row in rows for name in row.fields}
+    read = columns.read(names) | (set() if answers else ANSWER_COLUMNS)
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        unused = [name for name, value in row.fields.items() if name not in read and not is_blank(value)]
+        for what in (*(f"the column {name!r}" for name in unused), *unread.get(row.number, ())):
+            found.setdefault(what, []).append(row.number)
+    together: dict[tuple[int, ...], list[str]] = {}
+    for what, numbers in found.items():
+        together.setdefault(tuple(numbers), []).append(what)
+    first = {row.number: row for row in reversed(rows)}
+    return [
+        Finding(
+            "unused",
+            "warning",
+            list(numbers),
+            f"{len(numbers)} of {len(rows)} rows have {_enumerate(names)}, which the model does not read "
+            f"({format_rows(numbers)})",
+            shorten(json.dumps(first[numbers[0]].fields, ensure_ascii=False, default=str)),
+        )
+        for numbers, names in together.items()
+    ]
+
+
 def template_marks(template: str | None, tokenizer: TextTokenizer) -> tuple[str, ...]:
     """Return texts that only a chat template should write.
 
@@ -150,6 +196,14 @@ def format_rows(rows: Sequence[int]) -> str:
     return f"row{'s' if len(rows) > 1 else ''} {numbers}"
 
 
+def _enumerate(names: Sequence[str]) -> str:
+    """Return `the columns 'a', 'b' and tools` of names of columns and other parts."""
+    columns = [name.removeprefix("the column ") for name in names if name.startswith("the column ")]
+    others = [name for name in names if not name.startswith("the column ")]
+    words = [*([f"the column{'s' if len(columns) > 1 else ''} " + ", ".join(columns)] if columns else []), *others]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" and {words[-1]}"
+
+
 def _find_lost_tokens(rows: _Rows, max_length: int) -> list[Finding]:
     untrained = rows.where(lambda _, example: not example.targets)
     cut = [example for example in rows.examples if example.cut]
@@ -174,7 +228,9 @@ def _find_empty_texts(rows: _Rows) -> list[Finding]:
         *rows.finding(
             "empty-completion",
             # Labels are floats for several classes, of which a row may have none, and for numbers.
-            rows.where(lambda _, example: not example.reference and not isinstance(example.labels[0], float)),
+            rows.where(
+                lambda record, example: not isinstance(example.labels[0], float) and _has_empty_answer(record, example)
+            ),
             "have an empty answer",
         ),
         *rows.finding(
@@ -190,8 +246,13 @@ def _find_repeated_rows(rows: _Rows) -> list[Finding]:
     answers_of: dict[str, set[str]] = {}
     repeated, contradicting = [], []
     for record in rows.records:
-        prompt = json.dumps(record.messages[:-1]) if record.messages else record.prompt + (record.pair or "")
-        answer = record.label if record.label is not None else record.completion or ""
+        if record.messages is not None:
+            chat = record.chat or Chat(record.messages)
+            last = chat.answers[-1] if chat.answers else len(chat.messages) - 1
+            prompt, answer = json.dumps([chat.messages[:last], chat.tools]), json.dumps(chat.messages[last])
+        else:
+            prompt = record.prompt + (record.pair or "")
+            answer = record.label if record.label is not None else record.completion or ""
         answers = answers_of.setdefault(prompt, set())
         if answer in answers:
             repeated.append(record.row)
@@ -264,6 +325,15 @@ def _values(record: Record) -> list[str]:
         if text is not None
         for value in (text.parts[1::2] if isinstance(text, Filled) else [text])
     ]
+
+
+def _has_empty_answer(record: Record, example: Example) -> bool:
+    """Return whether a row teaches the model to end an answer at once, in any of its turns."""
+    if record.messages is None:
+        return not example.reference
+    chat = record.chat or Chat(record.messages)
+    turns = [record.messages[at] for at in chat.answers]
+    return any(not turn["content"].strip() and turn.keys() <= {"role", "content"} for turn in turns)
 
 
 def _has_empty_prompt(record: Record) -> bool:

@@ -53,6 +53,8 @@ class Example:
     """The answer is a sequence of its own (text2text-generation)."""
     pair_ids: list[int] = field(default_factory=list)
     """Tokens of the second text (feature-extraction)."""
+    unread: tuple[str, ...] = ()
+    """What the row says and the model does not read: keys of messages, tools, messages of a role."""
 
     @property
     def shared_positions(self) -> int:

@@ -1,10 +1,11 @@
 """Which columns of the rows hold the prompt, the answer, the class or the chat.
 
-They are named by text templates: `{column}` stands for a column's value, `{{` and `}}` are braces.
+They are named by text templates: `{column}` stands for a column's value, `{column.key.0}` for a text inside it, and
+`{{` and `}}` are braces.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,18 +13,21 @@ from edge_ft.config import ProblemType, RowsConfig, Task, unescape
 from edge_ft.data.classes import count_places, guess_problem
 from edge_ft.data.readers import Row
 from edge_ft.data.tokenizer import Filled
+from edge_ft.data.values import column_of
 from edge_ft.errors import DataError, did_you_mean
 from edge_ft.families import Kind
 
 __all__ = [
     "Columns",
     "bare_columns",
+    "chat_columns",
     "columns_in",
     "fill_template",
     "find_columns",
     "find_problem",
     "guess_task",
     "match_template",
+    "with_extras",
 ]
 
 Form = Literal["messages", "prompt_completion", "instruction", "text", "text_label", "template", "tokens", "pair"]
@@ -36,6 +40,10 @@ CONTRASTIVE_PAIRS = (
 """Names of two columns that hold a text and the text that should be retrieved for it."""
 WORDS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "pos_tags")
 """Names of the columns that hold a list of words and one tag per word."""
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Names of the column that holds a conversation as a list of turns."""
+ANSWERS = ("summary", "highlights", "answer", "answers", "response", "output", "completion", "target")
+"""Names of columns that are an answer to the text beside them."""
 # A template's parts: a doubled brace, a column in braces, a brace that belongs to neither.
 _PART = re.compile(r"(\{\{|\}\}|\{[^{}]*\}|[{}])")
 
@@ -57,15 +65,32 @@ class Columns:
     """What the label column holds (text-classification)."""
     places: int = 0
     """Length of labels that are written as a 0 or 1 for every class; 0: labels name classes."""
+    messages: str = "messages"
+    """Column of the turns (kind messages)."""
+    system: str | None = None
+    """Column of the system message, of rows that become chats."""
+    history: str | None = None
+    """Column of earlier pairs of a prompt and its answer, of rows that become chats."""
+    tools: str | None = None
+    """Column of the functions that the assistant may call, of rows that become chats."""
 
     def fits(self, names: Sequence[str], answer: bool = True) -> bool:
-        """Return whether rows with the columns `names` have every column that `record` reads."""
-        if self.kind == "messages":
-            return "messages" in names
-        if self.prompt is None and not answer:
+        """Return whether rows with the columns `names` have every column that `record` needs."""
+        if self.prompt is None and not answer and self.kind != "messages":
             return False  # rows of only a text have no prompt
-        answers = columns_in(self.completion) | ({self.label} if self.label else set())
-        return columns_in(self.prompt) | columns_in(self.pair) | (answers if answer else set()) <= set(names)
+        return self.needed(names, answer) <= set(names)
+
+    def needed(self, names: Collection[str], answer: bool = True) -> set[str]:
+        """Return the columns of `names` that every row needs, with or without those of its answer."""
+        if self.kind == "messages":
+            return {self.messages}
+        templates = columns_in(self.prompt) | columns_in(self.pair) | (columns_in(self.completion) if answer else set())
+        return {column_of(name, names) for name in templates} | ({self.label} if self.label and answer else set())
+
+    def read(self, names: Collection[str]) -> set[str]:
+        """Return the columns of `names` that `record` reads where a row has them."""
+        extra = {self.system, self.history, self.tools} - {None}
+        return self.needed(names) | {str(name) for name in extra} | ({"input"} if self.kind == "instruction" else set())
 
 
 TEXT_COLUMNS = {
@@ -149,13 +174,13 @@ def find_columns(names: Sequence[str], config: RowsConfig, task: Task) -> Column
         return Columns("template", prompt or _text_template(names, ""))
     if prompt is not None:
         return Columns("template", prompt, completion)
-    found = next((columns for needed, columns in TEXT_COLUMNS.items() if set(needed) <= set(names)), None)
-    if found is None:
-        raise DataError(
-            f"the columns are {', '.join(names)}: name yours with --prompt and --completion, "
-            "or call them messages, prompt and completion, instruction and output, or text"
-        )
-    return found
+    return _text_columns(names, task)
+
+
+def chat_columns(names: Sequence[str]) -> Columns | None:
+    """Return the columns of conversations that are lists of turns, by their names; None where there are none."""
+    turns = _first(CONVERSATIONS, names)
+    return None if turns is None else with_extras(Columns("messages", messages=turns), names)
 
 
 def find_problem(rows: Sequence[Row], columns: Columns, requested: ProblemType | None) -> Columns:
@@ -204,7 +229,8 @@ def _check_template(template: str | None, flag: str, names: Sequence[str]) -> No
     for part in _PART.findall(template or ""):
         if part in ("{", "}"):
             raise DataError(f"{flag} has a lone {part}: write {{{{ and }}}} for braces that are text")
-        if part not in ("{{", "}}") and part[1:-1] not in names:
+        inside = re.fullmatch(r"[^.]+(\.[^\W_]\w*)+", part[1:-1]) and column_of(part[1:-1], names) in names
+        if part not in ("{{", "}}") and part[1:-1] not in names and not inside:
             raise DataError(
                 f"{flag} names no column with {part}{did_you_mean(part[1:-1], list(names))}: "
                 f"the columns are {', '.join(names)}; write {{{{ and }}}} for braces that are text"
@@ -225,6 +251,44 @@ def _split(template: str) -> list[str]:
         else:
             parts[-1] += part[0] if index % 2 else part
     return parts
+
+
+def with_extras(columns: Columns, names: Sequence[str]) -> Columns:
+    """Return the columns of a chat, or of a prompt, with those of `names` that belong to a conversation."""
+    history = "history" if columns.kind != "messages" and "history" in names else None
+    tools = "tools" if "tools" in names else None
+    return replace(columns, system=_first(("system", "system_prompt"), names), history=history, tools=tools)
+
+
+def _text_columns(names: Sequence[str], task: Task) -> Columns:
+    """Return the columns that a model learns to write from, by their names.
+
+    Raises:
+        DataError: no set of columns is known, or it is not clear which is to be learned.
+    """
+    if task == "text-generation" and (chat := chat_columns(names)):
+        return chat
+    found = next((columns for needed, columns in TEXT_COLUMNS.items() if set(needed) <= set(names)), None)
+    if found is None and {"chosen", "rejected"} <= set(names):
+        prompt = '--prompt "{prompt}"' if "prompt" in names else "--prompt with the column of the prompt,"
+        raise DataError(
+            "these rows are preferences (chosen, rejected), and a model is trained on one answer for each prompt: to "
+            f'train on the chosen ones give {prompt} --completion "{{chosen}}", or, where they are lists of messages, '
+            "call their column messages and remove the others"
+        )
+    if found is None:
+        raise DataError(
+            f"the columns are {', '.join(names)}: name yours with --prompt and --completion, "
+            "or call them messages, conversations, prompt and completion, instruction and output, or text"
+        )
+    if found.kind == "text" and (answer := _first(ANSWERS, names)):
+        raise DataError(
+            f"the columns are {', '.join(names)}: to learn the {answer} of each text give "
+            f'--prompt "{{text}}" --completion "{{{answer}}}"; to learn the text alone give '
+            '--prompt "" --completion "{text}"'
+        )
+    extendable = task == "text-generation" and found.kind in ("prompt_completion", "instruction")
+    return with_extras(found, names) if extendable else found
 
 
 def _label_column(names: Sequence[str], config: RowsConfig) -> str:

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edge_ft.data.batches import IGNORED, Example
-from edge_ft.data.chat import encode_chat, exchange, render_chat
-from edge_ft.data.clock import clock_at
+from edge_ft.data.chat import encode_chat, render_chat, unread_parts
+from edge_ft.data.clock import clock_at, now
+from edge_ft.data.conversations import Chat, Message, exchange
 from edge_ft.data.encoders import ENCODERS
 from edge_ft.data.readers import Row
-from edge_ft.data.records import Message, Record, answer_of, fill_answer, record
+from edge_ft.data.records import Record, answer_of, fill_answer, record
 from edge_ft.data.rendering import Rendering
 from edge_ft.data.tokenizer import TextTokenizer
 from edge_ft.errors import DataError
@@ -34,28 +35,39 @@ __all__ = [
     "encode_rows",
     "find_answers",
     "show_example",
+    "unread_by",
 ]
 
 MAX_ANSWERS, MAX_TOKENS, MIN_ROWS = 64, 16, 4
 """Most different answers, longest answer in tokens, and fewest rows per answer on average."""
 
 
-def encode_prompt(rendering: Rendering, tokenizer: TextTokenizer, prompt: str | Sequence[Message]) -> list[int]:
+def encode_prompt(rendering: Rendering, tokenizer: TextTokenizer, prompt: str | Sequence[Message] | Chat) -> list[int]:
     """Return the ids before the answer: [BOS] + prompt, or the chat and the template's generation prompt.
 
-    With a chat template a text becomes the user's message.
+    With a chat template a text becomes the user's message. Messages are as `read_turns` returns them.
 
     Raises:
         DataError: messages were given and there is no chat template, or the template refuses them.
     """
     if rendering.chat_template is not None:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return tokenizer.encode_template(render_chat(rendering.chat_template, messages, True, tokenizer))
+        chat = _readable(rendering, _as_chat(prompt))
+        return tokenizer.encode_template(render_chat(rendering.chat_template, chat, True, tokenizer))
     if not isinstance(prompt, str):
         raise DataError("this model was not trained with a chat template: give a text instead of messages")
     if rendering.task == "text2text-generation":
         return tokenizer.encode_framed(prompt, sys.maxsize).ids
     return [*([] if rendering.bos is None else [rendering.bos]), *tokenizer.encode(prompt)]
+
+
+def unread_by(
+    rendering: Rendering, tokenizer: TextTokenizer, prompt: str | Sequence[Message] | Chat
+) -> tuple[str, ...]:
+    """Return what a prompt says and `encode_prompt` leaves out; nothing of a text."""
+    if isinstance(prompt, str) or rendering.chat_template is None:
+        return ()
+    with clock_at(now().isoformat()):  # texts of two moments would differ
+        return unread_parts(rendering.chat_template, _readable(rendering, _as_chat(prompt)), tokenizer)
 
 
 def encode_example(rendering: Rendering, tokenizer: TextTokenizer, record: Record) -> Example:
@@ -70,6 +82,8 @@ def encode_example(rendering: Rendering, tokenizer: TextTokenizer, record: Recor
     if completion is None:
         raise DataError(f"row {record.row} has no answer to learn: give --completion, or a chat with an assistant turn")
     try:
+        if rendering.task == "text2text-generation" and record.messages is not None:
+            raise DataError("a chat is for decoders, and an encoder-decoder reads a prompt: write it as one text")
         if rendering.appended_eos is not None and rendering.task == "text2text-generation":
             limit, eos = rendering.max_length, rendering.appended_eos
             return encode_pair(tokenizer, record.row, record.prompt, completion, eos, limit)
@@ -175,17 +189,25 @@ def show_example(example: Example, rendering: Rendering, tokenizer: TextTokenize
 
 def _encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record, completion: str) -> Example:
     """Return a row of a decoder: a prompt with its completion, or a chat."""
-    unlearned_turns = 0
+    unlearned_turns, unread = 0, tuple[str, ...]()
+    if rendering.chat_template is None and record.messages is not None:
+        raise DataError(
+            "a chat, a system message or a history needs a chat template and there is none: give one with "
+            "--chat-template FILE, or name columns of texts with --prompt and --completion"
+        )
     if rendering.chat_template is None:
         prompt = encode_prompt(rendering, tokenizer, record.prompt)
         ids = prompt + tokenizer.encode(completion)
         spans = [(len(prompt), len(ids))]
         reference = tokenizer.without_controls(completion)
     else:
-        messages = record.messages or exchange(record.prompt, completion)
-        ids, spans, unlearned_turns = encode_chat(rendering.chat_template, messages, tokenizer)
-        reference = completion
-    if rendering.appended_eos is not None:
+        chat = record.chat or Chat(record.messages or exchange(record.prompt, completion))
+        encoded = encode_chat(rendering.chat_template, _readable(rendering, chat), tokenizer)
+        ids, spans, unlearned_turns, unread = encoded.ids, encoded.spans, encoded.unlearned, encoded.unread
+        # An answer with calls or reasoning is what the template writes of it.
+        written = tokenizer.decode(ids[slice(*spans[-1])]) if spans else completion
+        reference = written if encoded.reference is None else encoded.reference
+    if rendering.appended_eos is not None and spans:
         ids = [*ids, rendering.appended_eos]
         spans[-1] = (spans[-1][0], len(ids))
     labels = [IGNORED] * len(ids)
@@ -197,9 +219,26 @@ def _encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record,
         record.row,
         ids[:limit],
         labels[:limit],
-        min(spans[-1][0], limit),
+        min(spans[-1][0] if spans else len(ids), limit),
         reference,
         max(len(ids) - limit, 0),
         unlearned_turns,
         sum(label != IGNORED for label in labels[limit:]),
+        unread=unread,
     )
+
+
+def _as_chat(prompt: str | Sequence[Message] | Chat) -> Chat:
+    if isinstance(prompt, Chat):
+        return prompt
+    return Chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt))
+
+
+def _readable(rendering: Rendering, chat: Chat) -> Chat:
+    """Return what a rendering reads of a chat: for one of an earlier version, the texts alone."""
+    if rendering.reads_tools:
+        return chat
+    further = dict.fromkeys(key for turn in chat.messages for key in turn if key not in ("role", "content"))
+    unread = (*chat.unread, *further, *(() if chat.tools is None else ("tools",)))
+    texts = [{"role": turn["role"], "content": turn["content"]} for turn in chat.messages]
+    return Chat(texts, None, chat.context, unread)

@@ -1,19 +1,26 @@
 """A row as the model reads it: the texts, the chat, the class or the tags that its columns hold."""
 
-import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edge_ft.data.classes import list_of, read_classes, whole_number
 from edge_ft.data.columns import Columns, columns_in, fill_template, match_template
+from edge_ft.data.conversations import (
+    Chat,
+    Message,
+    find_turns,
+    has_answer_turn,
+    read_history,
+    read_tools,
+    read_turns,
+)
 from edge_ft.data.readers import Row
 from edge_ft.data.tokenizer import Filled
+from edge_ft.data.values import as_text, find_value, is_blank, is_missing
 from edge_ft.errors import DataError
 
 __all__ = [
-    "Message",
     "Record",
     "answer_of",
     "fill_answer",
@@ -24,9 +31,8 @@ __all__ = [
     "record",
 ]
 
-Message = dict[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": text}`."""
-ROLES = ("system", "user", "assistant")
+TEXT_KEYS = {"role", "content"}
+"""Keys of a message that holds only a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,8 @@ class Record:
     """The words to tag (token-classification)."""
     classes: tuple[str, ...] = ()
     """The class, the classes, the number as text, or one tag per word."""
+    chat: Chat | None = None
+    """The conversation; its messages are `messages`."""
 
 
 def record(row: Row, columns: Columns, answer: bool = True) -> Record:
@@ -62,18 +70,11 @@ def record(row: Row, columns: Columns, answer: bool = True) -> Record:
     Raises:
         DataError: a value is missing, null or of the wrong kind; the message names the row.
     """
-    if columns.kind == "messages":
-        messages = _messages(row)
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        return Record(row.number, messages, "", answers[-1] if answers else None, None)
+    if (chat := _chat(row, columns, answer)) is not None:
+        return chat_record(row.number, chat)
     if columns.kind == "tokens":
         return _tagged_words(row, columns, answer)
-    prompt = "" if columns.prompt is None else _fill(columns.prompt, row)
-    if columns.kind == "instruction" and row.fields.get("input") not in (None, ""):
-        prompt += "\n\n" + _text("input", row)
-    completion = label = None
-    if columns.completion is not None and (answer or columns_in(columns.completion) <= row.fields.keys()):
-        completion = _fill(columns.completion, row)
+    prompt, completion, label = _prompt(row, columns), _completion(row, columns, answer), None
     pair = None if columns.pair is None else _fill(columns.pair, row)
     classes: tuple[str, ...] = ()
     if columns.label is not None and (answer or columns.label in row.fields):
@@ -83,22 +84,26 @@ def record(row: Row, columns: Columns, answer: bool = True) -> Record:
     return Record(row.number, None, prompt, completion, label, pair, (), classes)
 
 
+def chat_record(number: int, chat: Chat) -> Record:
+    """Return the record of a conversation; its completion is the last answer that is learned."""
+    completion = chat.messages[chat.answers[-1]]["content"] if chat.answers else None
+    return Record(number, chat.messages, "", completion, None, chat=chat)
+
+
 def has_answer(row: Row, columns: Columns) -> bool:
     """Return whether the row has something to learn: an assistant turn, or a value in the answer or label columns."""
     if columns.kind == "messages":
-        messages = row.fields.get("messages")
-        return not isinstance(messages, list) or any(
-            not isinstance(message, dict) or message.get("role") == "assistant" for message in messages
-        )  # `record` refuses values that are not a chat, with a better message
+        return has_answer_turn(row.fields.get(columns.messages))
     if columns.label is not None:
         value = row.fields.get(columns.label)
-        return not _is_null(value) and str(value).strip() != ""
-    return not any(_is_null(row.fields.get(name)) for name in columns_in(columns.completion))
+        return not is_missing(value) and str(value).strip() != ""
+    answers = [find_value(row.fields, name) for name in columns_in(columns.completion)]
+    return not any(is_missing(value) or value == [] for value in answers)
 
 
 def is_empty(row: Row) -> bool:
     """Return whether all fields of the row are null, blank or empty."""
-    return all(_is_null(value) or value in ([], {}) or str(value).strip() == "" for value in row.fields.values())
+    return all(map(is_blank, row.fields.values()))
 
 
 def fill_text(columns: Columns, text: str) -> str:
@@ -117,8 +122,12 @@ def answer_of(row: Row, columns: Columns) -> str | None:
     names = columns_in(columns.completion)
     if len(names) == 1:
         (name,) = names
-        return None if _is_null(row.fields.get(name)) else _text(name, row)
-    return record(row, columns, answer=False).completion
+        value = find_value(row.fields, name)
+        return None if is_missing(value) or find_turns(value) is not None else _text(name, row)
+    read = record(row, columns, answer=False)
+    # A call is no text that a model could choose.
+    plain = read.chat is None or not read.chat.answers or read.chat.messages[read.chat.answers[-1]].keys() <= TEXT_KEYS
+    return read.completion if plain else None
 
 
 def fill_answer(columns: Columns, answer: str) -> str:
@@ -169,13 +178,83 @@ def _names(name: str, row: Row) -> tuple[str, ...]:
     return tuple(map(str, items))
 
 
+def _chat(row: Row, columns: Columns, answer: bool) -> Chat | None:
+    """Return the conversation of a row; None where its columns hold plain texts and nothing beside them.
+
+    Raises:
+        DataError: a turn with an unknown role, or a value that is not a text; the message names the row.
+    """
+    where = f"row {row.number}: "
+    value_of = row.fields.get
+    if columns.kind == "messages":
+        messages, context = read_turns(value_of(columns.messages), where + columns.messages)
+    elif columns.kind in ("prompt_completion", "instruction"):
+        first, last = (_only_column(template) for template in (columns.prompt, columns.completion))
+        asked, answered = find_turns(value_of(first or "")), find_turns(value_of(last or ""))
+        history = read_history(value_of(columns.history or ""), f"{where}column {columns.history!r}")
+        extras = not all(is_blank(value_of(name or "")) for name in (columns.system, columns.tools))
+        if asked is None and answered is None and not history and not extras:
+            return None
+        if asked is None:
+            messages, context = [*history, {"role": "user", "content": _prompt(row, columns)}], []
+        else:
+            messages, _ = read_turns(asked, f"{where}column {first!r}")
+            messages, context = [*history, *messages], list(range(len(history), len(history) + len(messages)))
+        if answered is None:
+            completion = _completion(row, columns, answer)
+            messages += [] if completion is None else [{"role": "assistant", "content": completion}]
+        elif answered:
+            turns, silent = read_turns(answered, f"{where}column {last!r}")
+            context += [len(messages) + at for at in silent]
+            messages += turns
+    else:
+        return None
+    return _with_extras(row, columns, Chat(messages, None, tuple(context)))
+
+
+def _with_extras(row: Row, columns: Columns, chat: Chat) -> Chat:
+    """Return the conversation with the system message and the tools that columns of their own hold."""
+    tools = read_tools(row.fields.get(columns.tools or ""), f"row {row.number}: column {columns.tools!r}")
+    system = row.fields.get(columns.system or "")
+    if is_blank(system):
+        return Chat(chat.messages, tools, chat.context)
+    text = as_text(system, f"row {row.number}: column {columns.system!r}")
+    if chat.messages[0]["role"] != "system":
+        first: Message = {"role": "system", "content": text}
+        return Chat([first, *chat.messages], tools, tuple(at + 1 for at in chat.context))
+    other = chat.messages[0]["content"] != text
+    return Chat(chat.messages, tools, chat.context, (f"the column {columns.system!r}",) if other else ())
+
+
+def _only_column(template: str | None) -> str | None:
+    """Return the column of a template that is nothing but one column."""
+    names = columns_in(template)
+    return next(iter(names)) if len(names) == 1 else None
+
+
+def _prompt(row: Row, columns: Columns) -> str:
+    prompt = "" if columns.prompt is None else _fill(columns.prompt, row)
+    if columns.kind == "instruction" and row.fields.get("input") not in (None, ""):
+        prompt += "\n\n" + _text("input", row)
+    return prompt
+
+
+def _completion(row: Row, columns: Columns, answer: bool) -> str | None:
+    """Return the answer; None for a row without one, unless `answer` requires it."""
+    if columns.completion is None:
+        return None
+    fields, names = row.fields, columns_in(columns.completion)
+    known = all(name in fields or find_value(fields, name) is not None for name in names)
+    return _fill(columns.completion, row) if answer or known else None
+
+
 def _fill(template: str, row: Row) -> Filled:
     return fill_template(template, lambda name: _text(name, row))
 
 
 def _value(name: str, row: Row) -> Any:
-    value = row.fields.get(name)
-    if _is_null(value):
+    value = find_value(row.fields, name)
+    if is_missing(value):
         raise DataError(
             f"row {row.number}: column {name!r} is {'null' if name in row.fields else 'missing'}: "
             "fill it in or remove the row"
@@ -184,23 +263,4 @@ def _value(name: str, row: Row) -> Any:
 
 
 def _text(name: str, row: Row) -> str:
-    """Return the value of a column as text: numbers and booleans as Python writes them, lists and objects as JSON."""
-    value = _value(name, row)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
-
-
-def _is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))  # tables store null as NaN
-
-
-def _messages(row: Row) -> list[Message]:
-    where = f"row {row.number}: messages"
-    value: Any = row.fields.get("messages")
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where} must be a list of at least one {{role, content}} object")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise DataError(f"{where} holds {json.dumps(message)[:60]}: role and content must both be text")
-        if message.get("role") not in ROLES:
-            raise DataError(f"{where} has the role {message.get('role')!r}: it must be one of {', '.join(ROLES)}")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return as_text(_value(name, row), f"row {row.number}: column {name!r}")

@@ -9,7 +9,7 @@ from edge_ft.config import TEXT_TASKS, Minimum, Pooling, ProblemType, RowsConfig
 from edge_ft.data.chat import end_of_turn
 from edge_ft.data.classes import count_places
 from edge_ft.data.clock import clock_at, now, reads_clock
-from edge_ft.data.columns import Columns, bare_columns, find_columns, find_problem, guess_task
+from edge_ft.data.columns import Columns, bare_columns, fill_template, find_columns, find_problem, guess_task
 from edge_ft.data.readers import Row, column_names
 from edge_ft.data.records import has_answer
 from edge_ft.data.tokenizer import TextTokenizer
@@ -17,7 +17,15 @@ from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.families import CLASSIFIERS, Family
 from edge_ft.utf8 import read_utf8
 
-__all__ = ["Rendering", "longest_sequence", "make_rendering", "plain_rendering", "trained_rendering", "with_pooling"]
+__all__ = [
+    "Rendering",
+    "longest_sequence",
+    "make_rendering",
+    "plain_rendering",
+    "trained_rendering",
+    "with_pooling",
+    "writes_bos",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class Rendering:
     rendered_at: str | None = None
     """Local time (ISO 8601) that a chat template with a clock prints in rows; None: it has none, or was not recorded
     by an earlier version, and prints today's."""
+    reads_tools: bool = False
+    """Whether the chat template gets tools, calls and reasoning; models of earlier versions were trained without."""
 
     @property
     def problem_type(self) -> ProblemType | None:
@@ -139,7 +149,10 @@ def make_rendering(
     else:
         template = _chat_template(config.chat_template, columns, tokenizer)
         if template is not None and end_of_turn(template, tokenizer) is not None:
-            return Rendering(task, template, columns, labels, max_length, None, None, rendered_at=_time_of(template))
+            time = _time_of(template)
+            return Rendering(
+                task, template, columns, labels, max_length, None, None, rendered_at=time, reads_tools=True
+            )
         if template is None and columns.kind == "messages":
             raise DataError(
                 "rows of messages need a chat template and there is none: give one with --chat-template FILE"
@@ -149,8 +162,26 @@ def make_rendering(
             "the tokenizer names no eos_token, without which a model cannot learn to stop: choose one that does"
         )
     bos = tokenizer.bos_id if template is None and task == "text-generation" else None
-    rendered_at = _time_of(template)
-    return Rendering(task, template, columns, labels, max_length, bos, tokenizer.eos_id, rendered_at=rendered_at)
+    if bos is not None and writes_bos(columns, tokenizer):
+        bos = None
+    return Rendering(
+        task,
+        template,
+        columns,
+        labels,
+        max_length,
+        bos,
+        tokenizer.eos_id,
+        rendered_at=_time_of(template),
+        reads_tools=template is not None,
+    )
+
+
+def writes_bos(columns: Columns, tokenizer: TextTokenizer) -> bool:
+    """Return whether the text of --prompt itself begins with the token that the tokenizer puts before a text."""
+    if columns.prompt is None or tokenizer.bos_id is None:
+        return False
+    return tokenizer.encode(fill_template(columns.prompt, lambda _: "x"))[:1] == [tokenizer.bos_id]
 
 
 def with_pooling(rendering: Rendering, model: ModelFiles, requested: Pooling | None) -> Rendering:

@@ -8,7 +8,7 @@ from typing import Any
 
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.config import TEXT_TASKS, EvalConfig
-from edge_ft.data import Row, Rows, encode_rows, longest_sequence, read_rows
+from edge_ft.data import Row, Rows, encode_rows, find_unused, longest_sequence, read_rows
 from edge_ft.errors import UsageError
 from edge_ft.evaluate.few_shot import encode_few_shot
 from edge_ft.evaluate.findings import Scored, answer_findings, row_findings, score_findings
@@ -65,7 +65,8 @@ def evaluate_loaded(
     Returns:
         `task`; the number of scored `rows`, of `dropped` and `cut` ones, and of `cut_tokens`; `nll` (nats per target
         token), `perplexity` and their intervals; `metrics` ({name: {value, low, high}}, 95% intervals over rows, see
-        `summary` and `answer_metrics`); the `findings` (see `score_findings`); the number of `shots`; `seconds`.
+        `summary` and `answer_metrics`); the `findings` (see `find_unused` and `score_findings`); the number of `shots`;
+        `seconds`.
 
     Raises:
         AuditRefused: no row has an answer to score.
@@ -79,12 +80,14 @@ def evaluate_loaded(
         examples = encode_few_shot(rendering, tokenizer, rows, shots)
     else:
         examples = encode_rows(rendering, tokenizer, rows)
+    unused = find_unused(rows, rendering.columns, {example.row: example.unread for example in examples})
     examples, counts = drop_unscorable(examples, config.data, rendering.max_length, progress)
     scores = score(
         opened.scorer, examples, Batching(rendering.task, tokenizer.pad_id, config.batch_size), progress, "score"
     )
     result = summary(scores, examples, rendering.task, rendering.labels)
     findings = [
+        *(finding.plain(file=config.data) for finding in unused),
         *row_findings(examples, rendering, tokenizer, config.data),
         *score_findings(Scored("scored", "model", examples, result["metrics"], scores), rendering),
     ]

@@ -2,7 +2,19 @@
 
 from collections.abc import Sequence
 
-from edge_ft.data import Example, Filled, Message, Record, Rendering, Row, TextTokenizer, encode_example, record
+from edge_ft.data import (
+    Chat,
+    Example,
+    Filled,
+    Message,
+    Record,
+    Rendering,
+    Row,
+    TextTokenizer,
+    chat_record,
+    encode_example,
+    record,
+)
 from edge_ft.errors import UsageError
 
 __all__ = ["encode_few_shot"]
@@ -40,7 +52,7 @@ def encode_few_shot(
             system = [turn for turn in [*own, *before] if turn["role"] == "system"][:1]
             solved_turns = [turn for turn in before if turn["role"] != "system"]
             turns = [*system, *solved_turns, *(turn for turn in own if turn not in system)]
-            combined = Record(row.number, turns, "", question.completion, None)
+            combined = chat_record(row.number, Chat(turns, None if question.chat is None else question.chat.tools))
         elif question.messages is None:
             # `concat` keeps control tokens of the template as control tokens.
             texts = [text for shot in solved for text in (shot.prompt, shot.completion or "", Filled(["\n\n"]))]

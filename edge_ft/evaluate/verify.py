@@ -18,6 +18,7 @@ from edge_ft.data import (
     bare_columns,
     encode_pair,
     encode_rows,
+    find_unused,
     fingerprint,
     read_rows,
     reads_clock,
@@ -91,7 +92,8 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
 
     Returns:
         `bundle`, `files`, `probe_difference` (by accuracy level, nats per token), and with rows `same_rows`,
-        `rows`, `dropped`, `cut`, `cut_tokens` (see `drop_unscorable`), `nll`, `perplexity`, `metrics`.
+        `rows`, `dropped`, `cut`, `cut_tokens` (see `drop_unscorable`), `findings` (what the rows say and the model does
+        not read), `nll`, `perplexity`, `metrics`.
 
     Raises:
         BundleError: the bundle cannot be opened.
@@ -163,11 +165,19 @@ def _verify_rows(graphs: _Graphs, data: str, config: VerifyConfig) -> tuple[dict
             f"{graphs.bundle.path}: its chat template prints today's date, and this bundle of an earlier version does "
             "not say which one its scores are of: the rows are scored and not compared; export it again to compare them"
         )
-    encoded = encode_rows(rendering, graphs.tokenizer, rows[:VERIFY_ROWS] if same else rows)
+    encoded = encode_rows(rendering, graphs.tokenizer, rows := rows[:VERIFY_ROWS] if same else rows)
+    findings = find_unused(rows, rendering.columns, {example.row: example.unread for example in encoded})
+    for finding in findings:
+        graphs.progress.say(f"{data}: {finding.message} [{finding.code}]")
     examples, counts = drop_unscorable(encoded, data, rendering.max_length, graphs.progress)
     level = graphs.levels[0]  # the most exact: level 4 differs too much between machines to compare with
     scores = graphs.score(level, examples, "rows")
-    result = {"same_rows": same, **counts, **summary(scores, examples, rendering.task, rendering.labels)}
+    result = {
+        "same_rows": same,
+        **counts,
+        "findings": [finding.plain(file=data) for finding in findings],
+        **summary(scores, examples, rendering.task, rendering.labels),
+    }
     if same:
         return result, _differences_from_export(graphs, level, scores)
     if manifest["lane"] != "adapter":

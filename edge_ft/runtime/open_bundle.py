@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from edge_ft.artifacts import Bundle
 from edge_ft.config import RunConfig
-from edge_ft.data import Message, Rendering, TextTokenizer, stop_ids
+from edge_ft.data import Chat, Message, Rendering, TextTokenizer, stop_ids
 from edge_ft.errors import BundleError, UsageError
 from edge_ft.runtime.decode import GREEDY, Generation, Timings, TimingsRecorder, read_to_end
 
@@ -63,11 +63,11 @@ class GenerativeBundle(OpenBundle):
         self.max_length = bundle.max_length
         self.stop_ids = stop_ids(self.rendering, self.tokenizer)
 
-    def generate(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generation:
+    def generate(self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY) -> Generation:
         """Answer a prompt.
 
         Args:
-            prompt: Text; or the messages of a chat, for a decoder.
+            prompt: Text; or a chat or its messages, for a decoder.
             config: Options of the answer; `threads`, `accuracy_level` and `adapter` belong to `load`.
 
         Returns:
@@ -79,8 +79,14 @@ class GenerativeBundle(OpenBundle):
         """
         return read_to_end(self.stream(prompt, config))
 
+    def unread_by(self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY) -> tuple[str, ...]:
+        """Return what a prompt says and the model does not read; an encoder-decoder reads all of a text."""
+        return ()
+
     @abstractmethod
-    def stream(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generator[str, None, Generation]:
+    def stream(
+        self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY
+    ) -> Generator[str, None, Generation]:
         """Answer a prompt piece by piece, as `generate` does.
 
         Args:

@@ -3,13 +3,25 @@
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from edge_ft.artifacts import atomic_file, refuse_existing
 from edge_ft.config import RunConfig
-from edge_ft.data import Columns, Message, Rendering, Row, fill_text, read_rows, record
+from edge_ft.data import (
+    Chat,
+    Columns,
+    Rendering,
+    Row,
+    chat_columns,
+    fill_text,
+    find_unused,
+    read_rows,
+    record,
+    with_extras,
+)
 from edge_ft.errors import DataError, UsageError
 from edge_ft.progress import Progress, track
 from edge_ft.runtime import (
@@ -30,6 +42,12 @@ __all__ = ["run_chat", "run_file", "run_text"]
 
 EncoderInput = str | tuple[str, str] | Sequence[str]
 """A text; two texts for a model that was trained on pairs; the words of a text to tag."""
+PROMPTS = (
+    Columns("instruction", "{instruction}"),
+    Columns("prompt_completion", "{prompt}"),
+    Columns("text", "{text}"),
+)
+"""Columns of a prompt that every bundle takes, beside those of its training rows."""
 DEFAULT_TOP_K = 5
 """Classes that are shown, and candidates for a mask."""
 
@@ -90,13 +108,18 @@ def run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress:
     refuse_existing(out)
     started = time.monotonic()
     rows = read_rows(str(source))
-    opened = _open(bundle, config)
+    opened, left_out = _open(bundle, config), dict[int, tuple[str, ...]]()
     if not isinstance(opened, GenerativeBundle):
         inputs = [_input_of_row(row, opened.rendering) for row in rows]
         results: Iterator[dict[str, Any]] = iter(_predict(opened, inputs, config.top_k))
     else:
         prompts = [_prompt(row, opened.rendering) for row in rows]
+        for row, prompt in zip(rows, prompts, strict=True):
+            with suppress(UsageError):  # a template that fails is the error of its row, below
+                left_out[row.number] = opened.unread_by(prompt, config)
         results = (_result_or_error(opened, prompt, config) for prompt in prompts)
+    for message in _report_unused(rows, opened, left_out):
+        progress.say(f"{source}: {message}")
     failed = 0
     with atomic_file(out) as path, path.open("w", encoding="utf-8") as file:
         for result in track(progress, "answer", results, len(rows)):
@@ -142,9 +165,7 @@ def _reply(conversation: Conversation, line: str, target: TextIO) -> None:
     print(file=target)
 
 
-def _result_or_error(
-    opened: TextGenerator | Seq2SeqGenerator, prompt: str | list[Message], config: RunConfig
-) -> dict[str, Any]:
+def _result_or_error(opened: TextGenerator | Seq2SeqGenerator, prompt: str | Chat, config: RunConfig) -> dict[str, Any]:
     """Return the answer to a row, or its error, so that one bad row does not stop the others."""
     try:
         return asdict(_classify(opened, [prompt], config)[0] if config.labels else opened.generate(prompt, config))
@@ -174,17 +195,46 @@ def _open(bundle: Path, config: RunConfig) -> TextGenerator | Seq2SeqGenerator |
     return opened
 
 
-def _prompt(row: Row, rendering: Rendering) -> str | list[Message]:
-    """Return a row's prompt: as in training if it has the same columns, else from any columns that are known."""
-    known = (rendering.columns, Columns("messages"))
-    columns = next((columns for columns in known if columns.fits(list(row.fields), answer=False)), None)
-    if columns is None:
-        return _text(row, rendering)
+def _columns_of(row: Row, rendering: Rendering) -> Columns:
+    """Return the columns of a row's prompt: those of the training rows, else others that are known.
+
+    Raises:
+        DataError: no column is known to hold a text.
+    """
+    names = list(row.fields)
+    others: list[Columns | None] = [*PROMPTS]
+    if rendering.task == "text-generation":
+        others = [chat_columns(names), *(with_extras(columns, names) for columns in PROMPTS)]
+    for columns in (rendering.columns, *others):
+        if columns is not None and columns.fits(names, answer=False):
+            return columns
+    raise DataError(
+        f"row {row.number} has the columns {', '.join(row.fields)}: "
+        "it needs those of the training rows, or one called messages, instruction, prompt or text"
+    )
+
+
+def _prompt(row: Row, rendering: Rendering) -> str | Chat:
+    """Return a row's prompt: as in training if it has the same columns, else a chat or a text in the same template."""
+    columns = _columns_of(row, rendering)
     found = record(row, columns, answer=False)
-    if (messages := found.messages) is None:
-        return found.prompt
-    # A training row ends with the answer.
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    if found.chat is not None:
+        return found.chat.before_answer  # a training row ends with the answer
+    return found.prompt if columns == rendering.columns else fill_text(rendering.columns, found.prompt)
+
+
+def _report_unused(
+    rows: Sequence[Row], opened: TextGenerator | Seq2SeqGenerator | EncoderBundle, left_out: dict[int, tuple[str, ...]]
+) -> list[str]:
+    """Return a message for each set of rows that say what the model does not read."""
+    known: dict[Columns, list[Row]] = {}
+    for row in rows:
+        known.setdefault(_columns_of(row, opened.rendering), []).append(row)
+    return [
+        f"{finding.message} [{finding.code}]"
+        for columns, same in known.items()
+        for finding in find_unused(same, columns, left_out, answers=False)
+    ]
 
 
 def _input_of_text(opened: EncoderBundle, text: str, pair: str | None) -> EncoderInput:
@@ -205,31 +255,13 @@ def _input_of_text(opened: EncoderBundle, text: str, pair: str | None) -> Encode
 
 def _input_of_row(row: Row, rendering: Rendering) -> EncoderInput:
     """Return a row's input: as in training if it has the same columns, else its one text."""
-    if not rendering.columns.fits(list(row.fields), answer=False):
-        return _text(row, rendering)
-    found = record(row, rendering.columns, answer=False)
-    if rendering.columns.kind == "tokens":
+    columns = _columns_of(row, rendering)
+    found = record(row, columns, answer=False)
+    if columns.kind == "tokens":
         return found.words
+    if columns != rendering.columns:
+        return fill_text(rendering.columns, found.prompt)
     return found.prompt if found.pair is None else (found.prompt, found.pair)
-
-
-def _text(row: Row, rendering: Rendering) -> str:
-    """Return the one text of a row with other columns than in training, in the bundle's template.
-
-    Raises:
-        DataError: no column is known to hold a text.
-    """
-    for columns in (
-        Columns("instruction", "{instruction}"),
-        Columns("template", "{prompt}"),
-        Columns("text", "{text}"),
-    ):
-        if columns.fits(list(row.fields), answer=False):
-            return fill_text(rendering.columns, record(row, columns, answer=False).prompt)
-    raise DataError(
-        f"row {row.number} has the columns {', '.join(row.fields)}: "
-        "it needs those of the training rows, or one called instruction, prompt or text"
-    )
 
 
 def _predict(opened: EncoderBundle, inputs: Sequence[Any], top_k: int) -> list[dict[str, Any]]:

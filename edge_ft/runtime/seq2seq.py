@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edge_ft.artifacts import Bundle
 from edge_ft.config import RunConfig
-from edge_ft.data import Batch, Message, encode_prompt, target_mask
+from edge_ft.data import Batch, Chat, Message, encode_prompt, target_mask
 from edge_ft.errors import BundleError, UsageError
 from edge_ft.runtime.beam_search import beam_search
 from edge_ft.runtime.cache import CacheShape
@@ -51,7 +51,9 @@ class Seq2SeqGenerator(GenerativeBundle):
         self._encoder, self._decoder = encoder, decoder
         self._shape = CacheShape.of(bundle)
 
-    def stream(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generator[str, None, Generation]:
+    def stream(
+        self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY
+    ) -> Generator[str, None, Generation]:
         """Answer a text piece by piece, as `generate` does; with beams, all at the end.
 
         Args:

@@ -1,6 +1,7 @@
 """An open text-generation bundle: answers, conversations, and scores of given tokens."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import numpy as np
@@ -11,6 +12,7 @@ from edge_ft.artifacts import Bundle
 from edge_ft.config import RowsConfig, RunConfig
 from edge_ft.data import (
     Batch,
+    Chat,
     Columns,
     Message,
     Rendering,
@@ -19,6 +21,7 @@ from edge_ft.data import (
     make_rendering,
     stop_ids,
     target_mask,
+    unread_by,
 )
 from edge_ft.errors import UsageError
 from edge_ft.runtime.cache import CacheShape, KVCache
@@ -91,9 +94,15 @@ class TextGenerator(GenerativeBundle):
         self._shape = CacheShape.of(bundle)
         self._adapter_inputs = adapter_inputs
 
-    def stream(self, prompt: str | list[Message], config: RunConfig = GREEDY) -> Generator[str, None, Generation]:
+    def stream(
+        self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY
+    ) -> Generator[str, None, Generation]:
         """See `GenerativeBundle.stream`."""
         return self._stream(self.open_cache(), prompt, config)
+
+    def unread_by(self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY) -> tuple[str, ...]:
+        """See `GenerativeBundle.unread_by`."""
+        return unread_by(self._rendering(config), self.tokenizer, prompt)
 
     def chat(self, config: RunConfig = GREEDY) -> Conversation:
         """Start a conversation, whose tokens stay in the cache from turn to turn.
@@ -119,11 +128,11 @@ class TextGenerator(GenerativeBundle):
 
     @overload
     def classify(
-        self, prompts: Sequence[str | list[Message]], labels: Sequence[str] | None = None
+        self, prompts: Sequence[str | list[Message] | Chat], labels: Sequence[str] | None = None
     ) -> list[Classification]: ...
 
     def classify(
-        self, prompts: str | Sequence[str | list[Message]], labels: Sequence[str] | None = None
+        self, prompts: str | Sequence[str | list[Message] | Chat], labels: Sequence[str] | None = None
     ) -> Classification | list[Classification]:
         """Choose the likeliest of given answers instead of generating one.
 
@@ -242,7 +251,7 @@ class TextGenerator(GenerativeBundle):
         columns = Columns("prompt_completion")  # works with and without a chat template
         return make_rendering(rows, columns, "text-generation", self.tokenizer, self.max_length)
 
-    def _encode(self, rendering: Rendering, prompt: str | list[Message]) -> list[int]:
+    def _encode(self, rendering: Rendering, prompt: str | list[Message] | Chat) -> list[int]:
         """Return the prompt's token ids.
 
         Raises:
@@ -270,7 +279,7 @@ class TextGenerator(GenerativeBundle):
         return self.max_length - tokens
 
     def _stream(
-        self, cache: KVCache, prompt: str | list[Message], config: RunConfig
+        self, cache: KVCache, prompt: str | list[Message] | Chat, config: RunConfig
     ) -> Generator[str, None, Generation]:
         """Answer a prompt from a cache that may hold a beginning of it.
 
@@ -287,8 +296,11 @@ class TextGenerator(GenerativeBundle):
         if config.num_beams > 1:
             raise UsageError("--num-beams is for text2text-generation: this bundle answers greedily or by sampling")
         if config.system is not None:
-            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            prompt = [{"role": "system", "content": config.system}, *turns]
+            system: Message = {"role": "system", "content": config.system}
+            if isinstance(prompt, Chat):
+                prompt = replace(prompt, messages=[system, *prompt.messages])
+            else:
+                prompt = [system, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
         rendering = self._rendering(config)
         prompt_ids = self._encode(rendering, prompt)
         default = max(min(DEFAULT_NEW_TOKENS, self._longest_answer(len(prompt_ids))), 1)

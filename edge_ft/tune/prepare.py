@@ -13,6 +13,7 @@ import numpy as np
 from edge_ft.config import ProblemType, Task, TuneConfig
 from edge_ft.data import (
     CODES,
+    Columns,
     Example,
     Record,
     Rendering,
@@ -26,6 +27,7 @@ from edge_ft.data import (
     find_answers,
     find_columns,
     find_problem,
+    find_unused,
     fingerprint,
     guess_task,
     longest_sequence,
@@ -36,6 +38,7 @@ from edge_ft.data import (
     train_batches,
     untrained_references,
     with_pooling,
+    writes_bos,
 )
 from edge_ft.errors import AuditRefused, UsageError, did_you_mean
 from edge_ft.evaluate.scoring import Batching
@@ -43,7 +46,7 @@ from edge_ft.families import family_of
 from edge_ft.progress import Progress
 from edge_ft.tune.classes import choose_classes, find_absent_classes, find_too_many_classes
 from edge_ft.tune.loop import planned_steps
-from edge_ft.tune.splits import SPLITS, FileFindings, drop_unusable, read_given, split_given
+from edge_ft.tune.splits import SPLITS, FileFindings, GivenRows, drop_unusable, read_given, split_given
 
 if TYPE_CHECKING:
     from edge_ft.models.base_model import Base
@@ -252,6 +255,7 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
         progress.say(f"task: {task} (from the model and the columns {', '.join(names)}; --task overrides)")
     family_of(base.family.name, task)  # refuses a task that the family does not have
     model_labels = base.labels(task)  # a weight file that cannot be read is reported before the rows are mapped
+    everything_given = given
     given, dropped = drop_unusable(given, columns := find_columns(names, config, task))
     columns = find_problem(given.rows["train"], columns, config.problem_type)
     rows, leaks = split_given(given, columns, config.split, config.seed)
@@ -271,7 +275,10 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
     if task == "text-generation" and (answers := find_answers(rows["train"], rendering, tokenizer)):
         rendering = replace(rendering, answers=answers)
         progress.say(f"the rows have {len(answers)} different answers: edge-ft run --labels auto chooses among them")
-    found = [*dropped, *leaks, *_audit(given.files, records, examples, rendering, tokenizer)]
+    if columns.prompt is not None and task == "text-generation" and writes_bos(columns, tokenizer):
+        progress.say("the prompt writes the beginning-of-sequence token itself: it is not put before it a second time")
+    unused = _unused(everything_given, columns, examples)
+    found = [*unused, *dropped, *leaks, *_audit(given.files, records, examples, rendering, tokenizer)]
     findings = [finding.plain(file=file) for file, finding in found]
     findings += find_too_many_classes(rows, columns, labels, model_labels, given.files["train"])
     findings += find_absent_classes(rows, examples, rendering, given.files)
@@ -301,6 +308,17 @@ def _length_of_most(examples: dict[str, list[Example]], model_limit: int) -> int
     ]
     whole = float(np.quantile(lengths, 0.99, method="inverted_cdf"))
     return min(math.ceil(whole / 32) * 32, model_limit)
+
+
+def _unused(given: GivenRows, columns: Columns, examples: dict[str, list[Example]]) -> FileFindings:
+    """The account of what each file says and nothing reads."""
+    findings: FileFindings = []
+    for file in dict.fromkeys(given.files.values()):
+        rows = [row for name, rows in given.rows.items() if given.files[name] == file for row in rows]
+        together = [example for name in SPLITS if given.files[name] == file for example in examples[name]]
+        unread = {example.row: example.unread for example in together}
+        findings += [(file, finding) for finding in find_unused(rows, columns, unread)]
+    return findings
 
 
 def _audit(
@@ -357,7 +375,8 @@ def _trainable(examples: dict[str, list[Example]], max_length: int, allowed: boo
     for name in SPLITS:
         if examples[name] and not trainable[name]:
             raise AuditRefused(
-                f"no row of the {name} split has a token to learn: every answer is empty or cut off by "
-                f"--max-length {max_length}" + (" (--allow cannot change that)" if allowed else "")
+                f"no row of the {name} split has a token to learn: every answer is empty, cut off by --max-length "
+                f"{max_length}, or a call that the chat template does not write"
+                + (" (--allow cannot change that)" if allowed else "")
             )
     return trainable

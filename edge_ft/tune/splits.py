@@ -73,10 +73,12 @@ def drop_unusable(given: GivenRows, columns: Columns) -> tuple[GivenRows, FileFi
 
     Raises:
         AuditRefused: no train row is left.
+        DataError: a row has none of the columns that are read, and others.
     """
     usable, findings = dict(given.rows), list[tuple[str, Finding]]()
     for name, rows in given.rows.items():
         findings += [(given.files[name], found) for found in _find_comments(rows)]
+        _refuse_other_columns(rows, columns, given.files[name])
         usable[name] = [row for row in rows if not is_empty(row) and has_answer(row, columns)]
         unlabelled = [row for row in rows if not is_empty(row) and not has_answer(row, columns)]
         for code, found, what in (
@@ -91,6 +93,21 @@ def drop_unusable(given: GivenRows, columns: Columns) -> tuple[GivenRows, FileFi
     if not usable["train"]:
         raise AuditRefused(f"{given.files['train']}: no row has an answer or a class to learn")
     return GivenRows(usable, given.files), findings
+
+
+def _refuse_other_columns(rows: list[Row], columns: Columns, file: str) -> None:
+    """Refuse a file whose rows are of several forms, of which only one would be read.
+
+    Raises:
+        DataError: a row has none of the columns that are read.
+    """
+    for row in rows:
+        needed = columns.needed(row.fields)
+        if needed.isdisjoint(row.fields) and not is_empty(row):
+            raise DataError(
+                f"{file}: row {row.number} has the columns {', '.join(row.fields)} and none of "
+                f"{', '.join(sorted(needed))}, which other rows have: write all rows of a file in one form"
+            )
 
 
 def _find_comments(rows: list[Row]) -> list[Finding]:

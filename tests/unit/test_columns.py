@@ -26,7 +26,7 @@ def only(fields: dict[str, Any], task: Task = "text-generation", **config: Any) 
         ({"instruction": "do", "input": "this", "output": "done"}, "do\n\nthis", "done"),
         ({"text": "all of it"}, "", "all of it"),
         ({"text": "good film", "label": 1}, "good film\n", "1"),
-        ({"prompt": {"a": "ü"}, "completion": True}, '{"a": "ü"}', "True"),
+        ({"prompt": 7, "completion": 0.5}, "7", "0.5"),
     ],
 )
 def test_known_columns_are_recognised(fields: dict[str, Any], prompt: str, completion: str) -> None:
@@ -97,6 +97,15 @@ def test_missing_columns_are_named(names: list[str], config: dict[str, Any], tas
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (
+            {"prompt": {"a": "ü"}, "completion": "c"},
+            'row 7: column .prompt. is the object {"a": "ü"}, which is not a text',
+        ),
+        ({"prompt": "p", "completion": True}, "row 7: column 'completion' is the boolean true.*such as \"yes\""),
+        ({"prompt": "p", "completion": ["a", "b"]}, 'row 7: column .completion. is the list .*"{completion.0}"'),
+        ({"instruction": "p", "output": float("inf")}, "row 7: column 'output' is the number"),
+        ({"instruction": "p", "input": {}, "output": "x"}, "row 7: column 'input' is the object"),
+        ({"text": ["a"]}, "row 7: column 'text' is the list"),
         ({"messages": None}, "row 7: messages must be a list"),
         ({"messages": []}, "row 7: messages must be a list"),
         ({"messages": ["hi"]}, "row 7: messages holds"),

@@ -1,0 +1,432 @@
+"""Chat templates are programs from outside: they run in jinja's sandbox, with a limit on their steps and texts.
+
+Loops, calls, filters, comparisons and texts cost steps, by their size. An operation whose result can be far larger than
+inputs is measured before it runs. So a template ends within a second or two, whatever it does.
+"""
+# ruff: noqa: N802, N815  - jinja's visitor calls a method by the name of the node
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from functools import lru_cache, wraps
+from itertools import chain
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.runtime import Context, LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+from edge_ft.data.clock import strftime_now
+from edge_ft.errors import DataError, EdgeFTError
+
+__all__ = ["render"]
+
+LONGEST_TEMPLATE = 100_000
+"""Characters of a template; those of current models have at most 20,000."""
+STEPS, STEPS_PER_INPUT = 400_000, 200
+"""Steps that a template may take, and how many more for each item, or 64 characters, of its inputs."""
+LONGEST_TEXT, TEXTS_PER_INPUT = 1_000_000, 8
+"""Characters, or items, of a value that a template may make, and how many more for each one of its inputs."""
+LONGEST_INTEGER, LARGEST_ARGUMENT = 4096, 100_000
+"""Bits of an integer, and the largest width or count that a filter or method may be given."""
+CHUNK = 64
+"""Characters that cost one step."""
+DROPPED = ("filesizeformat", "forceescape", "pprint", "random", "urlize", "wordwrap", "xmlattr")
+"""Filters that no chat needs, and that are slow on long texts or differ from call to call."""
+SLOW = ("capitalize", "list", "rsplit", "split", "splitlines", "striptags", "title", "urlencode", "wordcount")
+"""Filters and methods that take longer for a character than others."""
+WHOLE = ("==", "!=", ">", ">=", "<", "<=", "eq", "equalto", "ne", "gt", "greaterthan", "ge", "lt", "lessthan", "le")
+"""Tests that read all that is in their operands."""
+UNREAD = ("attr", "count", "d", "default", "first", "last", "length")
+"""Filters that do not read the items of a list."""
+LISTS = ("batch", "items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr", "slice")
+"""Filters that read the items of a list, and not what is in these."""
+COUNTED, WATCHED, SEARCHED, CUT = "counted items", "watched value", "searched value", "cut value"
+JOINED, SPENT = "joined texts", "steps spent"
+"""Filters that `_Instrument` puts into a template; their names have a space, so that a template cannot name them."""
+
+
+class TooExpensive(jinja2.TemplateError):
+    """The template takes too many steps, or makes too long a text."""
+
+
+class _Budget:
+    """What one rendering may still spend."""
+
+    def __init__(self, variables: Mapping[str, Any]) -> None:
+        self.longest = self.steps = 10**12
+        self.charge(variables)
+        size = 10**12 - self.steps
+        self.steps = STEPS + STEPS_PER_INPUT * size
+        self.longest = LONGEST_TEXT + TEXTS_PER_INPUT * CHUNK * size
+
+    def spend(self, steps: int) -> None:
+        """Take steps.
+
+        Raises:
+            TooExpensive: none are left.
+        """
+        self.steps -= steps
+        if self.steps < 0:
+            raise TooExpensive("it takes too many steps: its loops or texts are endless or very long")
+
+    def expect(self, size: int) -> None:
+        """Take the steps of a text or list before it is made.
+
+        Raises:
+            TooExpensive: it would be too long.
+        """
+        if size > self.longest:
+            raise TooExpensive(f"it makes a text or list of {size} characters or items")
+        self.spend(size // CHUNK)
+
+    def touch(self, value: Any) -> None:
+        """Take the steps of reading a text, or the items of a list without what is in them."""
+        if isinstance(value, str | bytes):
+            self.expect(len(value))
+        elif isinstance(value, list | tuple | dict | set | range):
+            self.spend(len(value))
+        elif isinstance(value, int) and value.bit_length() > LONGEST_INTEGER:
+            raise TooExpensive("it makes a very large number")
+        self.spend(1)
+
+    def charge(self, value: Any) -> None:
+        """Take the steps of a value with all that is in it, each time that it is in it."""
+        pending = [value]
+        while pending:
+            item = pending.pop()
+            self.touch(item)
+            if isinstance(item, dict):
+                pending += [*item.keys(), *item.values()]
+            elif isinstance(item, list | tuple | set):
+                pending += item
+
+
+_BUDGET: ContextVar[_Budget] = ContextVar("budget")
+"""Of the current rendering. There is none while a template is compiled: then no filter runs."""
+
+
+class _Counted:
+    """Items of a loop, each of which takes a step."""
+
+    def __init__(self, items: Any) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        spend = _BUDGET.get().spend
+        for item in self._items:
+            spend(1)
+            yield item
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+class _Names(Namespace):
+    """A namespace whose text does not grow with what is in it."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+class _Instrument(NodeTransformer):
+    """Puts the filters that take steps into a parsed template."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        weighed = self._weighed(node)
+        node.iter = _filtered(node.iter, COUNTED)
+        return weighed
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        return self._weighed(node)
+
+    visit_CallBlock = visit_Block = visit_Macro
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        holds = {operand.op for operand in node.ops} <= {"in", "notin"}
+        node.expr = _filtered(node.expr, WATCHED)
+        for operand in node.ops:
+            operand.expr = _filtered(operand.expr, SEARCHED if holds else WATCHED)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = _filtered(node.node, CUT)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(nodes.List(node.nodes, lineno=node.lineno), JOINED)
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, WATCHED)
+
+    visit_Dict = visit_List
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, WATCHED) if node.ctx == "load" else node
+
+    def _weighed(self, node: Any) -> nodes.Node:
+        """Let each run of a body take as many steps as it is long."""
+        weight = sum(1 for _ in node.find_all(nodes.Node))
+        self.generic_visit(node)
+        step = nodes.ExprStmt(_filtered(nodes.Const(weight // 2, lineno=node.lineno), SPENT), lineno=node.lineno)
+        node.body = [step, *node.body]
+        return node  # type: ignore[no-any-return]
+
+
+def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja as transformers sets it up for chat templates, with a budget."""
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols"],
+            optimized=False,
+            finalize=_finalize,
+        )
+        # Jinja's own filter escapes HTML; chat templates expect that of transformers.
+        self.filters["tojson"] = _to_json
+        self.filters = {
+            name: function if name in UNREAD else _watch(function, name, name not in LISTS)
+            for name, function in self.filters.items()
+            if name not in DROPPED
+        }
+        self.tests = {name: _watch(function, name, name in WHOLE) for name, function in self.tests.items()}
+        self.filters |= {COUNTED: _Counted, WATCHED: _charged, SEARCHED: _searched, CUT: _touched}
+        self.filters |= {JOINED: _joined, SPENT: _spent}
+        self.globals.pop("lipsum")
+        self.globals |= {"namespace": _Names, "raise_exception": _raise_exception, "strftime_now": _strftime_now}
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = _Instrument().visit(super()._parse(source, name, filename))
+        tree.set_environment(self)
+        return tree  # type: ignore[no-any-return]
+
+    def concat(self, parts: Any) -> str:  # type: ignore[override]  # jinja has "".join here
+        """Join the parts of the text that the template writes."""
+        budget, texts, length = _BUDGET.get(), [], 0
+        for part in parts:
+            length += len(part)
+            if length > budget.longest:
+                budget.expect(length)
+            budget.spend(1 + len(part) // CHUNK)
+            texts.append(part)
+        return "".join(texts)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Measure the result of an operator before it runs."""
+        budget = _BUDGET.get()
+        budget.touch(left)
+        budget.touch(right)
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            if left.bit_length() * max(right, 0) > LONGEST_INTEGER and abs(left) > 1:
+                raise TooExpensive("it makes a very large number")
+        elif operator == "*":
+            times = next((max(side, 0) for side in (left, right) if isinstance(side, int)), 0)
+            budget.expect(max(map(_length, (left, right))) * times)
+        elif operator == "+":
+            budget.expect(_length(left) + _length(right))
+        elif operator == "%" and isinstance(left, str | bytes):
+            budget.charge(right)
+            budget.expect(_formatted_size(left, right if isinstance(right, tuple) else (right,)))
+        return super().call_binop(context, operator, left, right)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """Take a step."""
+        _BUDGET.get().spend(1)
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """Take a step."""
+        _BUDGET.get().spend(1)
+        return super().getitem(obj, argument)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # as jinja's own
+        """Measure a call before it runs, and its result."""
+        budget = _BUDGET.get()
+        budget.spend(8)
+        method = getattr(__obj, "__wrapped__", __obj)
+        owner = getattr(method, "__self__", None)
+        if isinstance(__obj, LoopContext):
+            args = tuple(map(_Counted, args))
+        elif isinstance(owner, str | bytes | type):
+            _measure(budget, method.__name__, owner, args, kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        if __obj is dict or isinstance(owner, type):
+            budget.charge(result)
+        else:
+            budget.touch(result)
+        return result
+
+
+def render(template: str, variables: Mapping[str, Any]) -> str:
+    """Return the text that a chat template writes.
+
+    Args:
+        template: Its jinja source.
+        variables: What it reads: plain texts, numbers, lists and objects.
+
+    Raises:
+        DataError: the template is malformed, forbidden by the sandbox or too expensive, or refuses these messages.
+        EdgeFTError: the command was interrupted.
+    """
+    token = _BUDGET.set(_Budget(variables))
+    try:
+        return _compile(template).render(variables)
+    except EdgeFTError:
+        raise
+    # An expression in a template can fail in any way that Python's operators can.
+    except Exception as error:
+        reason = str(error)[:300] or type(error).__name__
+        raise DataError(
+            f"the chat template cannot render this chat ({reason}): change the messages, or give another template with "
+            "--chat-template FILE"
+        ) from error
+    finally:
+        _BUDGET.reset(token)
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    if len(template) > LONGEST_TEMPLATE:
+        raise TooExpensive(f"it has {len(template)} characters, and at most {LONGEST_TEMPLATE} are read")
+    # {% generation %} marks answers for other trainers; here it becomes a block that is always rendered.
+    return _Environment().from_string(
+        re.sub(r"(\{%-?\s*)(end)?generation\b", lambda at: at[1] + ("endif" if at[2] else "if true"), template)
+    )
+
+
+def _watch(function: Any, name: str, whole: bool) -> Callable[..., Any]:
+    """Return a filter or test that takes the steps of what it reads, with all that is in it if `whole`."""
+
+    @wraps(function)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        budget = _BUDGET.get()
+        given = [arg for arg in args if not isinstance(arg, Context | jinja2.Environment | nodes.EvalContext)]
+        for arg in chain(given, kwargs.values()):
+            (budget.charge if whole else budget.touch)(arg)
+        if given:
+            _measure(budget, name, given[0], given[1:], kwargs)
+        result = function(*args, **kwargs)
+        if isinstance(result, Iterator):  # made here, where its items are counted
+            result = list(_Counted(result))
+        budget.touch(result)
+        return result
+
+    return watched
+
+
+def _measure(budget: _Budget, name: str, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Measure the result of a filter, or of a method of texts, before it is made.
+
+    Raises:
+        TooExpensive: it would be too long.
+    """
+    given = [*args, *kwargs.values()]
+    numbers = [abs(arg) for arg in given if isinstance(arg, int)]
+    if max(numbers, default=0) > LARGEST_ARGUMENT or name == "translate":
+        raise TooExpensive(f"it gives {name} a number above {LARGEST_ARGUMENT}, or a table of texts")
+    widest = max([*numbers, *map(_length, given)], default=0)
+    if name in ("format", "format_map"):
+        for arg in given:
+            budget.charge(arg)
+        budget.expect(_formatted_size(value, given))
+    elif name == "replace" and len(given) > 1:
+        places = str(value).count(given[0]) if isinstance(given[0], str) and given[0] else _length(value) + 1
+        budget.expect(_length(value) + places * _length(given[1]))
+    elif name == "join":
+        items = next((arg for arg in (value, *given) if not isinstance(arg, str)), value)
+        budget.charge(items)
+        texts = [arg for arg in (value, *given) if isinstance(arg, str)]
+        budget.expect(max(map(len, texts), default=0) * _length(items))
+    elif name in ("indent", "expandtabs", "tojson"):
+        budget.expect((_length(value) if name != "tojson" else 4000) * min(widest, LARGEST_ARGUMENT))
+    elif name in SLOW:
+        budget.spend(_length(value) // 8)
+    elif name == "sum" and any(isinstance(arg, list | tuple) for arg in given):  # each sum is a copy of the last
+        budget.spend(_length(value) ** 2)
+    else:
+        budget.expect(_length(value) + widest)
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 0
+
+
+def _formatted_size(text: Any, args: Sequence[Any]) -> int:
+    """Return how long a text can be at most that `%` or `format` makes."""
+    text = text.decode("latin-1") if isinstance(text, bytes) else str(text)
+    widths = re.findall(r"%[-+ #0]*(\d*)(?:\.(\d*))?|:[^{}]*?(\d+)(?:\.(\d+))?", text)
+    written = sum(min(int(digits[:12]), 10**12) for found in widths for digits in found if digits)
+    open_places = text.count("{") + text.count("*") + text.count("%")
+    widest = max([abs(arg) for arg in args if isinstance(arg, int)], default=0)
+    nested = widest if "*" in text or re.search(r"\{[^{}]*:[^{}]*\{", text) else 0
+    return len(text) + written + open_places * (min(nested, 10**12) + sum(map(_length, args)))
+
+
+def _charged(value: Any) -> Any:
+    _BUDGET.get().charge(value)
+    return value
+
+
+def _searched(value: Any) -> Any:
+    """Take the steps of looking for something in a value: in an object it is one."""
+    _BUDGET.get().charge(None if isinstance(value, dict) else value)
+    return value
+
+
+def _touched(value: Any) -> Any:
+    _BUDGET.get().touch(value)
+    return value
+
+
+def _joined(parts: list[Any]) -> str:
+    budget = _BUDGET.get()
+    for part in parts:
+        budget.charge(part)
+    texts = list(map(str, parts))
+    budget.expect(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _spent(steps: int) -> None:
+    _BUDGET.get().spend(1 + steps)
+
+
+@jinja2.pass_context
+def _finalize(context: Context, value: Any) -> Any:
+    """Take the steps of a value that is written. That it asks for the context keeps jinja from running it early."""
+    _BUDGET.get().charge(value)
+    return value
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    if len(form) > 200:
+        raise TooExpensive("the form of its date is too long")
+    return strftime_now(form)
