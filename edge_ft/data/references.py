@@ -34,7 +34,11 @@ def untrained_references(examples: Sequence[Example], rendering: Rendering, toke
         while ids and ids[-1] in ends:
             ids.pop()
         trained = tokenizer.decode(ids)
-        if one.targets and not one.cut and _letters(trained) != _letters(tokenizer.decode(tokenizer.encode(one.reference))):
+        if (
+            one.targets
+            and not one.cut
+            and _letters(trained) != _letters(tokenizer.decode(tokenizer.encode(one.reference)))
+        ):
             example = example or shorten(f"compared with {one.reference!r}, trained {trained.strip()!r}")
             found.append(one.row)
     if not found:
