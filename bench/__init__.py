@@ -13,12 +13,13 @@ from edge_ft.bench.meters import MemoryLimit, machine, memory_limit
 from edge_ft.bench.quality import SCORED, quality_records, score_settings
 from edge_ft.bench.report import records_of
 from edge_ft.bench.subjects import (
+    GRAPH_ENGINES,
     Subject,
     Workload,
     bundle_subject,
     check_lengths,
+    graph_peers,
     name_variants,
-    openvino_subject,
     peer_requests,
     peer_subjects,
     torch_subject,
@@ -35,6 +36,7 @@ PACKAGES = {
     "edge-ft": ("onnxruntime",),
     "torch": ("torch", "transformers"),
     "openvino": ("openvino",),
+    "genai": ("onnxruntime-genai",),
     "ctranslate2": ("ctranslate2",),
 }
 """By engine, the packages whose versions its figures depend on."""
@@ -96,9 +98,8 @@ def _open_subjects(sources: Sequence[str], config: BenchConfig, workload: Worklo
     for subject in subjects:
         check_lengths(subject)
     subjects = name_variants(subjects)
-    if "openvino" in config.peers:
-        subjects += [openvino_subject(subject) for subject in subjects if subject.engine == "edge-ft"]
-    return subjects
+    ours = [subject for subject in subjects if subject.engine == "edge-ft"]
+    return subjects + [peer for engine in GRAPH_ENGINES if engine in config.peers for peer in graph_peers(engine, ours)]
 
 
 def _measure(

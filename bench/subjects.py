@@ -17,13 +17,20 @@ __all__ = [
     "Workload",
     "bundle_subject",
     "check_lengths",
+    "graph_peers",
     "name_variants",
-    "openvino_subject",
     "peer_requests",
     "peer_subjects",
     "short_names",
     "torch_subject",
 ]
+
+
+GRAPH_ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "openvino": ("openvino", ("text-classification", "text-generation")),
+    "genai": ("onnxruntime_genai", ("text-generation",)),
+}
+"""Engines that run a bundle's own graph: their package, and the tasks that they are measured on."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Subject:
     """One engine over one model, and the job that measures it."""
 
     engine: str
-    """edge-ft, torch, openvino or ctranslate2: `subject` in the records."""
+    """edge-ft, torch, openvino, genai or ctranslate2: `subject` in the records."""
     source: str
     """What the user named, or the name of a bundle's base."""
     task: str
@@ -189,24 +196,27 @@ def peer_subjects(found: Iterable[dict[str, Any]], measured: Sequence[Subject], 
     return peers
 
 
-def openvino_subject(bundle: Subject) -> Subject:
-    """The same graph, opened by OpenVINO.
+def graph_peers(engine: str, bundles: Sequence[Subject]) -> list[Subject]:
+    """The bundles' own graphs, run by another engine.
 
     Args:
-        bundle: A bundle, already named.
+        engine: One of `GRAPH_ENGINES`.
+        bundles: Bundles, already named.
 
     Returns:
-        The subject, of the same name.
+        A subject for each bundle whose task the engine measures, of the same name.
 
     Raises:
-        UsageError: the bundle is no classifier.
-        MissingExtra: OpenVINO is not installed.
+        UsageError: there is no such bundle.
+        MissingExtra: the engine is not installed.
     """
-    if bundle.task != "text-classification":
-        raise UsageError(f"--peers openvino measures classifiers, and {bundle.source} is for {bundle.task}")
-    if find_spec("openvino") is None:
-        raise MissingExtra("--peers openvino needs the package 'openvino': pip install 'edge-ft[peers]'")
-    return replace(bundle, engine="openvino", job={**bundle.job, "do": "openvino"})
+    package, tasks = GRAPH_ENGINES[engine]
+    measured = [bundle for bundle in bundles if bundle.task in tasks]
+    if not measured:
+        raise UsageError(f"--peers {engine} is for {' and '.join(tasks)} bundles, and none of these is one")
+    if find_spec(package) is None:
+        raise MissingExtra(f"--peers {engine} needs the package {package!r}: pip install 'edge-ft[peers]'")
+    return [replace(bundle, engine=engine, job={**bundle.job, "do": engine}) for bundle in measured]
 
 
 def _same_model(a: Subject, b: Subject) -> bool:

@@ -20,7 +20,8 @@ from edge_ft.errors import EdgeFTError, UsageError, require
 from edge_ft.system import peak_rss_bytes
 
 if TYPE_CHECKING:
-    from edge_ft.bench.openvino_peer import OpenVINOClassifier
+    from edge_ft.bench.genai_peer import GenAIDecoder
+    from edge_ft.bench.openvino_peer import OpenVINOClassifier, OpenVINODecoder
     from edge_ft.bench.torch_peer import TorchClassifier, TorchDecoder
     from edge_ft.data import TextTokenizer
     from edge_ft.runtime import TextClassifier, TextGenerator
@@ -131,9 +132,14 @@ def _measure(job: dict[str, Any]) -> dict[str, float | None]:
 
         start = partial(load, job["bundle"], threads=job["threads"], accuracy_level=job["accuracy_level"])
     elif job["do"] == "openvino":
-        from edge_ft.bench.openvino_peer import OpenVINOClassifier
+        from edge_ft.bench.openvino_peer import OpenVINOClassifier, OpenVINODecoder
 
-        start = partial(OpenVINOClassifier, Path(job["bundle"]), job["accuracy_level"], job["threads"])
+        kind = OpenVINODecoder if job["task"] in TEXT_TASKS else OpenVINOClassifier
+        start = partial(kind, Path(job["bundle"]), job["accuracy_level"], job["threads"])
+    elif job["do"] == "genai":
+        from edge_ft.bench.genai_peer import GenAIDecoder
+
+        start = partial(GenAIDecoder, Path(job["bundle"]), job["threads"])
     else:
         # The job `find` has downloaded everything.
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -147,7 +153,9 @@ def _measure(job: dict[str, Any]) -> dict[str, float | None]:
     return {"load_s": load_s, **measure(engine, job), "peak_rss_bytes": peak_rss_bytes()}
 
 
-def _measure_decoder(engine: "TextGenerator | TorchDecoder", job: dict[str, Any]) -> dict[str, float]:
+def _measure_decoder(
+    engine: "TextGenerator | TorchDecoder | OpenVINODecoder | GenAIDecoder", job: dict[str, Any]
+) -> dict[str, float]:
     import numpy as np
 
     # An encoder-decoder's text ends with EOS.

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_bundle import write_classifier, write_decoder
@@ -24,6 +25,7 @@ from edge_ft.config import BenchConfig, EvalConfig
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import BundleError, EdgeFTError, ModelError, UsageError
 from edge_ft.evaluate import evaluate
+from edge_ft.runtime import load as open_bundle
 
 SHORT = BenchConfig(repeats=2, threads=1, prompt_tokens=12, new_tokens=4)
 
@@ -172,16 +174,40 @@ def test_openvino_measures_the_graph_of_each_encoder_bundle(bert_bundle: Bundle)
     assert found["load_s"]["environment"]["openvino"] in openvino.__version__
 
 
-def test_openvino_refuses_what_it_does_not_measure(
-    llama_bundle: Bundle, bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("engine", "package"), [("openvino", "openvino"), ("genai", "onnxruntime_genai")])
+def test_other_engines_measure_the_graph_of_each_decoder_bundle(
+    llama_bundle: Bundle, engine: str, package: str
 ) -> None:
-    with pytest.raises(UsageError, match=r"--peers openvino measures classifiers, and .* is for text-generation"):
-        bench([str(llama_bundle.path)], BenchConfig(repeats=1, prompt_tokens=12, new_tokens=4, peers=("openvino",)))
+    pytest.importorskip(package)
+    settings = BenchConfig(repeats=1, threads=1, prompt_tokens=12, new_tokens=4, peers=(engine,))
+    found = by_metric(bench([str(llama_bundle.path)], settings), engine, llama_bundle.path.name)
+    assert list(found) == list(units_of("text-generation", 12))
+    assert all(record["value"] > 0 for record in found.values())
+
+
+def test_openvino_decodes_the_tokens_that_the_bundle_decodes(llama_bundle: Bundle) -> None:
+    pytest.importorskip("openvino")
+    from edge_ft.bench.openvino_peer import OpenVINODecoder
+
+    peer, ids = OpenVINODecoder(llama_bundle.path, 1, 1), [5, 6, 7, 8]
+    for _ in range(2):  # the second time from an empty cache again
+        assert len(peer.time_decode(ids, 4).decode_s) == 3
+    logits = peer.last_logits
+    cache = open_bundle(llama_bundle, accuracy_level=1).open_cache()
+    ours = cache.extend(ids)
+    for _ in range(3):
+        ours = cache.extend([int(ours.argmax())])
+    assert np.abs(logits - ours.reshape(-1)).max() < 0.1  # it may compute in bfloat16
+
+
+def test_an_engine_that_is_not_installed_or_unknown_is_named(
+    bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("edge_ft.bench.subjects.find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"pip install 'edge-ft\[peers\]'"):
         bench([str(bert_bundle.path)], BenchConfig(repeats=1, prompt_tokens=12, peers=("openvino",)))
     with pytest.raises(
-        UsageError, match=r"--peers openvine: choose from torch, openvino, ctranslate2 .*did you mean 'openvino'"
+        UsageError, match=r"--peers openvine: choose from torch, openvino, genai, ctranslate2 .*did you mean 'openvino'"
     ):
         BenchConfig(peers=("openvine",))
 

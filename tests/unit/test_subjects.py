@@ -8,8 +8,8 @@ from edge_ft.bench.subjects import (
     Subject,
     Workload,
     check_lengths,
+    graph_peers,
     name_variants,
-    openvino_subject,
     peer_requests,
     peer_subjects,
     torch_subject,
@@ -41,8 +41,17 @@ def test_each_peer_names_the_models_that_it_needs() -> None:
 def test_a_peer_without_a_bundle_for_it_is_refused() -> None:
     with pytest.raises(UsageError, match="--peers ctranslate2 is for text2text-generation"):
         peer_requests(("ctranslate2",), [bundle()])
-    with pytest.raises(UsageError, match="--peers openvino measures classifiers"):
-        openvino_subject(bundle())
+    with pytest.raises(UsageError, match="--peers genai is for text-generation bundles, and none of these is one"):
+        graph_peers("genai", [bundle("text-classification")])
+
+
+def test_an_engine_over_the_bundles_graphs_measures_the_tasks_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_ft.bench.subjects.find_spec", lambda _: object())
+    bundles = [bundle(), bundle("text-classification"), bundle("text2text-generation")]
+    for engine, tasks in (("openvino", ["text-generation", "text-classification"]), ("genai", ["text-generation"])):
+        peers = graph_peers(engine, bundles)
+        assert [peer.task for peer in peers] == tasks
+        assert {(peer.engine, peer.job["do"]) for peer in peers} == {(engine, engine)}
 
 
 def test_a_model_is_measured_once_in_each_engine() -> None:
