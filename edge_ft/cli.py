@@ -32,7 +32,16 @@ from edge_ft.config import (
     unescape,
     without_retired,
 )
-from edge_ft.errors import BudgetFailed, EdgeFTError, MissingExtra, UsageError, WillNotFit, did_you_mean, require
+from edge_ft.errors import (
+    BudgetFailed,
+    EdgeFTError,
+    MissingExtra,
+    UsageError,
+    WillNotFit,
+    did_you_mean,
+    one_line,
+    require,
+)
 from edge_ft.progress import Lines, Progress, ProgressBars, Silent
 from edge_ft.system import Available, default_threads, device_memory, total_memory_bytes, usable_cpus
 from edge_ft.utf8 import check_characters, lines_of, read_utf8
@@ -452,13 +461,24 @@ def _settings_in(file: Path) -> cyclopts.config.Dict:
         raise UsageError(f"--config {file}: there is no such file")
     try:
         settings = yaml.safe_load(read_utf8(file))
-    except yaml.YAMLError as error:
+    # A ValueError: a date that does not exist.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"--config {file} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict | None):
         raise UsageError(f"--config {file} must hold one `option: value` a line")
+    for name, value in (settings or {}).items():
+        # Aliases in lists of lists multiply: nine short lines can stand for millions of values.
+        if not isinstance(name, str) or not _is_setting(value):
+            raise UsageError(
+                f"--config {file}: {name} must be an option, with a text, a number, true, false, null or a list of them"
+            )
     return cyclopts.config.Dict(
         without_retired(settings or {}, file), source=str(file.absolute()), use_commands_as_keys=False
     )
+
+
+def _is_setting(value: Any) -> bool:
+    return all(isinstance(each, str | int | float | None) for each in (value if isinstance(value, list) else [value]))
 
 
 def main() -> None:
@@ -512,7 +532,7 @@ def _fail(message: str, code: int, debug: bool) -> None:
         import traceback
 
         traceback.print_exc()
-    print(f"edge-ft: {message}", file=sys.stderr)
+    print(f"edge-ft: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -12,9 +12,10 @@ EdgeFTError                70  internal error, unless it is one of these:
 ├── AuditRefused            5  the rows would train nothing, or overlap between the splits
 └── Interrupted           130  stopped by the user; the message lists the saved files
 
-A message is one sentence: what is wrong, where, and what to do about it.
+A message is one sentence: what is wrong, where, and what to do about it. `one_line` prepares it for the terminal.
 """
 
+import re
 from types import ModuleType
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "UsageError",
     "WillNotFit",
     "did_you_mean",
+    "one_line",
     "require",
 ]
 
@@ -98,6 +100,21 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
     near = get_close_matches(word, known, n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, those that turn the direction of a text, and halves of surrogate pairs."""
+_LONGEST = 1500
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line that a terminal can show.
+
+    What a message quotes may be anything: line breaks become blanks, control characters are written by their number,
+    and of a very long text the middle is left out.
+    """
+    line = _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], " ".join(message.split()))
+    return line if len(line) <= _LONGEST else f"{line[:1000]} … {line[-400:]}"
 
 
 def require(module: str, extra: str) -> ModuleType:

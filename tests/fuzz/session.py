@@ -2,8 +2,10 @@
 
 import atexit
 import gc
+import importlib
 import json
 import os
+import pkgutil
 import re
 import select
 import shutil
@@ -22,6 +24,12 @@ from fuzz.kinds import make_case, schedule
 
 __all__ = ["fuzz", "import_everything", "made_seeds", "replay"]
 
+LIBRARIES = (
+    *("datasets", "gguf", "matplotlib.pyplot", "pyarrow.parquet", "torch", "yaml", "peft", "onnx"),
+    *(f"transformers.models.{family}.modeling_{family}" for family in ("llama", "bert", "t5")),
+)
+COMMANDS = ("cli", "data", "quant", "models", "runtime", "evaluate", "tune", "export", "bench")
+"""Packages and modules of edge-ft whose modules are imported before the first fork."""
 KEPT = 3
 """Failing cases whose input is kept, of each signature."""
 SHOWN_EVERY = 5.0
@@ -34,18 +42,14 @@ def import_everything() -> None:
     platform.processor()  # keeps what a process of its own says
     os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="fuzz-matplotlib-")
     atexit.register(shutil.rmtree, os.environ["MPLCONFIGDIR"], ignore_errors=True)
-    import datasets  # noqa: F401
-    import gguf  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import peft  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-    import torch  # noqa: F401
-    import yaml  # noqa: F401
-
-    import edge_ft.tune.train  # noqa: F401
-
-    for family in ("llama", "bert", "t5"):
-        __import__(f"transformers.models.{family}.modeling_{family}")
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    for name in COMMANDS:
+        package = importlib.import_module(f"edge_ft.{name}")
+        for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
+            with suppress(ImportError):  # of a peer that is not installed
+                if module.name != "studies":
+                    importlib.import_module(f"edge_ft.{name}.{module.name}")
 
 
 @contextmanager
