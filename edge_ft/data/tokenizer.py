@@ -1,7 +1,8 @@
 """A model's tokenizer without transformers, which never reads a control token in a user's text."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,20 +111,14 @@ class TextTokenizer:
         self._files = _find_files(folder, over)
         self.folder = self._files["tokenizer.json"].parent
         self._segments = known.segments if known is not None else None
-        try:
+        with self._library():
             self._tokenizer = Tokenizer.from_file(str(self._files["tokenizer.json"]))
-        # The library raises a bare Exception for every kind of broken file.
-        except Exception as error:
-            raise ModelError(
-                f"{self._files['tokenizer.json']} cannot be read as a tokenizer ({error}): save it again"
-            ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         named = self._settings("special_tokens_map.json") | self._settings("tokenizer_config.json")
+        texts = {name: text.get("content") if isinstance(text, dict) else text for name, text in named.items()}
         self.special_tokens: dict[str, str] = {
-            name: text["content"] if isinstance(text, dict) else text
-            for name, text in named.items()
-            if name.endswith("_token") and isinstance(text, str | dict)
+            name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)
         }
         """The texts of `bos_token`, `eos_token` and so on, as far as the model names them."""
         generation = self._settings("generation_config.json")
@@ -145,8 +140,9 @@ class TextTokenizer:
         """Special added tokens, id to text; only templates may write them."""
         self.mask_id: int | None = self._id_of("mask_token")
         self._unknown = self._id_of("unk_token")
-        self._single = _frame(self._tokenizer.encode("a"))
-        self._pair = _frame(self._tokenizer.encode("a", "a"))
+        with self._library():
+            self._single = _frame(self._tokenizer.encode("a"))
+            self._pair = _frame(self._tokenizer.encode("a", "a"))
         self.named_bos_id: int | None = self._id_of("bos_token")
         bos = self.named_bos_id
         self.bos_id: int | None = bos if bos is not None and self._single[0][0] == [bos] else None
@@ -251,7 +247,8 @@ class TextTokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        with self._library():
+            return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def files(self) -> list[Path]:
         """Return the files that a run folder or bundle needs to load this tokenizer again."""
@@ -325,9 +322,31 @@ class TextTokenizer:
 
     def _parse(self, text: str) -> Encoding:
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False)
+            with self._library():
+                return self._tokenizer.encode(text, add_special_tokens=False)
         except TypeError as error:  # the library's error for half of a surrogate pair
             raise DataError("the text holds half of a surrogate pair, which is not a character: remove it") from error
+
+    @contextmanager
+    def _library(self) -> Iterator[None]:
+        """A block that calls the tokenizers library.
+
+        Raises:
+            ModelError: the library cannot read or apply tokenizer.json.
+            TypeError: the text holds half of a surrogate pair.
+        """
+        try:
+            yield
+        except TypeError:
+            raise
+        # The library raises a bare Exception for every kind of broken file. What its authors did not expect is a
+        # "panic", which is no Exception, and whose class cannot be imported.
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ModelError(
+                f"{self._files['tokenizer.json']} cannot be read as a tokenizer ({error}): save or download it again"
+            ) from error
 
 
 def _frame(encoding: Encoding) -> list[tuple[list[int], list[int]]]:
@@ -370,7 +389,10 @@ def _chat_template(folder: Path) -> str | None:
         return read_utf8(folder / "chat_template.jinja", ModelError)
     template = _read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several named templates
-        return next((item["template"] for item in template if item["name"] == "default"), None)
+        named = (item for item in template if isinstance(item, dict) and item.get("name") == "default")
+        template = next((item.get("template") for item in named), None)
+    if not isinstance(template, str | None):
+        raise ModelError(f"{folder / 'tokenizer_config.json'}: chat_template must be a text: save or download it again")
     return template
 
 

@@ -294,6 +294,8 @@ def _watch(case: Case, box: Box, note: int) -> None:
         if event in _CHANGING and any(isinstance(rest, int) and rest > 2 for rest in arguments[-2:]):
             paths = ()  # relative to an open folder, as shutil.rmtree does; what it changes shows afterwards
         bad = [path for path in paths if path is not None and not is_allowed(path)]
+        if event == "subprocess.Popen" and case.argv[:1] == ["bench"]:
+            raise PermissionError("fuzz: what bench measures runs in processes without limits")
         if bad or event in _STARTING:
             os.write(note, f"{event} {bad or arguments!r}\n".encode("utf-8", "replace"))
             raise PermissionError(f"fuzz: {event} is outside what this case may do")

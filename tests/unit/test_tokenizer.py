@@ -155,3 +155,21 @@ def test_unreadable_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(ModelError, match=r"tokenizer_config\.json is not JSON"):
         TextTokenizer.load(tmp_path)
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_of_the_file(tmp_path: Path) -> None:
+    """The library's panics are no Exceptions: without this they end a command with a traceback."""
+    file = write_bpe(tmp_path) / "tokenizer.json"
+    content = json.loads(file.read_text()) | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAA"}}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="cannot be read as a tokenizer"):
+        TextTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("template", [7, {"a": 1}, [{"name": "default", "template": ["x"]}]])
+def test_a_chat_template_must_be_a_text(tmp_path: Path, template: object) -> None:
+    write_bpe(tmp_path, chat_template=None)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": template, "x_token": {}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="chat_template must be a text"):
+        TextTokenizer.load(tmp_path)
