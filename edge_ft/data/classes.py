@@ -29,6 +29,8 @@ MULTI_LABEL: ProblemType = "multi_label_classification"
 FLAGS = {"false": 0, "true": 1}
 _ITEM = re.compile(r"""\s*(?:"(?:[^"\\]|\\.)*"|'((?:[^'\\]|\\.)*)'|[^\s,'"\[\]]+)\s*(?:,|$)""", re.DOTALL)
 """An item of a list in Python's notation, with the comma behind it."""
+_LIKE_A_LIST = re.compile(r"""\[.*,.*\]|[\[({]\s*['"].*[\])}]|\[[-+.\de\s]*\d[-+.\de\s]*\]""", re.DOTALL)
+"""Lists in other notations: names without quotes, tuples, sets, and arrays as numpy prints them."""
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 
@@ -116,7 +118,7 @@ def read_classes(value: Any, problem: ProblemType | None, where: str, places: in
     if isinstance(value, float | list | dict) or not str(value).strip():
         raise DataError(f"{where} is {value!r}: a class must be text or a whole number")
     name = str(value).strip()
-    if list_of(name) is not None or re.fullmatch(r"\[.*,.*\]|[\[({]\s*['\"].*[\])}]", name, re.DOTALL):
+    if list_of(name) is not None or _LIKE_A_LIST.fullmatch(name):
         raise DataError(
             f"{where} is {name!r}, which looks like a list and is not one: write several classes as a list in JSON, "
             'such as ["a", "b"], in every row'

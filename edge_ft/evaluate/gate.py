@@ -12,7 +12,7 @@ import numpy as np
 
 from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Example
-from edge_ft.evaluate.metrics import Statistic, correlation, estimate, mean, micro_f1, ratio, span_counts
+from edge_ft.evaluate.metrics import UNDEFINED, Statistic, correlation, estimate, mean, micro_f1, ratio, span_counts
 from edge_ft.evaluate.scoring import RowScores, tag_names
 
 __all__ = ["ACCURACY", "Limits", "TaskMetric", "Verdict", "evaluate_gate", "task_metric_for"]
@@ -45,6 +45,8 @@ class TaskMetric:
     name: str
     of: Callable[[RowScores], Statistic]
     """Scores of rows -> their metric as a statistic: row numbers [samples, rows] -> [samples]."""
+    defined: bool = True
+    """False for a correlation with equal numbers and for F1 of rows without a class: it drops nowhere."""
 
     def value(self, scores: RowScores) -> float:
         """Return the metric over all rows."""
@@ -99,7 +101,7 @@ def evaluate_gate(
         reasons.append(f"quantization tax {tax:+.4f} nats per token is above --max-tax {limits.max_tax:g}")
     if retained is not None and retained < limits.min_retained:
         reasons.append(f"retained gain {retained:.1%} is under --min-retained {limits.min_retained:.0%}")
-    if drop["value"] > limits.max_metric_drop and drop["low"] > 0:
+    if metric.defined and drop["value"] > limits.max_metric_drop and drop["low"] > 0:
         reasons.append(
             f"{metric.name} fell from {before:.4f} to {after:.4f} (95% interval of the drop "
             f"[{drop['low']:+.4f}, {drop['high']:+.4f}]), more than --max-metric-drop {limits.max_metric_drop:g}"
@@ -110,7 +112,7 @@ def evaluate_gate(
         "gain": {**gained, "value": gain},
         "quantization_tax": tax,
         "retained_gain": retained,
-        "metric_drop": {"metric": metric.name, **drop},
+        "metric_drop": {"metric": metric.name, **(drop if metric.defined else UNDEFINED)},
         "argmax_agreement": shipped.agreement(trained),
         "adapter_changes_logits": adapter_changes_logits,
     }
@@ -131,8 +133,13 @@ def task_metric_for(examples: Sequence[Example], task: str, labels: tuple[str, .
         gold = np.array([example.labels for example in examples])
         if len(labels) == 1:
             name = "spearman" if find_spec("scipy") is not None else "pearson"
-            return TaskMetric(name, lambda scores: correlation(np.stack(scores.predicted)[:, 0], gold[:, 0], name))
-        return TaskMetric("micro_f1", lambda scores: micro_f1(np.stack(scores.predicted) > 0, gold > 0))
+            defined = bool(np.ptp(gold) > 0)
+            return TaskMetric(
+                name, lambda scores: correlation(np.stack(scores.predicted)[:, 0], gold[:, 0], name), defined
+            )
+        return TaskMetric(
+            "micro_f1", lambda scores: micro_f1(np.stack(scores.predicted) > 0, gold > 0), bool(gold.any())
+        )
     return TaskMetric("token_accuracy", ACCURACY.of) if task in TEXT_TASKS else ACCURACY
 
 

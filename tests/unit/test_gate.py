@@ -120,3 +120,14 @@ def test_a_drop_of_the_task_metric_refuses() -> None:
     assert verdict.figures["metric_drop"]["value"] == pytest.approx(2)
     assert any("spearman fell from 1.0000 to -1.0000" in reason for reason in verdict.reasons)
     assert evaluate_gate(scores(3.0), trained, trained, LIMITS, True, ranks).reasons == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "labels", "value"),
+    [([1.0], ("price",), None), ([0.0, 0.0], ("a", "b"), None), ([0.0, 1.0], ("a", "b"), 0.0)],
+)
+def test_a_metric_without_a_value_does_not_drop(row: list[float], labels: tuple[str, ...], value: float | None) -> None:
+    """All right numbers are equal, or no row has a class."""
+    metric = task_metric_for([example(row) for _ in range(ROWS)], "text-classification", labels)
+    found = replace(scores(1.0), predicted=[np.array(row)] * ROWS)
+    assert evaluate_gate(scores(3.0), found, found, LIMITS, True, metric).figures["metric_drop"]["value"] == value

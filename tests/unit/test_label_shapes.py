@@ -121,6 +121,9 @@ def test_one_place_of_several_can_be_a_single_class(prepared: Any) -> None:
         (["a", "['b' 'c']"], "row 2.*looks like a list and is not one.*in JSON"),
         (["a", "[b, c]"], "row 2.*looks like a list and is not one"),
         (["a", "('b', 'c')"], "row 2.*looks like a list and is not one"),
+        (["[1 0]", "[0 1]"], "row 1.*looks like a list and is not one"),
+        (["[ 0.  1.]", "[1. 0.]"], "row 1.*looks like a list and is not one"),
+        (["[e]", "[1st]", "(a)"], None),
         (["0.5", "1_000", "nan"], None),
     ],
 )
