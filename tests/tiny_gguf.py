@@ -32,6 +32,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Settings of a tiny model of each family that GGUF can hold; llama.cpp's rules fix some."""
 
 
+SCALES = {
+    "Q2_K": ((80, 82), 3e-3),
+    "Q3_K": ((108,), 1e-3),
+    "Q4_K": ((0, 2), 1e-4),
+    "Q5_K": ((0, 2), 5e-5),
+    "Q6_K": ((208,), 1.5e-5),
+}
+"""Where the 16-bit scales of a block of a K type lie, and numbers for weights around 0.1."""
+
+
 def write_gguf(
     folder: Path,
     file: Path,
@@ -39,6 +49,7 @@ def write_gguf(
     *,
     tensors: dict[str, NDArray[Any]] | None = None,
     fields: dict[str, Any] | None = None,
+    raw: dict[str, tuple[NDArray[np.uint8], GGMLQuantizationType]] | None = None,
     without: tuple[str, ...] = (),
     **writer: Any,
 ) -> Path:
@@ -50,6 +61,7 @@ def write_gguf(
         kind: Type of the matrices; the K types get random blocks.
         tensors: Further tensors.
         fields: Further or other keys of the header.
+        raw: Tensors to replace by blocks.
         without: Tensors and keys to leave out.
         writer: For `GGUFWriter`.
     """
@@ -65,12 +77,10 @@ def write_gguf(
             out.add_custom_alignment(value)
         else:
             out.add_key_value(full, value, *value_type(value))
-    for key, weights in {
-        **gguf_tensors(load_file(folder / "model.safetensors"), config, name),
-        **(tensors or {}),
-    }.items():
+    weights = gguf_tensors(load_file(folder / "model.safetensors"), config, name) | (tensors or {})
+    for key, values in weights.items():
         if key not in without:
-            data, stored = encode(weights, kind, key)
+            data, stored = (raw or {}).get(key) or encode(values, kind, key)
             out.add_tensor(key, data, raw_dtype=stored)
     out.write_header_to_file()
     out.write_kv_data_to_file()
@@ -202,7 +212,8 @@ def random_blocks(shape: tuple[int, ...], kind: GGMLQuantizationType, key: str) 
     block, size = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(len(key) + sum(key.encode()))
     blocks = random.integers(0, 256, (shape[0] * shape[1] // block, size), np.uint8)
-    scales = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind.name]
-    for place in scales:
-        blocks[:, place : place + 2] = random.uniform(1e-4, 1e-3, (len(blocks), 1)).astype(np.float16).view(np.uint8)
+    places, scale = SCALES[kind.name]
+    for place in places:
+        numbers = random.uniform(scale, 2 * scale, (len(blocks), 1)).astype(np.float16)
+        blocks[:, place : place + 2] = numbers.view(np.uint8)
     return blocks.reshape(shape[0], -1)
