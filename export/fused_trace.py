@@ -5,6 +5,7 @@ architecture around them; `edge_ft.export.lowering` turns the result into plain 
 operators.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -146,6 +147,8 @@ def _fused_operators(model: PreTrainedModel, attention: Attention) -> Iterator[N
         undo.enter_context(exporting(model))
         patch(nn.Linear, "forward", _linear)
         _fuse_norms(patch, model)
+        for name in {type(module).__module__ for module in model.modules()}:
+            undo.enter_context(_sorted_sets(name))
         AttentionInterface.register(ATTENTION, attention)
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation(ATTENTION)
@@ -162,6 +165,33 @@ def _fuse_norms(patch: Callable[..., None], model: nn.Module) -> None:
     for kind in {type(norm) for norm in norms}:
         if all(plain is not None for norm, plain in found.items() if type(norm) is kind):
             patch(kind, "forward", _rms_norm)
+
+
+class _SortedSet(set[Any]):
+    """A set that is iterated in the same order in every process."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(sorted(super().__iter__(), key=str))
+
+
+@contextmanager
+def _sorted_sets(name: str) -> Iterator[None]:
+    """Sort the sets that the functions of a transformers module make, as they name values of the graph by order.
+
+    ModernBERT computes its rotary tables in the order of a set of texts, which differs from process to process.
+
+    Yields:
+        Nothing.
+    """
+    namespace = vars(sys.modules[name])
+    if not name.startswith("transformers.models.") or "set" in namespace:
+        yield
+        return
+    namespace["set"] = _SortedSet
+    try:
+        yield
+    finally:
+        del namespace["set"]
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from edge_ft.progress import Progress
 from edge_ft.quant.serialization import write_codes
 from edge_ft.system import device_memory, peak_rss_bytes
 from edge_ft.tune.checkpoint import OpenedRun, remove_checkpoint
+from edge_ft.tune.command import reproducing_command
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.prepare import Job
@@ -124,6 +125,7 @@ def write_report(
         "peak_device_bytes": on_device.peak_bytes if on_device else None,
         **{key: value for key, value in evaluated.items() if key != "findings"},
         "seed": job.config.seed,
+        "command": reproducing_command(run.settings(), processes.count),
         "device": str(device),
         "threads": job.config.threads,
         "processes": processes.count,

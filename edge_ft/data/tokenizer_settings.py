@@ -1,0 +1,131 @@
+"""What transformers makes of the files beside a tokenizer.json: named tokens, BOS and EOS around a text, clean-up."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, models, processors
+
+__all__ = ["complete", "decoded_text_of", "named_tokens"]
+
+_BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
+_ROBERTA = {
+    **{"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>"},
+    **{"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"},
+}
+_ENDOFTEXT = {"unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+CLASS_TOKENS: dict[str, dict[str, str]] = {
+    "Bert": _BERT,
+    "DistilBert": _BERT,
+    "Electra": _BERT,
+    "MPNet": {**_ROBERTA, "unk_token": "[UNK]"},
+    "Roberta": _ROBERTA,
+    "XLMRoberta": _ROBERTA,
+    "Albert": {**_BERT, "bos_token": "[CLS]", "eos_token": "[SEP]", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "T5": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "GPT2": _ENDOFTEXT,
+    "GPTNeoX": _ENDOFTEXT,
+    "Qwen2": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+    "Llama": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    "Gemma": {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
+}
+"""Tokens that a class of transformers names where the files do not: those of BERT and RoBERTa name none at all."""
+CLASS_OF = {
+    "bert": "Bert",
+    "distilbert": "DistilBert",
+    "electra": "Electra",
+    "mpnet": "MPNet",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "albert": "Albert",
+    "t5": "T5",
+    "mt5": "T5",
+    "gpt2": "GPT2",
+    "gpt_neox": "GPTNeoX",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen2",
+    "llama": "Llama",
+    "mistral": "Llama",
+    "gemma2": "Gemma",
+    "gemma3_text": "Gemma",
+}
+"""The class of a `model_type` whose files name none."""
+FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+"""What clean_up_tokenization_spaces writes without spaces, in this order."""
+
+
+def named_tokens(named: Mapping[str, Any], model_type: str | None, tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the texts of `bos_token`, `eos_token` and so on.
+
+    Args:
+        named: Content of tokenizer_config.json over special_tokens_map.json.
+        model_type: Of config.json; None where it is not known.
+        tokenizer: Only tokens that it has are named by default.
+    """
+    found = {
+        name: text["content"] if isinstance(text, dict) else text
+        for name, text in named.items()
+        if name.endswith("_token") and isinstance(text, str | dict)
+    }
+    written = named.get("tokenizer_class")
+    kind = str(written).removesuffix("Fast").removesuffix("Tokenizer") if written else CLASS_OF.get(model_type or "")
+    for name, text in CLASS_TOKENS.get(kind or "", {}).items():
+        if name not in named and tokenizer.token_to_id(text) is not None:
+            found[name] = text
+    return found
+
+
+def complete(tokenizer: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Give a tokenizer, in place, what transformers adds to its tokenizer.json.
+
+    - Tokens of `added_tokens_decoder`, with their flags, and named tokens that the vocabulary has, as special ones.
+    - If `add_bos_token` or `add_eos_token` is there, exactly these around a text, whatever tokenizer.json says.
+
+    Args:
+        tokenizer: As tokenizer.json defines it.
+        config: Content of tokenizer_config.json.
+        named: What `named_tokens` returned.
+    """
+    known = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    decoder = config.get("added_tokens_decoder") or {}
+    listed = [
+        AddedToken(entry["content"], **{flag: entry[flag] for flag in FLAGS if flag in entry})
+        for _, entry in sorted(decoder.items(), key=lambda item: int(item[0]))
+    ]
+    tokenizer.add_tokens([token for token in listed if repr(token) not in known])
+    texts = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True) for text in dict.fromkeys(named.values()) if _is_piece(tokenizer, text, texts)]
+    )
+    if "add_bos_token" in config or "add_eos_token" in config:
+        bos = named.get("bos_token") if config.get("add_bos_token") else None
+        eos = named.get("eos_token") if config.get("add_eos_token") else None
+        around = {text: tokenizer.token_to_id(text) for text in (bos, eos) if text is not None}
+        if None not in around.values():
+            first, last = ([f"{text}:%d"] if text else [] for text in (bos, eos))
+            single = [*first, "$A:%d", *last]
+            pair = [part % 0 for part in single] + [part.replace("$A", "$B") % 1 for part in single]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[part % 0 for part in single], pair=pair, special_tokens=list(around.items())
+            )
+
+
+def decoded_text_of(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Callable[[str], str] | None:
+    """Return what removes spaces from a decoded text, where tokenizer_config.json asks for it; None: nothing does.
+
+    transformers ignores the setting for BPE, where it would remove spaces that the model wrote.
+    """
+    if config.get("clean_up_tokenization_spaces") is not True or isinstance(tokenizer.model, models.BPE):
+        return None
+
+    def clean(text: str) -> str:
+        for spaced in SPACED:
+            text = text.replace(spaced, spaced.strip())
+        return text
+
+    return clean
+
+
+def _is_piece(tokenizer: Tokenizer, text: str, added: set[str]) -> bool:
+    """Return whether a text is in the vocabulary, but no added token."""
+    return text not in added and tokenizer.token_to_id(text) is not None
