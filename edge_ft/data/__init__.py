@@ -14,12 +14,13 @@ from edge_ft.data.batches import (
 )
 from edge_ft.data.chat import render_chat
 from edge_ft.data.class_audit import absent_class, count_classes
-from edge_ft.data.classes import class_index, class_numbers, is_unnamed
+from edge_ft.data.classes import class_index, class_numbers, is_unnamed, whole_number
 from edge_ft.data.clock import clock_at, reads_clock
 from edge_ft.data.columns import (
     Columns,
     bare_columns,
     chat_columns,
+    columns_in,
     find_columns,
     find_problem,
     guess_task,
@@ -94,6 +95,7 @@ __all__ = [
     "clock_at",
     "collate",
     "column_names",
+    "columns_in",
     "count_classes",
     "encode_example",
     "encode_pair",
@@ -135,6 +137,7 @@ __all__ = [
     "trained_rendering",
     "unread_by",
     "untrained_references",
+    "whole_number",
     "with_extras",
     "with_pooling",
     "writes_bos",

@@ -24,6 +24,7 @@ CODES = (
     "leak",
     "one-class",
     "many-classes",
+    "answer-in-prompt",
     "truncated",
     "unused",
     "unlabelled",
@@ -43,7 +44,7 @@ CODES = (
     "missing-class",
     "joined-classes",
 )
-"""Every code; the first four refuse the rows."""
+"""Every code; the first five refuse the rows."""
 
 ANSWER_COLUMNS = {*ANSWERS, "label", "tags", "messages", "conversations"}
 """Columns that rows for inference may have beside their prompt, as training rows do."""

@@ -174,11 +174,15 @@ def known_class(name: str, labels: tuple[str, ...], where: str, what: str = "cla
 def class_index(name: str, labels: tuple[str, ...]) -> int | None:
     """Return the place among `labels` of the class that a row names; None if it names none.
 
-    Where no class has a number for a name, a row may give the number of its class instead: 0 is the first one. `1.0`,
-    which a table makes of 1, is 1. Of two classes `false` is the first and `true` the second.
+    By its name; else by its name without regard to case, if that fits one class. Where no class has a number for a
+    name, a row may give the number of its class instead: 0 is the first one. `1.0`, which a table makes of 1, is 1. Of
+    two classes `false` is the first and `true` the second.
     """
     if name in labels:
         return labels.index(name)
+    alike = _by_lower_case(labels).get(name.casefold(), ())
+    if len(alike) == 1:
+        return alike[0]
     number = whole_number(name)
     if number is None and len(labels) == 2 and not _any_flag(labels):
         number = FLAGS.get(name.lower())
@@ -203,6 +207,14 @@ def whole_number(name: str) -> int | None:
     """Return the number that a text spells as `1` or `1.0`; None for any other text."""
     found = re.fullmatch(r"([+-]?[0-9]{1,15})(?:\.0*)?", name)
     return int(found[1]) if found else None
+
+
+@cache
+def _by_lower_case(labels: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for index, label in enumerate(labels):
+        found[label.casefold()] = (*found.get(label.casefold(), ()), index)
+    return found
 
 
 @cache

@@ -1,5 +1,6 @@
 """The classes of a training: their names, and those that a split lacks."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,18 +15,30 @@ from edge_ft.data import (
     answer_of,
     class_index,
     class_numbers,
+    columns_in,
     count_classes,
     find_labels,
+    format_rows,
     is_unnamed,
+    record,
+    whole_number,
 )
 from edge_ft.errors import AuditRefused, UsageError
 from edge_ft.families import CLASSIFIERS
 from edge_ft.progress import Progress
 
-__all__ = ["choose_classes", "find_absent_classes", "find_too_many_classes"]
+__all__ = [
+    "choose_classes",
+    "find_absent_classes",
+    "find_answer_in_prompt",
+    "find_class_problems",
+    "find_too_many_classes",
+]
 
 SHOWN = 5
 """Most classes that a message names."""
+MOST = 0.9
+"""Share of rows that are nearly all."""
 MANY = 10
 """As many classes are never too many, however few the rows."""
 
@@ -84,10 +97,74 @@ def choose_classes(
     if model_labels:
         what = "the model's own head is trained further, for" if known else "a new head replaces the model's for"
         progress.say(f"{what} {_join(model_labels)}")
-    if not set(found) <= set(labels):
-        pairs = zip(class_numbers(labels), labels, strict=True)
-        progress.say(f"the rows name classes by number: {_join([f'{number} is {name}' for number, name in pairs])}")
+    if columns.places or not set(found) <= set(labels):
+        indices = [int(name) if columns.places else class_index(name, labels) for name in found]
+        pairs = [f"{name} is {labels[at]}" for name, at in zip(found, indices, strict=True) if at is not None]
+        progress.say(f"classes in the rows: {_join(pairs)}")
     return labels
+
+
+def find_class_problems(
+    rows: Mapping[str, Sequence[Row]],
+    examples: Mapping[str, Sequence[Example]],
+    rendering: Rendering,
+    model_labels: tuple[str, ...],
+    files: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """Return findings, as JSON values, about the answers of a training: `find_answer_in_prompt` and the others here.
+
+    Args:
+        rows: Rows of each split.
+        examples: The same in token ids.
+        rendering: How they were encoded.
+        model_labels: Classes of the model's own head.
+        files: Where each split comes from.
+    """
+    columns, file = rendering.columns, files["train"]
+    return [
+        *find_answer_in_prompt(rows["train"], columns, rendering.labels, file),
+        *find_too_many_classes(rows, columns, rendering.labels, model_labels, file),
+        *find_absent_classes(rows, examples, rendering, files),
+    ]
+
+
+def find_answer_in_prompt(
+    rows: Sequence[Row], columns: Columns, labels: tuple[str, ...], file: str
+) -> list[dict[str, Any]]:
+    """Return a finding `answer-in-prompt`, as JSON values, if the model reads what it is to answer.
+
+    An error where the prompt's template names the column of the answer; a warning where nearly every text holds the
+    name of its own class, and few hold another's.
+
+    Args:
+        rows: Train rows.
+        columns: What they are read by.
+        labels: All classes.
+        file: Where the rows come from.
+    """
+    read = columns_in(columns.prompt) | columns_in(columns.pair)
+    answer = columns_in(columns.completion) | ({columns.label} if columns.label else set())
+    values = {"code": "answer-in-prompt", "file": file, "rows": [], "count": len(rows), "example": ""}
+    if both := sorted(read & answer):
+        message = f"the prompt holds the column {both[0]}, which is the answer: leave it out of --prompt"
+        return [{**values, "severity": "error", "message": message}]
+    names = [name for name in labels if len(name) > 2 and whole_number(name) is None]
+    if columns.problem_type != "single_label_classification" or len(names) < len(labels) or len(rows) < MANY:
+        return []
+    patterns = {name: re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE) for name in names}
+    own, others = [], 0
+    for row in rows:
+        found = record(row, columns)
+        index = class_index(found.classes[0], labels)
+        text = found.prompt + " " + (found.pair or "")
+        held = {name for name, pattern in patterns.items() if pattern.search(text)}
+        if index is not None and labels[index] in held:
+            own.append(row.number)
+        others += bool(held - ({labels[index]} if index is not None else set()))
+    if len(own) < MOST * len(rows) or others > len(rows) / 2:
+        return []
+    message = f"{len(own)} of {len(rows)} train rows hold the name of their own class in the text ({format_rows(own)})"
+    return [{**values, "severity": "warning", "rows": own, "count": len(own), "message": message}]
 
 
 def find_absent_classes(
@@ -136,9 +213,10 @@ def find_too_many_classes(
         file: Where the rows come from.
     """
     count = sum(map(len, rows.values()))
-    if columns.problem_type != "single_label_classification" or labels == known or columns.places:
+    if columns.problem_type == "regression" or columns.label is None or labels == known or columns.places:
         return []
-    if len(labels) <= max(MANY, count / 2):
+    few = count / 2 if columns.problem_type == "single_label_classification" else count
+    if len(labels) <= max(MANY, few):
         return []
     message = (
         f"{count} rows have {len(labels)} different classes in the column {columns.label}, such as {labels[0]!r}: "

@@ -44,7 +44,7 @@ from edge_ft.errors import AuditRefused, UsageError, did_you_mean
 from edge_ft.evaluate.scoring import Batching
 from edge_ft.families import family_of
 from edge_ft.progress import Progress
-from edge_ft.tune.classes import choose_classes, find_absent_classes, find_too_many_classes
+from edge_ft.tune.classes import choose_classes, find_class_problems
 from edge_ft.tune.loop import planned_steps
 from edge_ft.tune.splits import SPLITS, FileFindings, GivenRows, drop_unusable, read_given, split_given
 
@@ -280,8 +280,7 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
     unused = _unused(everything_given, columns, examples)
     found = [*unused, *dropped, *leaks, *_audit(given.files, records, examples, rendering, tokenizer)]
     findings = [finding.plain(file=file) for file, finding in found]
-    findings += find_too_many_classes(rows, columns, labels, model_labels, given.files["train"])
-    findings += find_absent_classes(rows, examples, rendering, given.files)
+    findings += find_class_problems(rows, examples, rendering, model_labels, given.files)
     _refuse(findings, config.allow, progress)
     trainable = _trainable(examples, rendering.max_length, "nothing-to-learn" in config.allow)
     if task == "feature-extraction" and min(len(trainable["validation"]), config.rows_at_once) < 2:

@@ -186,12 +186,14 @@ def test_words_and_tags_of_a_table_are_lists_too(prepared: Any) -> None:
 # Names of classes: a head that has names keeps them.
 
 
-@pytest.mark.parametrize("labels", [[0, 1], ["0", "1"], [False, True], ["0.0", "1.0"], ["NEGATIVE", 1]])
+@pytest.mark.parametrize(
+    "labels", [[0, 1], ["0", "1"], [False, True], ["0.0", "1.0"], ["NEGATIVE", 1], ["Negative", "positive"]]
+)
 def test_a_head_keeps_its_names_for_rows_with_numbers(prepared: Any, labels: list[Any]) -> None:
     found, said = prepared([labels[0], labels[1]] * 10, ("NEGATIVE", "POSITIVE"))
     assert found.rendering.labels == ("NEGATIVE", "POSITIVE")
     assert "the model's own head is trained further, for NEGATIVE, POSITIVE" in said
-    assert "the rows name classes by number: 0 is NEGATIVE, 1 is POSITIVE" in said
+    assert f"{1 if labels[1] == '1.0' else labels[1]} is POSITIVE" in said
     references = {example.row: example.reference for part in found.examples.values() for example in part}
     assert (references[1], references[2]) == ("NEGATIVE", "POSITIVE")
     # The run is read again with its own rows.
@@ -258,6 +260,27 @@ def test_a_column_of_texts_is_no_class(prepared: Any) -> None:
     assert "many-classes" in codes(prepared(texts, allow=("many-classes",))[0])
     assert "many-classes" not in codes(prepared(texts, tuple(sorted(texts)))[0]), "the model's own head knows them"
     assert "many-classes" not in codes(prepared(texts * 3)[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "severity"),
+    [
+        ("a film of {0}", "warning"),
+        ("sport or music? {0}", None),  # every text names both
+        ("a film", None),
+        ("{0}ing", None),
+    ],
+)
+def test_an_answer_that_stands_in_the_prompt(prepared: Any, text: str, severity: str | None) -> None:
+    names = ["sport", "music"] * 30
+    lines = [{"body": f"{text.format(name)} {n}", "label": name} for n, name in enumerate(names)]
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    found = [finding for finding in prepared(content, ending="jsonl")[0].findings if finding["code"] != "absent-class"]
+    assert [(finding["code"], finding["severity"]) for finding in found] == (
+        [("answer-in-prompt", severity)] if severity else []
+    )
+    with pytest.raises(AuditRefused, match=r"the prompt holds the column label, which is the answer"):
+        prepared(content, ending="jsonl", prompt="{body} {label}")
 
 
 @pytest.mark.parametrize(("labels", "absent"), [(["a", "b"] * 40, []), (["a"] * 39 + ["b"], ["validation"])])
