@@ -155,7 +155,7 @@ def tune(
         table,
         f"{run.path}: best at step {report['best_step']} of {report['steps']}, "
         f"{report['seconds']:.0f} s, {report['tokens_per_second']:.0f} tok/s, "
-        f"peak {report['peak_rss_bytes'] / 1e6:.0f} MB\n{advice}",
+        f"peak {report['peak_rss_bytes'] / 1e6:.0f} MB\n" + "\n".join([*_warnings(report), advice]),
     )
 
 

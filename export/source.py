@@ -32,6 +32,7 @@ from edge_ft.evaluate.loading import find_run_base, open_run_model
 from edge_ft.evaluate.scoring import scorable
 from edge_ft.evaluate.verify import VERIFY_ROWS
 from edge_ft.export.foreign import check_adapter, open_tokenizer
+from edge_ft.families import CLASSIFIERS
 from edge_ft.models.adapted import load_adapter, merge_adapter, take_vocabulary
 from edge_ft.models.adapter import Adapter, find_adapter
 from edge_ft.models.base_model import Base, find_base
@@ -296,6 +297,8 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
     if adapter is not None and config.problem_type is None:
         config = replace(config, problem_type=adapter.model_config.get("problem_type"))
     rows = read_rows(config.data)[:VERIFY_ROWS] if config.data is not None else []
+    if config.class_names and task not in CLASSIFIERS:
+        raise UsageError(f"--class-names is for classes and tags, and the task is {task}: leave it out")
     labels = _labels(base, task, config, rows, adapter) if base.family.trained_head(task) else ()
     if labels and len(labels) == len(base.labels(task)) and not _head_size(base, task, adapter):
         base = base.with_class_names(labels)  # its own head stays, with these names

@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 MULTI_LABEL: ProblemType = "multi_label_classification"
+LARGEST = 3e38
+"""Largest number that float32 can hold, about."""
 FLAGS = {"false": 0, "true": 1}
 _ITEM = re.compile(r"""\s*(?:"(?:[^"\\]|\\.)*"|'((?:[^'\\]|\\.)*)'|[^\s,'"\[\]]+)\s*(?:,|$)""", re.DOTALL)
 """An item of a list in Python's notation, with the comma behind it."""
@@ -106,8 +108,8 @@ def read_classes(value: Any, problem: ProblemType | None, where: str, places: in
     """
     if problem == "regression":
         number = _number(value)
-        if number is None or not math.isfinite(number):
-            raise DataError(f"{where} is {value!r}: for regression it must be a finite number")
+        if number is None or not abs(number) <= LARGEST:
+            raise DataError(f"{where} is {value!r}: for regression it must be a finite number, at most {LARGEST:.0e}")
         return (str(number),)
     if places:
         return _read_places(value, problem, where, places)
@@ -325,5 +327,5 @@ def _number(value: Any) -> float | None:
         return None  # Python reads 1_000 as a number
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

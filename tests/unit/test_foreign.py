@@ -157,6 +157,8 @@ def test_class_names_that_nobody_knows_are_asked_for(bert: Path, classifier: Pat
     assert [example.labels for example in source.rows.validation] == [[2], [0], [1]]
     with pytest.raises(UsageError, match=r"--class-names gives 2 names, the head has 3 outputs"):
         opened(bert, classifier, class_names=("c", "a"))
+    with pytest.raises(UsageError, match=r"--class-names is for classes and tags, and the task is feature-extraction"):
+        open_export_source(str(bert), ExportConfig(out=tmp_path / "none", class_names=("c", "a")))
     numbers = rows(tmp_path / "numbers.jsonl", *({"text": "good film", "label": n} for n in range(3)))
     assert opened(bert, classifier, data=numbers).rendering.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
 

@@ -124,6 +124,7 @@ def test_one_place_of_several_can_be_a_single_class(prepared: Any) -> None:
         (["[1 0]", "[0 1]"], "row 1.*looks like a list and is not one"),
         (["[ 0.  1.]", "[1. 0.]"], "row 1.*looks like a list and is not one"),
         (["[e]", "[1st]", "(a)"], None),
+        ([10**400, 1], None),
         (["0.5", "1_000", "nan"], None),
     ],
 )
@@ -137,7 +138,7 @@ def test_labels_of_several_kinds_are_refused_with_their_rows(
         prepared(labels * 6)
 
 
-@pytest.mark.parametrize("value", [float("inf"), "inf", "nan", "1_000", True, [0.5]])
+@pytest.mark.parametrize("value", [float("inf"), "inf", "nan", "1_000", True, [0.5], 1e300, 10**400])
 def test_a_number_is_finite(prepared: Any, value: Any) -> None:
     with pytest.raises(DataError, match=r"row 2: 'label' is .*for regression it must be a finite number"):
         prepared([0.5, value, 1.5] * 5, problem_type="regression")
