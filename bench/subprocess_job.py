@@ -31,7 +31,8 @@ def run_worker(
     """Do a job in a fresh process.
 
     Args:
-        job: What the worker reads; `started` (`time.monotonic()`) is added.
+        job: What the worker reads; `started` (`time.monotonic()`) and `parent` (a pipe that closes with this process)
+            are added.
         doing: What the job is about, for messages.
         threads: CPU threads of OpenMP libraries (`OMP_NUM_THREADS`).
         limit: Memory that the process may use.
@@ -44,17 +45,20 @@ def run_worker(
         WillNotFit: it used more than the limit.
         EdgeFTError: it died, or raised an error: the same class is raised here.
     """
+    # The worker ends when this pipe closes, however this process ends.
+    alive, ours = os.pipe()
     # -P: a file in the current folder that is named like a library must not be imported.
     command = [sys.executable, "-P", "-m", module]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile() as stderr, limit.group() if limit else nullcontext() as group:
         if group is not None:
             command = [*JOIN_GROUP, str(group), *command]
-        request: bytes | None = json.dumps(job | {"started": time.monotonic()}).encode()
+        request: bytes | None = json.dumps(job | {"started": time.monotonic(), "parent": alive}).encode()
         seen = 0
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment, pass_fds=[alive]
         ) as process:
+            os.close(alive)
             try:
                 while True:
                     try:
@@ -69,6 +73,7 @@ def run_worker(
             finally:
                 process.kill()
                 process.wait()  # a cgroup with processes cannot be removed
+                os.close(ours)
         stderr.seek(0)
         lines = stderr.read().decode(errors="replace").strip().splitlines()
         ended_by_kernel = group is not None and _oom_kills(group) > 0

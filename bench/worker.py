@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -66,11 +67,19 @@ def answer_job(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)
         job = json.load(sys.stdin)
+        if (parent := job.pop("parent", None)) is not None:
+            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         try:
             reply: dict[str, Any] = {"result": work(job)}
         except EdgeFTError as error:
             reply = {"error": [type(error).__name__, str(error)]}
         json.dump(reply, answer)
+
+
+def _end_with(parent: int) -> None:
+    """Wait until the process at the other end of a pipe has ended, then end this one."""
+    os.read(parent, 1)
+    os._exit(1)
 
 
 def prompt_ids(tokenizer: "TextTokenizer", length: int) -> list[int]:

@@ -3,18 +3,31 @@
 Reports and manifests are read and written only here; `docs/bundle.md` describes the bundle.
 """
 
-import errno
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edge_ft.errors import BundleError, UsageError
+from edge_ft.files import (
+    atomic_file,
+    atomic_folder,
+    cache_folder,
+    disk_full,
+    file_sha256,
+    is_as_sealed,
+    is_rewritten,
+    json_text,
+    locked,
+    out_of_memory,
+    refuse_existing,
+    seal,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from edge_ft.manifest import find_misfit
 from edge_ft.utf8 import read_json, read_utf8
 
@@ -27,98 +40,19 @@ __all__ = [
     "cache_folder",
     "disk_full",
     "file_sha256",
+    "is_as_sealed",
     "kind_of",
+    "locked",
+    "out_of_memory",
+    "refuse_existing",
+    "seal",
     "write_json",
     "write_jsonl",
     "write_text",
 ]
 
 FORMAT_VERSION = 1
-
-
-def cache_folder() -> Path:
-    """The folder for what later commands reuse: EDGE_FT_CACHE, or ~/.cache/edge-ft."""
-    return Path(os.environ.get("EDGE_FT_CACHE", Path.home() / ".cache" / "edge-ft"))
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which is renamed to `path` if the block succeeds and removed if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield neighbour
-        with neighbour.open("r+b") as file:
-            os.fsync(file.fileno())
-        neighbour.replace(path)
-    finally:
-        neighbour.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file by `atomic_file`."""
-    with atomic_file(path) as file:
-        file.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON by `write_text`.
-
-    Raises:
-        ValueError: a number is NaN or infinite, which JSON does not know.
-    """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_jsonl(path: Path, values: Iterable[Any]) -> None:
-    """`write_text` of one JSON value a line; what JSON has no form for is written as text."""
-    write_text(path, "".join(json.dumps(value, ensure_ascii=False, default=str) + "\n" for value in values))
-
-
-def disk_full(error: BaseException) -> bool:
-    """Whether a write failed because the disk is full; safetensors reports that in an error of its own."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if isinstance(error, OSError):
-        return error.errno in full
-    return any(f"os error {code})" in str(error) for code in full)
-
-
-def refuse_existing(out: Path) -> None:
-    """Refuse to overwrite.
-
-    Raises:
-        UsageError: `out` exists.
-    """
-    if out.exists():
-        raise UsageError(f"{out} exists already: give another --out or remove it")
-
-
-@contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`, which is renamed to `out` if the block succeeds and removed if it fails.
-
-    Yields:
-        The temporary folder.
-
-    Raises:
-        UsageError: `out` exists.
-    """
-    refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+_RESTORE = "copy the run folder again, or remove files.json to use it as it is"
 
 
 def kind_of(source: str) -> str:
@@ -153,7 +87,59 @@ class RunFolder:
                 f"{path} holds no finished run (report.json is missing): resume it with edge-ft tune --config "
                 f"{run.config_path} --resume"
             )
+        run.check_files()
         return run
+
+    def seal_files(self, report: dict[str, Any] | None = None) -> None:
+        """Write files.json: size and sha256 of every file of the run, but for what is only for --resume.
+
+        Args:
+            report: What report.json is about to hold; None before the end of the run.
+        """
+        files = {
+            name: {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+            for file in sorted(self.path.rglob("*"))
+            if file.is_file()
+            and not (name := file.relative_to(self.path).as_posix()).startswith((".", "checkpoint/"))
+            and name not in (self.files_path.name, self.report_path.name)
+        }
+        if report is not None:
+            data = json_text(report).encode()
+            entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            files[self.report_path.name] = entry
+        write_json(self.files_path, seal({"files": files}))
+
+    @contextmanager
+    def changed(self) -> Iterator[None]:
+        """Write files of the run in this block: there is no files.json until all are written."""
+        self.files_path.unlink(missing_ok=True)
+        yield
+        self.seal_files()
+
+    def check_files(self, *names: str) -> None:
+        """Hold files against files.json; a run without one, made before there were any, is not checked.
+
+        Args:
+            names: Those to check; none: all that are listed.
+
+        Raises:
+            UsageError: one is missing or is not the file that was written.
+        """
+        if not self.files_path.is_file():
+            return
+        document = read_json(self.files_path, advice=_RESTORE)
+        try:
+            files = {str(name): str(entry["sha256"]) for name, entry in document["files"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{self.files_path} cannot be read ({error!r}): {_RESTORE}") from error
+        if not is_as_sealed(self.files_path, document):
+            raise UsageError(f"{self.files_path} is damaged (its content does not have the hash `seal`): {_RESTORE}")
+        for name in names or files:
+            file = self.path / name
+            if name in files and not file.is_file():
+                raise UsageError(f"{self.path} lacks {name}, which its files.json lists: {_RESTORE}")
+            if name in files and file_sha256(file) != files[name] and not is_rewritten(file):
+                raise UsageError(f"{file} is not the file that was written (sha256 differs): {_RESTORE}")
 
     def is_begun(self) -> bool:
         """Whether `tune` made this folder, even if it wrote nothing into it yet."""
@@ -163,6 +149,11 @@ class RunFolder:
     def config_path(self) -> Path:
         """The resolved settings, in the format of --config."""
         return self.path / "config.yaml"
+
+    @property
+    def files_path(self) -> Path:
+        """Size and sha256 of the run's files."""
+        return self.path / "files.json"
 
     @property
     def report_path(self) -> Path:
@@ -267,6 +258,11 @@ class Bundle:
             )
         if wrong := find_misfit(manifest):
             raise BundleError(f"{manifest_path} is not as an export writes it: {wrong}; export it again")
+        if not is_as_sealed(manifest_path, manifest):
+            raise BundleError(
+                f"{manifest_path} is damaged (its content does not have the hash `seal`): copy the bundle again, or "
+                "remove `seal` from it if you edited it"
+            )
         found = {
             file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink()
         } - {"manifest.json"}
@@ -288,7 +284,7 @@ class Bundle:
             for file in sorted(folder.rglob("*"))
             if file.is_file() and file.name != "manifest.json"
         }
-        write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, **manifest, "files": files})
+        write_json(folder / "manifest.json", seal({"format_version": FORMAT_VERSION, **manifest, "files": files}))
 
     @property
     def task(self) -> str:

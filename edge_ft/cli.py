@@ -16,7 +16,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from edge_ft import __version__
-from edge_ft.artifacts import RunFolder, cache_folder, disk_full, write_json, write_text
+from edge_ft.artifacts import RunFolder, cache_folder, disk_full, out_of_memory, write_json, write_text
 from edge_ft.config import (
     TEXT_TASKS,
     BenchConfig,
@@ -35,6 +35,7 @@ from edge_ft.config import (
 from edge_ft.errors import (
     BudgetFailed,
     EdgeFTError,
+    Interrupted,
     MissingExtra,
     UsageError,
     WillNotFit,
@@ -43,6 +44,7 @@ from edge_ft.errors import (
     require,
 )
 from edge_ft.progress import Lines, Progress, ProgressBars, Silent
+from edge_ft.stopping import end_process, watched
 from edge_ft.system import Available, default_threads, device_memory, total_memory_bytes, usable_cpus
 from edge_ft.utf8 import check_characters, lines_of, read_utf8
 
@@ -55,6 +57,10 @@ LIBRARIES = (
 )
 """What `--version -v` lists: the libraries on which results and speed depend."""
 
+NO_MEMORY = (
+    "there is not enough memory for this command: end other programs or take a smaller model; tune takes less with "
+    "--memory low, a smaller --batch-size or a smaller --max-length"
+)
 
 HEADINGS = {group: cyclopts.Group(group.value, sort_key=at) for at, group in enumerate(Group)}
 
@@ -73,6 +79,7 @@ app = App(
     default_parameter=Parameter(negative_iterable=(), show_default=_default_text),
     suppress_keyboard_interrupt=False,  # `main` reports what was saved
 )
+app.meta.suppress_keyboard_interrupt = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -483,27 +490,33 @@ def _is_setting(value: Any) -> bool:
 
 def main() -> None:
     """Run the command line and exit with a code of `edge_ft.errors`."""
-    debug = "--debug" in sys.argv
-    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)  # a console that cannot show a character gets its number
+    with watched(end_process):
+        for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace")):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=errors)  # a console that cannot show a character gets its number
+        _main("--debug" in sys.argv)
+
+
+def _main(debug: bool) -> None:
     try:
         for argument in sys.argv[1:]:
             check_characters(argument, f"the argument {argument!r} is not UTF-8: it")
         app.meta(sys.argv[1:], exit_on_error=False, print_error=False)
     except EdgeFTError as error:
+        if out_of_memory(error) and not isinstance(error, WillNotFit):  # whatever was being done then
+            _fail(NO_MEMORY, WillNotFit.exit_code, debug)
         _fail(str(error), error.exit_code, debug)
     except cyclopts.CycloptsError as error:
         _fail(_explain(error), UsageError.exit_code, debug)
     except KeyboardInterrupt:
-        _fail("stopped", 130, debug)
+        _fail("stopped; no file was written: the same command starts again", Interrupted.exit_code, debug)
     except BrokenPipeError:
         # The reader of our output is gone; stdout must not be flushed into it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except MemoryError:
-        _fail("out of memory: give a smaller --batch-size or --max-length", WillNotFit.exit_code, debug)
     except Exception as error:  # noqa: BLE001 - whatever is left is a bug, and has its own code
+        if out_of_memory(error):
+            _fail(NO_MEMORY, WillNotFit.exit_code, debug)
         if disk_full(error):
             where = getattr(error, "filename", None) or error
             _fail(f"the disk is full: {where}; free some space and run again", WillNotFit.exit_code, debug)

@@ -57,6 +57,7 @@ class Manifest(TypedDict):
     rendering: dict[str, Any]
     files: dict[str, File]
     max_length: NotRequired[Annotated[int, Minimum(1)]]
+    seal: NotRequired[str]
     encoder_graphs: NotRequired[dict[Level, str]]
     cache: NotRequired[dict[str, Any]]
     tokenization: NotRequired[Tokenization]

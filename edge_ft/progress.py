@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
+from edge_ft.stopping import stop_if_requested
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -134,6 +136,7 @@ def track(progress: Progress, stage: str, items: Iterable[T], total: int) -> Ite
     """Yield the items, and report each one as done when the next is taken."""
     progress.advance(stage, 0, total)
     for done, item in enumerate(items, 1):
+        stop_if_requested()
         yield item
         progress.advance(stage, done, total)
 
@@ -158,6 +161,7 @@ def heartbeat(progress: Progress, step: str, seconds: float = 1.0) -> Iterator[N
         while not ended.wait(seconds):
             progress.advance(step, 0, 0)
 
+    stop_if_requested()
     progress.say(step)
     progress.advance(step, 0, 0)
     reporter = threading.Thread(target=repeat, daemon=True)

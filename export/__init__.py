@@ -3,9 +3,9 @@
 import shutil
 from pathlib import Path
 
-from edge_ft.artifacts import Bundle, atomic_folder, refuse_existing
+from edge_ft.artifacts import Bundle, atomic_folder, locked, refuse_existing
 from edge_ft.config import ExportConfig
-from edge_ft.errors import BundleError, GateRefused
+from edge_ft.errors import BundleError, GateRefused, Interrupted
 from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import use_threads
@@ -27,9 +27,25 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
     Raises:
         UsageError: a source or options that cannot be exported.
         GateRefused: too much was lost, or nothing was learned; the bundle is kept as `NAME.rejected`.
+        Interrupted: a signal came when the bundle was whole.
     """
     progress = progress or Silent()
-    refuse_existing(config.out)
+    with locked(config.out):
+        refuse_existing(config.out)
+        _export(source, config, progress)
+        try:
+            with heartbeat(progress, f"checking {config.out}"):
+                return Bundle.open(config.out)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; {config.out} is whole, edge-ft verify {config.out} checks it") from None
+
+
+def _export(source: str, config: ExportConfig, progress: Progress) -> None:
+    """Write the bundle.
+
+    Raises:
+        GateRefused: too much was lost, or nothing was learned; the bundle is kept as `NAME.rejected`.
+    """
     import_libraries(progress, "onnxscript", "peft", "optimum")
     from edge_ft.export.bundle import graph_files, make_manifest, write_bundle, write_genai
     from edge_ft.export.source import open_export_source
@@ -69,8 +85,6 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
             elif lost and codes_are_held:
                 fix = f". --lane adapter ships the {opened.weights} weights of the training unchanged"
             raise GateRefused(f"export refused, bundle kept as {rejected}: {'; '.join(reasons)}{fix}")
-    with heartbeat(progress, f"checking {config.out}"):
-        return Bundle.open(config.out)
 
 
 def _is_rejected(folder: Path) -> bool:

@@ -31,9 +31,11 @@ __all__ = [
     "Batching",
     "Embedder",
     "RowScores",
+    "ScoredRow",
     "Scorer",
     "drop_unscorable",
     "format_prediction",
+    "row_scores",
     "scorable",
     "score",
     "summary",
@@ -105,6 +107,17 @@ class RowScores:
         return float(sum(same) / self.tokens.sum())
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredRow:
+    """An entry of each field of `RowScores`."""
+
+    nll: float
+    tokens: int
+    correct: int
+    predicted: NDArray[Any]
+    vectors: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+
+
 def scorable(examples: Sequence[Example]) -> list[Example]:
     """Return the examples that have a target: an answer that is empty, or wholly cut off, has none."""
     return [example for example in examples if example.targets]
@@ -149,6 +162,7 @@ def score(
     progress: Progress,
     stage: str,
     poll: Callable[[], None] = lambda: None,
+    found: "dict[int, ScoredRow] | None" = None,
 ) -> RowScores:
     """Score every example, in batches of similar length.
 
@@ -159,6 +173,7 @@ def score(
         progress: Receives the state of the scoring.
         stage: Name of the stage for `progress`.
         poll: Called before each batch; may raise to stop the scoring.
+        found: Rows that were scored before, by index; gets the others as they are scored.
 
     Returns:
         The scores, in the order of `examples`.
@@ -166,29 +181,36 @@ def score(
     embeds = batching.task == "feature-extraction"
     lengths = [len(example.input_ids) for example in examples]
     batches = eval_batches(lengths, SCORED_TOGETHER if embeds else batching.size)
-    found: dict[int, list[NDArray[Any]]] = {}
-    vectors: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+    found = {} if found is None else found
     for indices in track(progress, stage, batches, len(batches)):
         poll()
+        if found.keys() >= set(indices):
+            continue
         batch = collate([examples[index] for index in indices], batching.pad_id, batching.task)
+        vectors: list[Any] = [None] * len(indices)
         if embeds:
             assert isinstance(scorer, Embedder)
             pair = scorer.vectors(batch)
             scored = in_batch_loss(*pair, batch)
-            vectors |= zip(indices, zip(*pair, strict=True), strict=True)
+            vectors = list(zip(*pair, strict=True))
         else:
             scored = scorer.token_nll(batch)
         labels, targets = batch["labels"], target_mask(batch["labels"], batching.task)
-        for index, at, *row in zip(indices, targets, *scored, labels, strict=True):
-            found[index] = [values[at] for values in row]
-    rows = [found[index] for index in range(len(examples))]  # nll, prediction and label of each target
-    sides = list(zip(*(vectors[index] for index in sorted(vectors)), strict=True))
+        for index, at, nll, predicted, label, pair in zip(indices, targets, *scored, labels, vectors, strict=True):
+            right = int((predicted[at] == label[at]).sum())
+            found[index] = ScoredRow(float(nll[at].sum()), int(at.sum()), right, predicted[at], pair)
+    return row_scores([found[index] for index in range(len(examples))])
+
+
+def row_scores(rows: Sequence[ScoredRow]) -> RowScores:
+    """Return the scores of rows together."""
+    sides = [side for row in rows if (side := row.vectors) is not None]
     return RowScores(
-        np.array([nll.sum() for nll, _, _ in rows], np.float64),
-        np.array([len(nll) for nll, _, _ in rows], np.int64),
-        np.array([(predicted == label).sum() for _, predicted, label in rows], np.int64),
-        [predicted for _, predicted, _ in rows],
-        (np.stack(sides[0]), np.stack(sides[1])) if embeds else None,
+        np.array([row.nll for row in rows], np.float64),
+        np.array([row.tokens for row in rows], np.int64),
+        np.array([row.correct for row in rows], np.int64),
+        [row.predicted for row in rows],
+        (np.stack([first for first, _ in sides]), np.stack([second for _, second in sides])) if sides else None,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from edge_ft.artifacts import atomic_file, refuse_existing
+from edge_ft.artifacts import atomic_file, locked, refuse_existing
 from edge_ft.config import RunConfig
 from edge_ft.data import (
     Chat,
@@ -105,7 +105,20 @@ def run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress:
         DataError: a row without a text.
         UsageError: `out` exists, or every row failed; then nothing is written.
     """
-    refuse_existing(out)
+    with locked(out):
+        refuse_existing(out)
+        return _run_file(bundle, source, out, config, progress)
+
+
+def _run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress: Progress) -> dict[str, Any]:
+    """Run a bundle on every row of a file, without a lock.
+
+    Returns:
+        What `run_file` returns.
+
+    Raises:
+        UsageError: every row failed.
+    """
     started = time.monotonic()
     rows = read_rows(str(source))
     opened, left_out = _open(bundle, config), dict[int, tuple[str, ...]]()

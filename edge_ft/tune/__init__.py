@@ -4,6 +4,7 @@ from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
 from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent
+from edge_ft.stopping import watched
 
 __all__ = ["tune"]
 
@@ -25,10 +26,11 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         UsageError: a model, rows or options that cannot be used, or that are not those of the run to resume.
         AuditRefused: the rows would train nothing, or overlap between splits.
         WillNotFit: it takes more memory or disk than is available, or the disk is full; saved files are whole.
-        Interrupted: stopped by Ctrl-C or SIGTERM; the folder holds a checkpoint and the best adapter so far.
+        Interrupted: stopped by Ctrl-C, SIGTERM or SIGHUP; the message says what is saved and how to go on.
     """
     progress = progress or Silent()
-    import_libraries(progress, "peft")
-    from edge_ft.tune.run import run_steps
+    with watched():
+        import_libraries(progress, "peft")
+        from edge_ft.tune.run import run_steps
 
-    return run_steps(config, progress)
+        return run_steps(config, progress)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,17 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from edge_ft.artifacts import RunFolder, atomic_folder, disk_full, file_sha256, refuse_existing, write_json
+from edge_ft.artifacts import (
+    RunFolder,
+    atomic_folder,
+    disk_full,
+    file_sha256,
+    is_as_sealed,
+    out_of_memory,
+    refuse_existing,
+    seal,
+    write_json,
+)
 from edge_ft.config import TuneConfig, as_plain, without_retired
 from edge_ft.errors import Interrupted, UsageError, WillNotFit
 from edge_ft.evaluate.scoring import RowScores
@@ -27,6 +38,7 @@ from edge_ft.tune.loop import Fit
 from edge_ft.utf8 import read_json
 
 __all__ = [
+    "REPORT_PARTS",
     "Checkpoint",
     "OpenedRun",
     "explain_stop",
@@ -39,6 +51,8 @@ __all__ = [
 ]
 
 FORMAT = 1
+REPORT_PARTS = ".report"
+"""Folder in the run folder for the parts of the report that are done, until all are."""
 SCORES = ("base", "best")
 """Fields of `Fit` that state.safetensors holds."""
 STORED_NAMES = {"evaluations_without_gain": "bad_looks", "evaluation_due": "look_due"}
@@ -63,6 +77,8 @@ class Checkpoint:
     """Of the loop."""
     backend: dict[str, NDArray[Any]]
     """What `Backend.restore` takes."""
+    metrics_sha256: str | None = None
+    """Of the first `metrics_bytes` of metrics.jsonl; None in a checkpoint of an earlier release."""
 
 
 def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
@@ -92,10 +108,11 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
             "identity": checkpoint.identity,
             "config": checkpoint.config,
             "metrics_bytes": checkpoint.metrics_bytes,
+            "metrics_sha256": checkpoint.metrics_sha256,
             "loop": {**counters, "last_nll": repr(state.last_nll)},
             "sha256": file_sha256(folder / "state.safetensors"),
         }
-        write_json(folder / "state.json", document)
+        write_json(folder / "state.json", seal(document))
         _sync(folder)
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
@@ -122,19 +139,20 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
 
     Raises:
         UsageError: it was written by another version, or was changed since.
-    """
+        OSError: there is not enough memory for it; safetensors has an error of its own.
+    """  # noqa: DOC501 - that is the SafetensorError
     folder = find_checkpoint(run)
     if folder is None:
         return None
-    document = read_json(folder / "state.json", advice=f"remove {folder} to start at step 0")
-    if document["format"] != FORMAT:
-        raise UsageError(f"{folder} has checkpoint version {document['format']}, this edge-ft reads {FORMAT}")
+    document = _read_state(folder)
     weights = folder / "state.safetensors"
     try:
         if file_sha256(weights) != document["sha256"]:
             raise UsageError(f"{weights} is not the file that was written: remove {folder} to start at step 0")
         arrays = load_file(weights)
     except (OSError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         raise UsageError(f"{weights} cannot be read ({error}): remove {folder} to start at step 0") from error
 
     def scores(name: str) -> RowScores:
@@ -148,12 +166,29 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
     counters["last_nll"] = float(counters["last_nll"])  # written as text: JSON has no NaN
     state = Fit(base=scores("base"), best=scores("best"), **counters)
     backend = {name.removeprefix("backend."): array for name, array in arrays.items() if name.startswith("backend.")}
-    return Checkpoint(document["identity"], document["config"], document["metrics_bytes"], state, backend)
+    log = document.get("metrics_sha256")
+    return Checkpoint(document["identity"], document["config"], document["metrics_bytes"], state, backend, log)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Return state.json of a checkpoint.
+
+    Raises:
+        UsageError: it is of another version, or damaged.
+    """
+    file, again = folder / "state.json", f"remove {folder} to start at step 0"
+    document: dict[str, Any] = read_json(file, advice=again)
+    version = document.get("format") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or not is_as_sealed(file, document):
+        raise UsageError(f"{file} is not the file that was written: {again}")
+    if version != FORMAT:
+        raise UsageError(f"{folder} has checkpoint version {version}, this edge-ft reads {FORMAT}")
+    return document
 
 
 def remove_checkpoint(run: Path) -> None:
     """Remove all that `write_checkpoint` may have left in a run folder."""
-    for folder in _places(run):
+    for folder in (*_places(run), run / REPORT_PARTS):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -223,6 +258,7 @@ def open_run(config: TuneConfig) -> OpenedRun:
             )
         refuse_existing(out)
     if run.report_path.is_file():
+        run.check_files()
         return OpenedRun(run, config, is_finished=True)
     if not out.exists():
         return OpenedRun(run, config, is_new=True)
@@ -233,13 +269,30 @@ def open_run(config: TuneConfig) -> OpenedRun:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+    run.check_files("base.json", "codes.safetensors")
     checkpoint = read_checkpoint(out)
     if checkpoint is not None:
+        _check_metrics(out / "metrics.jsonl", checkpoint)
         return OpenedRun(run, _complete(config, checkpoint.config), checkpoint)
     # Stopped before its first checkpoint: what was learned is lost, the resolved settings are not.
+    run.check_files("config.yaml")
     for folder in (run.adapter, out / "checkpoint"):
         shutil.rmtree(folder, ignore_errors=True)
     return OpenedRun(run, _complete(config, run.settings()))
+
+
+def _check_metrics(file: Path, checkpoint: Checkpoint) -> None:
+    """Refuse a log whose lines are not those that the interrupted run wrote.
+
+    Raises:
+        UsageError: they are not.
+    """
+    if checkpoint.metrics_sha256 is None or not file.is_file():
+        return
+    with file.open("rb") as log:
+        written = log.read(checkpoint.metrics_bytes)
+    if sha256(written).hexdigest() != checkpoint.metrics_sha256:
+        raise UsageError(f"{file} is not the file that was written: remove it to resume without its earlier lines")
 
 
 def finished_note(config: TuneConfig) -> str:
@@ -280,26 +333,36 @@ def explain_stop(opened: OpenedRun, is_main: bool) -> Iterator[None]:
 
         if opened.is_new and is_main and not (run.adapter.is_dir() or find_checkpoint(run.path)):
             shutil.rmtree(run.path, ignore_errors=True)
+        again = f"run {resume}" if run.config_path.is_file() else "run the same command again"
         if disk_full(error):
-            again = f"run {resume}" if run.path.is_dir() else "run the same command again"
             raise WillNotFit(f"the disk is full and training stopped: free some space, then {again}") from error
         if isinstance(error, OutOfMemoryError):
             raise WillNotFit(
                 "the GPU's memory is too small for this run: give a smaller --batch-size or --max-length, or "
                 "--memory low"
             ) from error
+        if out_of_memory(error):
+            raise WillNotFit(
+                "there is not enough memory for this run: give a smaller --batch-size or --max-length, or --memory "
+                f"low; what was saved is whole: with more memory, {again}"
+            ) from error
         raise
     except KeyboardInterrupt:
-        if not is_main:
-            raise Interrupted("stopped") from None
-        saved = f"the best adapter so far is in {run.adapter}" if run.adapter.is_dir() else "no adapter is saved yet"
-        checkpoint = read_checkpoint(run.path)
-        where = (
-            f"resume from step {checkpoint.state.steps}"
-            if checkpoint
-            else "start again from step 0, without a checkpoint"
-        )
-        raise Interrupted(f"stopped; {saved}; to {where}: {resume}") from None
+        raise Interrupted(_stopped(run, resume) if is_main else "stopped") from None
+
+
+def _stopped(run: RunFolder, resume: str) -> str:
+    """Return the sentence after a signal: what is saved, and how to go on."""
+    if not run.config_path.is_file():
+        return "stopped; nothing is saved yet: the same command starts again"
+    saved = f"the best adapter so far is in {run.adapter}" if run.adapter.is_dir() else "no adapter is saved yet"
+    checkpoint = read_checkpoint(run.path)
+    if checkpoint is None:
+        return f"stopped; {saved}; to start again from step 0, without a checkpoint: {resume}"
+    state = checkpoint.state
+    if not state.evaluation_due and (state.steps >= state.planned or state.stopped != "steps"):
+        saved += ", the training is finished, and what is done of the report is kept"
+    return f"stopped; {saved}; to resume from step {state.steps}: {resume}"
 
 
 def _complete(config: TuneConfig, saved: Mapping[str, Any]) -> TuneConfig:

@@ -21,13 +21,13 @@ from edge_ft.data import Batch, Example, collate, target_mask, train_batches
 from edge_ft.errors import UsageError
 from edge_ft.evaluate.scoring import Batching, RowScores, Scorer, score
 from edge_ft.progress import Progress
+from edge_ft.stopping import StopAtOnce
 from edge_ft.tune.stopwatch import Stopwatch
 
 __all__ = [
     "Backend",
     "Callbacks",
     "Fit",
-    "StopAtOnce",
     "TrainingRows",
     "fit",
     "learning_rate_at",
@@ -73,10 +73,6 @@ class Backend(Scorer, Protocol):
 
     def restore(self, state: dict[str, NDArray[Any]]) -> None:
         """Return to the moment at which `state` was taken."""
-
-
-class StopAtOnce(KeyboardInterrupt):
-    """Stop without saving."""
 
 
 @dataclass
@@ -219,8 +215,7 @@ def fit(
         backend.discard()
         loop.save(state)
         raise
-    if config.checkpoint_minutes or config.checkpoint_steps:
-        loop.save(state)  # the test rows are still to be read
+    loop.save(state)  # the report is still to come: if that is stopped, nothing is trained again
     state.seconds = loop.watch.seconds
     backend.restore_best()
     return state

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +14,11 @@ from edge_ft.evaluate.findings import Scored, answer_findings, score_findings
 from edge_ft.evaluate.generation import Answer, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.loading import LoadedSource
 from edge_ft.evaluate.metrics import Metric
-from edge_ft.evaluate.scoring import Answerer, RowScores, format_prediction, score, summary
+from edge_ft.evaluate.scoring import Answerer, Batching, RowScores, ScoredRow, format_prediction, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.system import release_memory
 from edge_ft.tune.loop import Fit
+from edge_ft.tune.report_parts import ReportParts
 
 if TYPE_CHECKING:
     from edge_ft.tune.prepare import Job, Prepared
@@ -40,7 +43,9 @@ Base = Callable[[], AbstractContextManager[Any]]
 """Gives a context in which the tuned model answers as the untuned base."""
 
 
-def results(job: "Job", model: "TrainableModel", fitted: Fit, progress: Progress) -> dict[str, Any]:
+def results(
+    job: "Job", model: "TrainableModel", fitted: Fit, progress: Progress, parts: ReportParts = ReportParts(None)
+) -> dict[str, Any]:
     """Score the tuned model in float32 and compare it with its base.
 
     The validation rows chose the weights that `model` holds; the test rows are read here, once.
@@ -50,6 +55,7 @@ def results(job: "Job", model: "TrainableModel", fitted: Fit, progress: Progress
         model: With the best weights.
         fitted: The loop's result.
         progress: Gets over-fitting and sample answers.
+        parts: What an earlier process of the run has found already; gets what is found.
 
     Returns:
         `nll`, `metrics`, `overfitting`, `guards`, `answers` and `samples` of report.json, and more of its `findings`;
@@ -57,14 +63,14 @@ def results(job: "Job", model: "TrainableModel", fitted: Fit, progress: Progress
     """
     model.backend.compute.cache_weights(None)
     release_memory()  # what is scored here would come on top of what the steps took
-    scorer, base = model.scorer, model.peft_model.disable_adapter
+    scorer, base = _KeptScorer(model.scorer, parts, job.batching, progress), model.peft_model.disable_adapter
     prepared, examples = job.prepared, job.prepared.examples
     split = "test" if examples["test"] else "validation"
-    scores = _scores(job, scorer, base, fitted, progress)
-    overfitting = _overfitting(job, scorer, scores["validation"].mean_nll, fitted, progress)
+    scores = _scores(job, scorer, base, fitted)
+    overfitting = _overfitting(job, scorer, scores["validation"].mean_nll, fitted)
     answers: dict[str, Any] | None = None
     if prepared.task in TEXT_TASKS:
-        samples, answers = _answers(job, scorer, base, examples[split][:ANSWERS], progress)
+        samples, answers = _answers(job, scorer, base, examples[split][:ANSWERS])
     else:
         columns = {"base": scores[f"{split}_base"], "tuned": scores[split]}
         samples = [
@@ -114,7 +120,25 @@ def _score_findings(
     return findings
 
 
-def _scores(job: "Job", scorer: Answerer, base: Base, fitted: Fit, progress: Progress) -> dict[str, RowScores]:
+@dataclass(frozen=True)
+class _KeptScorer:
+    """Scores what is not among the kept parts of the report, and keeps it."""
+
+    scorer: Answerer
+    parts: ReportParts
+    batching: Batching
+    progress: Progress
+
+    def score(self, examples: Sequence[Example], stage: str) -> RowScores:
+        """Score examples; `stage` names the part."""
+
+        def rest(found: dict[int, ScoredRow], poll: Callable[[], None]) -> RowScores:
+            return score(self.scorer, examples, self.batching, self.progress, stage, poll, found)
+
+        return self.parts.scores(stage, rest)
+
+
+def _scores(job: "Job", scorer: _KeptScorer, base: Base, fitted: Fit) -> dict[str, RowScores]:
     """`validation_base`, `validation`, and where there are test rows `test_base` and `test`."""
     examples = job.prepared.examples
     scores = {"validation_base": fitted.base, "validation": fitted.best}
@@ -123,21 +147,17 @@ def _scores(job: "Job", scorer: Answerer, base: Base, fitted: Fit, progress: Pro
     again = job.config.compute == "bf16" or (embeds and None in (fitted.base.vectors, fitted.best.vectors))
     for split in ["validation"] * again + ["test"] * bool(examples["test"]):
         with base():
-            scores[f"{split}_base"] = _score(job, scorer, examples[split], progress, f"{split} rows, base")
-        scores[split] = _score(job, scorer, examples[split], progress, f"{split} rows, tuned")
+            scores[f"{split}_base"] = scorer.score(examples[split], f"{split} rows, base")
+        scores[split] = scorer.score(examples[split], f"{split} rows, tuned")
     return scores
 
 
-def _score(job: "Job", scorer: Answerer, examples: Sequence[Example], progress: Progress, stage: str) -> RowScores:
-    return score(scorer, examples, job.batching, progress, stage)
-
-
-def _overfitting(job: "Job", scorer: Answerer, best: float, fitted: Fit, progress: Progress) -> dict[str, Any]:
+def _overfitting(job: "Job", scorer: _KeptScorer, best: float, fitted: Fit) -> dict[str, Any]:
     """Train and validation loss of the best weights; a message where they are far apart."""
-    train, config = job.prepared.examples["train"], job.config
+    train, config, progress = job.prepared.examples["train"], job.config, scorer.progress
     count = min(len(train), len(job.prepared.examples["validation"]), OVERFITTING_ROWS)
     chosen = sorted(np.random.default_rng(config.seed).permutation(len(train))[:count].tolist())
-    train_nll = _score(job, scorer, [train[index] for index in chosen], progress, "train rows").mean_nll
+    train_nll = scorer.score([train[index] for index in chosen], "train rows").mean_nll
     gap = best - train_nll
     epoch = fitted.best_step * config.rows_at_once * config.gradient_accumulation / len(train)
     if gap > OVERFITTING_GAP * train_nll:
@@ -157,20 +177,25 @@ def _overfitting(job: "Job", scorer: Answerer, best: float, fitted: Fit, progres
 
 
 def _answers(
-    job: "Job", scorer: Answerer, base: Base, examples: Sequence[Example], progress: Progress
+    job: "Job", scorer: _KeptScorer, base: Base, examples: Sequence[Example]
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Greedy answers of the base and of the tuned model: a few as samples, and the metrics of all."""
-    tokenizer, model_limit = job.tokenizer, job.base.max_length
+    tokenizer, model_limit, progress, parts = job.tokenizer, job.base.max_length, scorer.progress, scorer.parts
     examples = [example for example in examples if example.prompt_length and example.shared_positions < model_limit]
     if not examples:
         return [], None
     answers: dict[str, list[Answer]] = {}
     chosen: dict[str, dict[str, Metric]] = {}
-    opened = LoadedSource(scorer, tokenizer, job.prepared.rendering, model_limit)
+    opened = LoadedSource(scorer.scorer, tokenizer, job.prepared.rendering, model_limit)
+
+    def answer(stage: str) -> list[dict[str, Any]]:
+        return [asdict(answer) for answer in generate_answers(opened, examples, SAMPLE_TOKENS, progress, stage)]
+
     for name, context in (("base", base), ("tuned", nullcontext)):
+        answering, choosing = f"answers, {name}", f"choices, {name}"
         with context():
-            answers[name] = generate_answers(opened, examples, SAMPLE_TOKENS, progress, f"answers, {name}")
-            chosen[name] = choice_metrics(opened, examples, progress, f"choices, {name}")
+            answers[name] = [Answer(**found) for found in parts.value(answering, partial(answer, answering))]
+            chosen[name] = parts.value(choosing, partial(choice_metrics, opened, examples, progress, choosing))
     release_memory()  # ROUGE imports libraries of 160 MB, on top of what the answers took
     metrics: dict[str, dict[str, Any]] = {}
     for name, texts in answers.items():

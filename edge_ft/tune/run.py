@@ -1,17 +1,19 @@
 """A tune as the list of its steps."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
-from edge_ft.artifacts import RunFolder
+from edge_ft.artifacts import RunFolder, locked
 from edge_ft.config import TuneConfig
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, use_threads
-from edge_ft.tune.checkpoint import explain_stop, finished_note, open_run
+from edge_ft.tune.checkpoint import OpenedRun, explain_stop, finished_note, open_run
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.plan import estimate, refuse_large_base, resolve_memory
 from edge_ft.tune.prepare import prepare_job, refuse_other
 from edge_ft.tune.report import results
+from edge_ft.tune.report_parts import ReportParts, kept_parts
 from edge_ft.tune.run_files import begin, plot_losses, write_report
 from edge_ft.tune.train import train
 from edge_ft.tune.trainable_model import load_trainable_model
@@ -34,13 +36,19 @@ def run_steps(config: TuneConfig, progress: Progress) -> RunFolder:
     if not processes.is_main:
         progress = Silent()
 
-    opened = open_run(config)
-    run = opened.folder
-    if opened.is_finished:
-        progress.say(finished_note(config))
-        return run
+    with locked(config.out) if processes.is_main else nullcontext():
+        opened = open_run(config)
+        if opened.is_finished:
+            progress.say(finished_note(config))
+        else:
+            with explain_stop(opened, processes.is_main):
+                _train_and_report(opened, processes, progress, started)
+    return opened.folder
 
-    config = replace(opened.config, threads=use_threads(opened.config.threads))
+
+def _train_and_report(opened: OpenedRun, processes: Processes, progress: Progress, started: float) -> None:
+    """Do the rest of a run that is not finished; `started` is when the process began, by time.monotonic()."""
+    run, config = opened.folder, replace(opened.config, threads=use_threads(opened.config.threads))
     with processes.main_first():  # it downloads and converts, the others find the result
         job = prepare_job(config, progress, opened.identity)
 
@@ -53,16 +61,16 @@ def run_steps(config: TuneConfig, progress: Progress) -> RunFolder:
     job = job.with_settings(compute=model.compute)
     processes.wait()  # the main process is about to write: all have seen what was there
 
-    with explain_stop(opened, processes.is_main):
-        if processes.is_main:
+    if processes.is_main:
+        with run.changed():
             begin(run, job, model)
-            if opened.checkpoint is None:
-                estimate(run, job, model, available, progress, started)
-        fitted = train(opened, job, model, processes, progress)
-        evaluated = results(job, model, fitted, progress)
-        if processes.is_main:
-            with heartbeat(progress, "writing the report"):
-                plot_losses(run, progress)
-                write_report(opened, job, model, processes, fitted, evaluated, time.monotonic() - started)
-        processes.wait()
-    return run
+        if opened.checkpoint is None:
+            estimate(run, job, model, available, progress, started)
+    fitted = train(opened, job, model, processes, progress)
+    parts = kept_parts(run, job) if processes.is_main else ReportParts(None)
+    evaluated = results(job, model, fitted, progress, parts)
+    if processes.is_main:
+        with heartbeat(progress, "writing the report"):
+            plot_losses(run, progress)
+            write_report(opened, job, model, processes, fitted, evaluated, time.monotonic() - started)
+    processes.wait()

@@ -94,7 +94,7 @@ def write_report(
     evaluated: dict[str, Any],
     seconds: float,
 ) -> None:
-    """Write report.json, which makes the run a finished one, and remove the checkpoint.
+    """Write files.json and report.json, which makes the run a finished one, and remove the checkpoint.
 
     Args:
         opened: The run folder.
@@ -132,5 +132,6 @@ def write_report(
         "versions": {name: version(name) for name in ("edge-ft", "torch", "transformers", "peft")},
         "machine": platform.platform(),
     }
+    run.seal_files(report)
     write_json(run.report_path, report)
     remove_checkpoint(run.path)

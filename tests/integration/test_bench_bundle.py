@@ -1,6 +1,7 @@
 """Benches in fresh processes over tiny bundles, runs and models."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -273,3 +274,18 @@ def test_quality_is_recorded_beside_speed(
 
     classes = bench([str(bert_bundle.path)], replace(SHORT, repeats=1, data=str(bert_run.split("test"))))
     assert by_metric(classes, "edge-ft", "bert-bundle")["accuracy"]["value"] > 0.5
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    work = "import time; from edge_ft.bench.worker import answer_job; answer_job(lambda job: time.sleep(600) or {})"
+    command = [sys.executable, "-c", work]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[reader]) as worker:
+        assert worker.stdin is not None
+        worker.stdin.write(json.dumps({"parent": reader}).encode())
+        worker.stdin.close()
+        os.close(reader)
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(timeout=1)
+        os.close(writer)  # as when the process ends, however it does
+        assert worker.wait(timeout=30) == 1

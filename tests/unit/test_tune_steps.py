@@ -339,6 +339,9 @@ def stopped(run: Path, error: BaseException, is_main: bool = True) -> None:
 
 def test_an_interrupted_run_says_what_is_saved_and_how_to_resume(tmp_path: Path) -> None:
     run = tmp_path / "run"
+    with pytest.raises(Interrupted, match=r"nothing is saved yet: the same command starts again"):
+        stopped(run, KeyboardInterrupt())
+    RunFolder(run).write_settings({})
     with pytest.raises(
         Interrupted, match=r"no adapter is saved yet; to start again from step 0, .*run/config.yaml --res"
     ):
