@@ -44,6 +44,7 @@ def test_the_run_folder_holds_what_the_documentation_lists(plain_run: RunFolder)
         "base.json",
         "codes.safetensors",
         "config.yaml",
+        "files.json",
         "loss.png",
         "metrics.jsonl",
         "plan.json",
