@@ -61,11 +61,12 @@ from edge_ft.data.rendering import (
 )
 from edge_ft.data.special_ids import SpecialIds, stop_ids
 from edge_ft.data.split import fingerprint, overlap, split_rows
-from edge_ft.data.tokenizer import Filled, Framed, KnownIds, TextTokenizer
+from edge_ft.data.tokenizer import SLOW_FILES, Filled, Framed, KnownIds, TextTokenizer
 
 __all__ = [
     "CODES",
     "IGNORED",
+    "SLOW_FILES",
     "Batch",
     "Chat",
     "Columns",

@@ -9,10 +9,11 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
+from edge_ft.data.tokenizer_settings import clean_up, complete, named_tokens
 from edge_ft.errors import DataError, ModelError
 from edge_ft.utf8 import read_json, read_utf8
 
-__all__ = ["Filled", "Framed", "KnownIds", "TextTokenizer"]
+__all__ = ["SLOW_FILES", "Filled", "Framed", "KnownIds", "TextTokenizer"]
 
 CUT = "\ufdd0"
 """Marks where a text is tokenized in two parts: a noncharacter, which Unicode reserves for internal use."""
@@ -94,6 +95,8 @@ class KnownIds:
     """The end tokens that config.json names, which count where there is no generation_config.json."""
     pad: int | None = None
     """The padding that config.json names."""
+    model_type: str | None = None
+    """Family, whose tokenizer class names the special tokens that the files do not name."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "KnownIds | None":
@@ -101,7 +104,7 @@ class KnownIds:
         if not isinstance(config.get("vocab_size"), int):
             return None
         segments, pad = config.get("type_vocab_size"), config.get("pad_token_id")
-        return cls(config["vocab_size"], segments, _ids(config.get("eos_token_id")), pad)
+        return cls(config["vocab_size"], segments, _ids(config.get("eos_token_id")), pad, config.get("model_type"))
 
 
 class TextTokenizer:
@@ -115,12 +118,14 @@ class TextTokenizer:
             self._tokenizer = Tokenizer.from_file(str(self._files["tokenizer.json"]))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        named = self._settings("special_tokens_map.json") | self._settings("tokenizer_config.json")
-        texts = {name: text.get("content") if isinstance(text, dict) else text for name, text in named.items()}
-        self.special_tokens: dict[str, str] = {
-            name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)
-        }
-        """The texts of `bos_token`, `eos_token` and so on, as far as the model names them."""
+        config = self._settings("tokenizer_config.json")
+        named = self._settings("special_tokens_map.json") | config
+        self.special_tokens: dict[str, str] = named_tokens(named, known.model_type if known else None, self._tokenizer)
+        """The texts of `bos_token`, `eos_token` and so on, as far as the model or its tokenizer class names them."""
+        with self._library():
+            complete(self._tokenizer, config, self.special_tokens)
+        self.clean = clean_up(self._tokenizer, config)
+        """Removes spaces from decoded text as `clean_up_tokenization_spaces` asks for; None: nothing does."""
         generation = self._settings("generation_config.json")
         ends = _ids(generation.get("eos_token_id")) if generation or known is None else known.ends
         # A default that the model's author left in config.json may be beyond a small vocabulary: it never occurs.
@@ -246,7 +251,12 @@ class TextTokenizer:
         return Framed(ids, type_ids, len(parts[0][0]), max(len(first) + len(other) - available, 0))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of `ids`."""
+        """Return the text of `ids`, as transformers decodes it."""
+        text = self.decode_raw(ids, skip_special_tokens)
+        return text if self.clean is None else self.clean(text)
+
+    def decode_raw(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids` with all its spaces: further ids only add to it."""
         with self._library():
             return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
@@ -344,9 +354,10 @@ class TextTokenizer:
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise ModelError(
-                f"{self._files['tokenizer.json']} cannot be read as a tokenizer ({error}): save or download it again"
-            ) from error
+            where, what, advice = self._files["tokenizer.json"], "be read as a tokenizer", "save or download it again"
+            if "unk" in str(error).lower():
+                what, advice = "tokenize a text", "it has no unknown token, add one or leave out what it does not know"
+            raise ModelError(f"{where} cannot {what} ({error}): {advice}") from error
 
 
 def _frame(encoding: Encoding) -> list[tuple[list[int], list[int]]]:

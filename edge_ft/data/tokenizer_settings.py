@@ -1,11 +1,12 @@
-"""What transformers makes of the files beside a tokenizer.json: named tokens, BOS and EOS around a text, clean-up."""
+"""What transformers makes of the files beside a tokenizer.json: named and added tokens, clean-up."""
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, models, processors
+from tokenizers import AddedToken, Tokenizer, models
 
-__all__ = ["complete", "decoded_text_of", "named_tokens"]
+__all__ = ["clean_up", "complete", "named_tokens"]
 
 _BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
 _ROBERTA = {
@@ -62,11 +63,8 @@ def named_tokens(named: Mapping[str, Any], model_type: str | None, tokenizer: To
         model_type: Of config.json; None where it is not known.
         tokenizer: Only tokens that it has are named by default.
     """
-    found = {
-        name: text["content"] if isinstance(text, dict) else text
-        for name, text in named.items()
-        if name.endswith("_token") and isinstance(text, str | dict)
-    }
+    texts = {name: text.get("content") if isinstance(text, dict) else text for name, text in named.items()}
+    found = {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
     written = named.get("tokenizer_class")
     kind = str(written).removesuffix("Fast").removesuffix("Tokenizer") if written else CLASS_OF.get(model_type or "")
     for name, text in CLASS_TOKENS.get(kind or "", {}).items():
@@ -78,8 +76,8 @@ def named_tokens(named: Mapping[str, Any], model_type: str | None, tokenizer: To
 def complete(tokenizer: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
     """Give a tokenizer, in place, what transformers adds to its tokenizer.json.
 
-    - Tokens of `added_tokens_decoder`, with their flags, and named tokens that the vocabulary has, as special ones.
-    - If `add_bos_token` or `add_eos_token` is there, exactly these around a text, whatever tokenizer.json says.
+    These are the tokens of `added_tokens_decoder` with their flags, and named tokens that the vocabulary has, as
+    special ones. `add_bos_token` and `add_eos_token` change nothing beside a tokenizer.json, as in transformers.
 
     Args:
         tokenizer: As tokenizer.json defines it.
@@ -87,30 +85,21 @@ def complete(tokenizer: Tokenizer, config: Mapping[str, Any], named: Mapping[str
         named: What `named_tokens` returned.
     """
     known = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
-    decoder = config.get("added_tokens_decoder") or {}
+    decoder = config.get("added_tokens_decoder")
+    numbered = [(int(at), entry) for at, entry in decoder.items()] if isinstance(decoder, dict) else []
     listed = [
-        AddedToken(entry["content"], **{flag: entry[flag] for flag in FLAGS if flag in entry})
-        for _, entry in sorted(decoder.items(), key=lambda item: int(item[0]))
+        AddedToken(str(entry["content"]), **{flag: bool(entry[flag]) for flag in FLAGS if flag in entry})
+        for _, entry in sorted(numbered, key=itemgetter(0))
+        if isinstance(entry, dict)
     ]
     tokenizer.add_tokens([token for token in listed if repr(token) not in known])
     texts = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     tokenizer.add_special_tokens(
         [AddedToken(text, special=True) for text in dict.fromkeys(named.values()) if _is_piece(tokenizer, text, texts)]
     )
-    if "add_bos_token" in config or "add_eos_token" in config:
-        bos = named.get("bos_token") if config.get("add_bos_token") else None
-        eos = named.get("eos_token") if config.get("add_eos_token") else None
-        around = {text: tokenizer.token_to_id(text) for text in (bos, eos) if text is not None}
-        if None not in around.values():
-            first, last = ([f"{text}:%d"] if text else [] for text in (bos, eos))
-            single = [*first, "$A:%d", *last]
-            pair = [part % 0 for part in single] + [part.replace("$A", "$B") % 1 for part in single]
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=[part % 0 for part in single], pair=pair, special_tokens=list(around.items())
-            )
 
 
-def decoded_text_of(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Callable[[str], str] | None:
+def clean_up(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Callable[[str], str] | None:
     """Return what removes spaces from a decoded text, where tokenizer_config.json asks for it; None: nothing does.
 
     transformers ignores the setting for BPE, where it would remove spaces that the model wrote.

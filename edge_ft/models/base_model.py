@@ -17,6 +17,7 @@ from edge_ft.families import Family, family_of
 from edge_ft.models.dims import ModelDims, check_supported, read_config
 from edge_ft.models.gguf import convert_gguf, pick_gguf
 from edge_ft.models.gguf_header import is_gguf
+from edge_ft.models.slow_tokenizer import tokenizer_folder
 from edge_ft.progress import Progress
 from edge_ft.utf8 import read_json
 
@@ -65,12 +66,12 @@ class Base:
         return known
 
     def open_tokenizer(self) -> TextTokenizer:
-        """Return the checkpoint's own tokenizer.
+        """Return the checkpoint's tokenizer; one without a tokenizer.json is converted, once, into the user's cache.
 
         Raises:
-            ModelError: there is none, it cannot be read, or it has tokens that the model does not know.
+            ModelError: there is none, it cannot be read or converted, or it has tokens that the model does not know.
         """
-        return TextTokenizer.load(self.path, self.known_ids)
+        return TextTokenizer.load(tokenizer_folder(self.path), self.known_ids)
 
     @property
     def task(self) -> Task:
@@ -249,7 +250,9 @@ def _download(model: str) -> Path:
         header = Path(snapshot_download(model, allow_patterns=["config.json"]))
         # An architecture that is not supported is refused before its weights are downloaded.
         family_of(str(read_json(header / "config.json", ModelError).get("model_type")))
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "README.md"]))
+        tokenizers = ["*.model", "vocab.txt", "merges.txt"]  # of checkpoints without a tokenizer.json
+        patterns = ["*.json", "*.safetensors", "*.jinja", "README.md", *tokenizers]
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0].removeprefix("Got: ") if str(error) else type(error).__name__
         raise ModelError(

@@ -27,6 +27,8 @@ __all__ = [
 
 GREEDY = RunConfig()
 DEFAULT_NEW_TOKENS = 256
+_CLEANED = 8
+"""Twice the longest text that cleaning up spaces replaces."""
 _INCOMPLETE = "\ufffd"
 """What a tokenizer decodes bytes to that are not, or not yet, a character."""
 
@@ -83,12 +85,19 @@ class StreamingDetokenizer:
         stopped: Whether a stop string is complete; the text ends before it.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stop: tuple[str, ...] = (),
+        clean: Callable[[str], str] | None = None,
+    ) -> None:
         """Start an empty text.
 
         Args:
             decode: Token ids -> text.
             stop: Stop strings; the text ends before the first one that is complete.
+            clean: Changes the decoded text, nowhere by more than `_CLEANED` characters around a place; None: nothing
+                does.
 
         Raises:
             UsageError: a stop string is empty.
@@ -102,6 +111,8 @@ class StreamingDetokenizer:
         self._decoded_text = ""
         self._pending: list[int] = []  # ids that end inside a character
         self._held = ""  # text that may be the beginning of a stop string
+        self._clean = clean
+        self._uncleaned, self._cleaned = "", 0  # the whole text before cleaning, and how much of it after is released
 
     def push(self, token: int) -> str:
         """Return the text that is final after this token; often empty."""
@@ -112,7 +123,7 @@ class StreamingDetokenizer:
         fresh = text[len(self._decoded_text) :]
         self._decoded, self._pending = (self._pending if fresh else self._decoded + self._pending), []
         self._decoded_text = self._decode(self._decoded)
-        return self._release(fresh)
+        return self._release(self._cleaned_part(fresh, _CLEANED))
 
     def finish(self) -> str:
         """Return the text held back until the end of the answer, without bytes that never became a character."""
@@ -120,9 +131,19 @@ class StreamingDetokenizer:
             return ""
         fresh = self._decode(self._decoded + self._pending)[len(self._decoded_text) :].rstrip(_INCOMPLETE)
         self._pending = []
-        text = self._release(fresh)
+        text = self._release(self._cleaned_part(fresh, 0))
         held, self._held = self._held, ""
         return text if self.stopped else text + held
+
+    def _cleaned_part(self, fresh: str, held: int) -> str:
+        """Return what of the cleaned text is new, except for its last `held` characters."""
+        if self._clean is None:
+            return fresh
+        self._uncleaned += fresh
+        text = self._clean(self._uncleaned)
+        part = text[self._cleaned : max(len(text) - held, self._cleaned)]
+        self._cleaned += len(part)
+        return part
 
     def _release(self, fresh: str) -> str:
         """Return the held and the new text as far as no stop string can begin in it."""

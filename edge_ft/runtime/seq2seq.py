@@ -78,7 +78,7 @@ class Seq2SeqGenerator(GenerativeBundle):
         max_new_tokens = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, self.max_length)
         self._check_length(len(source), max_new_tokens)
         tokens = self._tokens(source, max_new_tokens, self.stop_ids, config, recorder)
-        detokenizer = StreamingDetokenizer(self.tokenizer.decode, config.stop)
+        detokenizer = StreamingDetokenizer(self.tokenizer.decode_raw, config.stop, self.tokenizer.clean)
         return (yield from stream_text(tokens, self.stop_ids, detokenizer, recorder, len(source)))
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:

@@ -309,7 +309,7 @@ class TextGenerator(GenerativeBundle):
         stops = stop_ids(rendering, self.tokenizer)
         cached = cache.rewind(prompt_ids)
         tokens = self._tokens(prompt_ids, max_new_tokens, stops, config, recorder, cache)
-        detokenizer = StreamingDetokenizer(self.tokenizer.decode, config.stop)
+        detokenizer = StreamingDetokenizer(self.tokenizer.decode_raw, config.stop, self.tokenizer.clean)
         return (yield from stream_text(tokens, stops, detokenizer, recorder, len(prompt_ids), cached))
 
     def _tokens(

@@ -125,7 +125,7 @@ def write_report(
         "peak_device_bytes": on_device.peak_bytes if on_device else None,
         **{key: value for key, value in evaluated.items() if key != "findings"},
         "seed": job.config.seed,
-        "command": reproducing_command(run.settings(), processes.count),
+        "command": reproducing_command(as_plain(job.config) | run.settings(), processes.count),
         "device": str(device),
         "threads": job.config.threads,
         "processes": processes.count,

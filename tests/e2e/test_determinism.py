@@ -16,7 +16,7 @@ from edge_ft.config import ExportConfig, RunConfig
 from edge_ft.export import export
 from edge_ft.runtime.run import run_text
 source, out, *text = sys.argv[1:]
-limits = {"max_tax": 9.0, "min_retained": -9.0, "max_metric_drop": 1.0} if text else {"task": "fill-mask"}
+limits = {"max_tax": 9.0, "min_retained": -9.0, "max_metric_drop": 1.0} if text else {"task": "feature-extraction"}
 bundle = export(source, ExportConfig(out=out, threads=1, **limits))
 if text:
     print(run_text(bundle.path, text[0], RunConfig(accuracy_level=1, threads=1, max_new_tokens=32), None)["text"])

@@ -42,7 +42,7 @@ def test_every_setting_is_in_the_command() -> None:
     again = settings_again(RESOLVED)
     assert again == replace(RESOLVED, out=Path("run-again").absolute())
     command = reproducing_command(as_plain(RESOLVED))
-    unset = {name for name, value in as_plain(RESOLVED).items() if value is None}
+    unset = {name for name, value in as_plain(RESOLVED).items() if value in (None, [])}
     named = {word[2:].partition("=")[0].replace("-", "_") for word in shlex.split(command) if word.startswith("--")}
     assert named == {field.name for field in fields(TuneConfig)} - unset - {"resume", "show"}
 
