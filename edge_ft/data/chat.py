@@ -99,6 +99,8 @@ class _Writer:
         keys = [key for key in dict.fromkeys(chain.from_iterable(messages)) if key not in ("role", "content")]
         without = {key: [{k: v for k, v in turn.items() if k != key} for turn in messages] for key in keys}
         found = [key for key in keys if same(self, without[key])]
+        if CALLS in keys and CALLS not in found and not _writes_calls(self, messages):
+            found.append(CALLS)  # it marks that there is a call, and does not say which
         if self.tools and same(replace(self, tools=None), list(messages)):
             found.append("tools")
         return (*found, *self._unwritten_roles(messages, answer_next))
@@ -227,14 +229,20 @@ def _shielded(template: str, chat: Chat, tokenizer: TextTokenizer) -> tuple[_Wri
     return writer, next((turns for turns in forms if _writes_calls(writer, turns)), forms[0])
 
 
-def _writes_calls(writer: _Writer, messages: list[Message]) -> bool:
-    """Return whether a template writes the name of every call."""
-    names = [_function(call)["name"] for turn in messages for call in turn.get(CALLS, ())]
+def _writes_calls(writer: _Writer, messages: Sequence[Message]) -> bool:
+    """Return whether a template writes the name of every call, each marked, since tools may hold the same names."""
+
+    def marked(call: Message) -> Message:
+        function = {**_function(call), "name": _function(call)["name"] + MARK}
+        return {**call, "function": function} if "function" in call else function
+
+    turns = [{**turn, CALLS: list(map(marked, turn[CALLS]))} if CALLS in turn else turn for turn in messages]
     try:
-        text = writer.write(messages)
+        text = writer.write(turns)
     except DataError:
         return False
-    return all(name in text for name in names)
+    escaped = text.count("\\ufdd1")  # in JSON that is ASCII
+    return text.count(MARK) + escaped >= sum(len(turn.get(CALLS, ())) for turn in messages)
 
 
 def _function(call: Message) -> Message:

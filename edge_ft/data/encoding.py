@@ -205,8 +205,10 @@ def _encode_text(rendering: Rendering, tokenizer: TextTokenizer, record: Record,
         encoded = encode_chat(rendering.chat_template, _readable(rendering, chat), tokenizer)
         ids, spans, unlearned_turns, unread = encoded.ids, encoded.spans, encoded.unlearned, encoded.unread
         # An answer with calls or reasoning is what the template writes of it.
-        written = tokenizer.decode(ids[slice(*spans[-1])]) if spans else completion
-        reference = written if encoded.reference is None else encoded.reference
+        if encoded.reference is None and spans:
+            reference = tokenizer.decode(ids[slice(*spans[-1])])
+        else:
+            reference = completion if encoded.reference is None else encoded.reference
     if rendering.appended_eos is not None and spans:
         ids = [*ids, rendering.appended_eos]
         spans[-1] = (spans[-1][0], len(ids))

@@ -82,13 +82,16 @@ class _Budget:
         """
         if size > self.longest:
             raise TooExpensive(f"it makes a text or list of {size} characters or items")
-        self.spend(size // CHUNK)
+        self.steps -= size // CHUNK
+        if self.steps < 0:
+            self.spend(0)
 
     def touch(self, value: Any) -> None:
         """Take the steps of reading a text, or the items of a list without what is in them."""
         if isinstance(value, str | bytes):
-            self.expect(len(value))
-        elif isinstance(value, list | tuple | dict | set | range):
+            self.expect(len(value) + CHUNK)
+            return
+        if isinstance(value, list | tuple | dict | set | range):
             self.spend(len(value))
         elif isinstance(value, int) and value.bit_length() > LONGEST_INTEGER:
             raise TooExpensive("it makes a very large number")
@@ -96,6 +99,9 @@ class _Budget:
 
     def charge(self, value: Any) -> None:
         """Take the steps of a value with all that is in it, each time that it is in it."""
+        if type(value) is str:  # nearly always, and faster
+            self.expect(len(value) + CHUNK)
+            return
         pending = [value]
         while pending:
             item = pending.pop()
@@ -232,6 +238,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Measure the result of an operator before it runs."""
         budget = _BUDGET.get()
+        if operator == "+" and type(left) is type(right) is str:  # nearly always, and faster
+            budget.expect(len(left) + len(right) + CHUNK)
+            return left + right
         budget.touch(left)
         budget.touch(right)
         if operator == "**" and isinstance(left, int) and isinstance(right, int):

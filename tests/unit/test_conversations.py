@@ -166,6 +166,14 @@ def test_calls_are_written_in_the_form_that_the_template_reads(tokenizer: TextTo
         assert encode(tokenizer, fields).input_ids == encode(tokenizer, nested).input_ids
 
 
+def test_a_name_in_the_tools_is_not_taken_for_a_written_call(tokenizer: TextTokenizer) -> None:
+    flat = FULL.replace("c.function | tojson", "c.name ~ ' ' ~ c.arguments")
+    fields = {"messages": [ASKED[0], {"role": "assistant", "tool_calls": [CALL]}], "tools": [TOOL]}
+    assert learned(tokenizer, encode(tokenizer, fields, flat)) == ['[weather {"town": "Ulm"}]<|im_end|>']
+    nameless = encode(tokenizer, fields, FULL.replace("c.function | tojson", "'CALL'"))
+    assert (nameless.targets, nameless.unread) == (0, ("tool_calls",))
+
+
 @pytest.mark.parametrize("said", ["", "I will look."])
 def test_a_call_that_the_template_does_not_write_is_not_learned_as_an_end_of_turn(
     tokenizer: TextTokenizer, said: str
