@@ -248,6 +248,11 @@ def _download(model: str) -> Path:
         raise ModelError(f"there is no model at {model}{near}")
     try:
         header = Path(snapshot_download(model, allow_patterns=["config.json"]))
+        if not (header / "config.json").is_file():
+            raise ModelError(
+                f"{model} has no config.json on the hub: if it holds GGUF files, download one of them (hf download "
+                f"{model} NAME.gguf; of a split model all parts) and name the file"
+            )
         # An architecture that is not supported is refused before its weights are downloaded.
         family_of(str(read_json(header / "config.json", ModelError).get("model_type")))
         tokenizers = ["*.model", "vocab.txt", "merges.txt"]  # of checkpoints without a tokenizer.json

@@ -401,6 +401,7 @@ def write_safetensors(file: Path, weights: tuple[Weight, ...], progress: Progres
         progress: Receives the number of tensors that are done.
 
     Raises:
+        ModelError: a weight is no number, or the file was changed meanwhile.
         OSError: the file cannot be written.
     """
     listed: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -415,6 +416,7 @@ def write_safetensors(file: Path, weights: tuple[Weight, ...], progress: Progres
         stream.write(len(head).to_bytes(8, "little") + head)
         for done, weight in enumerate(weights, 1):
             for part in _parts(weight):
+                _check_finite(part, weight.source)
                 stream.write(np.ascontiguousarray(part).data)
             progress.advance("tensors converted", done, len(weights))
 
@@ -422,22 +424,47 @@ def write_safetensors(file: Path, weights: tuple[Weight, ...], progress: Progres
 def _parts(weight: Weight) -> Iterator[NDArray[Any]]:
     """Yield a tensor's weights in the order and type in which they are stored, some rows at a time if that can be."""
     source, kind = weight.source, weight.stored[0]
-    data = np.memmap(source.file, np.uint8, "r", source.start, (source.elements // source.shape[-1], source.row_bytes))
-    if kind != "F32":
-        yield data
-        return
-    rows = max(1, CHUNK // source.shape[-1])
-    parts = (_floats(data[start : start + rows], source) for start in range(0, len(data), rows))
+    parts = _blocks(source) if kind != "F32" else (_floats(blocks, source) for blocks in _blocks(source))
     if weight.reorder is None:
         yield from parts
     else:
         yield weight.reorder(np.concatenate(list(parts)).reshape(source.shape))
 
 
-def _floats(rows: NDArray[np.uint8], source: TensorInfo) -> NDArray[np.float32]:
-    """Return rows [rows, bytes] of a tensor as float32, flat."""
+def _blocks(source: TensorInfo) -> Iterator[NDArray[np.uint8]]:
+    """Yield the bytes of some rows of a tensor after the other: read, since mapped pages would stay in memory."""
+    count = max(1, CHUNK // source.shape[-1]) * source.row_bytes
+    with source.file.open("rb") as stream:
+        stream.seek(source.start)
+        for start in range(0, source.size, count):
+            found = np.frombuffer(stream.read(min(count, source.size - start)), np.uint8)
+            if len(found) != min(count, source.size - start):
+                raise ModelError(f"{source.file} was changed while it was read: run the command again")
+            yield found
+
+
+def _check_finite(weights: NDArray[Any], source: TensorInfo) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        ModelError: one is infinite or NaN.
+    """
+    if source.type.name == "BF16" and weights.dtype == np.uint8:
+        finite = bool(((weights.view("<u2") & 0x7F80) != 0x7F80).all())
+    else:
+        finite = bool(np.isfinite(weights.view("<f2") if weights.dtype == np.uint8 else weights).all())
+    if not finite:
+        raise ModelError(
+            f"{source.file}: the tensor {source.name} has values that are infinite or no numbers: download or convert "
+            "it again"
+        )
+
+
+def _floats(blocks: NDArray[np.uint8], source: TensorInfo) -> NDArray[np.float32]:
+    """Return the weights of bytes of a tensor, float32, flat."""
     from gguf.quants import dequantize
 
     # As one row: gguf-py goes through rows in small groups, and blocks do not care where a row ends.
-    found: NDArray[np.float32] = dequantize(np.array(rows).reshape(1, -1), source.type)
+    with np.errstate(all="ignore"):  # a torn file can overflow; the result is checked
+        found: NDArray[np.float32] = dequantize(blocks.reshape(1, -1), source.type)
     return found.reshape(-1)

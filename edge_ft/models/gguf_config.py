@@ -82,17 +82,18 @@ class Settings:
             raise self.wrong(key, value)
         return float(value)
 
-    def token(self, key: str) -> int | None:
-        """Return a token id, or None where the file has none.
+    def token(self, key: str, tokens: int) -> int | None:
+        """Return an id of one of so many tokens, or None where the file has none.
 
         Raises:
             ModelError: another value.
         """
         value = self.header.get(f"tokenizer.ggml.{key}")
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        if value is None or value == 2**32 - 1:  # -1 in 32 bits: none
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < tokens:
             raise self.wrong(f"tokenizer.ggml.{key}", value)
-        # 2**32 - 1 is -1 in 32 bits: none
-        return None if value == 2**32 - 1 else value
+        return value
 
     def wrong(self, key: str, value: Any) -> ModelError:
         """Return the error of a key with an unusable value."""
@@ -143,9 +144,9 @@ def config_settings(header: GgufHeader) -> tuple[str, dict[str, Any]]:
         "num_attention_heads": heads,
         "max_position_embeddings": context,
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "bos_token_id": found.token("bos_token_id"),
-        "eos_token_id": found.token("eos_token_id"),
-        "pad_token_id": found.token("padding_token_id"),
+        "bos_token_id": found.token("bos_token_id", tokens),
+        "eos_token_id": found.token("eos_token_id", tokens),
+        "pad_token_id": found.token("padding_token_id", tokens),
     }
     width = found.size(".feed_forward_length")
     if architecture.name == "gpt2":

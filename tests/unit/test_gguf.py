@@ -1,8 +1,10 @@
 """GGUF models: every type of tensor, complete and incomplete files, split ones, and the cache of conversions."""
 
 import json
+import math
 import re
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from edge_ft.models import gguf
 from edge_ft.models.base_model import find_base
 from edge_ft.models.gguf import TYPES, convert_gguf, pick_gguf
 from edge_ft.models.gguf_first import check_first_conversion, first_conversion
+from edge_ft.models.gguf_header import read_header
 
 BATCH = {"input_ids": torch.tensor([[5, 9, 40, 77, 120, 33, 8, 100]])}
 
@@ -357,3 +360,32 @@ def test_the_conversion_is_a_checkpoint_folder(llama: Path, tmp_path: Path) -> N
     ]
     assert json.loads((base.path / "generation_config.json").read_text())["eos_token_id"] == [2, 1]
     assert base.open_tokenizer().stop_ids == {1, 2}
+
+
+def test_one_tensor_is_in_memory_at_a_time(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "CHUNK", 2**12)
+    file = write_gguf(wide, tmp_path / "model.gguf", "Q4_K")
+    plan = gguf.plan_conversion(read_header(file))
+    largest = max(math.prod(weight.shape) * 4 for weight in plan.weights)
+    tracemalloc.start()
+    gguf.write_safetensors(tmp_path / "model.safetensors", plan.weights, Said())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * largest < plan.size / 3
+
+
+def test_a_repository_of_gguf_files_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, **_: str(tmp_path))
+    with pytest.raises(ModelError, match=r"hf download some/model-GGUF NAME\.gguf"):
+        find_base("some/model-GGUF")
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_weights_that_are_no_numbers_are_refused_by_name(kind: str, wide: Path, tmp_path: Path) -> None:
+    weights = np.ones((256, 256), np.float32)
+    weights[3, 7] = np.inf
+    with np.errstate(all="ignore"):
+        file = write_gguf(wide, tmp_path / "model.gguf", kind, tensors={"blk.0.ffn_up.weight": weights})
+    with pytest.raises(ModelError, match=r"blk\.0\.ffn_up\.weight has values that are infinite or no numbers"):
+        convert_gguf(file)
+    assert not list(gguf.cache_folder().glob("gguf-*"))
