@@ -5,10 +5,10 @@ The conversion is a checkpoint folder as every other: config.json, float weights
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_ft.artifacts import atomic_folder, cache_folder, write_json, write_text
 from edge_ft.config import Task
 from edge_ft.errors import ModelError, WillNotFit
 from edge_ft.families import family_of
+from edge_ft.files import atomic_folder, cache_folder, locked, write_json, write_text
 from edge_ft.models.dims import ModelDims, check_supported, read_config
 from edge_ft.models.gguf_config import config_settings
 from edge_ft.models.gguf_header import GgufHeader, TensorInfo, read_header
@@ -27,7 +27,7 @@ from edge_ft.models.gguf_names import Heads, architecture_of, gguf_names, reorde
 from edge_ft.models.gguf_rope import ROPE_TENSORS
 from edge_ft.models.gguf_tokenizer import write_tokenizer
 from edge_ft.models.logging import silence_libraries
-from edge_ft.progress import Progress, Silent, heartbeat
+from edge_ft.progress import Progress, Silent
 
 __all__ = ["CONVERTER", "GgufModel", "convert_gguf", "open_gguf", "pick_gguf"]
 
@@ -178,12 +178,12 @@ def convert_gguf(file: Path, task: Task | None = None, progress: Progress | None
     folder = cache_folder() / f"gguf-{_key(model.files, progress)}-{CONVERTER}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder, progress):
+    _check_writable(folder.parent)
+    if folder.with_name(f".{folder.name}.lock").exists():
+        progress.say("another process may be converting the same GGUF file: waiting for it to end")
+    with locked(folder, wait=True):
         if folder.is_dir():  # another process was faster
             return folder
-        for rest in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
-            shutil.rmtree(rest, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free
         if plan.size > free:
             raise WillNotFit(
@@ -348,18 +348,19 @@ def _key(files: tuple[Path, ...], progress: Progress) -> str:
     return (hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())[:16]
 
 
-@contextmanager
-def _lock(folder: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of a conversion; the system frees it when a process ends, however it ends."""
-    import fcntl
+def _check_writable(cache: Path) -> None:
+    """Make the cache's folder, before anything is converted.
 
-    with folder.with_name(f".{folder.name}.lock").open("w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with heartbeat(progress, "waiting for another process, which converts the same GGUF file"):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    Raises:
+        ModelError: this user may not write there.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        writable = os.access(cache, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ModelError(f"{cache} cannot be written, where GGUF files are converted: set EDGE_FT_CACHE to a folder")
 
 
 def _write(model: GgufModel, plan: Plan, folder: Path, progress: Progress) -> None:

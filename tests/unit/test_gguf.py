@@ -389,3 +389,12 @@ def test_weights_that_are_no_numbers_are_refused_by_name(kind: str, wide: Path, 
     with pytest.raises(ModelError, match=r"blk\.0\.ffn_up\.weight has values that are infinite or no numbers"):
         convert_gguf(file)
     assert not list(gguf.cache_folder().glob("gguf-*"))
+
+
+def test_a_cache_that_cannot_be_written_is_refused_with_the_variable(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(llama, tmp_path / "model.gguf")
+    monkeypatch.setenv("EDGE_FT_CACHE", str(file / "cache"))
+    with pytest.raises(ModelError, match="set EDGE_FT_CACHE to a folder"):
+        convert_gguf(file)

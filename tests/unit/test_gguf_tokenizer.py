@@ -191,7 +191,7 @@ def test_a_tokenizer_that_cannot_be_right_is_refused(
 
 
 def test_smollm2_has_the_tokens_of_llama_cpp(tmp_path: Path) -> None:
-    """The ids are llama.cpp's (release b11549)."""
+    """The ids are llama.cpp's (xllamacpp 2026.10.11549)."""
     written(read_header(decoder_weights()), tmp_path)
     found = opened(tmp_path)
     for text, ids in {
