@@ -147,19 +147,32 @@ def _targets(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
         if isinstance(module, nn.Linear) and not is_within(name, family.heads[task])
     ]
     if config.target_modules != ("all-linear",):
-        endings = sorted({name.rpartition(".")[2] for name in linear})
         for wanted in config.target_modules:
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in linear):
-                raise UsageError(
-                    f"--target-modules {wanted}: no linear layer has this name{did_you_mean(wanted, endings)}; "
-                    f"choose from {', '.join(endings)}"
-                )
-        linear = [
-            name for name in linear if any(name == end or name.endswith(f".{end}") for end in config.target_modules)
-        ]
+            if not any(_ends_in(name, wanted) for name in linear):
+                raise UsageError(f"--target-modules {wanted}: {_why_not(model, family, task, wanted, linear)}")
+        linear = [name for name in linear if any(_ends_in(name, end) for end in config.target_modules)]
     if count is not None:
         last = tuple(f"{stack}.{index}." for stack, layers in stacks.items() for index in range(layers - count, layers))
         linear = [name for name in linear if name.startswith(last)]
     if not linear:
         raise UsageError("--target-modules and --layers together leave nothing to train")
     return linear
+
+
+def _ends_in(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _why_not(model: nn.Module, family: Family, task: Task, wanted: str, linear: list[str]) -> str:
+    """Say why no layer that can be adapted has this name, and what to do."""
+    found = {name: module for name, module in model.named_modules() if _ends_in(name, wanted)}
+    if any(is_within(name, family.trained_head(task)) for name in found):
+        return "it belongs to the head, which is trained in full already: leave it out"
+    elsewhere = "leave it out, or train it with PEFT and give that adapter to edge-ft export --adapter"
+    if any(is_within(name, family.heads[task]) for name in found):
+        return f"it belongs to the head of {task}, which stays frozen: {elsewhere}"
+    if any(isinstance(module, nn.Embedding) for module in found.values()):
+        return f"it is an embedding, and only linear layers are adapted: {elsewhere}"
+    endings = sorted({name.rpartition(".")[2] for name in linear})
+    what = "it is no linear layer" if found else f"no linear layer has this name{did_you_mean(wanted, endings)}"
+    return f"{what}; choose from {', '.join(endings)}"

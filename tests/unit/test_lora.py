@@ -111,6 +111,22 @@ def test_an_unknown_target_module_gets_a_suggestion(llama: Path, tmp_path: Path)
         targets(llama, tmp_path, target_modules=("q_prj",))
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lm_head", "belongs to the head of text-generation, which stays frozen.*edge-ft export --adapter"),
+        ("embed_tokens", "is an embedding, and only linear layers are adapted"),
+        ("input_layernorm", "is no linear layer; choose from down_proj"),
+    ],
+)
+@pytest.mark.parametrize("tie", [True, False])
+def test_what_cannot_be_adapted_is_refused_with_the_true_reason(
+    tmp_path: Path, tie: bool, name: str, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        targets(write_llama(tmp_path / "model", tie=tie), tmp_path, target_modules=("q_proj", name))
+
+
 def test_more_layers_than_there_are_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 layers"):
         targets(llama, tmp_path, layers="last:3")
