@@ -64,8 +64,8 @@ def check_adapter(adapter: Adapter, base: Base, task: Task, lane: str, tokenizer
         )
     for module in base.family.trained_head(task):
         names = module, module.removeprefix(f"{base.family.layers.partition('.')[0]}.")
-        own = (name for name in adapter.shapes if ".lora_" not in name)
-        saved = any(name.startswith(f"base_model.model.{module}.") for name in own)
+        whole = (name for name in adapter.shapes if ".lora_" not in name)
+        saved = any(name.startswith(f"base_model.model.{module}.") for name in whole)
         if not saved and not any(key.startswith(f"{name}.") for key in _tensor_names(base) for name in names):
             raise ModelError(
                 f"neither {base.path} nor the adapter {adapter.path} has the weights of {module}, which {task} needs: "
