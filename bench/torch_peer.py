@@ -153,7 +153,7 @@ def _found(
     def size(files: Iterable[Path]) -> int:
         return sum(file.stat().st_size for file in files)
 
-    weights = [base.path / "config.json", *base.path.glob("*.safetensors"), *tokenizer.files()]
+    weights = [base.path / "config.json", *base.checkpoint.files, *tokenizer.files()]
     return {
         "base": asdict(base) | {"path": str(base.path.resolve()), "family": base.family.name},
         "task": task,

@@ -101,12 +101,13 @@ class ExportSource:
         """The tokens that begin, end and pad texts."""
         return SpecialIds.of(self.rendering, self.tokenizer)
 
-    def load(self, base_format: BaseFormat | Weights) -> Any:
+    def load(self, base_format: BaseFormat | Weights, progress: Progress | None = None) -> Any:
         """Load the base without its adapter.
 
         Args:
             base_format: A base format, or weights that ship: fp16 is float32 whose matrices float16 represents
                 exactly; int8-dynamic and int8-static are float32.
+            progress: Receives what is not used of the checkpoint.
 
         Returns:
             The task model, in evaluation mode.
@@ -117,12 +118,12 @@ class ExportSource:
         held = cast(BaseFormat, "fp32" if base_format in ("fp16", *INT8_ACTIVATIONS) else base_format)
         spec = ModelSpec.from_rendering(self.base, self.rendering, held, self.block_size, self.seed, codes)
         if self.adapter is None or self.dims.vocabulary == self.base.dims.vocabulary:
-            model = load_model(spec)
+            model = load_model(spec, progress)
             if base_format == "fp16":
                 self._round_to_fp16(model)
             return model
         # The rows have tokens that the base lacks.
-        model = load_model(replace(spec, base_format="fp32"))
+        model = load_model(replace(spec, base_format="fp32"), progress)
         take_vocabulary(model, self.adapter)
         self._round(model, "fp16" if base_format == "fp16" else held)
         return model
@@ -147,11 +148,13 @@ class ExportSource:
             The base in its shipped format, with the adapter merged in (lane merged) or beside it (lane adapter). If
             activations ship in int8, linear layers are still float here, and the embedding is int8 codes.
         """
+        for note in self.base.checkpoint.notes:
+            progress.say(note)
         with heartbeat(progress, f"loading {self.base.name}"):
             if self.lane != "merged" and self.weights not in INT8_ACTIVATIONS:
-                model = self.load(self.weights)
+                model = self.load(self.weights, progress)
                 return model if self.adapter is None else load_adapter(model, self.adapter)
-            model = self.load("fp32")
+            model = self.load("fp32", progress)
             if self.adapter is not None:
                 model = merge_adapter(model, self.adapter)
         if self.weights == "int4" and self.rows.calibration:

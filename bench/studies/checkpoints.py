@@ -33,7 +33,7 @@ HEAD = """# Checkpoints
 Every checkpoint is made in its test by a script, from a tiny model with random weights. Where it is opened, its logits
 are compared with those of plain transformers: in `fp32` with the same model; in `int4` and `int8` with the transformers
 model whose weights were rounded to the codes and dequantized. A difference is the largest of any logit. What is refused
-is refused before any work, with exit code 2.
+is refused before anything is trained or written, with exit code 2.
 """
 
 

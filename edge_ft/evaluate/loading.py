@@ -77,7 +77,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
             base = find_base(source, config.task, progress)
             tokenizer = base.open_tokenizer()
             rendering = plain_rendering(base, config, rows, tokenizer, config.task)
-            model = load_model(ModelSpec(base, rendering.task, config.base_format))
+            model = load_model(ModelSpec(base, rendering.task, config.base_format), progress)
         return torch_source(to_device(model, device), rendering, tokenizer, base.max_length)
 
 
@@ -138,6 +138,8 @@ def find_run_base(run: RunFolder, progress: Progress | None = None) -> "Base":
     if is_first_conversion(Path(identity["path"])):
         check_first_conversion(Path(identity["path"]), identity["model"], progress)
     base = find_base(where, None, progress)
+    if base.content_sha256 != identity["content_sha256"]:
+        base = base.as_recorded(identity)
     if base.content_sha256 != identity["content_sha256"]:
         raise ModelError(
             f"the base at {where} is not the one that {run.path} was trained on, its content has changed: "

@@ -2,18 +2,18 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from edge_ft.artifacts import file_sha256
 from edge_ft.config import Pooling, ProblemType, Task
 from edge_ft.data import KnownIds, TextTokenizer, class_numbers
 from edge_ft.errors import ModelError, did_you_mean
 from edge_ft.families import Family, family_of
+from edge_ft.models.checkpoint import Checkpoint, open_checkpoint
 from edge_ft.models.dims import ModelDims, check_supported, read_config
 from edge_ft.models.gguf import convert_gguf, pick_gguf
 from edge_ft.models.gguf_header import is_gguf
@@ -43,7 +43,7 @@ class Base:
     path: Path
     family: Family
     content_sha256: str
-    """Over config.json and every weight file."""
+    """Over config.json and every file that holds weights of the model."""
     config: dict[str, Any]
     """config.json"""
 
@@ -51,6 +51,23 @@ class Base:
     def dims(self) -> ModelDims:
         """Dimensions of the model."""
         return ModelDims(read_config(self.family.name, self.config, self.path / "config.json"))
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The tensors of its files."""
+        return open_checkpoint(self.path, self.config)
+
+    def as_recorded(self, identity: Mapping[str, Any]) -> "Base":
+        """Return the base with the hash that a run recorded, if that is this base's.
+
+        Runs used to record the hash of all safetensors files of the folder. That is accepted where files beside the
+        model made no difference: where the codes of the run are compared too.
+        """
+        recorded = identity["content_sha256"]
+        if recorded == self.content_sha256 or identity.get("codes_sha256") is None:
+            return self
+        known = recorded == _content_sha256(self.path, sorted(self.path.glob("*.safetensors")))
+        return replace(self, content_sha256=recorded) if known else self
 
     @property
     def max_length(self) -> int:
@@ -124,16 +141,9 @@ class Base:
         if task != self.task or not self.family.trained_head(task):
             return ()
         known = self.family.class_weights(task)
-        for file in sorted(self.path.glob("*.safetensors")):
-            try:
-                with safe_open(file, "np") as weights:
-                    found = [key for key in weights.keys() if key in known]  # noqa: SIM118
-                    size = weights.get_slice(found[0]).get_shape()[0] if found else 0
-            except SafetensorError as error:
-                raise ModelError(f"{file} cannot be read as safetensors: {error}") from error
-            if size:
-                return self._class_names(size)
-        return ()
+        endings = tuple(f".{name}" for name in known)
+        found = [key for key in self.checkpoint.tensors if key in known or key.endswith(endings)]
+        return self._class_names(self.checkpoint.tensors[found[0]].shape[0]) if found else ()
 
     def with_class_names(self, names: tuple[str, ...]) -> "Base":
         """Return the base with other names for the outputs of its own head."""
@@ -176,7 +186,7 @@ def find_base(model: str, task: Task | None = None, progress: Progress | None = 
     Args:
         model: As the user gave it.
         task: The task that the family must support; None: any.
-        progress: Receives the state of a conversion; None is silent.
+        progress: Receives the state of a conversion, and what was left aside in the folder; None is silent.
 
     Returns:
         The base.
@@ -196,13 +206,14 @@ def find_base(model: str, task: Task | None = None, progress: Progress | None = 
         raise ModelError(f"{folder} is a {family.name} with is_decoder set: it cannot be exported")
     if family.kind == "encoder-decoder" and getattr(base.dims.config, "decoder_start_token_id", None) is None:
         raise ModelError(f"{folder / 'config.json'} has no decoder_start_token_id, with which an answer begins")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ModelError(
-            f"{folder} holds no *.safetensors weights (pickled weights are never loaded): convert them first"
-        )
-    digest = hashlib.sha256("".join(map(file_sha256, [folder / "config.json", *weights])).encode())
-    return replace(base, content_sha256=digest.hexdigest())
+    if progress is not None:
+        for note in base.checkpoint.notes:
+            progress.say(note)
+    return replace(base, content_sha256=_content_sha256(folder, sorted(base.checkpoint.files)))
+
+
+def _content_sha256(folder: Path, files: list[Path]) -> str:
+    return hashlib.sha256("".join(map(file_sha256, [folder / "config.json", *files])).encode()).hexdigest()
 
 
 def _find_folder(model: str, task: Task | None, progress: Progress | None) -> Path:

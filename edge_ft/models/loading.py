@@ -1,12 +1,13 @@
 """Load the task model of a base, in float32 or quantized."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from edge_ft.config import BaseFormat, Pooling, ProblemType, Task
@@ -18,6 +19,8 @@ from edge_ft.models.dims import ModelDims
 from edge_ft.models.logging import silence_libraries
 from edge_ft.models.mpnet import use_attention_interface
 from edge_ft.models.scorer import HEAD_INPUTS, LOSSES
+from edge_ft.models.weight_names import Names, match_names
+from edge_ft.progress import Progress, Silent
 from edge_ft.quant.blockwise import Bits
 from edge_ft.quant.calibration import Calibration, calibrate
 from edge_ft.quant.conversion import (
@@ -108,12 +111,16 @@ class ModelSpec:
         }
 
 
-def load_model(spec: ModelSpec) -> nn.Module:
+def load_model(spec: ModelSpec, progress: Progress | None = None) -> nn.Module:
     """Load the task model of a base, frozen and in evaluation mode, on the CPU.
 
-    Quantized weights are read and rounded one after the other, so that the float model is never in memory as a whole.
-    A classification head that the checkpoint lacks, or has for other classes, is initialised from the seed and stays
-    float32.
+    Every format reads the same tensors, those of `Base.checkpoint`. Quantized weights are read and rounded one after
+    the other, so that the float model is never in memory as a whole. A classification head that the checkpoint lacks,
+    or has for other classes, is initialised from the seed and stays float32.
+
+    Args:
+        spec: What to load.
+        progress: Receives what the model does not use of the checkpoint.
 
     Returns:
         The transformers model of the task.
@@ -123,8 +130,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
     """
     try:
         with silence_libraries():
-            loaded = None if spec.base_format == "fp32" else _load_by_tensor(spec)
-            model, read = loaded or _load_whole(spec)
+            model, read = _load(spec, progress or Silent())
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{spec.base.path} cannot be loaded as {spec.task}: {error}") from error
     _initialise_other_classes(model, spec)
@@ -135,7 +141,6 @@ def load_model(spec: ModelSpec) -> nn.Module:
     if spec.base.family.name == "mpnet":
         use_attention_interface(model)
     if isinstance(spec.codes, Calibration) and spec.base_format == "int4":
-        assert read is not None
         _calibrate(model.eval(), spec.task, read, spec.codes)
     return model.eval().requires_grad_(False)
 
@@ -187,126 +192,89 @@ def _model_class(task: Task) -> Any:
     return TasksManager.get_model_class_for_task(task, framework="pt")
 
 
-def _load_whole(spec: ModelSpec) -> tuple[Any, ReadWeight | None]:
-    """Load the float model by transformers and round it.
-
-    Returns:
-        The model, and what reads its float weights where codes are calibrated.
-
-    Raises:
-        ModelError: weights are missing.
-    """
-    base, task, overrides = spec.base, spec.task, spec.config_overrides
-    torch.manual_seed(spec.seed)
-    model, found = _model_class(task).from_pretrained(
-        base.path,
-        output_loading_info=True,
-        dtype=torch.float32,
-        trust_remote_code=False,
-        use_safetensors=True,
-        **(overrides | {"ignore_mismatched_sizes": True} if overrides else {}),
-    )
-    absent = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
-    if lost := sorted(key for key in absent if not is_within(key, spec.optional_modules)):
-        remedy = "tune it first" if base.family.trained_head(task) else "take a checkpoint that was saved with one"
-        raise ModelError(
-            f"{base.path} lacks the weights of {lost[0]}"
-            + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
-            + (f": it has no head for {task}, {remedy}" if is_within(lost[0], base.family.heads[task]) else "")
-        )
-    if base.family.fan_in_fan_out:
-        transpose_conv1d(model)
-    read = retained_weights(model) if isinstance(spec.codes, Calibration) else None
-    if spec.base_format != "fp32":
-        _quantize(model, spec, read)
-    return model, read
-
-
-def _load_by_tensor(spec: ModelSpec) -> tuple[Any, ReadWeight] | None:
+def _load(spec: ModelSpec, progress: Progress) -> tuple[Any, ReadWeight]:
     """Load and round the model one tensor at a time.
 
     Returns:
-        The model, and what reads its float weights; None where the names in the checkpoint are not the model's.
+        The model, and what reads its float weights.
+
+    Raises:
+        ModelError: weights are missing, or are not the model's.
     """
     from transformers import AutoConfig
 
+    checkpoint = spec.base.checkpoint
     config = AutoConfig.from_pretrained(spec.base.path, trust_remote_code=False, **spec.config_overrides)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the files: what is loaded here is float, or has codes of its own
     with init_empty_weights(include_buffers=False):
         model = _model_class(spec.task).from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
-    tensors = _Tensors(spec.base.path)
-    _untie(model, tensors)
+    names = match_names(model, checkpoint, spec.trained_head)
+    _refuse_missing(names, model, spec)
+    _untie(model, names.untied)
+    for name, source in names.untied.items():
+        progress.say(f"{spec.base.name}: {name} differs from {source}: they are not tied, though config.json ties them")
+    if names.unused:
+        progress.say(
+            f"{spec.base.name}: {len(names.unused)} tensors of the checkpoint are not used for {spec.task}: "
+            f"{', '.join(names.unused[:3])}{' ...' if len(names.unused) > 3 else ''}"
+        )
     parameters = dict(model.named_parameters())  # a tied one once
     first = {id(parameter): name for name, parameter in parameters.items()}
     tied = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
-    keys = {
-        name: key
-        for name, parameter in parameters.items()
-        # A headless checkpoint leaves the name of the body out.
-        for key in (name.removeprefix(prefix) for prefix in ("", f"{model.base_model_prefix}."))
-        if tensors.shapes.get(key) == list(parameter.shape)
-    }
-    missing = {name for name in parameters if name not in keys}
-    modules = {name.rpartition(".")[0] for name in missing}
-    partial = {name for name in parameters if name.rpartition(".")[0] in modules} != missing
-    if partial or not all(is_within(name, spec.optional_modules) for name in missing):
-        return None
-
     transposed = transpose_conv1d(model) if spec.base.family.fan_in_fan_out else set()
 
     def read(name: str, rows: slice) -> Tensor:
-        return tensors.read(keys[tied[name]], rows, name in transposed)
+        return checkpoint.read(names.keys[tied[name]], rows, name in transposed)
 
-    _quantize(model, spec, read)
+    if spec.base_format != "fp32":
+        _quantize(model, spec, read)
     for name in [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        _set_parameter(model, name, torch.empty(parameters[name].shape) if name in missing else read(name, slice(None)))
+        value = torch.empty(parameters[name].shape) if name in names.missing else read(name, slice(None))
+        _set_parameter(model, name, value)
     for target, source in tied.items():  # to an embedding that stays float
         parent, _, attribute = target.rpartition(".")
         if getattr(getattr(model.get_submodule(parent), attribute), "is_meta", False):
             setattr(model.get_submodule(parent), attribute, model.get_parameter(source))
     torch.manual_seed(spec.seed)
     for name, module in model.named_modules():
-        if name in modules:
+        if any(parameter.rpartition(".")[0] == name for parameter in names.missing):
             model._init_weights(module)
     return model, read
 
 
-class _Tensors:
-    """The tensors in the safetensors files of a folder, by name."""
+def _refuse_missing(names: Names, model: Any, spec: ModelSpec) -> None:
+    """Refuse a checkpoint that lacks weights, but for whole modules that are optional: nothing else is initialised.
 
-    def __init__(self, folder: Path) -> None:
-        self.files: dict[str, Path] = {}
-        self.shapes: dict[str, list[int]] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, "pt") as weights:
-                for key in weights.keys():  # noqa: SIM118 - not a dict
-                    self.files[key], self.shapes[key] = file, weights.get_slice(key).get_shape()
-
-    def read(self, key: str, rows: slice, transposed: bool) -> Tensor:
-        """Return rows of a tensor or of its transpose, float32: a copy, since pages stay in memory while mapped."""
-        with safe_open(self.files[key], "pt") as weights:
-            stored = weights.get_slice(key)
-            part = stored[:, rows].T if transposed else stored[rows]
-            return part.to(torch.float32, copy=True)
-
-    def differ(self, first: str, second: str) -> bool:
-        """Return whether two matrices differ."""
-        if self.shapes[first] != self.shapes[second]:
-            return True
-        with safe_open(self.files[first], "pt") as a, safe_open(self.files[second], "pt") as b:
-            one, other, step = a.get_slice(first), b.get_slice(second), 4096
-            return any(
-                not torch.equal(one[start : start + step], other[start : start + step])
-                for start in range(0, self.shapes[first][0], step)
-            )
+    Raises:
+        ModelError: it does.
+    """
+    there, task = {name.rpartition(".")[0] for name in names.keys}, spec.task
+    lost = sorted(
+        name for name in names.missing if not is_within(name, spec.optional_modules) or name.rpartition(".")[0] in there
+    )
+    if not lost:
+        return
+    head, remedy = model.get_output_embeddings(), ""
+    if is_within(lost[0], spec.base.family.heads[task]):
+        how = "tune it first" if spec.base.family.trained_head(task) else "take a checkpoint that was saved with one"
+        remedy = f": it has no head for {task}, {how}"
+    if spec.base.family.decoder and head is not None and model.get_parameter(lost[0]) is head.weight:
+        remedy += "; if its head is the embedding, config.json must say so (tie_word_embeddings: true)"
+    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    raise ModelError(f"{spec.base.path} lacks the weights of {lost[0]}{more}{remedy}")
 
 
-def _untie(model: Any, tensors: _Tensors) -> None:
-    """Untie weights that differ in the checkpoint, as `from_pretrained` does (FLAN-T5's head)."""
-    for target, source in list(model.all_tied_weights_keys.items()):
-        if target in tensors.shapes and source in tensors.shapes and tensors.differ(target, source):
-            _set_parameter(model, target, torch.empty(tensors.shapes[target], device="meta"))
-            del model.all_tied_weights_keys[target]
+def _untie(model: Any, untied: Iterable[str]) -> None:
+    """Untie weights that differ in the checkpoint, as `from_pretrained` does (FLAN-T5's head).
+
+    `tie_word_embeddings` stays in the config: T5 scales the input of its head by it.
+    """
+    for name in untied:
+        shape = model.get_parameter(name).shape
+        _set_parameter(model, name, torch.empty(shape, device="meta"))
+        model.all_tied_weights_keys.pop(name, None)
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
@@ -314,9 +282,9 @@ def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(parent), attribute, nn.Parameter(value))
 
 
-def _quantize(model: nn.Module, spec: ModelSpec, read: ReadWeight | None) -> None:
+def _quantize(model: nn.Module, spec: ModelSpec, read: ReadWeight) -> None:
     """Convert a model's layers to `spec.base_format`, in place; `read` as for `quantize_model`."""
-    keep = spec.base.family.trained_head(spec.task)
+    keep = (*spec.base.family.trained_head(spec.task), *spec.unused_modules)
     if spec.base_format == "nf4":
         require("bitsandbytes", "train")
         from edge_ft.quant.nf4 import round_to_nf4

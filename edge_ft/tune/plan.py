@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import safe_open
 
 from edge_ft.artifacts import RunFolder, write_json
 from edge_ft.config import TEXT_TASKS, Memory, TuneConfig, last_layers
@@ -165,11 +164,7 @@ def refuse_large_base(base: "Base", config: TuneConfig, available: Available) ->
 
 def _count_weights(base: "Base") -> int:
     """Number of weights in the files of a base."""
-    weights = 0
-    for file in base.path.glob("*.safetensors"):
-        with safe_open(file, "np") as tensors:
-            weights += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return weights
+    return sum(math.prod(stored.shape) for stored in base.checkpoint.tensors.values())
 
 
 def duration(seconds: float) -> str:

@@ -203,7 +203,7 @@ def _find_base(config: TuneConfig, progress: Progress, saved: Mapping[str, Any] 
         if base.content_sha256 == saved["content_sha256"]:
             check_first_conversion(folder, config.model, progress)
             return replace(base, name=config.model)
-    return find_base(config.model, None, progress)
+    return find_base(config.model, None, progress).as_recorded(saved)
 
 
 def refuse_other(saved: Mapping[str, Any] | None, found: Mapping[str, Any], run: str) -> None:

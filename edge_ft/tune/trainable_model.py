@@ -71,7 +71,7 @@ def load_trainable_model(
     spec = ModelSpec.from_rendering(
         base, rendering, config.base_format, config.block_size, config.seed, codes or calibration
     )
-    peft_model = to_device(add_lora(load_model(spec), base.family, task, config), processes.device)
+    peft_model = to_device(add_lora(load_model(spec, progress), base.family, task, config), processes.device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
     backend = TorchBackend(peft_model, base.family, task, config, processes)
     compute = backend.resolve(collate(prepared.examples["validation"][: config.rows_at_once], pad_id, task))
