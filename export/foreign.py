@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from edge_ft.config import Task
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import ModelError
@@ -66,20 +64,12 @@ def check_adapter(adapter: Adapter, base: Base, task: Task, lane: str, tokenizer
         names = module, module.removeprefix(f"{base.family.layers.partition('.')[0]}.")
         whole = (name for name in adapter.shapes if ".lora_" not in name)
         saved = any(name.startswith(f"base_model.model.{module}.") for name in whole)
-        if not saved and not any(key.startswith(f"{name}.") for key in _tensor_names(base) for name in names):
+        if not saved and not any(key.startswith(f"{name}.") for key in base.checkpoint.tensors for name in names):
             raise ModelError(
                 f"neither {base.path} nor the adapter {adapter.path} has the weights of {module}, which {task} needs: "
                 "save the adapter again with this module in modules_to_save"
             )
     return tuple(_notes(adapter, base, tokenizer))
-
-
-def _tensor_names(base: Base) -> set[str]:
-    names: set[str] = set()
-    for file in sorted(base.path.glob("*.safetensors")):
-        with safe_open(file, "np") as weights:
-            names.update(weights.keys())
-    return names
 
 
 def _notes(adapter: Adapter, base: Base, tokenizer: TextTokenizer) -> list[str]:

@@ -148,8 +148,6 @@ class ExportSource:
             The base in its shipped format, with the adapter merged in (lane merged) or beside it (lane adapter). If
             activations ship in int8, linear layers are still float here, and the embedding is int8 codes.
         """
-        for note in self.base.checkpoint.notes:
-            progress.say(note)
         with heartbeat(progress, f"loading {self.base.name}"):
             if self.lane != "merged" and self.weights not in INT8_ACTIVATIONS:
                 model = self.load(self.weights, progress)

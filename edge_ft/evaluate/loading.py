@@ -137,9 +137,7 @@ def find_run_base(run: RunFolder, progress: Progress | None = None) -> "Base":
     where = identity["path"] if Path(identity["path"]).is_dir() else identity["model"]
     if is_first_conversion(Path(identity["path"])):
         check_first_conversion(Path(identity["path"]), identity["model"], progress)
-    base = find_base(where, None, progress)
-    if base.content_sha256 != identity["content_sha256"]:
-        base = base.as_recorded(identity)
+    base = find_base(where, None, progress).as_recorded(identity)
     if base.content_sha256 != identity["content_sha256"]:
         raise ModelError(
             f"the base at {where} is not the one that {run.path} was trained on, its content has changed: "
