@@ -179,7 +179,7 @@ def test_the_completion_templates_text_is_not_part_of_an_answer(tmp_path: Path) 
 
 def test_run_prints_labels_and_scores(tmp_path: Path) -> None:
     bundle, shown = write_decoder(tmp_path / "b", script="yes"), io.StringIO()
-    found = run_text(bundle, "Is it:", RunConfig(threads=1, labels=("no,maybe", "yes")), shown)
+    found = run_text(bundle, "Is it:", RunConfig(threads=1, labels=("no,maybe,yes",)), shown)
     assert list(found["scores"]) == ["no", "maybe", "yes"]
     assert found["label"] == "yes"
     assert shown.getvalue().splitlines()[0].split() == [f"{found['scores']['yes']:.2%}", "yes"]

@@ -36,12 +36,11 @@ class EdgeFT:
         if command == self.dies_at:
             return 70
         if command == "export" and out is not None and self.refuses:
-            out.rename(out.with_name(out.name + ".rejected"))
-            Bundle.seal(
-                out.with_name(out.name + ".rejected"),
-                {name: {} for name in ("task", "model", "graphs", "lane", "rendering")}
-                | {"verification": {"refused": ["too much was lost"]}},
-            )
+            rejected = out.rename(out.with_name(out.name + ".rejected"))
+            write_text(rejected / "model.onnx", "")
+            manifest = {"task": "text-classification", "model": "model.onnx", "graphs": {"1": "model.onnx"}}
+            manifest |= {"lane": "merged", "rendering": {}, "verification": {"refused": ["too much was lost"]}}
+            Bundle.seal(rejected, manifest)
             return 3
         write_json(Path(options["--json"]), {"command": command})
         return 0
