@@ -4,12 +4,12 @@ import re
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from safetensors import SafetensorError, safe_open
 
 from edge_ft.artifacts import file_sha256
-from edge_ft.config import Task
+from edge_ft.config import Minimum, Task, misfit
 from edge_ft.errors import ModelError, did_you_mean
 from edge_ft.utf8 import read_json
 
@@ -42,6 +42,23 @@ VARIANTS = {
 """Fields of adapter_config.json whose result is more than A and B of linear layers, and how messages call it."""
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "shared", "word_embeddings", "tok_embeddings", "lm_head", "embed_out")
 """Last names of modules with a row for each token, in the supported families."""
+
+
+TokenIds = list[Annotated[int, Minimum(0)]]
+
+
+class Settings(TypedDict):
+    """adapter_config.json, as far as an export reads it itself."""
+
+    r: NotRequired[Annotated[int, Minimum(1)]]
+    lora_alpha: NotRequired[float]
+    bias: NotRequired[str]
+    target_modules: NotRequired[list[str] | str | None]
+    modules_to_save: NotRequired[list[str] | None]
+    rank_pattern: NotRequired[dict[str, Annotated[int, Minimum(1)]] | None]
+    alpha_pattern: NotRequired[dict[str, float] | None]
+    trainable_token_indices: NotRequired[TokenIds | dict[str, TokenIds] | None]
+    base_model_name_or_path: NotRequired[str | None]
 
 
 @dataclass(frozen=True)
@@ -172,6 +189,8 @@ def find_adapter(folder: Path) -> Adapter:
     path = _adapter_folder(folder)
     config = _json_object(path / CONFIG)
     _refuse_unsupported(path, config)
+    if found := misfit(config, Settings, CONFIG):
+        raise ModelError(f"{path / CONFIG} is damaged: {found}; save the adapter again")
     if not (path / WEIGHTS).is_file():
         if (path / "adapter_model.bin").is_file():
             raise ModelError(

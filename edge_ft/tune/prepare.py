@@ -220,9 +220,9 @@ def refuse_other(saved: Mapping[str, Any] | None, found: Mapping[str, Any], run:
     if saved is None:
         return
     for name, what in IDENTITY.items():
-        if name in found and found[name] != saved[name]:
+        if name in found and found[name] != saved.get(name):
             raise UsageError(
-                f"{what} than at the start of {run} ({saved['model']}, {saved['data']}): "
+                f"{what} than at the start of {run} ({saved.get('model')}, {saved.get('data')}): "
                 "resume it with the same model and rows, or give another --out"
             )
 

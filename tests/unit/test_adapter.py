@@ -92,6 +92,17 @@ def test_a_folder_without_weights_or_config_says_which(adapter: Path, tmp_path: 
         find_adapter(adapter / "adapter_config.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("trainable_token_indices", {"lm_head": 1e38}), ("r", -1), ("rank_pattern", [8]), ("modules_to_save", "lm_head")],
+)
+def test_a_setting_of_another_type_is_refused_by_name(adapter: Path, name: str, value: Any) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(ModelError, match=rf"adapter_config\.json is damaged: .*{name}"):
+        find_adapter(adapter)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\0\0\0\0\0\0\0{", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_damaged_weights_are_refused(adapter: Path, content: bytes) -> None:
     (adapter / "adapter_model.safetensors").write_bytes(content)

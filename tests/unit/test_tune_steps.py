@@ -156,6 +156,8 @@ def test_a_job_is_refused_where_it_is_not_the_interrupted_one(job: Job) -> None:
     refuse_other(None, {"codes_sha256": "x"}, "run")
     with pytest.raises(UsageError, match="--model rounds to other codes"):
         refuse_other({**job.identity, "codes_sha256": "y"}, {"codes_sha256": "x"}, "run")
+    with pytest.raises(UsageError, match="rounds to other codes"):
+        refuse_other({}, {"codes_sha256": "x"}, "run")  # of a damaged checkpoint
 
 
 # Load the model.
