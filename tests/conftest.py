@@ -27,7 +27,7 @@ from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.export import export
 from edge_ft.tune import tune
 
-TIERS = ("integration", "e2e", "packaging", "gpu", "unit")
+TIERS = ("integration", "e2e", "fuzz", "packaging", "gpu", "unit")
 """In the order in which they run. Small tests come last and fill the time in which another worker runs a long one."""
 
 

@@ -1,6 +1,7 @@
 """Run one case in a forked child with limits, in a folder of its own that is watched, and judge how it ended."""
 
 import io
+import json
 import os
 import re
 import resource
@@ -25,6 +26,7 @@ ADDRESS_BYTES = 4 * 2**30
 BYTES_LIMIT = 256 * 2**20
 """Largest file that a case may write."""
 DOCUMENTED = {0, 1, 2, 3, 4, 5}
+DISAGREE = 99
 _SHOWN = 2000
 """Longest refusal, in characters."""
 _BARE_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -46,6 +48,8 @@ class Case:
     """What is right by construction; any: either."""
     out: tuple[str, ...] = ("out",)
     """Beginnings of the names in the work folder that the command may write."""
+    agrees: list[str] = field(default_factory=list)
+    """A second command, which must end with the same code and report the same findings about the rows."""
 
 
 @dataclass
@@ -66,6 +70,8 @@ class Outcome:
     trace: str = ""
     """Traceback behind exit code 70, or of what escaped."""
     timed_out: bool = False
+    left: list[str] = field(default_factory=list)
+    """Files of the output, but for bundles that the gate refused."""
 
 
 class Box:
@@ -133,6 +139,7 @@ def run_case(case: Case, box: Box) -> Outcome:
         sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path)),
         texts["trace"],
         timed_out,
+        [path.name for path in box.work.iterdir() if path.name.startswith(case.out) and path.suffix != ".rejected"],
     )
 
 
@@ -152,6 +159,7 @@ def judge(case: Case, found: Outcome) -> str | None:
         ("changed", bool(found.changed)),
         ("traceback", "Traceback (most recent call last)" in found.stderr),
         ("internal error", found.code == 70),
+        ("disagreement", found.code == DISAGREE),
         ("undocumented exit code", found.code not in DOCUMENTED or (found.code == 1 and case.argv[:1] != ["bench"])),
         ("memory", found.peak_bytes > MEMORY_BYTES or message.startswith("out of memory")),
         ("file size", message.startswith("the disk is full")),
@@ -160,6 +168,7 @@ def judge(case: Case, found: Outcome) -> str | None:
         ("several lines", found.code != 0 and bool(lines) and not found.stderr.endswith(lines[-1] + "\n")),
         ("control characters", bool(_BARE_CONTROL.search(message))),
         ("names nothing", found.code != 0 and not _NAMES.search(message)),
+        ("half an output", found.code != 0 and case.argv[:1] in (["run"], ["export"]) and bool(found.left)),
         ("accepted", case.expect == "refused" and found.code == 0),
         ("refused", case.expect == "accepted" and found.code != 0),
     )
@@ -190,6 +199,8 @@ def _child(case: Case, box: Box, names: dict[str, Path]) -> None:
     try:
         _enter(case, box, names)
         code = _command(names["trace"])
+        if case.agrees:
+            code = _compare(case, code, names["trace"])
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:  # noqa: BLE001 - whatever happens, the child must not go on as a worker
@@ -247,6 +258,23 @@ def _command(trace: Path) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _compare(case: Case, code: int, trace: Path) -> int:
+    """Run the second command, and return the code of both, or `DISAGREE`."""
+    from edge_ft.data import CODES
+
+    sys.argv = ["edge-ft", *case.agrees]
+    other = _command(trace)
+    found = [
+        json.loads(Path(name).read_text(encoding="utf-8"))["findings"] if Path(name).is_file() else []
+        for name in ("out-1.json", "out-2.json")
+    ]
+    findings = [[each for each in every if each["code"] in CODES] for every in found]  # not those about scores
+    if (code, *findings[:1]) == (other, *findings[1:]):
+        return code
+    print(f"edge-ft: codes {code} and {other}, findings {findings}", file=sys.stderr)
+    return DISAGREE
 
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

@@ -9,7 +9,7 @@ from typing import Any
 from fuzz.child import Box, Case
 from fuzz.mutations import dump_json, mutate_bytes, mutate_json, odd_text, odd_value
 
-__all__ = ["rows_case"]
+__all__ = ["agreement_case", "rows_case"]
 
 SOURCES: dict[str, tuple[str, str]] = {
     "sums": ("llama", "bundle"),
@@ -44,6 +44,23 @@ def rows_case(random: Random, box: Box) -> Case:
     model, bundle = SOURCES[source]
     argv = _command(random, box, model, bundle, f"./{name}")
     return Case("rows", argv, f"{source}.{form}: {what}", expect="refused" if broken else "any")
+
+
+def agreement_case(random: Random, box: Box) -> Case:
+    """Rows through plan and tune, which must find the same in them."""
+    source = random.choice(["sums", "chats", "reviews", "tagged"])
+    lines = (box.seeds / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    rows: Any = [json.loads(line) for line in lines]
+    for _ in range(random.choice([0, 1, 3])):
+        row = rows[random.randrange(len(rows))]
+        name = random.choice(list(row))
+        row[name] = random.choice(["", rows[0].get(name), odd_text(random), None])
+    (box.work / "rows.jsonl").write_bytes(_jsonl(random, rows))
+    model = box.copy(SOURCES[source][0]).name
+    common = ["--model", model, "--data", "rows.jsonl", "--compute", "fp32", "--calibration-rows", "0", "--quiet"]
+    common += ["--batch-size", "2", "--max-steps", "1", *random.choice([[], ["--split", "0.8", "0.2", "0"]])]
+    plan = ["plan", *common, "--json", "out-1.json"]
+    return Case("agreement", plan, source, agrees=["tune", *common, "--out", "out", "--json", "out-2.json"])
 
 
 def _command(random: Random, box: Box, model: str, bundle: str, rows: str) -> list[str]:

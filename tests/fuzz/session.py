@@ -90,8 +90,7 @@ def fuzz(
     workers: int,
     *,
     plant: Callable[[], None] | None = None,
-    quiet: bool = False,
-    until_failure: bool = False,
+    stop_at: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """Run cases of all kinds.
 
@@ -103,8 +102,7 @@ def fuzz(
         out: Folder for the report and for failing cases.
         workers: Processes that fork cases.
         plant: Called in each worker first: puts a fault into edge-ft.
-        quiet: Print nothing.
-        until_failure: Stop after the first failing case.
+        stop_at: Stop after a case that fails with one of these verdicts, or with any if it is empty.
 
     Returns:
         `seed`, `cases`, `seconds`, `cpu_seconds`, counts by kind and outcome, and the failing cases.
@@ -132,14 +130,14 @@ def fuzz(
                     signatures[result["signature"]] += 1
                     if signatures[result["signature"]] <= KEPT:
                         failures.append(result)
-                        if not quiet:
+                        if stop_at is None:
                             _print_failure(result)
                     elif result.get("kept"):
                         shutil.rmtree(result["kept"], ignore_errors=True)
-                    if until_failure:
+                    if stop_at is not None and (not stop_at or verdict in stop_at):
                         break
                 now = time.monotonic()
-                if not quiet and now - shown > SHOWN_EVERY:
+                if stop_at is None and now - shown > SHOWN_EVERY:
                     shown = now
                     rate = report["cases"] / (now - started)
                     left = (len(todo) - report["cases"]) / rate
@@ -289,7 +287,7 @@ def _keep(case: Case, found: Outcome, box: Box, kept: Path, verdict: str, number
 def replay(kept: Path) -> int:
     """Run a kept case again and print how it ends; returns 1 if it fails as it did, or otherwise."""
     values = json.loads((kept / "case.json").read_text(encoding="utf-8"))
-    names = ("kind", "argv", "what", "console", "expect")
+    names = ("kind", "argv", "what", "console", "expect", "agrees")
     case = Case(**{name: values[name] for name in names}, stdin=(kept / "stdin").read_bytes(), out=tuple(values["out"]))
     with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         box = Box(Path(temporary) / "box", kept)

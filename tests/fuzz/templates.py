@@ -41,7 +41,7 @@ BOMBS = (
     "{{ 'x' * 10 ** 10 }}",
     "{% set t = namespace(x='ab') %}{% for i in range(40) %}{% set t.x = t.x + t.x %}{% endfor %}{{ t.x }}",
     "{% set t = namespace(x=[1]) %}{% for i in range(40) %}{% set t.x = t.x + t.x %}{% endfor %}{{ t.x|length }}",
-    "{{ 9 ** 9 ** 9 }}",
+    "{{ 9 ** (9 ** 9) }}",
     "{{ 2 ** 100000000 % 7 }}",
     "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
