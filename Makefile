@@ -15,7 +15,7 @@ WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 # As edge_ft sets it before torch is imported; a test session may import torch first.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: install demo claims test test-all models fuzz fuzz-planted checkpoints check format clean
+.PHONY: install demo claims test test-all models fuzz fuzz-planted checkpoints faults check format clean
 
 install: $(INSTALLED)
 
@@ -67,6 +67,10 @@ fuzz: install
 # Ten faults, put into edge-ft one at a time: the fuzzer must find each.
 fuzz-planted: install
 	$(FUZZ) --out out/fuzz-planted --planted --seed $(SEED)
+
+# Strikes every command at each of its stages (signals, full disk, no memory, a second process …) and writes docs/faults.md.
+faults: install
+	$(BIN)/python tests/faults.py --write docs/faults.md
 
 check: install
 	$(BIN)/ruff check .

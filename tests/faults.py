@@ -162,10 +162,10 @@ class Done:
     second: int | None = None
     """Exit code of the same command, given again while this one was stopped."""
 
-    @property
-    def is_clean(self) -> bool:
-        """Whether it ended with a documented code and no traceback."""
-        return "Traceback" not in self.errors and self.code in (0, 2, 4, 130, -signal.SIGKILL)
+    def is_clean(self, fault: Fault) -> bool:
+        """Whether it ended with a documented code and no traceback; a library may abort where memory ends."""
+        aborts = (-signal.SIGABRT,) if fault.name == "no memory" else ()
+        return "Traceback" not in self.errors and self.code in (0, 2, 4, 130, -signal.SIGKILL, *aborts)
 
     @property
     def last_line(self) -> str:
@@ -350,7 +350,7 @@ def strike(bench: Bench, stage: Stage, fault: Fault) -> tuple[str, int]:
     finally:
         for left in place.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-    if not done.is_clean or outcome.startswith("FAULT"):
+    if not done.is_clean(fault) or outcome.startswith("FAULT"):
         outcome = f"FAULT {outcome}: exit code {done.code}: {done.errors[-1500:]}"
     return outcome, done.code
 
@@ -507,7 +507,8 @@ In no cell is there half a file that opens.
 """
 FOOTER = """
 *Full disk*: no byte is left on the disk that the command writes to. *No permission*: from then on the process is a
-user who may read everything and write nothing. *No memory*: it gets no more memory. *Second process*: the same command
+user who may read everything and write nothing. *No memory*: it gets no more memory; a library
+in C++ may then end the process itself (-6). *Second process*: the same command
 is given again meanwhile; where there is an output, it is refused by name (2), and the cell shows the first process.
 *Clock*: the system's time jumps; times are measured with a clock that does not.
 
