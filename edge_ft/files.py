@@ -41,6 +41,7 @@ _NO_MEMORY = (
     *("can't allocate memory", "not enough memory", "cannot allocate memory", "os error 12"),  # torch, safetensors
     *("bad_alloc", "bad allocation", "failed to allocate memory"),  # onnxruntime, tokenizers
     "can't start new thread",
+    "returned null without setting an exception",  # protobuf
 )
 
 

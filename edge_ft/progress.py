@@ -1,10 +1,11 @@
 """How work reports its progress, and what displays it: nothing, plain lines, or bars on a terminal."""
 
+import _thread
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
@@ -155,19 +156,22 @@ def heartbeat(progress: Progress, step: str, seconds: float = 1.0) -> Iterator[N
     Yields:
         Nothing.
     """
-    ended = threading.Event()
+    ended, reporting = threading.Event(), threading.Lock()
 
     def repeat() -> None:
         while not ended.wait(seconds):
-            progress.advance(step, 0, 0)
+            with reporting:
+                if not ended.is_set():
+                    progress.advance(step, 0, 0)
 
     stop_if_requested()
     progress.say(step)
     progress.advance(step, 0, 0)
-    reporter = threading.Thread(target=repeat, daemon=True)
-    reporter.start()
+    # Not threading.Thread: where memory ends its start() and join() wait for ever for a thread that could not begin.
+    with suppress(RuntimeError, MemoryError):
+        _thread.start_new_thread(repeat, ())
     try:
         yield
     finally:
-        ended.set()
-        reporter.join()
+        with reporting:  # nothing is reported after the end of the step
+            ended.set()

@@ -1,5 +1,6 @@
 """What this process may use of the machine: memory, disk, CPUs and the GPU. Measured here and nowhere else."""
 
+import _thread
 import gc
 import os
 import shutil
@@ -56,13 +57,13 @@ class PeakMemory:
     def __enter__(self) -> "PeakMemory":
         self.bytes = resident_bytes()
         self._done = threading.Event()
-        self._sampler = threading.Thread(target=self._sample, daemon=True)
-        self._sampler.start()
+        # Not threading.Thread: where memory ends its start() and join() wait for ever for a thread that could not begin.
+        with suppress(RuntimeError, MemoryError):
+            _thread.start_new_thread(self._sample, ())
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self._sampler.join()
         self.bytes = max(self.bytes, resident_bytes())
 
     def _sample(self) -> None:

@@ -33,6 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"
 
 NOBODY = 65534
+LONGEST_S = 120.0
+"""Seconds of a command; one that takes longer hangs."""
 DISK = 48 << 20
 """Bytes of the small disk that runs full."""
 
@@ -258,11 +260,15 @@ class Bench:
         if pid == 0:
             _be_command(arguments, errors, stage, fault)
         second = None
+        watch = threading.Timer(LONGEST_S, os.kill, (pid, signal.SIGALRM))  # what hangs ends with a code of its own
+        watch.daemon = True
+        watch.start()
         _, status = os.waitpid(pid, os.WUNTRACED)
         if os.WIFSTOPPED(status):
             second = self.command(*arguments).code
             os.kill(pid, signal.SIGCONT)
             _, status = os.waitpid(pid, 0)
+        watch.cancel()
         text = errors.read_text(errors="replace")
         errors.unlink()
         return Done(os.waitstatus_to_exitcode(status), text, second)
