@@ -57,7 +57,7 @@ class PeakMemory:
     def __enter__(self) -> "PeakMemory":
         self.bytes = resident_bytes()
         self._done = threading.Event()
-        # Not threading.Thread: where memory ends its start() and join() wait for ever for a thread that could not begin.
+        # Not threading.Thread: where memory ends its start() and join() wait for a thread that could not begin.
         with suppress(RuntimeError, MemoryError):
             _thread.start_new_thread(self._sample, ())
         return self
