@@ -48,6 +48,7 @@ def test_over_a_model(command: str, llama: Path, sums: Path, tmp_path: Path) -> 
 def test_over_a_run(command: str, llama_run: RunFolder, sums: Path, tmp_path: Path) -> None:
     shutil.copytree(llama_run.path, tmp_path / "run")
     add_token(tmp_path / "run" / "tokenizer", "<new>", special=False)
+    (tmp_path / "run" / "files.json").unlink()  # of a run that was made before there was one
     with pytest.raises(ModelError, match="'<new>'"):
         OVER_MODELS[command](str(tmp_path / "run"), str(sums), tmp_path / "out")
 
