@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from small_tokenizers import write_bpe
 
 from edge_ft.config import TuneConfig
@@ -125,6 +127,7 @@ def prepared(tmp_path: Path) -> Any:
 
     def base(label: str | None) -> Base:
         family = "llama" if label is None else "bert"
+        save_file({"weight": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")  # no head in it
         return Base("m", tmp_path, family_of(family), "", {"max_position_embeddings": 256})
 
     def run(train: list[Any] | str, validation: list[Any] | None = None, **config: Any) -> Prepared:
