@@ -62,6 +62,8 @@ NO_MEMORY = (
     "--memory low, a smaller --batch-size or a smaller --max-length"
 )
 
+LONGEST_MESSAGE = 400
+"""Characters of a message about a command line."""
 HEADINGS = {group: cyclopts.Group(group.value, sort_key=at) for at, group in enumerate(Group)}
 
 
@@ -537,7 +539,8 @@ def _explain(error: cyclopts.CycloptsError) -> str:
         key = (error.token.keyword or error.token.value).strip("[]")
         known = [name[2:].replace("-", "_") for argument in error.argument_collection for name in argument.names]
         return f"{error.token.source}: unknown setting '{key}'{did_you_mean(key, known)}"
-    return str(error)
+    text = str(error)  # with what was typed, which may be a whole document
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}…"
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

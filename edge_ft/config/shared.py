@@ -1,5 +1,6 @@
 """What the settings of several commands share: types, headings in --help, checks, and how rows are read."""
 
+import math
 import re
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
@@ -150,15 +151,16 @@ def check(holds: bool, message: str) -> None:
 
 
 def check_minimums(config: Any) -> None:
-    """Refuse values below the `Minimum` or above the `Maximum` of their field; None is accepted.
+    """Refuse numbers below the `Minimum` or above the `Maximum` of their field, or not finite; None is accepted.
 
     Raises:
-        UsageError: a value is too small or too large; the message names the flag.
+        UsageError: a value is too small, too large or not finite; the message names the flag.
     """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
-        value = getattr(config, name)
+        value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+        finite = not isinstance(value, float) or math.isfinite(value)
+        check(finite, f"{flag} is {value}: it must be a finite number")
         for bound in getattr(hint, "__metadata__", ()) if value is not None else ():
-            flag = f"--{name.replace('_', '-')}"
             if isinstance(bound, Minimum):
                 how = "above" if bound.excluded else "at least"
                 holds = value > bound.value or (value == bound.value and not bound.excluded)

@@ -5,7 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from edge_ft.config.shared import ABOVE_0, BaseFormat, Group, Memory, Minimum, RowsConfig, Seed, Task, Threads, check
+from edge_ft.config.shared import (
+    ABOVE_0,
+    BaseFormat,
+    Group,
+    Maximum,
+    Memory,
+    Minimum,
+    RowsConfig,
+    Seed,
+    Task,
+    Threads,
+    check,
+)
 from edge_ft.errors import did_you_mean
 
 __all__ = ["PlanConfig", "TuneConfig", "last_layers", "preset_file", "without_retired"]
@@ -37,7 +49,7 @@ class TuneConfig(RowsConfig):
     """Codes of audit findings to accept that would otherwise stop the command, e.g. leak."""
     show: Annotated[int, Group.ROWS, Minimum(0)] = 0
     """Number of training rows to print as the model reads them, with the trained tokens marked."""
-    rank: Annotated[int, Group.LORA, Minimum(1)] = 8
+    rank: Annotated[int, Group.LORA, Minimum(1), Maximum(65536)] = 8
     """Rank of the LoRA matrices A and B."""
     alpha: Annotated[float, Group.LORA, ABOVE_0] = 16.0
     """LoRA scaling: the weights change by (alpha / rank) * B A."""
@@ -64,7 +76,7 @@ class TuneConfig(RowsConfig):
     """Weight decay of AdamW."""
     max_grad_norm: Annotated[float, Group.TRAINING, Minimum(0)] = 1.0
     """Norm to which gradients are clipped; 0 turns clipping off."""
-    epochs: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
+    epochs: Annotated[float | None, Group.TRAINING, ABOVE_0, Maximum(100_000)] = None
     """Passes over the training rows; default: 2 for decoders, 3 for others."""
     max_steps: Annotated[int | None, Group.TRAINING, Minimum(1)] = None
     """Number of optimizer steps; overrides --epochs."""

@@ -77,7 +77,10 @@ def encode_example(rendering: Rendering, tokenizer: TextTokenizer, record: Recor
         DataError: an unknown class, no answer, or a chat that the template cannot render; the message names the row.
     """
     if rendering.task in ENCODERS:
-        return ENCODERS[rendering.task](rendering, tokenizer, record)
+        example = ENCODERS[rendering.task](rendering, tokenizer, record)
+        if not example.input_ids or (rendering.task == "feature-extraction" and not example.pair_ids):
+            raise DataError(f"row {record.row} has a text without a token: the tokenizer makes nothing of it")
+        return example
     completion = record.completion
     if completion is None:
         raise DataError(f"row {record.row} has no answer to learn: give --completion, or a chat with an assistant turn")

@@ -77,7 +77,7 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
         rows = _read_hub(source, split)
     else:
         neighbours = sorted(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else []
-        raise DataError(f"{source} does not exist{did_you_mean(path.name, neighbours)}")
+        raise DataError(f"the rows file {source} does not exist{did_you_mean(path.name, neighbours)}")
     if not rows:
         raise DataError(f"{source} holds no rows: give a file with at least one")
     return rows
@@ -152,7 +152,7 @@ def _read_parquet(path: Path) -> list[Row]:
     parquet = require("pyarrow.parquet", "train")
     try:
         return _from_table(parquet.read_table(path).to_pylist())
-    except arrow.ArrowException as error:
+    except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error}): write the file again") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
-from edge_ft.data.tokenizer_settings import clean_up, complete, named_tokens
+from edge_ft.data.tokenizer_settings import check_charsmaps, clean_up, complete, named_tokens
 from edge_ft.errors import DataError, ModelError
 from edge_ft.utf8 import read_json, read_utf8
 
@@ -114,6 +114,7 @@ class TextTokenizer:
         self._files = _find_files(folder, over)
         self.folder = self._files["tokenizer.json"].parent
         self._segments = known.segments if known is not None else None
+        check_charsmaps(self._files["tokenizer.json"])
         with self._library():
             self._tokenizer = Tokenizer.from_file(str(self._files["tokenizer.json"]))
         self._tokenizer.no_truncation()

@@ -1,12 +1,17 @@
 """What transformers makes of the files beside a tokenizer.json: named and added tokens, clean-up."""
 
+from base64 import b64decode
 from collections.abc import Callable, Mapping
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
 
-__all__ = ["clean_up", "complete", "named_tokens"]
+from edge_ft.errors import ModelError
+from edge_ft.utf8 import read_json
+
+__all__ = ["check_charsmaps", "clean_up", "complete", "named_tokens"]
 
 _BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
 _ROBERTA = {
@@ -53,6 +58,34 @@ CLASS_OF = {
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 """What clean_up_tokenization_spaces writes without spaces, in this order."""
+
+
+def check_charsmaps(file: Path) -> None:
+    """Check the sizes in the character maps of a tokenizer.json: the library allocates them without looking.
+
+    Args:
+        file: The tokenizer.json.
+
+    Raises:
+        ModelError: a map is shorter than its first four bytes say.
+    """
+    if b"precompiled_charsmap" not in file.read_bytes():
+        return
+    content = read_json(file, ModelError)
+    parts = [content.get("normalizer")] if isinstance(content, dict) else []
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            parts.append(part.get("normalizers"))
+            text = part.get("precompiled_charsmap")
+            try:
+                charsmap = b64decode(text) if isinstance(text, str) else b""
+            except ValueError:
+                charsmap = b""  # the library says what is wrong
+            if int.from_bytes(charsmap[:4], "little") > len(charsmap):
+                raise ModelError(f"{file} is damaged: its precompiled_charsmap is cut off; save or download it again")
 
 
 def named_tokens(named: Mapping[str, Any], model_type: str | None, tokenizer: Tokenizer) -> dict[str, str]:

@@ -44,6 +44,7 @@ EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "shared", "word_embeddings", "t
 """Last names of modules with a row for each token, in the supported families."""
 
 
+LARGEST_RANK = 65536
 TokenIds = list[Annotated[int, Minimum(0)]]
 
 
@@ -191,6 +192,18 @@ def find_adapter(folder: Path) -> Adapter:
     _refuse_unsupported(path, config)
     if found := misfit(config, Settings, CONFIG):
         raise ModelError(f"{path / CONFIG} is damaged: {found}; save the adapter again")
+    if (rank := max([config.get("r", 1), *(config.get("rank_pattern") or {}).values()])) > LARGEST_RANK:
+        raise ModelError(f"{path / CONFIG} is damaged: it has a rank of {rank}; save the adapter again")
+    for field in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        value = config.get(field)
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ModelError(
+                    f"{path / CONFIG} is damaged: {field} has {pattern!r}, which is no regular expression ({error}); "
+                    "save the adapter again"
+                ) from error
     if not (path / WEIGHTS).is_file():
         if (path / "adapter_model.bin").is_file():
             raise ModelError(

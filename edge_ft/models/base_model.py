@@ -63,11 +63,11 @@ class Base:
         Runs used to record the hash of all safetensors files of the folder. That is accepted where files beside the
         model made no difference: where the codes of the run are compared too.
         """
-        recorded = identity["content_sha256"]
+        recorded = identity.get("content_sha256")
         if recorded == self.content_sha256 or identity.get("codes_sha256") is None:
             return self
         known = recorded == _content_sha256(self.path, sorted(self.path.glob("*.safetensors")))
-        return replace(self, content_sha256=recorded) if known else self
+        return replace(self, content_sha256=str(recorded)) if known else self
 
     @property
     def max_length(self) -> int:
@@ -93,7 +93,8 @@ class Base:
     @property
     def task(self) -> Task:
         """Task of the checkpoint by the name of its class; else the first task of its family."""
-        written = next(iter(self.config.get("architectures") or ()), "")
+        classes = self.config.get("architectures")
+        written = str(classes[0]) if isinstance(classes, list) and classes else ""
         found = next((task for ending, task in TASK_OF_CLASS.items() if written.endswith(ending)), None)
         return found if found in self.family.tasks else self.family.tasks[0]
 

@@ -107,7 +107,7 @@ def read_config(model_type: str, config: dict[str, Any], where: object) -> Any:
 
     try:
         return CONFIG_MAPPING[model_type].from_dict(config)
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{where} is not the config of a {model_type} model: {reason}") from error
 
@@ -128,9 +128,9 @@ def check_supported(dims: ModelDims, where: object) -> None:
             "takes multiples of 16"
         )
     for rope in dims.ropes:
-        if rope["rope_type"] not in ROPES:
+        if (kind := rope.get("rope_type")) not in ROPES:
             raise ModelError(
-                f"{where} has a rotary embedding of type {rope['rope_type']!r}, which cannot be exported; "
+                f"{where} has a rotary embedding of type {kind!r}, which cannot be exported; "
                 f"supported are {', '.join(ROPES)}"
             )
     for kind in getattr(config, "layer_types", None) or ():

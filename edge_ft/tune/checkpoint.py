@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from edge_ft.artifacts import (
     seal,
     write_json,
 )
-from edge_ft.config import TuneConfig, as_plain, without_retired
+from edge_ft.config import Minimum, TuneConfig, as_plain, misfit, without_retired
 from edge_ft.errors import Interrupted, UsageError, WillNotFit
 from edge_ft.evaluate.scoring import RowScores
 from edge_ft.tune.loop import Fit
@@ -61,6 +61,17 @@ NOT_COMPARED = {"out", "resume", "memory", "checkpoint_minutes", "checkpoint_ste
 """Settings that do not change what is learned."""
 BY_CONTENT = {"model", "data", "validation", "test"}
 """Names of things that may move: their content is compared instead."""
+
+
+class _Document(TypedDict):
+    """state.json."""
+
+    sha256: str
+    metrics_bytes: Annotated[int, Minimum(0)]
+    metrics_sha256: NotRequired[str | None]
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    loop: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,6 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
 
     names = [field.name for field in fields(Fit) if field.name not in SCORES]
     counters = {name: document["loop"][STORED_NAMES.get(name, name)] for name in names}
-    counters["last_nll"] = float(counters["last_nll"])  # written as text: JSON has no NaN
     state = Fit(base=scores("base"), best=scores("best"), **counters)
     backend = {name.removeprefix("backend."): array for name, array in arrays.items() if name.startswith("backend.")}
     log = document.get("metrics_sha256")
@@ -183,7 +193,26 @@ def _read_state(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{file} is not the file that was written: {again}")
     if version != FORMAT:
         raise UsageError(f"{folder} has checkpoint version {version}, this edge-ft reads {FORMAT}")
+    if found := misfit(document, _Document, "it") or _misfit_of_counters(document["loop"]):
+        raise UsageError(f"{file} is damaged: {found}; {again}")
     return document
+
+
+def _misfit_of_counters(loop: dict[str, Any]) -> str | None:
+    """Make a number of `last_nll`, in place; return what is missing or of another type among the loop's counters."""
+    try:
+        loop["last_nll"] = float(loop["last_nll"])  # written as text: JSON has no NaN
+    except (KeyError, TypeError, ValueError):
+        return "it has no number last_nll"
+    hints = {STORED_NAMES.get(name, name): hint for name, hint in get_type_hints(Fit).items()}
+    for name, hint in hints.items():
+        if name in (*SCORES, "last_nll"):
+            continue
+        if name not in loop:
+            return f"it lacks {name}"
+        if found := misfit(loop[name], Annotated[hint, Minimum(0)] if hint in (int, float) else hint, name):
+            return found
+    return None
 
 
 def remove_checkpoint(run: Path) -> None:
