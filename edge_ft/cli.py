@@ -540,7 +540,8 @@ def _explain(error: cyclopts.CycloptsError) -> str:
         known = [name[2:].replace("-", "_") for argument in error.argument_collection for name in argument.names]
         return f"{error.token.source}: unknown setting '{key}'{did_you_mean(key, known)}"
     text = str(error)  # with what was typed, which may be a whole document
-    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}…"
+    shown = text.encode("ascii", "backslashreplace").decode()
+    return text if len(shown) <= LONGEST_MESSAGE else f"{shown[:LONGEST_MESSAGE]} ..."
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

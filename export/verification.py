@@ -4,9 +4,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edge_ft.artifacts import Bundle
 from edge_ft.config import INT8_ACTIVATIONS, ExportConfig
 from edge_ft.data import Example
+from edge_ft.errors import ModelError
 from edge_ft.evaluate.gate import Limits, evaluate_gate, task_metric_for
 from edge_ft.evaluate.scoring import Batching, RowScores, score, summary
 from edge_ft.evaluate.verify import SAME, largest_difference, probe_examples
@@ -65,6 +68,9 @@ def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) ->
 
     Returns:
         The scores.
+
+    Raises:
+        ModelError: the loss of the probe texts is not finite.
     """
 
     def scored(model: Any, examples: list[Example], stage: str) -> RowScores:
@@ -73,6 +79,11 @@ def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) ->
     validation = source.rows.validation
     probes = probe_examples(source.tokenizer, source.rendering)
     shipped_probe = scored(shipped_model, probes, "probe, torch")
+    if not np.isfinite(shipped_probe.nll).all():
+        raise ModelError(
+            f"the weights of {source.base.name} give no finite loss of the probe texts: they are damaged or too large, "
+            "or those of its adapter are"
+        )
     if source.adapter is None and not validation:
         return TorchScores(shipped_probe, None, None, None)
     with heartbeat(progress, "loading the base"):

@@ -202,7 +202,7 @@ def find_base(model: str, task: Task | None = None, progress: Progress | None = 
     family = family_of(str(config.get("model_type")), task)
     base = Base(model, folder, family, "", config)
     if family.decoder:
-        check_supported(base.dims, folder)
+        check_supported(base.dims, folder / "config.json")
     if family.kind == "encoder" and config.get("is_decoder"):
         raise ModelError(f"{folder} is a {family.name} with is_decoder set: it cannot be exported")
     if family.kind == "encoder-decoder" and getattr(base.dims.config, "decoder_start_token_id", None) is None:

@@ -319,3 +319,14 @@ def test_a_classifiers_adapter_has_its_own_head(bert: Path, reviews: Path, tmp_p
     assert named.manifest["rendering"]["labels"] == ["praise", "blame"]
     bare = export(str(bert), ExportConfig(out=tmp_path / "bare", adapter=tmp_path / "adapter"))
     assert bare.manifest["rendering"]["labels"] == ["LABEL_0", "LABEL_1"]
+
+
+def test_weights_without_a_finite_loss_are_refused(llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.get_input_embeddings().weight.data.fill_(float("inf"))
+    model.save_pretrained(tmp_path / "model")
+    for file in (*llama.glob("tokenizer*"), *llama.glob("*.jinja")):
+        shutil.copy(file, tmp_path / "model")
+    with pytest.raises(ModelError, match="give no finite loss of the probe texts"):
+        export(str(tmp_path / "model"), ExportConfig(out=tmp_path / "bundle", weights="fp32"))
+    assert not (tmp_path / "bundle").exists()
