@@ -16,11 +16,13 @@ from edge_ft.stopping import StopAtOnce, held, requested, stop_if_requested, wat
 
 @pytest.fixture(autouse=True)
 def own_handler() -> Iterator[None]:
-    """A job in the background is started with SIGINT ignored, which `watched` respects."""
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A job in the background, or under nohup, is started with signals ignored, which `watched` respects."""
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    for number in stopping.SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS, ids=lambda number: number.name)
