@@ -5,10 +5,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from edge_ft.artifacts import atomic_folder, cache_folder
 from edge_ft.bench.meters import DecodeTimings
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import ModelError, require
+from edge_ft.files import atomic_folder, cache_folder
 
 __all__ = ["Translator", "convert"]
 

@@ -1,4 +1,4 @@
-"""Run folders and bundles on disk, and files that are written whole or not at all.
+"""Run folders and bundles on disk.
 
 Reports and manifests are read and written only here; `docs/bundle.md` describes the bundle.
 """
@@ -11,45 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from edge_ft.errors import BundleError, UsageError
-from edge_ft.files import (
-    atomic_file,
-    atomic_folder,
-    cache_folder,
-    disk_full,
-    file_sha256,
-    is_as_sealed,
-    is_rewritten,
-    json_text,
-    locked,
-    out_of_memory,
-    refuse_existing,
-    seal,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from edge_ft.files import file_sha256, is_as_sealed, is_rewritten, json_text, seal, write_json, write_text
 from edge_ft.manifest import find_misfit
 from edge_ft.utf8 import read_json, read_utf8
 
-__all__ = [
-    "FORMAT_VERSION",
-    "Bundle",
-    "RunFolder",
-    "atomic_file",
-    "atomic_folder",
-    "cache_folder",
-    "disk_full",
-    "file_sha256",
-    "is_as_sealed",
-    "kind_of",
-    "locked",
-    "out_of_memory",
-    "refuse_existing",
-    "seal",
-    "write_json",
-    "write_jsonl",
-    "write_text",
-]
+__all__ = ["FORMAT_VERSION", "Bundle", "RunFolder", "kind_of"]
 
 FORMAT_VERSION = 1
 _RESTORE = "copy the run folder again, or remove files.json to use it as it is"

@@ -16,7 +16,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from edge_ft import __version__
-from edge_ft.artifacts import RunFolder, cache_folder, disk_full, out_of_memory, write_json, write_text
+from edge_ft.artifacts import RunFolder
 from edge_ft.config import (
     TEXT_TASKS,
     BenchConfig,
@@ -43,6 +43,7 @@ from edge_ft.errors import (
     one_line,
     require,
 )
+from edge_ft.files import cache_folder, disk_full, out_of_memory, write_json, write_text
 from edge_ft.progress import Lines, Progress, ProgressBars, Silent
 from edge_ft.stopping import end_process, watched
 from edge_ft.system import Available, default_threads, device_memory, total_memory_bytes, usable_cpus

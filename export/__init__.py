@@ -3,9 +3,10 @@
 import shutil
 from pathlib import Path
 
-from edge_ft.artifacts import Bundle, atomic_folder, locked, refuse_existing
+from edge_ft.artifacts import Bundle
 from edge_ft.config import ExportConfig
 from edge_ft.errors import BundleError, GateRefused, Interrupted
+from edge_ft.files import atomic_folder, locked, refuse_existing
 from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import use_threads

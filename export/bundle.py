@@ -12,7 +12,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from edge_ft.artifacts import write_json, write_text
 from edge_ft.config import INT8_ACTIVATIONS, Weights
 from edge_ft.data import SpecialIds, collate, eval_batches
 from edge_ft.export.activations import Feed, quantize_activations
@@ -22,6 +21,7 @@ from edge_ft.export.packing import write_graphs
 from edge_ft.export.source import ExportSource
 from edge_ft.export.trace import trace
 from edge_ft.export.trace_seq2seq import trace_seq2seq
+from edge_ft.files import write_json, write_text
 from edge_ft.models.dims import ModelDims
 from edge_ft.models.loading import BITS
 from edge_ft.models.lora import lora_pairs, tied_layers

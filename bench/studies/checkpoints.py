@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edge_ft.artifacts import write_text
 from edge_ft.bench.report import markdown_table
 from edge_ft.errors import UsageError
+from edge_ft.files import write_text
 
 __all__ = ["render"]
 

@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_ft.artifacts import Bundle, RunFolder, write_json, write_text
+from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.bench.studies.claim_cases import CASES, CLAIMS, MODELS, ROWS, Case, Stage, stages
 from edge_ft.bench.studies.claim_tables import document
 from edge_ft.bench.studies.datasets import write_splits
 from edge_ft.errors import EdgeFTError, GateRefused, UsageError, did_you_mean
+from edge_ft.files import write_json, write_text
 from edge_ft.system import usable_cpus
 
 __all__ = ["Results", "load_results", "main", "run_case", "run_stage"]

@@ -8,9 +8,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from edge_ft.artifacts import write_text
 from edge_ft.data import read_rows
 from edge_ft.errors import UsageError
+from edge_ft.files import write_text
 
 __all__ = [
     "decoder_weights",

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_ft.artifacts import write_text
 from edge_ft.bench.report import markdown_table
 from edge_ft.bench.studies.datasets import (
     decoder_weights,
@@ -22,6 +21,7 @@ from edge_ft.bench.studies.datasets import (
     write_splits,
 )
 from edge_ft.errors import EdgeFTError
+from edge_ft.files import write_text
 
 __all__ = ["main"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_ft.artifacts import Bundle, RunFolder, write_json
+from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.bench import bench
 from edge_ft.bench.report import markdown_table, table
 from edge_ft.config import BenchConfig, ExportConfig, Weights
@@ -19,6 +19,7 @@ from edge_ft.data import encode_rows, read_rows
 from edge_ft.errors import GateRefused, UsageError
 from edge_ft.evaluate.metrics import mean
 from edge_ft.evaluate.scoring import Batching, RowScores, scorable, score
+from edge_ft.files import write_json
 from edge_ft.progress import Lines, Progress, Silent
 from edge_ft.runtime import TextClassifier, load
 

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from edge_ft.artifacts import write_json
 from edge_ft.bench.report import markdown_table
 from edge_ft.bench.studies.kept_jobs import KeptJobs
 from edge_ft.errors import EdgeFTError, UsageError
+from edge_ft.files import write_json
 from edge_ft.progress import Lines, Progress, Silent
 from edge_ft.system import usable_cpus
 

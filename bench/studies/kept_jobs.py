@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edge_ft.artifacts import write_json
 from edge_ft.bench.meters import machine
 from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.errors import UsageError
+from edge_ft.files import write_json
 
 __all__ = ["KeptJobs"]
 

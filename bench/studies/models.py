@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edge_ft.artifacts import write_text
 from edge_ft.bench.report import markdown_table
 from edge_ft.errors import UsageError
 from edge_ft.families import FAMILIES, Family
+from edge_ft.files import write_text
 
 __all__ = ["render", "render_clients", "replace_between"]
 

@@ -19,10 +19,10 @@ from cyclopts import Parameter
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from edge_ft.artifacts import atomic_folder, cache_folder, refuse_existing, write_json, write_text
 from edge_ft.bench.studies.datasets import gpt2_files, passages
 from edge_ft.bench.studies.pretrain_t5 import T5Recipe, pretrain_t5
 from edge_ft.errors import UsageError, require
+from edge_ft.files import atomic_folder, cache_folder, refuse_existing, write_json, write_text
 from edge_ft.progress import Lines, Progress
 
 __all__ = ["PRETRAINED", "pretrained", "split_passages", "write_gpt2_tokenizer"]

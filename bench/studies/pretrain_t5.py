@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from edge_ft.artifacts import write_json, write_text
 from edge_ft.bench.studies.datasets import Rows, sentence_rows, transcript_of
 from edge_ft.data import Example, TextTokenizer, collate, encode_pair
 from edge_ft.errors import require
 from edge_ft.evaluate.metrics import token_f1
+from edge_ft.files import write_json, write_text
 from edge_ft.progress import Progress
 
 __all__ = ["T5Recipe", "pretrain_t5", "split_sentences", "write_t5_tokenizer"]

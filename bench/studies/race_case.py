@@ -12,10 +12,10 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from edge_ft.artifacts import atomic_file, write_jsonl, write_text
 from edge_ft.bench.studies.baseline import MODEL_CLASSES
 from edge_ft.config import TuneConfig
 from edge_ft.errors import UsageError
+from edge_ft.files import atomic_file, write_jsonl, write_text
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.progress import Silent
 from edge_ft.quant.blockwise import dequantize

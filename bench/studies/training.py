@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from edge_ft.artifacts import write_json
 from edge_ft.bench.meters import machine
 from edge_ft.bench.studies.curves import best_nll, compare, largest_difference, plot_curves, text_of
 from edge_ft.bench.studies.kept_jobs import KeptJobs
 from edge_ft.config import Task, TuneConfig
 from edge_ft.errors import BudgetFailed, UsageError, require
+from edge_ft.files import write_json
 from edge_ft.progress import Lines, Progress, Silent
 from edge_ft.system import default_threads
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from safetensors import SafetensorError, safe_open
 
-from edge_ft.artifacts import file_sha256
 from edge_ft.config import Minimum, Task, misfit
 from edge_ft.errors import ModelError, did_you_mean
+from edge_ft.files import file_sha256
 from edge_ft.utf8 import read_json
 
 __all__ = ["PEFT_TASKS", "Adapter", "find_adapter"]

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edge_ft.artifacts import file_sha256
 from edge_ft.config import Pooling, ProblemType, Task
 from edge_ft.data import KnownIds, TextTokenizer, class_numbers
 from edge_ft.errors import ModelError, did_you_mean
 from edge_ft.families import Family, family_of
+from edge_ft.files import file_sha256
 from edge_ft.models.checkpoint import Checkpoint, open_checkpoint
 from edge_ft.models.dims import ModelDims, check_supported, read_config
 from edge_ft.models.gguf import convert_gguf, pick_gguf

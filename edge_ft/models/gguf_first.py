@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from edge_ft.artifacts import cache_folder, file_sha256
 from edge_ft.errors import ModelError
+from edge_ft.files import cache_folder, file_sha256
 from edge_ft.models.dims import read_config
 from edge_ft.models.gguf import open_gguf, plan_conversion
 from edge_ft.progress import Progress

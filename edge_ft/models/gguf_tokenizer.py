@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from edge_ft.artifacts import write_json, write_text
 from edge_ft.errors import ModelError
+from edge_ft.files import write_json, write_text
 from edge_ft.models.gguf_header import GgufHeader
 
 __all__ = ["write_tokenizer"]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from edge_ft.artifacts import atomic_folder, cache_folder, file_sha256
 from edge_ft.data import SLOW_FILES
 from edge_ft.errors import ModelError
+from edge_ft.files import atomic_folder, cache_folder, file_sha256
 from edge_ft.models.logging import silence_libraries
 
 __all__ = ["tokenizer_folder"]

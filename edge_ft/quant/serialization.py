@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
-from edge_ft.artifacts import atomic_file
 from edge_ft.errors import ModelError
+from edge_ft.files import atomic_file
 from edge_ft.quant.blockwise import Codes
 from edge_ft.quant.layers import BUFFERS, FrozenLinear, QuantEmbedding
 

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from edge_ft.artifacts import atomic_file, locked, refuse_existing
 from edge_ft.config import RunConfig
 from edge_ft.data import (
     Chat,
@@ -23,6 +22,7 @@ from edge_ft.data import (
     with_extras,
 )
 from edge_ft.errors import DataError, UsageError
+from edge_ft.files import atomic_file, locked, refuse_existing
 from edge_ft.progress import Progress, track
 from edge_ft.runtime import (
     Classification,

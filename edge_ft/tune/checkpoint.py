@@ -20,8 +20,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from edge_ft.artifacts import (
-    RunFolder,
+from edge_ft.artifacts import RunFolder
+from edge_ft.config import Minimum, TuneConfig, as_plain, misfit, without_retired
+from edge_ft.errors import Interrupted, UsageError, WillNotFit
+from edge_ft.evaluate.scoring import RowScores
+from edge_ft.files import (
     atomic_folder,
     disk_full,
     file_sha256,
@@ -31,9 +34,6 @@ from edge_ft.artifacts import (
     seal,
     write_json,
 )
-from edge_ft.config import Minimum, TuneConfig, as_plain, misfit, without_retired
-from edge_ft.errors import Interrupted, UsageError, WillNotFit
-from edge_ft.evaluate.scoring import RowScores
 from edge_ft.tune.loop import Fit
 from edge_ft.utf8 import read_json
 

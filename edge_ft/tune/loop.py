@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_ft.artifacts import disk_full
 from edge_ft.config import TuneConfig
 from edge_ft.data import Batch, Example, collate, target_mask, train_batches
 from edge_ft.errors import UsageError
 from edge_ft.evaluate.scoring import Batching, RowScores, Scorer, score
+from edge_ft.files import disk_full
 from edge_ft.progress import Progress
 from edge_ft.stopping import StopAtOnce
 from edge_ft.tune.stopwatch import Stopwatch

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_ft.artifacts import RunFolder, write_json
+from edge_ft.artifacts import RunFolder
 from edge_ft.config import TEXT_TASKS, Memory, TuneConfig, last_layers
 from edge_ft.data import Example, batch_tokens, eval_batches
 from edge_ft.errors import UsageError, WillNotFit
+from edge_ft.files import write_json
 from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory, resident_bytes, use_threads

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from edge_ft.artifacts import RunFolder, atomic_file, disk_full, file_sha256, is_as_sealed, seal, write_json
+from edge_ft.artifacts import RunFolder
 from edge_ft.config import as_plain
 from edge_ft.evaluate.scoring import RowScores, ScoredRow, row_scores
+from edge_ft.files import atomic_file, disk_full, file_sha256, is_as_sealed, seal, write_json
 from edge_ft.tune.checkpoint import NOT_COMPARED, REPORT_PARTS
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 
-from edge_ft.artifacts import RunFolder, locked
+from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
+from edge_ft.files import locked
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, use_threads
 from edge_ft.tune.checkpoint import OpenedRun, explain_stop, finished_note, open_run

@@ -6,8 +6,9 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
-from edge_ft.artifacts import RunFolder, write_json, write_jsonl, write_text
+from edge_ft.artifacts import RunFolder
 from edge_ft.config import as_plain
+from edge_ft.files import write_json, write_jsonl, write_text
 from edge_ft.progress import Progress
 from edge_ft.quant.serialization import write_codes
 from edge_ft.system import device_memory, peak_rss_bytes

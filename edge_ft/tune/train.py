@@ -7,8 +7,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from edge_ft.artifacts import RunFolder, file_sha256
+from edge_ft.artifacts import RunFolder
 from edge_ft.config import as_plain
+from edge_ft.files import file_sha256
 from edge_ft.progress import Progress
 from edge_ft.stopping import held, requested
 from edge_ft.tune.checkpoint import Checkpoint, OpenedRun, write_checkpoint

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import onnx
 
-from edge_ft.artifacts import file_sha256
+from edge_ft.files import file_sha256
 from fuzz.child import Box, Case
 from fuzz.mutations import dump_json, mutate_bytes, mutate_json, odd_text
 

@@ -8,11 +8,11 @@ import pytest
 from resumed_runs import adapter, settings, stopped_at
 from tiny_gguf import write_gguf
 
-from edge_ft.artifacts import cache_folder, file_sha256
 from edge_ft.config import EvalConfig, ExportConfig
 from edge_ft.errors import ModelError
 from edge_ft.evaluate import evaluate
 from edge_ft.export import export
+from edge_ft.files import cache_folder, file_sha256
 from edge_ft.runtime import load
 from edge_ft.tune import tune
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from tiny_bundle import write_decoder
 
-from edge_ft.artifacts import Bundle, RunFolder, atomic_folder, kind_of, write_json, write_text
+from edge_ft.artifacts import Bundle, RunFolder, kind_of
 from edge_ft.errors import BundleError, UsageError
+from edge_ft.files import atomic_folder, write_json, write_text
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from edge_ft.artifacts import Bundle, write_json, write_text
+from edge_ft.artifacts import Bundle
 from edge_ft.bench.studies import claims
 from edge_ft.bench.studies.claim_cases import CASES, CLAIMS, MODELS, ROWS, Case, Data, Model
 from edge_ft.bench.studies.claim_tables import TABLES, document
 from edge_ft.errors import EdgeFTError, UsageError
+from edge_ft.files import write_json, write_text
 
 
 class EdgeFT:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_ft.artifacts import RunFolder, is_as_sealed, locked, seal, write_json
+from edge_ft.artifacts import RunFolder
 from edge_ft.errors import UsageError
+from edge_ft.files import is_as_sealed, locked, seal, write_json
 
 DOCUMENT = {"format": 1, "loss": 0.1, "names": ("a", "ü"), "none": None}
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from edge_ft import stopping
-from edge_ft.artifacts import disk_full, out_of_memory
 from edge_ft.errors import ModelError
+from edge_ft.files import disk_full, out_of_memory
 from edge_ft.progress import Silent, heartbeat, track
 from edge_ft.stopping import StopAtOnce, held, requested, stop_if_requested, watched
 
