@@ -93,7 +93,8 @@ def json_text(value: Any) -> str:
 def seal(document: dict[str, Any]) -> dict[str, Any]:
     """Return a JSON object with the hash of its content as `seal`, by which `is_as_sealed` sees damage."""
     content = {key: value for key, value in document.items() if key != "seal"}
-    return {**content, "seal": _content_sha256(content)}
+    plain = json.loads(json.dumps(content, allow_nan=False))  # as it reads after writing, whatever its layout
+    return {**content, "seal": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
 def is_as_sealed(path: Path, document: dict[str, Any]) -> bool:
@@ -110,9 +111,8 @@ def is_as_sealed(path: Path, document: dict[str, Any]) -> bool:
     """
     if "seal" not in document or is_rewritten(path):
         return True
-    content = {key: value for key, value in document.items() if key != "seal"}
     try:
-        return bool(document["seal"] == _content_sha256(content))
+        return bool(document["seal"] == seal(document)["seal"])
     except ValueError:  # a number that `write_json` does not write: NaN or infinity
         return False
 
@@ -120,12 +120,6 @@ def is_as_sealed(path: Path, document: dict[str, Any]) -> bool:
 def is_rewritten(path: Path) -> bool:
     """Whether a JSON file is on a single line, as `write_json` never writes one and no damage makes one."""
     return path.suffix == ".json" and b"\n" not in path.read_bytes().strip()
-
-
-def _content_sha256(content: Any) -> str:
-    """Hash a JSON value as it reads after writing: its numbers and texts, not its layout."""
-    plain = json.loads(json.dumps(content, allow_nan=False))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def write_jsonl(path: Path, values: Iterable[Any]) -> None:
