@@ -1,6 +1,6 @@
 """Score examples with any model that gives log-probabilities: the same arithmetic for torch and ONNX."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
@@ -100,6 +100,17 @@ class RowScores:
     def accuracy(self) -> float:
         """Share of targets that the model found likeliest."""
         return float(self.correct.sum() / self.tokens.sum())
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the losses and predictions as flat arrays, to be stored; the vectors are left out."""
+        arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in ("nll", "tokens", "correct")}
+        return arrays | {"predicted": np.concatenate(self.predicted)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> "RowScores":
+        """Return the scores whose `to_arrays` is this."""
+        nll, tokens, correct, predicted = (arrays[name] for name in ("nll", "tokens", "correct", "predicted"))
+        return cls(nll, tokens, correct, np.split(predicted, np.cumsum(tokens)[:-1]))
 
     def agreement(self, other: "RowScores") -> float:
         """Return the share of targets for which both scores have the same likeliest token or class."""

@@ -15,7 +15,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
-import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -107,8 +106,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     arrays = {f"backend.{name}": array for name, array in checkpoint.backend.items()}
     state = checkpoint.state
     for name, scores in (("base", state.base), ("best", state.best)):
-        arrays |= {f"{name}.{field}": getattr(scores, field) for field in ("nll", "tokens", "correct")}
-        arrays[f"{name}.predicted"] = np.concatenate(scores.predicted)
+        arrays |= {f"{name}.{field}": array for field, array in scores.to_arrays().items()}
     counters = {STORED_NAMES.get(name, name): value for name, value in vars(state).items() if name not in SCORES}
     with atomic_folder(new) as folder:
         save_file(arrays, folder / "state.safetensors")
@@ -166,18 +164,15 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
             raise
         raise UsageError(f"{weights} cannot be read ({error}): remove {folder} to start at step 0") from error
 
-    def scores(name: str) -> RowScores:
-        nll, tokens, correct, predicted = (
-            arrays[f"{name}.{field}"] for field in ("nll", "tokens", "correct", "predicted")
-        )
-        return RowScores(nll, tokens, correct, np.split(predicted, np.cumsum(tokens)[:-1]))
-
     names = [field.name for field in fields(Fit) if field.name not in SCORES]
     counters = {name: document["loop"][STORED_NAMES.get(name, name)] for name in names}
-    state = Fit(base=scores("base"), best=scores("best"), **counters)
-    backend = {name.removeprefix("backend."): array for name, array in arrays.items() if name.startswith("backend.")}
+    parts: dict[str, dict[str, NDArray[Any]]] = {"backend": {}}  # of the arrays, by what stands before the first dot
+    for name, array in arrays.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = array
+    state = Fit(base=RowScores.from_arrays(parts["base"]), best=RowScores.from_arrays(parts["best"]), **counters)
     log = document.get("metrics_sha256")
-    return Checkpoint(document["identity"], document["config"], document["metrics_bytes"], state, backend, log)
+    return Checkpoint(document["identity"], document["config"], document["metrics_bytes"], state, parts["backend"], log)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

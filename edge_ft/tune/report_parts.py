@@ -144,28 +144,22 @@ def _unless_full() -> Iterator[None]:
 def _arrays(found: dict[int, ScoredRow]) -> dict[str, NDArray[Any]]:
     indices = sorted(found)
     scores = row_scores([found[index] for index in indices])
-    arrays: dict[str, NDArray[Any]] = {
-        "rows": np.array(indices, np.int64),
-        "nll": scores.nll,
-        "tokens": scores.tokens,
-        "correct": scores.correct,
-        "predicted": np.concatenate(scores.predicted),
-    }
+    arrays = {"rows": np.array(indices, np.int64), **scores.to_arrays()}
     if scores.vectors is not None:
         arrays |= {"first": scores.vectors[0], "second": scores.vectors[1]}
     return arrays
 
 
 def _rows(arrays: dict[str, NDArray[Any]]) -> dict[int, ScoredRow]:
-    tokens = arrays["tokens"]
-    predicted: Sequence[NDArray[Any]] = np.split(arrays["predicted"], np.cumsum(tokens)[:-1])
-    sides: Sequence[Any] = [None] * len(tokens)
+    sides: Sequence[Any] = [None] * len(arrays["rows"])
     if "first" in arrays:
         sides = list(zip(arrays["first"], arrays["second"], strict=True))
     numbers = (arrays[name].tolist() for name in ("rows", "nll", "tokens", "correct"))
     return {
         row: ScoredRow(nll, count, correct, values, pair)
-        for row, nll, count, correct, values, pair in zip(*numbers, predicted, sides, strict=True)
+        for row, nll, count, correct, values, pair in zip(
+            *numbers, RowScores.from_arrays(arrays).predicted, sides, strict=True
+        )
     }
 
 
