@@ -15,7 +15,7 @@ WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 # As edge_ft sets it before torch is imported; a test session may import torch first.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: install demo claims test test-all models fuzz fuzz-planted checkpoints faults check format clean
+.PHONY: install demo claims training test test-all models fuzz fuzz-planted checkpoints faults check format clean
 
 install: $(INSTALLED)
 
@@ -33,6 +33,10 @@ demo: install
 # Measures the usual promises of fine-tuning and writes docs/claims.md; a stopped run resumes.
 claims: install
 	$(BIN)/python -m edge_ft.bench.studies claims --out out/claims --write docs/claims.md
+
+# Races edge-ft tune as a whole command against PEFT + Trainer on short and long rows; a stopped run resumes.
+training: install
+	$(BIN)/python -m edge_ft.bench.studies races --out out/races
 
 # All that guards a change, the short main job on real weights included.
 test: install

@@ -16,6 +16,7 @@ __all__ = [
     "JOIN_GROUP",
     "DecodeTimings",
     "MemoryLimit",
+    "cpu_flags",
     "group_parents",
     "machine",
     "memory_limit",
@@ -23,6 +24,12 @@ __all__ = [
 
 JOIN_GROUP = ("/bin/sh", "-c", 'echo 0 > "$0/cgroup.procs" && exec "$@"')
 """Before a cgroup's folder and a command: joins the cgroup first, which then counts all memory of the command."""
+
+FLAGS = frozenset(
+    {"avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}  # x86
+    | {"asimddp", "i8mm", "bf16", "sve"}  # ARM
+)
+"""Names that /proc/cpuinfo has for them."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,13 @@ def group_parents(own: Path, root: Path) -> list[Path]:
         for parent, control in controllers
         if parent.is_relative_to(root) and control.is_file() and "memory" in control.read_text().split()
     ]
+
+
+def cpu_flags() -> list[str]:
+    """Which instructions for products of matrices, of those that kernels ask for, the processor has."""
+    info = Path("/proc/cpuinfo")
+    words = info.read_text().split() if info.is_file() else []
+    return sorted(FLAGS.intersection(words))
 
 
 def machine() -> dict[str, str | int | None]:

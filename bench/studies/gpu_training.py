@@ -11,7 +11,8 @@ import torch
 from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
-from edge_ft.bench.studies.baseline import add_usual_lora, fit_trainer, held_out_nll, our_batches, our_recipe
+from edge_ft.bench.studies.baseline import add_usual_lora, fit_trainer, our_batches, our_recipe
+from edge_ft.bench.studies.baseline_curve import held_out_nll
 from edge_ft.config import TuneConfig
 from edge_ft.models.logging import silence_libraries
 from edge_ft.progress import Silent

@@ -23,37 +23,49 @@ from edge_ft.quant.conversion import is_within
 from edge_ft.quant.layers import QuantEmbedding, QuantLinear
 from edge_ft.tune.loop import planned_steps
 from edge_ft.tune.prepare import Job, prepare_job
+from edge_ft.tune.splits import SPLITS
 
 __all__ = ["prepare_race"]
 
 EVALUATIONS = 12
-"""Evaluations of the held-out rows in a training, without --eval-steps."""
+"""Points of the baseline's curve, without --eval-steps."""
+SHARES = {
+    (True, True): (1.0, 0.0, 0.0),
+    (True, False): (0.9, 0.0, 0.1),
+    (False, True): (0.9, 0.1, 0.0),
+    (False, False): (0.8, 0.1, 0.1),
+}
+"""Shares of --data, by whether --validation and --test are given."""
 
 
 def prepare_race(job: dict[str, Any]) -> dict[str, Any]:
     """Write the rows that every training reads, and count what a training over them computes.
 
-    Each seed trains on the same rows and is evaluated on the same ones, so that their curves compare.
+    Each seed trains on the same rows and is scored on the same ones, so that their curves compare. The validation
+    rows are those that a trainer may choose by, the test rows those that both are scored on.
 
     Args:
-        job: `tune` (our settings), `data`, `validation`, `train_rows`, `eval_rows`, `eval_steps`, `rows` (folder to
-            write to) and `same_recipe`; with the same recipe also `folder`, for a base without dropout, and `weights`,
-            the file for the float weights that our codes stand for, or None.
+        job: `tune` (our settings), `data`, `validation`, `test`, `train_rows`, `validation_rows`, `eval_rows`,
+            `eval_steps`, `rows` (folder to write to) and `same_recipe`; with the same recipe also `folder`, for a base
+            without dropout, and `weights`, the file for the float weights that our codes stand for, or None.
 
     Returns:
         `task`, `model` (path), `fingerprint`, `rows`, `tokens_per_epoch`, `targets_per_epoch`, `flops_per_token`,
         `sgemm_shape` ([M, K, N] of a layer's product in a step) and `eval_steps`.
 
     Raises:
-        UsageError: the baseline does not learn this task.
+        UsageError: the baseline does not learn this task, or no row is left to hold out.
     """
-    split = (1.0, 0.0, 0.0) if job["validation"] else (0.8, 0.2, 0.0)
-    settings = {"data": job["data"], "validation": job["validation"], "split": split, "seed": 0}
+    split = SHARES[job["validation"] is not None, job["test"] is not None]
+    settings = {"split": split, "seed": 0} | {name: job[name] for name in ("data", "validation", "test")}
     whole = prepare_job(TuneConfig(out=Path("unused"), **job["tune"] | settings), Silent()).prepared
     problem = whole.rendering.problem_type
     if whole.task not in MODEL_CLASSES or problem not in (None, "single_label_classification"):
         raise UsageError(f"the baseline learns {' and '.join(MODEL_CLASSES)} of one label, not {problem or whole.task}")
-    for name, wanted in (("train", job["train_rows"]), ("validation", job["eval_rows"]), ("test", 0)):
+    if not all(whole.counts[name] for name in SPLITS):
+        raise UsageError(f"{job['data']} has too few rows to hold out some: give more, or --validation and --test")
+    chosen = job["validation_rows"] or job["eval_rows"]
+    for name, wanted in zip(SPLITS, (job["train_rows"], chosen, job["eval_rows"]), strict=True):
         order = np.random.default_rng(0).permutation(len(whole.rows[name]))[:wanted]
         write_jsonl(Path(job["rows"]) / f"{name}.jsonl", [whole.rows[name][index].fields for index in sorted(order)])
     ours = prepare_job(TuneConfig(out=Path("unused"), **job["tune"] | {"task": whole.task}), Silent())
@@ -66,7 +78,7 @@ def prepare_race(job: dict[str, Any]) -> dict[str, Any]:
         "task": whole.task,
         "model": str(model.resolve()),
         "fingerprint": ours.prepared.fingerprint,
-        "rows": {name: len(ours.prepared.examples[name]) for name in ("train", "validation")},
+        "rows": ours.prepared.counts,
         **_work(ours),
         "eval_steps": job["eval_steps"] or _eval_steps(ours),
     }

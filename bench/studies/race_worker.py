@@ -3,7 +3,6 @@
 `python -m edge_ft.bench.studies.race_worker` is started by `edge_ft.bench.studies.kept_jobs`.
 """
 
-import json
 import math
 import os
 import time
@@ -41,7 +40,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         MissingExtra: torch or PEFT is not installed.
     """
     result = {"prepare": _prepare, "sgemm": _sgemm, "baseline": _baseline, "ours": _ours, "gpu": _gpu}[job["do"]](job)
-    if job["do"] in ("prepare", "sgemm"):
+    if job["do"] in ("prepare", "sgemm", "ours"):
         return result
     return result | {"peak_rss_bytes": peak_rss_bytes(), "process_seconds": time.monotonic() - job["started"]}
 
@@ -63,62 +62,59 @@ def _prepare(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sgemm(job: dict[str, Any]) -> dict[str, Any]:
-    """float32 GFLOP/s of [M, K] x [K, N], a layer's product in a training step: the best of many."""
+    """GFLOP/s of [M, K] x [K, N], a layer's product in a training step, in float32 and where there is hardware bf16."""
     import torch
 
+    from edge_ft.quant.layers import has_bf16
+
     torch.set_num_threads(job["threads"])
-    m, k, n = job["shape"]
-    x, weight = torch.randn(m, k), torch.randn(n, k)
+    bf16 = _gflops(job["shape"], torch.bfloat16) if has_bf16(torch.device("cpu")) else None
+    return {"sgemm_gflops": _gflops(job["shape"], torch.float32), "bf16_gflops": bf16}
+
+
+def _gflops(shape: list[int], dtype: Any) -> float:
+    """The best of many."""
+    import torch
+
+    m, k, n = shape
+    x, weight = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
     best, ends = math.inf, time.perf_counter() + SGEMM_SECONDS
     while (began := time.perf_counter()) < ends:
         torch.nn.functional.linear(x, weight)
         best = min(best, time.perf_counter() - began)
-    return {"sgemm_gflops": 2 * m * k * n / best / 1e9}
+    return 2 * m * k * n / best / 1e9
 
 
 def _baseline(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from edge_ft.bench.studies.baseline import train_baseline
+    from edge_ft.bench.studies.baseline import Plain, train_baseline
     from edge_ft.models.logging import silence_libraries
     from edge_ft.tune.prepare import prepare_job
 
     torch.set_num_threads(job["threads"])
-    settings = job["tune"] | {"seed": job["seed"], "epochs": job["epochs"]}
+    settings = job["tune"] | {"seed": job["seed"], "epochs": job["epochs"], "eval_steps": job["eval_steps"]}
     prepared = prepare_job(TuneConfig(out=Path("unused"), **settings), Silent())
     config = prepared.config
     if config.eval_steps and not job["same_recipe"]:  # evaluated after as many rows as ours
         eval_steps = max(1, round(config.eval_steps * config.rows_at_once / job["batch_size"]))
         prepared = replace(prepared, config=replace(config, eval_steps=eval_steps))
-    settings = {name: job[name] for name in ("learning_rate", "batch_size", "same_recipe", "weights")}
+    plain = Plain(**{name: job[name] for name in ("learning_rate", "batch_size", "max_minutes")})
     with silence_libraries():
-        return _trained(job, job["learning_rate"], train_baseline(prepared, **settings))
+        recipe = {"weights": job["weights"]} if job["same_recipe"] else {"plain": plain}
+        found = train_baseline(prepared, job["started"], **recipe)
+    return _trained(job, {"learning_rate": job["learning_rate"], **found})
 
 
 def _ours(job: dict[str, Any]) -> dict[str, Any]:
-    import yaml
+    _require_libraries()
+    from edge_ft.bench.studies.ours import read_run
 
-    from edge_ft.tune import tune
-
-    run = tune(TuneConfig(**job["tune"], seed=job["seed"], out=Path(job["out"]), threads=job["threads"]))
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    evaluations = [line for line in lines if "validation_nll" in line]
-    # The time to a loss includes that of choosing the codes.
-    before = run.report()["calibration"] or {"seconds": 0.0, "cpu_seconds": 0.0}
-    curve = [
-        {"step": line["step"], **{key: line[key] + before[key] for key in ("seconds", "cpu_seconds")}}
-        | {"nll": line["validation_nll"]}
-        for line in evaluations
-    ]
-    tokens = sum(line.get("tokens", 0) for line in lines)
-    settings = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
-    found = {"curve": curve, "steps": evaluations[-1]["step"], "tokens": tokens, "config": settings}
-    return _trained(job, settings["learning_rate"], found)
+    return _trained(job, read_run(job))
 
 
-def _trained(job: dict[str, Any], learning_rate: float, found: dict[str, Any]) -> dict[str, Any]:
-    wait_policy = os.environ.get("OMP_WAIT_POLICY")
-    return {"seed": job["seed"], "learning_rate": learning_rate, **found, "wait_policy": wait_policy}
+def _trained(job: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    return {"seed": job["seed"], **found, "wait_policy": os.environ.get("OMP_WAIT_POLICY")}
 
 
 def _gpu(job: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Two trainers raced on the same rows: PEFT + Trainer with its learning rate swept, and edge-ft with its defaults.
 
 `python -m edge_ft.bench.studies training --model M --data D` runs each training in a fresh process, in turn, and keeps
-its result in the --out folder; docs/studies.md describes the method.
+its result in the --out folder. Ours is the whole command `edge-ft tune`; docs/studies.md describes the method.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from edge_ft.bench.meters import machine
+from edge_ft.bench.meters import cpu_flags, machine
 from edge_ft.bench.studies.curves import best_nll, compare, largest_difference, plot_curves, text_of
 from edge_ft.bench.studies.kept_jobs import KeptJobs
-from edge_ft.config import Task, TuneConfig
+from edge_ft.bench.studies.whole_command import tune_command
+from edge_ft.config import Memory, Task, TuneConfig
 from edge_ft.errors import BudgetFailed, UsageError, require
 from edge_ft.files import write_json
 from edge_ft.progress import Lines, Progress, Silent
@@ -30,6 +32,10 @@ LIBRARY_RATE = 5e-5
 BASELINE_EPOCHS = 2.0
 AGREEMENT = 0.02
 """Nats that two curves of the same recipe may differ by."""
+YARDSTICK = "whole command"
+"""What results of today measure; those of earlier versions held no clock of the whole, and no test rows."""
+OURS_ALONE = ("base_format", "compute", "memory")
+"""Settings of a race that the baseline does not have."""
 SAME_RECIPE = {
     "alpha": 16.0,
     "dropout": 0.0,
@@ -54,9 +60,11 @@ class Race:
     model: str
     """Hub id, local folder or GGUF file."""
     data: str
-    """Rows, as edge-ft tune takes them; a fifth of them is held out unless --validation is given."""
+    """Rows, as edge-ft tune takes them; a tenth each are validation and test rows where no file is given for them."""
     validation: str | None = None
-    """Held-out rows."""
+    """Rows that both trainers may choose their best weights by."""
+    test: str | None = None
+    """Held-out rows, on which both are scored and by which neither chooses."""
     prompt: str | None = None
     """As in edge-ft tune."""
     completion: str | None = None
@@ -67,6 +75,8 @@ class Race:
     """As in edge-ft tune."""
     train_rows: int | None = None
     """Number of training rows, sampled once; default: all."""
+    validation_rows: int | None = None
+    """Number of validation rows, sampled once; default: as many as --eval-rows."""
     eval_rows: int | None = None
     """Number of held-out rows, sampled once; default: all."""
     epochs: float | None = None
@@ -78,10 +88,17 @@ class Race:
     max_length: int | None = None
     """As in edge-ft tune."""
     eval_steps: int | None = None
-    """Steps of edge-ft between evaluations; the baseline is evaluated after as many rows. Default: 12 evaluations."""
+    """Steps of edge-ft between evaluations; the baseline is scored after as many rows. Default: that of edge-ft tune,
+    and 12 for the baseline."""
+    max_minutes: float | None = None
+    """As in edge-ft tune; the baseline trains as many minutes at most, without evaluations."""
     base_format: Literal["int4", "int8", "fp32"] | None = None
     """Base format of edge-ft; default: that of edge-ft tune. With --same-recipe the baseline trains over the
     dequantized weights."""
+    compute: Literal["auto", "fp32", "bf16"] | None = None
+    """Compute precision of edge-ft; default: that of edge-ft tune. The baseline computes in float32."""
+    memory: Memory | None = None
+    """Memory mode of edge-ft; default: that of edge-ft tune."""
     threads: int | None = None
     """CPU threads of both; default: all CPUs that the process may use."""
 
@@ -92,13 +109,15 @@ class Race:
 
     def tune_settings(self, rows: Path) -> dict[str, Any]:
         """The `TuneConfig` of ours, without what differs between trainings; options left out keep their defaults."""
-        given = {name: getattr(self, name) for name in ("epochs", "batch_size", "base_format")}
+        names = ("epochs", "batch_size", "base_format", "compute", "memory", "max_minutes", "eval_steps")
+        given = {name: getattr(self, name) for name in names}
         return {
             **{name: getattr(self, name) for name in ("model", "prompt", "completion", "label", "task")},
             **{name: getattr(self, name) for name in ("rank", "max_length")},
             **{name: value for name, value in given.items() if value is not None},
             "data": str(rows / "train.jsonl"),
             "validation": str(rows / "validation.jsonl"),
+            "test": str(rows / "test.jsonl"),
             "split": [1.0, 0.0, 0.0],
         }
 
@@ -138,9 +157,9 @@ class _Trainers:
     def __init__(self, race: Race, out: Path, same_recipe: bool, progress: Progress) -> None:
         self.race, self.out, self.same_recipe, self.progress = race, out.resolve(), same_recipe, progress
         self.threads = race.threads or default_threads()
-        # The format is in the names of the jobs that depend on it.
-        shared = {name: value for name, value in asdict(race).items() if name != "base_format"}
-        self.jobs = KeptJobs(out, shared | {"threads": self.threads}, self.threads)
+        # The settings of ours alone are in the names of the jobs that depend on them.
+        shared = {name: value for name, value in asdict(race).items() if name not in OURS_ALONE}
+        self.jobs = KeptJobs(out, shared | {"threads": self.threads, "yardstick": YARDSTICK}, self.threads)
         rows = self.out / "rows"
         self.tune = race.tune_settings(rows) | (SAME_RECIPE if same_recipe else {})
         self.base_format = TuneConfig(**self.tune, out=Path("unused")).base_format
@@ -155,41 +174,66 @@ class _Trainers:
             "folder": str(self.out),
             "same_recipe": same_recipe,
             "weights": self.weights,
-            **{name: getattr(race, name) for name in ("data", "validation", "train_rows", "eval_rows", "eval_steps")},
+            **{name: getattr(race, name) for name in ("data", "validation", "test", "eval_steps")},
+            **{name: getattr(race, name) for name in ("train_rows", "validation_rows", "eval_rows")},
         }
         self.case = self.jobs.once(f"{self.prefix}case", job)
-        self.tune |= {name: self.case[name] for name in ("model", "task", "eval_steps")}
+        self.tune |= {name: self.case[name] for name in ("model", "task")}
+        if same_recipe:  # the curves are compared point by point, on the validation rows
+            self.tune |= {"eval_steps": self.case["eval_steps"], "test": None}
 
     def baseline(self, seed: int, learning_rate: float) -> dict[str, Any]:
         """The baseline's result, new or kept."""
         job = {
             "do": "baseline",
+            "tune": self.tune,
+            "seed": seed,
+            "threads": self.threads,
             "learning_rate": learning_rate,
             "batch_size": self.race.batch_size or 8,
+            "max_minutes": self.race.max_minutes,
             "epochs": self.epochs,
+            "eval_steps": self.case["eval_steps"],
             "same_recipe": self.same_recipe,
             "weights": self.weights,
         }
-        return self._train(f"{self.prefix}baseline-s{seed}-lr{learning_rate:g}", seed, job)
+        return self._kept(f"{self.prefix}baseline-s{seed}-lr{learning_rate:g}", lambda: job)
 
     def ours(self, seed: int) -> dict[str, Any]:
         """The result of edge-ft, new or kept."""
-        name = f"{self.prefix}ours-{self.base_format}-s{seed}"
-        folder = self.out / "runs" / name
-        if not self.jobs.file(name).is_file() and folder.exists():
-            rmtree(folder)  # of a training that did not end
-        return self._train(name, seed, {"do": "ours", "out": str(folder)})
+        name = f"{self.prefix}ours-{'-'.join(filter(None, (self.base_format, self.race.compute, self.race.memory)))}"
+        name = f"{name}-s{seed}"
 
-    def _train(self, name: str, seed: int, job: dict[str, Any]) -> dict[str, Any]:
-        """Train unless the result is kept; the machine's speed, which varies, is measured before each training."""
-        job |= {"tune": self.tune, "seed": seed, "threads": self.threads}
+        def train() -> dict[str, Any]:
+            folder, settings = self.out / "runs" / name, self.tune | {"seed": seed}
+            for old in (folder, folder.with_name(f"{name}-kept")):
+                rmtree(old, ignore_errors=True)  # of a training that did not end
+            ran = tune_command(settings, folder, self.threads)
+            held_out = "validation" if self.same_recipe else "test"
+            return {"do": "ours", "tune": self.tune, "seed": seed, "out": str(folder), "held_out": held_out} | {
+                "ran": asdict(ran)
+            }
+
+        return self._kept(name, train)
+
+    def _kept(self, name: str, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The kept result, or that of the job that `train` returns.
+
+        The machine's speed, which varies, is measured before each training.
+
+        Returns:
+            The result.
+        """
         if self.jobs.file(name).is_file():
-            return self.jobs.once(name, job)
+            return self.jobs.once(name, {})
         measured = self.jobs.run("sgemm", {"do": "sgemm", "threads": self.threads, "shape": self.case["sgemm_shape"]})
         self.progress.say(f"training {name}; sgemm {measured['sgemm_gflops']:.1f} GFLOP/s")
-        result = self.jobs.once(name, job, measured)
-        seconds, best = result["curve"][-1]["seconds"], best_nll(result["curve"])
-        self.progress.say(f"{name}: {result['steps']} steps in {seconds:.1f} s, best loss {best:.4f}")
+        result = self.jobs.once(name, train(), measured)
+        best = best_nll(result["curve"])
+        self.progress.say(
+            f"{name}: {result['steps']} steps in {result['seconds_steps']:.1f} s of {result['seconds_whole']:.1f} s, "
+            f"best loss {best:.4f}"
+        )
         return result
 
 
@@ -207,12 +251,20 @@ def run(race: Race, out: Path, trainings: Trainings, progress: Progress | None =
     Returns:
         What `curves.compare` returns, with `machine`, `case`, `sweep`, `sweep_at_edge` (the best rate is the lowest or
         highest one) and `same_recipe` (whether the curves agree, or None).
+
+    Raises:
+        UsageError: options that exclude each other, or results in `out` that were made with others.
     """
     require("scipy.stats", "metrics")  # before hours of training, not after
+    if trainings.same_recipe and race.max_minutes is not None:
+        raise UsageError(
+            "--same-recipe takes the same steps in both trainers, however long they take: leave --max-minutes out"
+        )
     trainers = _Trainers(race, out, trainings.same_recipe, progress or Silent())
     done = (_same_recipe if trainings.same_recipe else _swept)(trainers, trainings)
     every = {id(result): result for result in [*done.sweep, *done.baseline, *done.unswept, *done.ours]}
     samples = [result["sgemm_gflops"] for result in every.values()]
+    bf16 = [result["bf16_gflops"] for result in every.values() if result["bf16_gflops"] is not None]
     work = {"flops_per_token": trainers.case["flops_per_token"], "sgemm_gflops": median(samples)}
     rates = [result["learning_rate"] for result in done.sweep]
     return {
@@ -221,6 +273,9 @@ def run(race: Race, out: Path, trainings: Trainings, progress: Progress | None =
             "threads": trainers.threads,
             "sgemm_gflops": work["sgemm_gflops"],
             "sgemm_samples": samples,
+            "bf16_gflops": median(bf16) if bf16 else None,
+            "bf16_samples": bf16,
+            "flags": cpu_flags(),
             "sgemm_shape": "x".join(map(str, trainers.case["sgemm_shape"])),
             "versions": {name: version(name) for name in ("edge-ft", "torch", "transformers", "peft", "accelerate")},
         },
@@ -303,7 +358,7 @@ def main(
         race: Model, rows and settings of both trainers.
         trainings: Seeds, learning rates and recipe.
         json: Write the report to this file; - is stdout, which then gets nothing else.
-        plot: File for a plot of loss over seconds.
+        plot: File for a plot of loss over seconds of training, and of the whole.
         out: Folder of results; trainings with a result there are skipped.
         quiet: Do not report progress.
 

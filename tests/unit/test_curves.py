@@ -6,16 +6,27 @@ from typing import Any
 import pytest
 
 from edge_ft.bench.studies.curves import best_nll, compare, interval, largest_difference, text_of, time_to
+from edge_ft.bench.studies.ours import stage_seconds
 
 WORK = {"flops_per_token": 1e6, "sgemm_gflops": 10.0}
 
 
 def curve(*nlls: float | None, pace: float = 10.0) -> list[dict[str, Any]]:
-    return [{"step": n, "seconds": pace * n, "cpu_seconds": 2 * pace * n, "nll": nll} for n, nll in enumerate(nlls)]
+    return [
+        {"step": n, "seconds": pace * n, "cpu_seconds": 2 * pace * n, "whole_seconds": 5 + pace * n, "nll": nll}
+        for n, nll in enumerate(nlls)
+    ]
 
 
-def result(points: list[dict[str, Any]], seed: int = 0, peak: int = 10**9) -> dict[str, Any]:
+def result(points: list[dict[str, Any]], seed: int = 0, peak: int = 10**9, test_nll: float = 2.0) -> dict[str, Any]:
     return {
+        "test_nll": test_nll,
+        "seconds_whole": 50.0,
+        "seconds_whole_without_evaluation": 40.0,
+        "seconds_steps": points[-1]["seconds"],
+        "seconds_scoring": 10.0,
+        "seconds_other": 40.0 - points[-1]["seconds"],
+        "stopped": "steps",
         "seed": seed,
         "learning_rate": 1e-3,
         "curve": points,
@@ -79,5 +90,30 @@ def test_a_target_that_was_not_reached_has_no_time_and_no_ratio() -> None:
     assert report["ratio_per_seed"]["time_to_baseline_best"] == [pytest.approx(2 / 3), None]
     assert report["ratio"]["time_to_50%_of_gain"] is not None
     report |= {"sweep": [], "sweep_at_edge": False, "same_recipe": None, "case": {"flops_per_token": 1e6}}
-    report["machine"] = {"sgemm_gflops": 10.0, "threads": 1, "sgemm_shape": "1x1x1"}
-    assert "time_to_baseline_best: not reached by 1 of 2 seeds" in text_of(report)
+    report["machine"] = {"sgemm_gflops": 10.0, "bf16_gflops": 20.0, "threads": 1, "sgemm_shape": "1x1x1"}
+    text = text_of(report)
+    assert "ours ÷ baseline, time_to_baseline_best: not reached by 1 of 2 seeds" in text
+    assert "sgemm 10.0 GFLOP/s, bf16 20.0" in text
+
+
+def test_the_whole_command_counts_when_its_last_weights_reached_the_baselines_best() -> None:
+    baseline = [result(curve(4.0, 2.0)), result(curve(4.0, 2.0, 3.0), seed=1)]
+    ours = [result(curve(4.0, 1.0), test_nll=1.9), result(curve(4.0, 1.0), seed=1, test_nll=2.1)]
+    report = compare(baseline, [], ours, WORK)
+    assert [row["whole_seconds_to_baseline_best"] for row in report["ours"]] == [50.0, None]
+    assert [row["nll_above_baseline_best"] for row in report["ours"]] == pytest.approx([-0.1, 0.1])
+    # Our whole command, against the other one's training alone until its best.
+    assert report["ratio_per_seed"]["whole_time_to_baseline_best"] == [5.0, None]
+    assert report["ratio"]["whole_time_to_baseline_best"] is None
+    assert report["ratio"]["whole_time_reached_or_not"] == 5.0
+    assert report["ratio"]["whole_time"] == 1.0
+    assert report["ratio"]["whole_time_without_evaluation"] == 1.25
+    assert report["ratio"]["share_of_steps"] == 0.2
+
+
+def test_stages_are_steps_scoring_or_the_rest() -> None:
+    timings = {"imports": 5.0, "load": 10.0, "base validation": 20.0, "steps": 50.0, "validation": 10.0, "report": 3.0}
+    found = stage_seconds(timings, steps=49.0, whole=100.0)
+    assert found == {"seconds_steps": 50.0, "seconds_scoring": 33.0, "seconds_other": 17.0}
+    without = stage_seconds(None, steps=49.0, whole=100.0)
+    assert without == {"seconds_steps": 49.0, "seconds_scoring": None, "seconds_other": None}
