@@ -16,7 +16,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from edge_ft import __version__
-from edge_ft.artifacts import RunFolder
+from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import (
     TEXT_TASKS,
     BenchConfig,
@@ -202,15 +202,20 @@ def plan(
 def export(
     source: str, /, *, settings: Annotated[ExportConfig, FLAT], output: Annotated[Output, FLAT] = Output()
 ) -> None:
-    """Export a run, or a model with or without an adapter, to an ONNX bundle, and check what the export lost.
+    """Export a run, or a model with or without an adapter, to an ONNX bundle or GGUF, and check what the export lost.
 
     Args:
         source: A run folder, or a model (hub id, checkpoint folder or GGUF file).
     """
+    from edge_ft.export import GgufExport, export_gguf
     from edge_ft.export import export as run_export
 
     with _progress(output) as progress:
-        bundle = run_export(source, settings, progress)
+        bundle: Bundle | GgufExport
+        if settings.format == "gguf":
+            bundle = export_gguf(source, settings, progress)
+        else:
+            bundle = run_export(source, settings, progress)
     found = bundle.manifest["verification"]
     columns = ("base", "trained", "shipped")
     table: list[tuple[str, ...]] = [("", *columns)]

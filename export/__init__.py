@@ -1,17 +1,19 @@
-"""Turn a run, or a model with or without a PEFT adapter, into a bundle that a device can open."""
+"""Turn a run, or a model with or without a PEFT adapter, into a bundle that a device can open, or into a GGUF file."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edge_ft.artifacts import Bundle
 from edge_ft.config import ExportConfig
-from edge_ft.errors import BundleError, GateRefused, Interrupted
+from edge_ft.errors import BundleError, GateRefused, Interrupted, UsageError, require
 from edge_ft.files import atomic_folder, locked, refuse_existing
 from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import use_threads
 
-__all__ = ["export"]
+__all__ = ["GgufExport", "export", "export_gguf"]
 
 
 def export(source: str, config: ExportConfig, progress: Progress | None = None) -> Bundle:
@@ -30,6 +32,8 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
         GateRefused: too much was lost, or nothing was learned; the bundle is kept as `NAME.rejected`.
         Interrupted: a signal came when the bundle was whole.
     """
+    if config.format != "bundle":
+        raise UsageError(f"format {config.format} is no bundle: call edge_ft.export.export_gguf")
     progress = progress or Silent()
     with locked(config.out):
         refuse_existing(config.out)
@@ -86,6 +90,54 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
             elif lost and codes_are_held:
                 fix = f". --lane adapter ships the {opened.weights} weights of the training unchanged"
             raise GateRefused(f"export refused, bundle kept as {rejected}: {'; '.join(reasons)}{fix}")
+
+
+@dataclass(frozen=True)
+class GgufExport:
+    """A GGUF file that passed its gate."""
+
+    path: Path
+    manifest: dict[str, Any]
+    """`format`, `task`, `family`, `lane`, `files`, `types`, `verification` and `provenance`, as those of a bundle."""
+
+    @property
+    def task(self) -> str:
+        """The task of the model."""
+        return str(self.manifest["task"])
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file, and of the adapter's file."""
+        return int(sum(self.manifest["files"].values()))
+
+
+def export_gguf(source: str, config: ExportConfig, progress: Progress | None = None) -> GgufExport:
+    """Export a run or a model to a GGUF file at `config.out`, and verify what the file holds.
+
+    Args:
+        source: A run folder; or a model (hub id, folder, GGUF), with `config.adapter` a PEFT adapter for it.
+        config: Lane, weights and the limits of the gate.
+        progress: Receives the steps; None is silent.
+
+    Returns:
+        The file and its figures.
+
+    Raises:
+        UsageError: a source or options that a GGUF file cannot hold.
+        MissingExtra: gguf is not installed.
+        GateRefused: too much was lost, or nothing was learned; the file is kept as `NAME.rejected`.
+    """
+    progress = progress or Silent()
+    if config.out.suffix != ".gguf":
+        raise UsageError(f"--out {config.out}: the name of a GGUF file ends in .gguf")
+    with locked(config.out):
+        refuse_existing(config.out)
+        require("gguf", "train")
+        import_libraries(progress, "peft")
+        from edge_ft.export.gguf_export import export_file
+
+        use_threads(config.threads)
+        return GgufExport(config.out, export_file(source, config, progress))
 
 
 def _is_rejected(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from edge_ft.config import INT8_ACTIVATIONS, ExportConfig
 from edge_ft.data import Example
 from edge_ft.errors import ModelError
 from edge_ft.evaluate.gate import Limits, evaluate_gate, task_metric_for
-from edge_ft.evaluate.scoring import Batching, RowScores, score, summary
+from edge_ft.evaluate.scoring import Batching, RowScores, Scorer, score, summary
 from edge_ft.evaluate.verify import SAME, largest_difference, probe_examples
 from edge_ft.export.bundle import make_manifest
 from edge_ft.export.source import ExportSource
@@ -19,7 +19,7 @@ from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.runtime import load
 
-__all__ = ["TorchScores", "score_torch", "verify_graphs"]
+__all__ = ["TorchScores", "compared_metrics", "score_rows", "score_torch", "test_scores", "verify_graphs"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) ->
     """
 
     def scored(model: Any, examples: list[Example], stage: str) -> RowScores:
-        return _score(source, TorchScorer(model, source.task), examples, progress, stage)
+        return score_rows(source, TorchScorer(model, source.task), examples, progress, stage)
 
     validation = source.rows.validation
     probes = probe_examples(source.tokenizer, source.rendering)
@@ -164,7 +164,7 @@ def verify_graphs(
         "argmax_agreement": None,
         "adapter_changes_logits": changes,
         **results[main].gate,
-        "metrics": _metrics(source, compared),
+        "metrics": compared_metrics(source, compared),
         "limits": asdict(limits),
         "by_accuracy_level": {
             str(level): {**result.figures, "passed": level in passed} for level, result in results.items()
@@ -183,12 +183,15 @@ def _score_graph(
         scorer = load(bundle, accuracy_level=level, threads=threads)
 
     probes, validation = probe_examples(source.tokenizer, source.rendering), source.rows.validation
-    probe = _score(source, scorer, probes, progress, f"probe, level {level}")
+    probe = score_rows(source, scorer, probes, progress, f"probe, level {level}")
     stage = f"validation, level {level}"
-    return GraphScores(probe, _score(source, scorer, validation, progress, stage) if validation else None)
+    return GraphScores(probe, score_rows(source, scorer, validation, progress, stage) if validation else None)
 
 
-def _score(source: ExportSource, scorer: Any, examples: list[Example], progress: Progress, stage: str) -> RowScores:
+def score_rows(
+    source: ExportSource, scorer: Scorer, examples: list[Example], progress: Progress, stage: str
+) -> RowScores:
+    """Return the scores of examples of the source's rows; `stage` names the work for `progress`."""
     return score(scorer, examples, Batching(source.task, source.tokenizer.pad_id), progress, stage)
 
 
@@ -224,7 +227,7 @@ def _check_level(
     return LevelResult(figures, verdict.figures, "; ".join(verdict.reasons))
 
 
-def _metrics(source: ExportSource, compared: dict[str, RowScores | None]) -> dict[str, dict[str, Any]]:
+def compared_metrics(source: ExportSource, compared: dict[str, RowScores | None]) -> dict[str, dict[str, Any]]:
     """Return each task metric on the validation rows, of all that is compared."""
     metrics = {
         column: summary(scores, source.rows.validation, source.task, source.rendering.labels)["metrics"]
@@ -239,12 +242,27 @@ def _test(
     bundle: Bundle, source: ExportSource, level: int, threads: int | None, progress: Progress
 ) -> dict[str, Any] | None:
     """Return the scores of one graph on the run's test rows, beside the run's own scores of base and trained model."""
+    if source.run is None or not source.rows.test:
+        return None
+    return test_scores(source, load(bundle, accuracy_level=level, threads=threads), progress)
+
+
+def test_scores(source: ExportSource, scorer: Scorer, progress: Progress) -> dict[str, Any] | None:
+    """Return what ships on the run's test rows, beside the run's own scores of base and trained model.
+
+    Args:
+        source: What is exported.
+        scorer: What ships.
+        progress: Receives the rows that are done.
+
+    Returns:
+        The manifest's `test`; None without such rows.
+    """
     test = source.rows.test
     if source.run is None or not test:
         return None
     report = source.run.report()
-    scorer = load(bundle, accuracy_level=level, threads=threads)
-    scores = _score(source, scorer, test, progress, "test rows, as shipped")
+    scores = score_rows(source, scorer, test, progress, "test rows, as shipped")
     shipped = summary(scores, test, source.task, source.rendering.labels)
     return {
         "rows": len(test),

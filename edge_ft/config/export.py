@@ -14,13 +14,16 @@ class ExportConfig(RowsConfig):
     """Settings of an export; the fields of `RowsConfig` need `data`."""
 
     out: Annotated[Path, Group.INPUT]
-    """Bundle folder to write; it must not exist."""
+    """Bundle folder to write, or with --format gguf a FILE.gguf; it must not exist."""
     adapter: Annotated[Path | None, Group.INPUT] = None
     """PEFT adapter to add to a plain model SOURCE; any tool may have trained it."""
     task: Annotated[Task | None, Group.INPUT] = None
     """Task of a plain model SOURCE; a run folder has its own."""
     data: Annotated[str | None, Group.INPUT] = None
     """Rows on which to score a plain model SOURCE; a run folder has its own rows."""
+    format: Annotated[Literal["bundle", "gguf"], Group.BUNDLE] = "bundle"
+    """bundle: a folder for edge-ft run and ONNX Runtime; gguf: one file for llama.cpp with the same 4-bit codes, and
+    with --lane adapter the adapter beside it as FILE.lora.gguf."""
     weights: Annotated[Weights | None, Group.BUNDLE] = None
     """Weight format of the bundle; int8-dynamic and int8-static (encoders) compute in int8 too; default: int4, but
     with --lane adapter the base format of the run."""

@@ -29,7 +29,7 @@ from edge_ft.models.gguf_tokenizer import write_tokenizer
 from edge_ft.models.logging import silence_libraries
 from edge_ft.progress import Progress, Silent
 
-__all__ = ["CONVERTER", "GgufModel", "convert_gguf", "open_gguf", "pick_gguf"]
+__all__ = ["CONVERTER", "GgufModel", "convert_gguf", "open_gguf", "pick_gguf", "plan_conversion", "write_checkpoint"]
 
 CONVERTER = 2
 """Version of what is written here: part of the name of a conversion in the cache, so that an older one is not used."""
@@ -190,8 +190,9 @@ def convert_gguf(file: Path, task: Task | None = None, progress: Progress | None
                 f"the float weights of {file} take {plan.size / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB "
                 "free: free some, or set EDGE_FT_CACHE to a folder on a larger disk"
             )
+        progress.say(f"converting {model.files[0]} into the cache, once")
         with atomic_folder(folder) as temporary:
-            _write(model, plan, temporary, progress)
+            write_checkpoint(model, plan, temporary, progress)
     return folder
 
 
@@ -363,9 +364,20 @@ def _check_writable(cache: Path) -> None:
         raise ModelError(f"{cache} cannot be written, where GGUF files are converted: set EDGE_FT_CACHE to a folder")
 
 
-def _write(model: GgufModel, plan: Plan, folder: Path, progress: Progress) -> None:
+def write_checkpoint(model: GgufModel, plan: Plan, folder: Path, progress: Progress) -> None:
+    """Write the checkpoint of a GGUF model into an empty folder.
+
+    Args:
+        model: What is read.
+        plan: Of its header.
+        folder: What is filled.
+        progress: Receives the tensors that are done.
+
+    Raises:
+        ModelError: its tokenizer or a weight cannot be read.
+        OSError: a file cannot be written.
+    """
     header = model.header
-    progress.say(f"converting {model.files[0]} into the cache, once")
     if plan.unused:
         progress.say(f"not used, as in llama.cpp: {', '.join(plan.unused[:3])} ({len(plan.unused)} tensors in all)")
     progress.advance("reading the tokenizer", 0, 0)

@@ -1,6 +1,7 @@
 """Names of tensors in a GGUF file and in a transformers checkpoint, and what else differs between their weights.
 
-The names are gguf-py's tables. What llama.cpp's conversion scripts change in the weights is undone here.
+The names are gguf-py's tables. What llama.cpp's conversion scripts change in the weights is undone here, or done to
+weights that are written.
 """
 
 import re
@@ -12,7 +13,16 @@ from numpy.typing import NDArray
 
 from edge_ft.errors import ModelError
 
-__all__ = ["ARCHITECTURES", "Architecture", "Heads", "Reorder", "architecture_of", "gguf_names", "reorder_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Heads",
+    "Reorder",
+    "architecture_of",
+    "gguf_names",
+    "reorder_of",
+    "to_file",
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,21 @@ def transposed(weights: NDArray[Any], _: int) -> NDArray[Any]:
 def minus_one(weights: NDArray[Any], _: int) -> NDArray[Any]:
     """The weight of a norm whose layer adds 1 (Gemma)."""
     return weights - 1
+
+
+def rotary_pairs(weights: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Undo `rotary_halves`."""
+    rest = weights.shape[1:]
+    return weights.reshape(heads, 2, -1, *rest).swapaxes(1, 2).reshape(weights.shape)
+
+
+def plus_one(weights: NDArray[Any], _: int) -> NDArray[Any]:
+    """Undo `minus_one`."""
+    return weights + 1
+
+
+INVERSE: dict[Reorder, Reorder] = {rotary_halves: rotary_pairs, minus_one: plus_one}
+"""What undoes a change, of the architectures that are written too."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +137,22 @@ def gguf_names(architecture: str, layers: int, names: Iterable[str]) -> dict[str
 
 def reorder_of(architecture: Architecture, name: str, heads: Heads) -> Callable[[NDArray[Any]], NDArray[Any]] | None:
     """Return what brings the weights of a tensor of a GGUF file into transformers' order; None: they are in it."""
-    reorder = next((reorder for pattern, reorder in architecture.reorder.items() if re.search(pattern, name)), None)
-    if reorder is None:
-        return None
-    count = heads.keys if ".attn_k." in name else heads.queries
-    return lambda weights: reorder(weights, count)
+    reorder = _change_of(architecture, name)
+    return None if reorder is None else lambda weights: reorder(weights, _heads_in(name, heads))
+
+
+def to_file(architecture: Architecture, name: str, heads: Heads, weights: NDArray[Any]) -> NDArray[Any]:
+    """Return the weights of a transformers parameter, or their codes by rows, as the tensor `name` of a file has them.
+
+    The inverse of `reorder_of`.
+    """
+    reorder = _change_of(architecture, name)
+    return weights if reorder is None else INVERSE[reorder](weights, _heads_in(name, heads))
+
+
+def _change_of(architecture: Architecture, name: str) -> Reorder | None:
+    return next((reorder for pattern, reorder in architecture.reorder.items() if re.search(pattern, name)), None)
+
+
+def _heads_in(name: str, heads: Heads) -> int:
+    return heads.keys if ".attn_k." in name else heads.queries

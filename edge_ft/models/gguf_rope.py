@@ -13,7 +13,7 @@ from edge_ft.models.gguf_header import GgufHeader
 if TYPE_CHECKING:
     from edge_ft.models.gguf_config import Settings
 
-__all__ = ["ROPE_TENSORS", "rope_parameters"]
+__all__ = ["FREQUENCIES", "LONG", "PARTIAL", "ROPE_TENSORS", "SHORT", "rope_parameters"]
 
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (FREQUENCIES, LONG, SHORT)

@@ -17,7 +17,7 @@ from edge_ft.errors import ModelError
 from edge_ft.files import write_json, write_text
 from edge_ft.models.gguf_header import GgufHeader
 
-__all__ = ["write_tokenizer"]
+__all__ = ["WHOLE_WORDS", "splitting_rules", "write_tokenizer"]
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """Kinds of tokens in `tokenizer.ggml.token_type` that are matched in a text as a whole."""
@@ -187,13 +187,17 @@ def _byte_level(vocabulary: _Vocabulary, pre: str) -> Tokenizer:
     tokenizer = Tokenizer(
         models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix="", ignore_merges=pre in WHOLE_WORDS)
     )
-    tokenizer.pre_tokenizer = _split(vocabulary.header, pre)
+    tokenizer.pre_tokenizer = splitting_rules(vocabulary.header.file, pre)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _split(header: GgufHeader, pre: str) -> Any:
-    """The rules of the name `pre`."""
+def splitting_rules(where: object, pre: str) -> Any:
+    """Return the rules named `pre` by which a byte-level tokenizer splits a text.
+
+    Raises:
+        ModelError: they are not known here; `where` names the file.
+    """
     if pre in GPT2:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -204,7 +208,7 @@ def _split(header: GgufHeader, pre: str) -> Any:
         if pre in names:
             return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), "isolated"), by_bytes])
     raise ModelError(
-        f"{header.file}: its tokenizer splits texts by rules named {pre!r} (tokenizer.ggml.pre), which are not known "
+        f"{where}: its tokenizer splits texts by rules named {pre!r} (tokenizer.ggml.pre), which are not known "
         "here: give the checkpoint folder that the file was converted from"
     )
 
