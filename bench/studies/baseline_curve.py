@@ -103,6 +103,7 @@ class HeldOutCurve(TrainerCallback):
                 "seconds": self.clocks.steps.seconds,
                 "cpu_seconds": self.clocks.steps.cpu_seconds,
                 "whole_seconds": self.clocks.whole.seconds,
+                "whole_seconds_without_evaluation": self.clocks.whole.seconds - self.clocks.evaluations,
                 "nll": nll if math.isfinite(nll) else None,
             }
         )

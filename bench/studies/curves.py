@@ -282,17 +282,25 @@ def plot_curves(report: Result, picture: Path) -> None:
     for axes, (clock, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         for name, colour in (("baseline_unswept", "C7"), ("baseline", "C1"), ("ours", "C0")):
             for at, result in enumerate(report[name]):
-                known = [point for point in result["curve"] if point["nll"] is not None]
                 label = f"{name.replace('_', ', ')} ({result['learning_rate']:.2g})" if at == 0 else None
-                points = [point[clock] for point in known], [point["nll"] for point in known]
-                axes.plot(*points, "o-", color=colour, markersize=3, label=label)
-                if clock == "whole_seconds" and result["test_nll"] is not None:
-                    axes.plot(result["seconds_whole"], result["test_nll"], "s", color=colour)
+                _draw(axes, result, clock, "o-", {"color": colour, "label": label})
+                if clock == "whole_seconds":
+                    label = "baseline without its users' evaluations" if name == "baseline" and at == 0 else None
+                    _draw(axes, result, f"{clock}_without_evaluation", ":", {"color": colour, "label": label})
+                    if result["test_nll"] is not None:
+                        axes.plot(result["seconds_whole"], result["test_nll"], "s", color=colour)
         for result in report["baseline"]:
             axes.axhline(result["best_nll"], color="C1", linewidth=0.7, linestyle=":")
         axes.set_xlabel(title)
+        axes.legend()
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("held-out nats per target")
-    figure.axes[0].legend()
     picture.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(picture))
+
+
+def _draw(axes: Any, result: Result, clock: str, style: str, look: Result) -> None:
+    """Draw the points of a curve that are known, where it has this clock."""
+    known = [point for point in result["curve"] if point["nll"] is not None and clock in point]
+    if known:
+        axes.plot([point[clock] for point in known], [point["nll"] for point in known], style, markersize=3, **look)
