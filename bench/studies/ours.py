@@ -18,23 +18,26 @@ SCORING = ("validation", "test", "scor", "train rows", "answers", "report")
 """What the name of a stage holds in which rows are scored or answered."""
 
 
-def stage_seconds(timings: dict[str, float] | None, steps: float, whole: float) -> dict[str, float | None]:
+def stage_seconds(timings: dict[str, float] | None, lines: list[dict[str, Any]], whole: float) -> dict[str, float]:
     """Share a whole run out among steps, scoring and everything else.
 
     Args:
         timings: Seconds by stage, from report.json; None of a version that does not write them.
-        steps: Seconds of the training by metrics.jsonl.
+        lines: Of metrics.jsonl, with `whole_seconds`.
         whole: Seconds of the process.
 
     Returns:
-        `seconds_steps`, `seconds_scoring` and `seconds_other`; the last two are None without timings.
+        `seconds_steps`, `seconds_scoring` and `seconds_other`. Without timings, scoring is what the loop did beside
+        its steps, and the report; that of the untuned base, which comes before the first step, is not known apart.
     """
+    first, last = _first_step(lines), lines[-1]["whole_seconds"]
+    steps = next(float(line["seconds"]) for line in reversed(lines) if "validation_nll" in line)
     if timings is None:
-        return {"seconds_steps": steps, "seconds_scoring": None, "seconds_other": None}
-    steps = timings.get(STEPS, steps)
-    scoring = sum(
-        seconds for name, seconds in timings.items() if name != STEPS and any(part in name for part in SCORING)
-    )
+        scoring = whole - (last if first is None else first) - steps
+    else:
+        steps = timings.get(STEPS, steps)
+        scores = [name for name in timings if name != STEPS and any(part in name for part in SCORING)]
+        scoring = sum(timings[name] for name in scores)
     return {"seconds_steps": steps, "seconds_scoring": scoring, "seconds_other": whole - steps - scoring}
 
 
@@ -87,7 +90,7 @@ def read_run(job: dict[str, Any]) -> dict[str, Any]:
         "cpu_seconds_whole": ran["cpu_seconds"],
         "seconds_to_first_line": ran["seconds_to_first_line"],
         "seconds_to_first_step": _first_step(ran["lines"]),
-        **stage_seconds(timings, evaluations[-1]["seconds"], ran["seconds"]),
+        **stage_seconds(timings, ran["lines"], ran["seconds"]),
         "stages": timings,
     }
 
