@@ -3,6 +3,7 @@
 `python -m edge_ft.bench.studies races` takes hours. Every training is kept when it ends, and the same command goes on.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def main(
     threads: int | None = None,
     quiet: bool = False,
 ) -> None:
-    """Run the training study on its standard cases, and print and write one table of all that were run.
+    """Run the training study on its standard cases, and print and write one table of all that were ever run.
 
     Args:
         out: Folder of results; trainings with a result there are skipped. It gets table.md, and a report and a plot of
@@ -150,7 +151,6 @@ def main(
         if name not in CASES:
             raise UsageError(f"--cases {name}: there is no such case{did_you_mean(name, list(CASES))}")
     variant = "-".join(["report", *filter(None, (compute, memory))])
-    reports: Reports = {}
     for name in chosen:
         case, folder = CASES[name], out / name
         progress.say(f"{name}: {case.train} rows")
@@ -168,12 +168,17 @@ def main(
             threads=threads,
         )
         report = run(race, folder, case.trainings, progress)
-        reports[name] = report
         write_json(folder / f"{variant}.json", report)
         write_text(folder / f"{variant}.md", text_of(report) + "\n")
         plot_curves(report, folder / f"{variant}.png")
-        write_text(out / f"{variant.replace('report', 'table')}.md", table(reports))
-    print(table(reports), end="")
+        write_text(out / f"{variant.replace('report', 'table')}.md", table(_kept(out, variant)))
+    print(table(_kept(out, variant)), end="")
+
+
+def _kept(out: Path, variant: str) -> Reports:
+    """The report of every case that has one, those of earlier calls too."""
+    files = {name: out / name / f"{variant}.json" for name in CASES}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
 
 
 def _files(case: Case, folder: Path) -> list[str]:
