@@ -9,6 +9,7 @@ from typing import Any
 
 from edge_ft import __version__
 from edge_ft.artifacts import kind_of
+from edge_ft.bench.answers import answer_records, answer_settings
 from edge_ft.bench.meters import MemoryLimit, machine, memory_limit
 from edge_ft.bench.quality import SCORED, quality_records, score_settings
 from edge_ft.bench.report import records_of
@@ -76,6 +77,11 @@ def bench(subjects: Sequence[str], config: BenchConfig, progress: Progress | Non
             job = subject.job | {"score": score_settings(config, workload.threads)}
             scores = run_worker(job, f"scoring {subject.name}", workload.threads) | {"data": config.data}
             records += quality_records(subject, scores, environment)
+        asked = answer_settings(subject, config, workload.threads)
+        if asked is not None and subject.engine in SCORED and subject not in notes:
+            progress.say(f"sample answers of {subject.name}")
+            answers = run_worker(subject.job | {"answer": asked}, f"sample answers of {subject.name}", workload.threads)
+            records += answer_records(subject, answers["answers"], environment)
     return records
 
 
@@ -104,9 +110,9 @@ def _open_subjects(sources: Sequence[str], config: BenchConfig, workload: Worklo
 
 def _measure(
     subjects: Sequence[Subject], repeats: int, limit: MemoryLimit | None, progress: Progress
-) -> tuple[dict[Subject, list[dict[str, float]]], dict[Subject, str]]:
+) -> tuple[dict[Subject, list[dict[str, Any]]], dict[Subject, str]]:
     """The samples of each subject, and why one did not fit into the limit."""
-    samples: dict[Subject, list[dict[str, float]]] = {subject: [] for subject in subjects}
+    samples: dict[Subject, list[dict[str, Any]]] = {subject: [] for subject in subjects}
     notes: dict[Subject, str] = {}
     rounds = [subject for _ in range(repeats) for subject in subjects]
     for subject in track(progress, "bench", rounds, len(rounds)):

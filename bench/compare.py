@@ -9,7 +9,7 @@ from edge_ft.bench.report import format_value
 from edge_ft.errors import UsageError
 from edge_ft.utf8 import read_json
 
-__all__ = ["Change", "compare", "read_records"]
+__all__ = ["Change", "compare", "higher_is_better", "read_records"]
 
 SMALLEST = 0.02
 """Share of the old value below which a change of speed, memory or size is not reported."""
@@ -91,6 +91,11 @@ def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> lis
     return changes + [_change(key, record, None) for key, record in before.items() if key not in after]
 
 
+def higher_is_better(metric: str, unit: str) -> bool:
+    """Whether more of a metric is better."""
+    return unit in HIGHER_IS_BETTER or (unit == "" and metric not in LOWER_IS_BETTER)
+
+
 def _by_key(records: Sequence[dict[str, Any]]) -> dict[Key, dict[str, Any]]:
     return {(record["subject"], record["variant"], record["metric"]): record for record in records}
 
@@ -119,9 +124,7 @@ def _verdict(old: dict[str, Any] | None, new: dict[str, Any] | None) -> Verdict:
     large = "interval" in new or abs(after - before) > SMALLEST * abs(before)
     if not large or (new_low <= high and low <= new_high):
         return "same"
-    unit, metric = new["unit"], new["metric"]
-    rises = unit in HIGHER_IS_BETTER or (unit == "" and metric not in LOWER_IS_BETTER)
-    return "better" if (after > before) == rises else "worse"
+    return "better" if (after > before) == higher_is_better(new["metric"], new["unit"]) else "worse"
 
 
 def _range(record: dict[str, Any]) -> tuple[float, float]:

@@ -1,13 +1,18 @@
 """`bench --data`: loss and task metrics of each subject on rows, with the weights that were timed."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_ft.bench.subjects import Subject
 from edge_ft.config import BenchConfig, EvalConfig, RowsConfig, as_plain
 from edge_ft.progress import Silent
 
-__all__ = ["SCORED", "quality_records", "score", "score_settings"]
+if TYPE_CHECKING:
+    from edge_ft.data import Row
+    from edge_ft.evaluate.loading import LoadedSource
+
+__all__ = ["SCORED", "open_subject", "quality_records", "score", "score_settings"]
 
 SCORED = ("edge-ft", "torch")
 """Engines that can be scored; the others are only timed."""
@@ -35,16 +40,33 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
         As `edge_ft.evaluate.evaluate`.
     """
     # Imported here: the process that starts the measurements imports no numpy.
-    from edge_ft.data import Rendering, plain_rendering, read_rows, trained_rendering
+    from edge_ft.data import read_rows
     from edge_ft.evaluate import evaluate_loaded
-    from edge_ft.evaluate.loading import open_source, torch_source
 
     settings = job["score"]
     rows = read_rows(settings["data"])[: settings["limit"]]
     config = EvalConfig(**settings, accuracy_level=job.get("accuracy_level"))
+    return evaluate_loaded(open_subject(job, rows, config), rows, config, Silent())
+
+
+def open_subject(job: dict[str, Any], rows: "Sequence[Row]", config: EvalConfig) -> "LoadedSource":
+    """Open the subject of a measuring job, one of `SCORED`, as it is opened to be timed.
+
+    Args:
+        job: The job.
+        rows: What it reads.
+        config: How it reads them.
+
+    Returns:
+        The model, and how rows become its input.
+    """
+    from edge_ft.evaluate.loading import open_source
+
     if job["do"] == "bundle":
-        return evaluate_loaded(open_source(job["bundle"], config, rows), rows, config, Silent())
+        return open_source(job["bundle"], config, rows)
     from edge_ft.bench.torch_peer import load_peer, prepare
+    from edge_ft.data import Rendering, plain_rendering, trained_rendering
+    from edge_ft.evaluate.loading import torch_source
 
     base = prepare(job)
     engine = load_peer(base, job)
@@ -53,8 +75,7 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
     else:
         own = Rendering.from_dict(job["rendering"])
         rendering = trained_rendering(own, config, rows, engine.tokenizer, base.max_length)
-    opened = torch_source(engine.model, rendering, engine.tokenizer, base.max_length)
-    return evaluate_loaded(opened, rows, config, Silent())
+    return torch_source(engine.model, rendering, engine.tokenizer, base.max_length)
 
 
 def quality_records(subject: Subject, found: dict[str, Any], environment: dict[str, Any]) -> list[dict[str, Any]]:

@@ -49,13 +49,13 @@ def units_of(task: str, prompt_tokens: int) -> dict[str, str]:
 
 
 def records_of(
-    subject: Subject, results: Sequence[dict[str, float]], environment: dict[str, Any], note: str | None
+    subject: Subject, results: Sequence[dict[str, Any]], environment: dict[str, Any], note: str | None
 ) -> list[dict[str, Any]]:
     """Make a record for each metric of a subject.
 
     Args:
         subject: What was measured; its task decides the metrics.
-        results: One mapping of metric to value a repeat, without the size.
+        results: One mapping of metric to value a repeat, without the size; `times` has the single times of metrics.
         environment: Machine, versions and settings.
         note: Why the subject has no results, or None; its size is known all the same.
 
@@ -79,6 +79,8 @@ def records_of(
             "samples": samples,
             "environment": environment,
         }
+        if note is None and any(metric in result.get("times", {}) for result in results):
+            record["times"] = [result["times"][metric] for result in results]
         if not samples:
             record["note"] = note or "cannot be measured on this system"
         records.append(record)
@@ -92,6 +94,7 @@ def table(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         The header and the rows. A cell is the median with the smallest and largest sample in brackets; of a score, the
         value with its 95% interval. Bytes are shown as MB.
     """
+    records = [record for record in records if "answers" not in record]
     columns = list(dict.fromkeys((record["subject"], record["variant"]) for record in records))
     cells = {(record["subject"], record["variant"], record["metric"]): _cell(record) for record in records}
     units = {record["metric"]: record["unit"] for record in records}

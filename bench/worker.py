@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,10 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
         from edge_ft.bench.quality import score
 
         return score(job)
+    if "answer" in job:
+        from edge_ft.bench.answers import answer
+
+        return answer(job)
     return _measure(job)
 
 
@@ -129,7 +133,7 @@ def _find(job: dict[str, Any]) -> dict[str, Any]:
     return {"found": found}
 
 
-def _measure(job: dict[str, Any]) -> dict[str, float | None]:
+def _measure(job: dict[str, Any]) -> dict[str, Any]:
     """Every metric of the job's subject except its size."""
     if job["do"] == "ctranslate2":
         from edge_ft.bench.ctranslate2_peer import Translator
@@ -164,7 +168,7 @@ def _measure(job: dict[str, Any]) -> dict[str, float | None]:
 
 def _measure_decoder(
     engine: "TextGenerator | TorchDecoder | OpenVINODecoder | GenAIDecoder", job: dict[str, Any]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     import numpy as np
 
     # An encoder-decoder's text ends with EOS.
@@ -182,12 +186,13 @@ def _measure_decoder(
         "itl_s_p50": p50,
         "itl_s_p90": p90,
         "itl_s_p99": p99,
+        "times": {"itl_s_p50": _rounded(timings.decode_s)},
     }
 
 
 def _measure_classifier(
     engine: "TextClassifier | TorchClassifier | OpenVINOClassifier", job: dict[str, Any]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     import numpy as np
 
     def seconds(rows: int, length: int) -> float:
@@ -198,12 +203,13 @@ def _measure_classifier(
         return time.perf_counter() - began
 
     seconds(1, job["prompt_tokens"])
-    found = {"cold_start_s": time.monotonic() - job["started"]}
+    found: dict[str, Any] = {"cold_start_s": time.monotonic() - job["started"], "times": {}}
     for length in classifier_lengths(job["prompt_tokens"]):
         seconds(1, length)
         latencies = [seconds(1, length) for _ in range(_TEXTS)]
         seconds(_ROWS, length)
         batches = [seconds(_ROWS, length) for _ in range(_BATCHES)]
+        found["times"][f"latency_s_{length}"] = _rounded(latencies)
         p50, p99 = np.percentile(latencies, [50, 99]).tolist()
         found |= {
             f"latency_s_{length}": p50,
@@ -211,6 +217,11 @@ def _measure_classifier(
             f"rows_per_s_{length}": _ROWS * _BATCHES / sum(batches),
         }
     return found
+
+
+def _rounded(seconds: Iterable[float]) -> list[float]:
+    """To microseconds, which is finer than they repeat."""
+    return [round(value, 6) for value in seconds]
 
 
 if __name__ == "__main__":

@@ -383,6 +383,10 @@ def bench(
     rows = table(records)
     if settings.markdown is not None:
         write_text(settings.markdown, markdown_table(rows[0], rows[1:]))
+    if settings.html is not None:
+        from edge_ft.bench.page import page_of
+
+        write_text(settings.html, page_of(records))
     _show(output, records, rows, "")
     if failures := budget_failures(records, settings):
         raise BudgetFailed("; ".join(failures))

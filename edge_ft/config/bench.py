@@ -34,6 +34,10 @@ class BenchConfig(RowsConfig):
     """Tokens to generate; also the maximum length of an answer to --data."""
     markdown: Annotated[Path | None, Group.OUTPUT] = None
     """Also write the table in Markdown to this file, for a pull request."""
+    html: Annotated[Path | None, Group.OUTPUT] = None
+    """Also write one HTML page to this file: the table, plots and sample answers."""
+    include_samples: Annotated[bool, Group.OUTPUT] = False
+    """Show answers to the first rows of --data in the page, with these rows; default: to texts of edge-ft's own."""
     max_ttft_ms: Annotated[float | None, Group.BUDGETS] = None
     """Highest median time to the first token in milliseconds; for classifiers, the time of one text."""
     min_decode_tps: Annotated[float | None, Group.BUDGETS] = None
@@ -49,5 +53,9 @@ class BenchConfig(RowsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(
+            not self.include_samples or (self.html is not None and self.data is not None),
+            "--include-samples shows rows of --data in the page of --html: give both",
+        )
         for name in self.peers:
             check(name in PEERS, f"--peers {name}: choose from {', '.join(PEERS)}{did_you_mean(name, list(PEERS))}")

@@ -1,5 +1,6 @@
 """Benches in fresh processes over tiny bundles, runs and models."""
 
+import html
 import json
 import os
 import subprocess
@@ -18,10 +19,13 @@ from transformers import LlamaForCausalLM
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.bench import bench
+from edge_ft.bench.answers import answer, answer_records, answer_settings
 from edge_ft.bench.meters import machine
+from edge_ft.bench.page import page_of
 from edge_ft.bench.report import DECODER_UNITS, table, units_of
+from edge_ft.bench.subjects import Subject
 from edge_ft.bench.subprocess_job import run_worker
-from edge_ft.bench.torch_peer import TorchDecoder
+from edge_ft.bench.torch_peer import TorchDecoder, find
 from edge_ft.config import BenchConfig, EvalConfig
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import BundleError, EdgeFTError, ModelError, UsageError
@@ -274,6 +278,32 @@ def test_quality_is_recorded_beside_speed(
 
     classes = bench([str(bert_bundle.path)], replace(SHORT, repeats=1, data=str(bert_run.split("test"))))
     assert by_metric(classes, "edge-ft", "bert-bundle")["accuracy"]["value"] > 0.5
+
+
+def test_rows_of_the_user_are_in_the_page_only_where_they_are_asked_for(
+    tmp_path: Path, llama_bundle: Bundle, llama_run: RunFolder
+) -> None:
+    settings = replace(SHORT, data=str(llama_run.split("test")), limit=2, html=tmp_path / "page.html")
+    prompts = [json.loads(line)["prompt"] for line in llama_run.split("test").read_text().splitlines()][:2]
+    work = {"prompt_tokens": 12, "new_tokens": 4, "threads": 1}
+    jobs = {"edge-ft": _bundle_job(llama_bundle.path), "torch": {"do": "torch", **find(str(llama_run.path)), **work}}
+    for include in (False, True):
+        records = []
+        for engine, job in jobs.items():
+            subject = Subject(engine, "llama", "text-generation", 512, 1, job, "llama")
+            asked = answer_settings(subject, replace(settings, include_samples=include), 1)
+            records += answer_records(subject, answer(job | {"answer": asked})["answers"], {"threads": 1, "cpu": "a"})
+        ours, theirs = ([one["prompt"] for one in record["answers"]] for record in records)
+        assert ours == theirs
+        assert [row in prompt for row, prompt in zip(prompts, ours, strict=False)] == [include] * 2
+        assert [html.escape(prompt) in page_of(records) for prompt in prompts] == [include] * 2
+
+
+def test_nothing_is_asked_without_a_page() -> None:
+    subject = Subject("edge-ft", "b", "text-generation", 512, 1, {}, "b")
+    assert answer_settings(subject, SHORT, 1) is None
+    classifier = replace(subject, task="text-classification")
+    assert answer_settings(classifier, replace(SHORT, html=Path("p.html")), 1) is None  # it has nothing to continue
 
 
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
