@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from edge_ft.errors import UsageError
-from edge_ft.system import total_memory_bytes, usable_cpus
+from edge_ft.system import processor, total_memory_bytes, usable_cpus
 
 __all__ = [
     "JOIN_GROUP",
@@ -123,12 +123,8 @@ def cpu_flags() -> list[str]:
 
 def machine() -> dict[str, str | int | None]:
     """CPU model, cores, memory, operating system and Python."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    # ARM kernels name no model there but, on boards, the board.
-    named = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     return {
-        "cpu": named.get("model name") or named.get("Model") or platform.processor() or platform.machine(),
+        "cpu": processor()[0],
         "cores": usable_cpus(),
         "memory_bytes": total_memory_bytes(),
         "os": platform.platform(),

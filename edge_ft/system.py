@@ -3,6 +3,7 @@
 import _thread
 import gc
 import os
+import platform
 import shutil
 import sys
 import threading
@@ -20,9 +21,12 @@ __all__ = [
     "PeakMemory",
     "default_threads",
     "device_memory",
+    "free_memory_bytes",
     "peak_rss_bytes",
+    "processor",
     "release_memory",
     "resident_bytes",
+    "thread_choices",
     "total_memory_bytes",
     "usable_cpus",
     "use_threads",
@@ -44,7 +48,7 @@ class Available:
     def here(cls, out: Path) -> "Available":
         """Measure memory within the limits of the machine, the cgroup and the process, and disk where `out` will be."""
         parent = next(folder for folder in [*out.absolute().parents] if folder.is_dir())
-        return cls(_free_memory() + resident_bytes(), shutil.disk_usage(parent).free)
+        return cls(free_memory_bytes() + resident_bytes(), shutil.disk_usage(parent).free)
 
 
 class PeakMemory:
@@ -148,6 +152,30 @@ def default_threads() -> int:
     return usable_cpus()
 
 
+def thread_choices() -> list[int]:
+    """Return the numbers of threads that are worth trying: the default, and half of four and more CPUs.
+
+    Half may be faster where two CPUs share a core, where half of the cores are slow ones, or where a small model gives
+    a thread so little to do that waiting for the others takes longer.
+
+    Returns:
+        The default first; OMP_NUM_THREADS alone if it is set.
+    """
+    threads = default_threads()
+    if threads < 4 or os.environ.get("OMP_NUM_THREADS"):
+        return [threads]
+    return [threads, threads // 2]
+
+
+def processor() -> tuple[str, str]:
+    """Return the name of the CPU model, and its instruction sets as Linux lists them; "" where nothing says them."""
+    lines = (PROC / "cpuinfo").read_text().splitlines() if (PROC / "cpuinfo").is_file() else []
+    # ARM kernels name no model there but, on boards, the board.
+    named = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = named.get("model name") or named.get("Model") or platform.processor() or platform.machine()
+    return name, named.get("flags") or named.get("Features") or ""
+
+
 def use_threads(threads: int | None) -> int:
     """Set the number of CPU threads of torch.
 
@@ -192,9 +220,8 @@ def device_memory(device: Any) -> DeviceMemory | None:
     return DeviceMemory(free_bytes, total_bytes, cuda.max_memory_allocated(device))
 
 
-def _free_memory() -> int:
-    """Bytes that this process could still take without swapping and without being killed."""
-    import resource
+def free_memory_bytes() -> int:
+    """Return how many bytes this process could still take without swapping and without being killed."""
 
     found = [kib * 1024 for kib in _numbers(PROC / "meminfo", "MemAvailable:")[:1]]
     if not found and (total := total_memory_bytes()) is not None:
@@ -205,10 +232,13 @@ def _free_memory() -> int:
         if limit and used:
             # The kernel gives cached files back when memory is short.
             found.append(limit[0] - used[0] + sum(_numbers(folder / "memory.stat", "inactive_file")))
-    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    mapped = _numbers(PROC / "self/status", "VmSize:")
-    if address_space != resource.RLIM_INFINITY and mapped:
-        found.append(address_space - mapped[0] * 1024)
+    with suppress(ImportError):  # on Windows
+        import resource
+
+        address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+        mapped = _numbers(PROC / "self/status", "VmSize:")
+        if address_space != resource.RLIM_INFINITY and mapped:
+            found.append(address_space - mapped[0] * 1024)
     return max(min(found), 0) if found else 2**62
 
 

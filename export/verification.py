@@ -12,12 +12,13 @@ from edge_ft.data import Example
 from edge_ft.errors import ModelError
 from edge_ft.evaluate.gate import Limits, evaluate_gate, task_metric_for
 from edge_ft.evaluate.scoring import Batching, RowScores, Scorer, score, summary
-from edge_ft.evaluate.verify import SAME, largest_difference, probe_examples
+from edge_ft.evaluate.verify import largest_difference
 from edge_ft.export.bundle import make_manifest
 from edge_ft.export.source import ExportSource
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.runtime import load
+from edge_ft.runtime.probes import SAME, probe_examples
 
 __all__ = ["TorchScores", "compared_metrics", "score_rows", "score_torch", "test_scores", "verify_graphs"]
 

@@ -136,7 +136,7 @@ def _bundle(
 
 
 def _scores(bundle: Bundle, run: RunFolder, threads: int | None, progress: Progress) -> RowScores:
-    classifier = load(bundle, threads=threads)
+    classifier = load(bundle, threads=threads, engine="exact")
     assert isinstance(classifier, TextClassifier)
     rows = read_rows(str(run.split("test")))
     examples = scorable(encode_rows(classifier.rendering, classifier.tokenizer, rows))

@@ -14,9 +14,12 @@ class RunConfig:
 
     adapter: Annotated[str | None, Group.INPUT] = None
     """none: answer with the base of an adapter-lane bundle."""
+    engine: Annotated[Literal["auto", "exact"], Group.INPUT] = "auto"
+    """auto: the fastest graphs here of those that the export's verification passed, measured for about two seconds at
+    the first run and remembered; exact: the manifest's model, whose answers are the same each time."""
     accuracy_level: Annotated[Literal[1, 4] | None, Group.INPUT] = None
-    """Graph to use: 1 computes in float, 4 with int8 activations, if the bundle has that graph; default: the manifest's
-    choice."""
+    """Graph to use: 1 computes in float, 4 with int8 activations, if the bundle has that graph; default: as --engine
+    says."""
     text_pair: Annotated[str | None, Group.INPUT] = None
     """Second text, for a model trained on pairs of texts."""
     system: Annotated[str | None, Group.INPUT] = None
@@ -55,6 +58,10 @@ class RunConfig:
             names = (name.strip() for name in self.labels[0].split(","))
             object.__setattr__(self, "labels", tuple(name for name in names if name))
         check_minimums(self)
+        check(
+            self.engine == "auto" or self.accuracy_level is None,
+            "--engine exact runs the manifest's model: leave --accuracy-level out",
+        )
         check(0 < self.top_p <= 1, "--top-p must be above 0 and at most 1")
         check(0 <= self.min_p <= 1, "--min-p must be from 0 to 1")
         check(

@@ -110,7 +110,13 @@ def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
     own = Rendering.from_dict(bundle.manifest["rendering"])
     rendering = trained_rendering(own, config, rows, tokenizer, limit)
     return LoadedSource(
-        load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter),
+        load(
+            bundle,
+            threads=config.threads,
+            accuracy_level=config.accuracy_level,
+            adapter=config.adapter,
+            engine="exact",  # scores are of the graph that was verified against torch, on every machine
+        ),
         tokenizer,
         rendering,
         limit,

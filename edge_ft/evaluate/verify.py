@@ -1,7 +1,7 @@
 """Verify a bundle without torch: check its files, and score its graphs again on this machine."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,7 @@ from edge_ft.config import VerifyConfig
 from edge_ft.data import (
     Example,
     Rendering,
-    Row,
     TextTokenizer,
-    bare_columns,
-    encode_pair,
     encode_rows,
     find_unused,
     fingerprint,
@@ -27,25 +24,14 @@ from edge_ft.data import (
 from edge_ft.errors import BundleError, GateRefused
 from edge_ft.evaluate.metrics import mean
 from edge_ft.evaluate.scoring import Batching, RowScores, drop_unscorable, score, summary
-from edge_ft.families import CLASSIFIERS
 from edge_ft.progress import Progress, Silent
 from edge_ft.runtime import load
+from edge_ft.runtime.probes import probe_examples, probe_tolerance
 
-__all__ = ["SAME", "VERIFY_ROWS", "largest_difference", "probe_examples", "verify"]
+__all__ = ["VERIFY_ROWS", "largest_difference", "verify"]
 
 VERIFY_ROWS = 512
 """Most validation rows that verification reads: enough for an interval of ±0.01 nats on most data."""
-
-SAME = 1e-3
-"""Nats per target token: two runs of the same weights differ by less, an adapter must change the scores by more."""
-
-PROBES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "Question: How many days are there in three weeks? Answer:",
-    "The patient was admitted with acute chest pain and shortness of breath.",
-    "Interest rates rose again, and the bank lowered its forecast for the year.",
-)
-"""Texts of this project: any device can compare its scores with those of the export, without the user's rows."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +57,7 @@ class _Graphs:
 
     def tolerance(self, level: str) -> float:
         """Return by how many nats per token scores of one level may differ between machines."""
-        # The int8 kernels of level 4 round differently on different processors, so the tax is its only limit.
-        return SAME if level == "1" else self.max_tax
+        return probe_tolerance(level, self.max_tax)
 
 
 def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -202,37 +187,6 @@ def _differences_from_export(graphs: _Graphs, level: str, scores: RowScores) -> 
             f"quantization tax {scores.mean_nll - trained:+.4f} nats per token is above --max-tax {graphs.max_tax:g}"
         )
     return reasons
-
-
-def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Example]:
-    """Return the probe texts as examples; for a classifier all have its first class, whether right or not."""
-    # Each text with the next one: as its answer, or as a pair of unlike texts, whose loss is large and sensitive.
-    pairs = list(enumerate(zip(PROBES, (*PROBES[1:], PROBES[0]), strict=True), 1))
-    if rendering.task in CLASSIFIERS:
-        framed = [tokenizer.encode_framed(text, rendering.max_length) for text in PROBES]
-        floats = rendering.problem_type in ("regression", "multi_label_classification")
-        labels = [0.0] * len(rendering.labels) if floats else [0]
-        return [
-            Example(
-                row,
-                text.ids,
-                # The first tag at every position, special tokens included.
-                [0] * len(text.ids) if rendering.task == "token-classification" else labels,
-                0,
-                "",
-                0,
-            )
-            for row, text in enumerate(framed, 1)
-        ]
-    if rendering.task == "text2text-generation":
-        assert rendering.appended_eos is not None
-        limit, eos = rendering.max_length, rendering.appended_eos
-        return [encode_pair(tokenizer, row, text, answer, eos, limit) for row, (text, answer) in pairs]
-    if rendering.task in ("fill-mask", "feature-extraction"):
-        rows = [Row(row, {"text": text, "positive": other}) for row, (text, other) in pairs]
-        return encode_rows(replace(rendering, columns=bare_columns(rendering.task)), tokenizer, rows)
-    encoded = [tokenizer.encode(text)[: rendering.max_length] for text in PROBES]
-    return [Example(row, ids, list(ids), 1, "", 0) for row, ids in enumerate(encoded, 1)]
 
 
 def largest_difference(scores: RowScores, nll: NDArray[np.float64]) -> float:

@@ -1,6 +1,8 @@
 """Run bundles, with onnxruntime, numpy and tokenizers alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from edge_ft.artifacts import Bundle
 from edge_ft.errors import BundleError
@@ -9,15 +11,18 @@ from edge_ft.runtime.cache import KVCache
 from edge_ft.runtime.classify import Classification, TextClassifier
 from edge_ft.runtime.decode import Generation, Timings
 from edge_ft.runtime.embed import TextEmbedder
+from edge_ft.runtime.engine import Engine, choose, fixed_engine
 from edge_ft.runtime.fill_mask import Fill, FilledText, MaskFiller
 from edge_ft.runtime.seq2seq import Seq2SeqGenerator
 from edge_ft.runtime.session import open_session
 from edge_ft.runtime.tag import TaggedText, TaggedWord, TextTagger
 from edge_ft.runtime.text_generator import Conversation, TextGenerator
+from edge_ft.runtime.trials import Trial, Way, measure_ways
 
 __all__ = [
     "Classification",
     "Conversation",
+    "Engine",
     "Fill",
     "FilledText",
     "Generation",
@@ -31,6 +36,7 @@ __all__ = [
     "TextGenerator",
     "TextTagger",
     "Timings",
+    "Way",
     "load",
 ]
 
@@ -52,18 +58,21 @@ def load(
     threads: int | None = None,
     accuracy_level: int | None = None,
     adapter: str | None = None,
+    engine: Literal["auto", "exact"] = "auto",
 ) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
     """Open a bundle for inference.
 
     Args:
         bundle: A bundle, or its folder; every file of a folder is hashed first.
-        threads: CPU threads; by default `edge_ft.system.default_threads`.
-        accuracy_level: 1 (exact) or 4 (activations in int8), if verification passed it; default the manifest's choice.
+        threads: CPU threads; default those that are fastest, at most `edge_ft.system.default_threads`.
+        accuracy_level: 1 (exact) or 4 (activations in int8), if verification passed it; default as `engine` says.
         adapter: "none" runs the base of an adapter-lane bundle, without its adapter.
+        engine: "auto": the fastest verified graphs here, measured for about two seconds at the first open and
+            remembered in the user's cache; "exact": the manifest's model.
 
     Returns:
         An object with the methods of the bundle's task: `generate`, `stream` and `chat`, `classify`, `tag`, `fill` or
-        `embed`.
+        `embed`. Its `engine` says how it runs.
 
     Raises:
         BundleError: not a bundle, changed since it was written, or not runnable by this onnxruntime.
@@ -71,10 +80,45 @@ def load(
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(Path(bundle))
-    if bundle.task == "text2text-generation":
-        sessions = [open_session(graph(accuracy_level), threads) for graph in (bundle.encoder_graph, bundle.graph)]
-        return Seq2SeqGenerator(bundle, *((each, adapter_inputs(bundle, each, adapter)) for each in sessions))
-    if bundle.task not in _ONE_GRAPH:
+    if bundle.task not in ("text2text-generation", *_ONE_GRAPH):
         raise BundleError(f"{bundle.path} is for the task {bundle.task}, which this release cannot run: update edge-ft")
-    session = open_session(bundle.graph(accuracy_level), threads)
-    return _ONE_GRAPH[bundle.task](bundle, session, adapter_inputs(bundle, session, adapter))
+    if engine == "exact" or accuracy_level is not None:
+        return _open(bundle, fixed_engine(bundle, accuracy_level, threads), accuracy_level, adapter)
+
+    def measure(ways: Sequence[Way], together: bool) -> list[Trial]:
+        return measure_ways(ways, together, lambda way: _open(bundle, Engine(way, way), way.accuracy_level, None))
+
+    return _open(bundle, choose(bundle, threads, measure), None, adapter)
+
+
+def _open(
+    bundle: Bundle, engine: Engine, accuracy_level: int | None, adapter: str | None
+) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
+    """Open the graphs of an engine; `accuracy_level` is the one that was asked for, if one was.
+
+    Returns:
+        The open bundle.
+
+    Raises:
+        BundleError: the bundle lacks a graph, or this onnxruntime cannot run it.
+        UsageError: an adapter that the bundle does not have.
+    """
+    exact = fixed_engine(bundle, None, None).prefill.accuracy_level
+
+    def level(way: Way) -> int | None:
+        return None if accuracy_level is None and way.accuracy_level == exact else way.accuracy_level
+
+    if bundle.task == "text2text-generation":
+        parts = ((bundle.encoder_graph, engine.prefill), (bundle.graph, engine.decode))
+        sessions = [open_session(graph(level(way)), way.threads) for graph, way in parts]
+        opened: TextGenerator | Seq2SeqGenerator | EncoderBundle = Seq2SeqGenerator(
+            bundle, *((each, adapter_inputs(bundle, each, adapter)) for each in sessions)
+        )
+    else:
+        session = open_session(bundle.graph(level(engine.decode)), engine.decode.threads)
+        inputs = adapter_inputs(bundle, session, adapter)
+        opened = _ONE_GRAPH[bundle.task](bundle, session, inputs)
+        if isinstance(opened, TextGenerator) and engine.prefill != engine.decode:
+            opened.prefill = open_session(bundle.graph(level(engine.prefill)), engine.prefill.threads)
+    opened.engine = engine
+    return opened

@@ -21,6 +21,8 @@ __all__ = ["CacheShape", "KVCache"]
 
 _STEP = 256
 """Positions that the buffers grow by."""
+_SHORT = 8
+"""Most tokens in one run of the graph for decoding."""
 _PREFILL = 512
 """Most tokens in one run, so that attention scores take memory of prompt x run, not of prompt x prompt."""
 
@@ -64,19 +66,30 @@ class KVCache:
         session: ort.InferenceSession,
         shape: CacheShape,
         extra_inputs: Mapping[str, NDArray[np.float32]] | None = None,
+        prefill: ort.InferenceSession | None = None,
     ) -> None:
+        """Open an empty cache.
+
+        Args:
+            session: The graph.
+            shape: What it caches.
+            extra_inputs: Values of its LoRA inputs.
+            prefill: A graph of the same model, with the same inputs and outputs, for runs of many tokens; None is
+                `session`.
+        """
         self.ids: list[int] = []
         self.capacity = 0
-        self._session = session
         self._shape = shape
-        self._binding = session.io_binding()
+        self._short = (session, session.io_binding())
+        self._long = self._short if prefill is None else (prefill, prefill.io_binding())
         self._buffers = {name: np.zeros((1, shape.kv_heads, 0, shape.head_dim), np.float32) for name in shape.names()}
         self.vocabulary = output_size(session, "logits")
         self._logits = np.zeros((1, 1, self.vocabulary), np.float32)
-        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
-        for name, array in (extra_inputs or {}).items():
-            # `bind_cpu_input` knows no overridable initializers.
-            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for _, binding in self._graphs():
+            binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
+            for name, array in (extra_inputs or {}).items():
+                # `bind_cpu_input` knows no overridable initializers.
+                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
 
     @property
     def nbytes(self) -> int:
@@ -131,18 +144,24 @@ class KVCache:
         del self.ids[same:]
         return same
 
+    def _graphs(self) -> list[tuple[ort.InferenceSession, ort.IOBinding]]:
+        """The graphs in use and what is bound to their inputs and outputs."""
+        return [self._short] if self._long is self._short else [self._short, self._long]
+
     def _run(self, ids: Sequence[int]) -> None:
-        self._binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
-        self._binding.bind_cpu_input("attention_mask", self._mask[:, : len(self.ids) + len(ids)])
-        with running(self._session):
-            self._session.run_with_iobinding(self._binding)
+        session, binding = self._short if len(ids) <= _SHORT else self._long
+        binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
+        binding.bind_cpu_input("attention_mask", self._mask[:, : len(self.ids) + len(ids)])
+        with running(session):
+            session.run_with_iobinding(binding)
         self.ids.extend(ids)
 
     def _bind_logits(self, logits: NDArray[np.float32], keep: int) -> None:
         """Make the graph write the logits of the last `keep` tokens of a run into `logits`; 0 is all tokens."""
         number = ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
-        self._binding.bind_ortvalue_input("num_logits_to_keep", number)
-        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        for _, binding in self._graphs():
+            binding.bind_ortvalue_input("num_logits_to_keep", number)
+            binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
 
     def _reserve(self, length: int) -> None:
         if length <= self.capacity:
@@ -155,7 +174,8 @@ class KVCache:
             grown = np.zeros(size, np.float32)
             grown[:, :, :used] = old[:, :, :used]
             value = ort.OrtValue.ortvalue_from_numpy(grown)  # the same memory, not a copy
-            with running(self._session):  # a graph without such an input refuses it
-                self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-                self._binding.bind_ortvalue_output(f"present.{name}", value)
+            for session, binding in self._graphs():
+                with running(session):  # a graph without such an input refuses it
+                    binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+                    binding.bind_ortvalue_output(f"present.{name}", value)
             self._buffers[name] = grown

@@ -2,13 +2,16 @@
 
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from edge_ft.artifacts import Bundle
 from edge_ft.config import RunConfig
 from edge_ft.data import Chat, Message, Rendering, TextTokenizer, stop_ids
 from edge_ft.errors import BundleError, UsageError
 from edge_ft.runtime.decode import GREEDY, Generation, Timings, TimingsRecorder, read_to_end
+
+if TYPE_CHECKING:
+    from edge_ft.runtime.engine import Engine
 
 __all__ = ["GenerativeBundle", "OpenBundle"]
 
@@ -27,9 +30,14 @@ METHOD_TASKS = {
 class OpenBundle:
     """A bundle, its tokenizer and its rendering; a method of another task raises UsageError.
 
+    Attributes:
+        engine: How it runs, which `edge_ft.runtime.load` sets.
+
     Raises:
         BundleError: the manifest contradicts itself.
     """
+
+    engine: "Engine | None" = None
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
@@ -68,7 +76,7 @@ class GenerativeBundle(OpenBundle):
 
         Args:
             prompt: Text; or a chat or its messages, for a decoder.
-            config: Options of the answer; `threads`, `accuracy_level` and `adapter` belong to `load`.
+            config: Options of the answer; `engine`, `threads`, `accuracy_level` and `adapter` belong to `load`.
 
         Returns:
             The text and how it was generated.

@@ -66,7 +66,8 @@ def run_text(bundle: Path, text: str, config: RunConfig, stream: TextIO | None) 
 
     Returns:
         `text`, `prompt_tokens`, `new_tokens`, `finish_reason` and `timings` (seconds); or `label` and `scores`, `tags`
-        and `words`, `fills` and `text`, or `embedding`, with `prompt_tokens` and `cut`.
+        and `words`, `fills` and `text`, or `embedding`, with `prompt_tokens` and `cut`. And `engine`: accuracy level
+        and threads of `prefill` and `decode`, and `nll_above_exact` (nats per token; None: not scored).
 
     Raises:
         UsageError: options that do not fit the bundle.
@@ -85,7 +86,12 @@ def run_text(bundle: Path, text: str, config: RunConfig, stream: TextIO | None) 
         lines = []
     if stream is not None:
         print("\n".join(lines), file=stream)
-    return result
+    return {**result, **_engine_of(opened)}
+
+
+def _engine_of(opened: TextGenerator | Seq2SeqGenerator | EncoderBundle) -> dict[str, Any]:
+    """Return how an open bundle runs, as the `engine` of a result."""
+    return {} if opened.engine is None else {"engine": opened.engine.plain()}
 
 
 def run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress: Progress) -> dict[str, Any]:
@@ -99,7 +105,8 @@ def run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress:
         progress: Receives the number of rows that are done.
 
     Returns:
-        `out`, `rows`, `failed` (rows whose line is an `error`: longer than the model can read) and `seconds`.
+        `out`, `rows`, `failed` (rows whose line is an `error`: longer than the model can read), `seconds`, and `engine`
+        as `run_text` says.
 
     Raises:
         DataError: a row without a text.
@@ -140,7 +147,8 @@ def _run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress
             file.write(json.dumps(result, ensure_ascii=False) + "\n")
         if failed == len(rows):
             raise UsageError(f"no row of {source} can be answered; the last: {result['error']}")
-    return {"out": str(out), "rows": len(rows), "failed": failed, "seconds": round(time.monotonic() - started, 3)}
+    seconds = round(time.monotonic() - started, 3)
+    return {"out": str(out), "rows": len(rows), "failed": failed, "seconds": seconds, **_engine_of(opened)}
 
 
 def run_chat(bundle: Path, config: RunConfig, source: Iterable[str], target: TextIO) -> None:
@@ -199,7 +207,13 @@ def _open(bundle: Path, config: RunConfig) -> TextGenerator | Seq2SeqGenerator |
     Raises:
         UsageError: --labels for a model that is not a decoder.
     """
-    opened = load(bundle, threads=config.threads, accuracy_level=config.accuracy_level, adapter=config.adapter)
+    opened = load(
+        bundle,
+        threads=config.threads,
+        accuracy_level=config.accuracy_level,
+        adapter=config.adapter,
+        engine=config.engine,
+    )
     if config.labels and isinstance(opened, Seq2SeqGenerator):
         raise UsageError("--labels is for decoders: an encoder-decoder generates its answer")
     if config.labels and not isinstance(opened, TextGenerator):

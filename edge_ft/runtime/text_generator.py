@@ -84,13 +84,18 @@ class Conversation:
 
 
 class TextGenerator(GenerativeBundle):
-    """An open text-generation bundle; answers one prompt at a time, scores batches."""
+    """An open text-generation bundle; answers one prompt at a time, scores batches.
+
+    Attributes:
+        prefill: A second graph of the bundle, which reads prompts; None where one graph does all.
+    """
 
     def __init__(
         self, bundle: Bundle, session: ort.InferenceSession, adapter_inputs: dict[str, NDArray[np.float32]]
     ) -> None:
         super().__init__(bundle)
         self._session = session
+        self.prefill: ort.InferenceSession | None = None
         self._shape = CacheShape.of(bundle)
         self._adapter_inputs = adapter_inputs
 
@@ -241,7 +246,7 @@ class TextGenerator(GenerativeBundle):
 
     def open_cache(self) -> KVCache:
         """Return an empty cache of this model."""
-        return KVCache(self._session, self._shape, self._adapter_inputs)
+        return KVCache(self._session, self._shape, self._adapter_inputs, self.prefill)
 
     def _rendering(self, config: RunConfig) -> Rendering:
         """Return the bundle's rendering, with the chat template of `config` if it names one."""
