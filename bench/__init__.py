@@ -11,7 +11,7 @@ from edge_ft import __version__
 from edge_ft.artifacts import kind_of
 from edge_ft.bench.answers import answer_records, answer_settings
 from edge_ft.bench.meters import MemoryLimit, machine, memory_limit
-from edge_ft.bench.quality import SCORED, quality_records, score_settings
+from edge_ft.bench.quality import SCORED, engine_records, quality_records, score_settings
 from edge_ft.bench.report import records_of
 from edge_ft.bench.subjects import (
     GRAPH_ENGINES,
@@ -72,6 +72,8 @@ def bench(subjects: Sequence[str], config: BenchConfig, progress: Progress | Non
     for subject in measured:
         environment = here | _conditions(subject, limit)
         records += records_of(subject, samples[subject], environment, notes.get(subject))
+        if subject.engine == "edge-ft":
+            records += engine_records(subject, environment)
         if config.data is not None and subject.engine in SCORED and subject not in notes:
             progress.say(f"scoring {subject.name}")
             job = subject.job | {"score": score_settings(config, workload.threads)}
@@ -92,6 +94,10 @@ def _open_subjects(sources: Sequence[str], config: BenchConfig, workload: Worklo
         for source in sources
         if kind_of(source) == "bundle"
     }
+    for source, subject in bundles.items():
+        if subject.job["engine"] == "auto":  # chosen before the first measurement, which it would lengthen
+            job = {"do": "choose", "bundle": source, "threads": workload.threads}
+            subject.job["engine"] = run_worker(job, f"choosing how {source} runs", workload.threads)["engine"]
     requests = [{"source": source} for source in sources if source not in bundles]
     requests += peer_requests(config.peers, list(bundles.values()))
     # One process finds all models, since importing torch takes seconds.
@@ -133,6 +139,7 @@ def _conditions(subject: Subject, limit: MemoryLimit | None) -> dict[str, Any]:
         "prompt_tokens": subject.job["prompt_tokens"],
         "new_tokens": subject.job["new_tokens"] if subject.task in TEXT_TASKS else None,
         "accuracy_level": subject.job.get("accuracy_level"),
+        "engine": subject.job.get("engine") if subject.engine == "edge-ft" else None,
         "memory_limit_bytes": limit.size if limit else None,
         "memory_limiter": limit.kind if limit else None,
         "edge-ft": __version__,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from edge_ft.data import Row
     from edge_ft.evaluate.loading import LoadedSource
 
-__all__ = ["SCORED", "open_subject", "quality_records", "score", "score_settings"]
+__all__ = ["SCORED", "engine_records", "open_subject", "quality_records", "score", "score_settings"]
 
 SCORED = ("edge-ft", "torch")
 """Engines that can be scored; the others are only timed."""
@@ -112,4 +112,30 @@ def quality_records(subject: Subject, found: dict[str, Any], environment: dict[s
         }
         for metric, (unit, value, interval) in figures.items()
         if value is not None
+    ]
+
+
+def engine_records(subject: Subject, environment: dict[str, Any]) -> list[dict[str, Any]]:
+    """Make the record of what the graphs that a bundle chose to run with lose against its exact one, if that is known.
+
+    Args:
+        subject: What was measured; scores of quality are those of its exact graph.
+        environment: Machine, versions and settings.
+
+    Returns:
+        One record of `nll_above_exact`, or none.
+    """
+    engine = subject.job.get("engine") or {}
+    if (value := engine.get("nll_above_exact")) is None:
+        return []
+    return [
+        {
+            "subject": subject.engine,
+            "variant": subject.variant,
+            "metric": "nll_above_exact",
+            "unit": "nats/token",
+            "value": value,
+            "samples": [value],
+            "environment": environment,
+        }
     ]

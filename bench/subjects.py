@@ -71,11 +71,12 @@ def bundle_subject(source: str, accuracy_level: int | None, workload: Workload) 
 
     Args:
         source: Folder of the bundle.
-        accuracy_level: Graph to measure; None is the manifest's default.
+        accuracy_level: Graph to measure; None is the engine that `edge_ft.runtime.load` chooses.
         workload: What it computes.
 
     Returns:
-        The subject; its job names the accuracy level that the default stands for.
+        The subject; its job names the accuracy level of the exact graph where none was asked for: it is what is scored,
+        and what other engines run.
     """
     bundle = Bundle.open(Path(source))
     graph = bundle.graph(accuracy_level).relative_to(bundle.path).as_posix()
@@ -85,6 +86,7 @@ def bundle_subject(source: str, accuracy_level: int | None, workload: Workload) 
         "bundle": source,
         "task": bundle.task,
         "accuracy_level": next(levels, accuracy_level),
+        "engine": "auto" if accuracy_level is None else None,
         **asdict(workload),
     }
     return Subject("edge-ft", source, bundle.task, bundle.max_length, bundle.size_bytes, job)

@@ -50,6 +50,11 @@ def main() -> None:
 def _work(job: dict[str, Any]) -> dict[str, Any]:
     if job["do"] == "find":
         return _find(job)
+    if job["do"] == "choose":
+        from edge_ft.runtime import load
+
+        engine = load(job["bundle"], threads=job["threads"]).engine
+        return {"engine": None if engine is None else engine.plain()}
     if "score" in job:
         from edge_ft.bench.quality import score
 
@@ -143,7 +148,8 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
     elif job["do"] == "bundle":
         from edge_ft.runtime import load
 
-        start = partial(load, job["bundle"], threads=job["threads"], accuracy_level=job["accuracy_level"])
+        level = None if job.get("engine") else job["accuracy_level"]
+        start = partial(load, job["bundle"], threads=job["threads"], accuracy_level=level)
     elif job["do"] == "openvino":
         from edge_ft.bench.openvino_peer import OpenVINOClassifier, OpenVINODecoder
 

@@ -33,7 +33,7 @@ def bundles(bert_run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def logits(bundle: Bundle) -> NDArray[np.float32]:
-    classifier = load(bundle, threads=1)
+    classifier = load(bundle, threads=1, engine="exact")
     assert isinstance(classifier, TextClassifier)
     encoded = [classifier.tokenizer.encode_framed(text, 64).ids for text in TEXTS]
     return np.concatenate([classifier.logits(np.array([ids]), np.ones((1, len(ids)), np.int64)) for ids in encoded])

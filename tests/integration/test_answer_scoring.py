@@ -15,7 +15,7 @@ from edge_ft.runtime import TextGenerator, load
 
 
 def generator(bundle: Path) -> TextGenerator:
-    opened = load(bundle, threads=1)
+    opened = load(bundle, threads=1, engine="exact")
     assert isinstance(opened, TextGenerator)
     return opened
 

@@ -115,7 +115,7 @@ def test_rows_whose_second_texts_are_all_alike_are_refused(
 def test_a_base_without_an_adapter_embeds_as_torch(bert: Path, tmp_path: Path) -> None:
     bundle = export(str(bert), ExportConfig(out=tmp_path / "b", weights="fp32"))
     assert bundle.task == "feature-extraction"
-    opened = load(bundle)
+    opened = load(bundle, engine="exact")
     assert isinstance(opened, TextEmbedder)
     texts = ["the film was good", "bad", "not a very good film"]
     found = opened.embed(texts)
@@ -143,8 +143,8 @@ def test_pooling_comes_from_the_models_files_unless_the_option_is_given(bert: Pa
 
     write({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "Transformer", "Pooling")
     assert find_base(str(folder)).pooling == ("cls", False)
-    first = load(export(str(folder), ExportConfig(out=tmp_path / "cls")))
-    mean = load(export(str(folder), ExportConfig(out=tmp_path / "mean", pooling="mean")))
+    first = load(export(str(folder), ExportConfig(out=tmp_path / "cls")), engine="exact")
+    mean = load(export(str(folder), ExportConfig(out=tmp_path / "mean", pooling="mean")), engine="exact")
     assert isinstance(first, TextEmbedder)
     assert isinstance(mean, TextEmbedder)
     assert np.linalg.norm(first.embed(["good"])) != pytest.approx(1, abs=1e-3)
@@ -165,7 +165,7 @@ def test_pooling_is_for_embedders(bert: Path, reviews: Path, bundle: Bundle, row
 
 
 def test_a_batch_of_texts_equals_single_texts(bundle: Bundle) -> None:
-    opened = load(bundle)
+    opened = load(bundle, engine="exact")
     assert isinstance(opened, TextEmbedder)
     texts = ["good", "the film was very very good", "not a"]
     for vector, text in zip(opened.embed(texts), texts, strict=True):

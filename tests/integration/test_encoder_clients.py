@@ -38,7 +38,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
 
 def answers(bundle: Path) -> tuple[Feed, NDArray[np.float32]]:
     """A padded batch, and our runtime's logits for it."""
-    classifier = load(bundle, threads=1)
+    classifier = load(bundle, threads=1, engine="exact")
     assert isinstance(classifier, TextClassifier)
     ids, mask = padded_ids(classifier.tokenizer.pad_id)
     return {"input_ids": ids, "attention_mask": mask}, classifier.logits(ids, mask)

@@ -100,7 +100,7 @@ def test_a_padded_batch_scores_as_single_rows(llama_bundle: Bundle, llama_run: R
     tokenizer = TextTokenizer.load(llama_bundle.path)
     examples = encode_rows(rendering, tokenizer, read_rows(str(llama_run.split("train"))))[:6]
     assert len({len(example.input_ids) for example in examples}) > 1
-    generator = load(llama_bundle)
+    generator = load(llama_bundle, engine="exact")
     together, _ = generator.token_nll(collate(examples, tokenizer.pad_id, "text-generation"))
     for row, example in enumerate(examples):
         alone, _ = generator.token_nll(collate([example], tokenizer.pad_id, "text-generation"))
@@ -109,7 +109,7 @@ def test_a_padded_batch_scores_as_single_rows(llama_bundle: Bundle, llama_run: R
 
 def test_greedy_answers_equal_torch(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
     model, _base = open_run_model(llama_run)
-    generator = load(llama_adapter_bundle)
+    generator = load(llama_adapter_bundle, engine="exact")
     scorer = TorchScorer(model, "text-generation", generator.stop_ids)
     rendering, tokenizer = generator.rendering, generator.tokenizer
     for example in encode_rows(rendering, tokenizer, read_rows(str(llama_run.split("test")))):

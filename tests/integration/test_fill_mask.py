@@ -50,7 +50,7 @@ def bundle(run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def filler(bundle: Bundle) -> MaskFiller:
-    opened = load(bundle)
+    opened = load(bundle, engine="exact")
     assert isinstance(opened, MaskFiller)
     return opened
 

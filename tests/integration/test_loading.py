@@ -53,14 +53,14 @@ def test_a_head_keeps_its_names_for_rows_with_numbers(
     assert json.loads((bundle.path / "config.json").read_text())["id2label"] == names
     bases = run.report()["nll"]["base"], bundle.manifest["verification"]["nll"]["base"]
     assert bases[0] == pytest.approx(bases[1], abs=1e-3), "the base is the model with its own head"
-    opened = load(bundle)
+    opened = load(bundle, engine="exact")
     assert isinstance(opened, TextClassifier)
     (found,) = opened.classify(["the film was very good"])
     assert found.label == "praise"
     assert list(found.scores) == ["praise", "blame"]
     if given:
         plain = export(str(folder), ExportConfig(out=tmp_path / "plain", class_names=given, weights="fp32"))
-        ours = load(plain)
+        ours = load(plain, engine="exact")
         assert isinstance(ours, TextClassifier)
         theirs = BertForSequenceClassification.from_pretrained(folder).eval()
         ids = torch.tensor([ours.tokenizer.encode_framed("the film was good", 64).ids])

@@ -30,7 +30,7 @@ def test_float_bundles_of_the_real_models_agree_with_torch(
 
 def test_a_chat_that_reuses_its_cache_answers_as_one_that_reads_everything_again(tmp_path: Path) -> None:
     bundle = export(str(decoder_weights()), ExportConfig(out=tmp_path / "bundle"))
-    generator = load(bundle)
+    generator = load(bundle, engine="exact")
     assert isinstance(generator, TextGenerator)
     config = RunConfig(max_new_tokens=24)
     chat = generator.chat(config)

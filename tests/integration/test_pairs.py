@@ -52,7 +52,7 @@ def test_a_pair_classifier_is_trained_exported_and_scored(run: RunFolder, bundle
 
 
 def test_token_types_reach_torch_and_the_graph(run: RunFolder, bundle: Bundle) -> None:
-    opened = load(bundle)
+    opened = load(bundle, engine="exact")
     assert isinstance(opened, TextClassifier)
     examples = encode_rows(opened.rendering, opened.tokenizer, read_rows(str(run.split("test"))))
     batch = collate(examples, opened.tokenizer.pad_id, "text-classification")
@@ -64,7 +64,7 @@ def test_token_types_reach_torch_and_the_graph(run: RunFolder, bundle: Bundle) -
 
 
 def test_a_padded_batch_of_pairs_equals_single_pairs(bundle: Bundle) -> None:
-    opened = load(bundle)
+    opened = load(bundle, engine="exact")
     assert isinstance(opened, TextClassifier)
     pairs = [("the film was", "not a bad"), ("the", "good"), ("the film was very very", "not a not a good")]
     for together, pair in zip(opened.classify(pairs), pairs, strict=True):
@@ -73,7 +73,7 @@ def test_a_padded_batch_of_pairs_equals_single_pairs(bundle: Bundle) -> None:
 
 
 def test_a_model_trained_on_pairs_requires_pairs(bundle: Bundle, run: RunFolder, tmp_path: Path) -> None:
-    opened = load(bundle)
+    opened = load(bundle, engine="exact")
     with pytest.raises(UsageError, match="was trained on pairs of texts"):
         opened.classify(["the film was good"])
     with pytest.raises(UsageError, match="reads two texts: give --text-pair"):

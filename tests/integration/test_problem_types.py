@@ -34,7 +34,7 @@ def shipped(model: Path, data: Path, out: Path, **settings: Any) -> tuple[TextCl
     run = tune(config)
     bundle = export(str(run.path), ExportConfig(out=out / "b", max_tax=1, min_retained=0.3, max_metric_drop=1))
     assert bundle.manifest["verification"]["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-4
-    opened = load(bundle)
+    opened = load(bundle, engine="exact")
     assert isinstance(opened, TextClassifier)
     said = json.loads((bundle.path / "config.json").read_text())
     assert said["problem_type"] == opened.problem, "config.json says it to other runtimes too"

@@ -60,7 +60,7 @@ def adapter_bundle(tuned: RunFolder) -> Bundle:
 
 @pytest.fixture(scope="module")
 def generator(adapter_bundle: Bundle) -> Seq2SeqGenerator:
-    opened = load(adapter_bundle, threads=1)
+    opened = load(adapter_bundle, threads=1, engine="exact")
     assert isinstance(opened, Seq2SeqGenerator)
     return opened
 
@@ -113,7 +113,7 @@ def test_the_adapter_lane_is_exact_and_can_run_its_base(adapter_bundle: Bundle, 
     found = adapter_bundle.manifest["verification"]
     assert abs(found["quantization_tax"]) < 1e-3
     assert found["adapter_changes_logits"] is True
-    tuned, base = load(adapter_bundle), load(adapter_bundle, adapter="none")
+    tuned, base = load(adapter_bundle, engine="exact"), load(adapter_bundle, adapter="none", engine="exact")
     assert isinstance(tuned, Seq2SeqGenerator)
     assert isinstance(base, Seq2SeqGenerator)
     assert [tuned.answer(ids, 8) for ids in held_out] != [base.answer(ids, 8) for ids in held_out]

@@ -28,7 +28,7 @@ def named_by(bundle: Bundle) -> dict[str, Any]:
     genai = bundle.path / "genai_config.json"
     if genai.exists():
         found["genai_config.json"] = json.loads(genai.read_text())["model"]["eos_token_id"]
-    opened = load(bundle)
+    opened = load(bundle, engine="exact")
     assert isinstance(opened, GenerativeBundle)
     assert opened.stop_ids == set(found["manifest.json"])
     assert AutoTokenizer.from_pretrained(bundle.path).eos_token_id in found["manifest.json"]

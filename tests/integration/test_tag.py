@@ -55,7 +55,7 @@ def bundle(run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def tagger(bundle: Bundle) -> TextTagger:
-    opened = load(bundle)
+    opened = load(bundle, engine="exact")
     assert isinstance(opened, TextTagger)
     return opened
 

@@ -118,7 +118,7 @@ def seen(model: str, task: Task, kind: str, held: str, refused: str | None = Non
 
 def greedy(bundle: Bundle) -> tuple[list[int], list[int]]:
     """A prompt longer than the attention window of every tiny model, and our answer."""
-    generator = load(bundle, threads=1)
+    generator = load(bundle, threads=1, engine="exact")
     assert isinstance(generator, TextGenerator)
     generator.stop_ids = frozenset()
     prompt = generator.tokenizer.encode("hello world, the answer 3 is seven hello world")
@@ -173,7 +173,7 @@ def encoder_decoders(
         folder = tmp_path_factory.mktemp(name)
         model = write_t5(folder / "model", **config)
         bundle = export(str(model), ExportConfig(out=folder / "bundle", weights="fp32"))
-        generator = load(bundle, threads=1)
+        generator = load(bundle, threads=1, engine="exact")
         assert isinstance(generator, Seq2SeqGenerator)
         generator.stop_ids = frozenset()
         sources = [generator.tokenizer.encode(text) for text in ("hello world, the answer is seven", "hello")]
@@ -215,7 +215,7 @@ def encoders(
             classes = {"num_labels": 3} if "classification" in task else {}
             head.from_pretrained(model, **classes).save_pretrained(model)
             bundle = export(str(model), ExportConfig(out=folder / "bundle", weights="fp32", task=task))
-            reader = load(bundle, threads=1)
+            reader = load(bundle, threads=1, engine="exact")
             assert isinstance(reader, Encoder)
             ids, mask = padded_ids(reader.tokenizer.pad_id)
             ours[f"{name} {task}"] = reader.logits(ids, mask)
@@ -244,7 +244,7 @@ def test_a_tuned_encoder_of_real_weights_classifies_texts(
     texts = ["A patient has chest pain.", "Which nerve runs through the wrist, and which muscles does it supply?"]
     asked = job("ORTModelForSequenceClassification", bundle, {"texts": texts})
     found = torch.tensor(optimum({"minilm": asked})["minilm"]["output"]).softmax(-1)
-    classifier = load(bundle)
+    classifier = load(bundle, engine="exact")
     assert isinstance(classifier, TextClassifier)
     ours = [list(one.scores.values()) for one in classifier.classify(texts)]
     np.testing.assert_allclose(found, ours, atol=1e-4)

@@ -29,7 +29,7 @@ LABELS = ("no", "not sure", "yes", "no way")
 
 
 def generator(bundle: Path) -> TextGenerator:
-    opened = load(bundle, threads=1)
+    opened = load(bundle, threads=1, engine="exact")
     assert isinstance(opened, TextGenerator)
     return opened
 
