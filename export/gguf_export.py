@@ -13,7 +13,7 @@ from edge_ft.config import INT8_ACTIVATIONS, ExportConfig
 from edge_ft.errors import GateRefused, ModelError, UsageError
 from edge_ft.evaluate.gate import Limits, evaluate_gate, task_metric_for
 from edge_ft.evaluate.scoring import RowScores, Scorer
-from edge_ft.evaluate.verify import SAME, largest_difference, probe_examples
+from edge_ft.evaluate.verify import largest_difference
 from edge_ft.export.foreign import adapter_provenance
 from edge_ft.export.gguf_file import Blocks, file_tensors, write_gguf_file
 from edge_ft.export.gguf_metadata import architecture_for, lost_settings
@@ -26,6 +26,7 @@ from edge_ft.models.gguf import open_gguf, plan_conversion, write_checkpoint
 from edge_ft.models.gguf_names import Architecture, Heads
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.quant.blockwise import Codes
+from edge_ft.runtime.probes import SAME, probe_examples
 
 __all__ = ["export_file"]
 
