@@ -148,7 +148,7 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
     elif job["do"] == "bundle":
         from edge_ft.runtime import load
 
-        level = None if job.get("engine") else job["accuracy_level"]
+        level = None if job.get("engine") else job.get("accuracy_level")
         start = partial(load, job["bundle"], threads=job["threads"], accuracy_level=level)
     elif job["do"] == "openvino":
         from edge_ft.bench.openvino_peer import OpenVINOClassifier, OpenVINODecoder
