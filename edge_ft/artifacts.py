@@ -4,20 +4,25 @@ Reports and manifests are read and written only here; `docs/bundle.md` describes
 """
 
 import hashlib
+import json
+import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edge_ft.errors import BundleError, UsageError
-from edge_ft.files import file_sha256, is_as_sealed, is_rewritten, json_text, seal, write_json, write_text
+from edge_ft.files import cache_folder, file_sha256, is_as_sealed, is_rewritten, json_text, seal, write_json, write_text
 from edge_ft.manifest import find_misfit
 from edge_ft.utf8 import read_json, read_utf8
 
 __all__ = ["FORMAT_VERSION", "Bundle", "RunFolder", "kind_of"]
 
 FORMAT_VERSION = 1
+_TICK_NS = 2 * 10**9
+"""The coarsest clock of a file system in use, FAT's."""
 _RESTORE = "copy the run folder again, or remove files.json to use it as it is"
 
 
@@ -201,8 +206,15 @@ class Bundle:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, path: Path) -> "Bundle":
-        """Read the manifest, and hash every file that it lists.
+    def open(cls, path: Path, *, hash_all: bool = False) -> "Bundle":
+        """Read the manifest, and check every file that it lists.
+
+        Files are hashed at the first open on a machine, and again when the manifest or the inode, size, mtime or ctime
+        of any of them is not as at the last open that found all in order.
+
+        Args:
+            path: Folder of the bundle.
+            hash_all: Hash every file in any case: only this finds bits that rotted on the disk.
 
         Returns:
             The bundle.
@@ -234,12 +246,17 @@ class Bundle:
         } - {"manifest.json"}
         if unlisted := sorted(found - manifest["files"].keys()):
             raise BundleError(f"{path} holds a file that its manifest does not list: {unlisted[0]}")
-        for name, entry in manifest["files"].items():
-            file = path / name
+        for name in manifest["files"]:
             if name not in found:
                 raise BundleError(f"{path} lacks {name}, which its manifest lists: copy the bundle again")
+        state = _state_of(path, manifest)
+        if not hash_all and _is_remembered(path, state):
+            return cls(path, manifest)
+        for name, entry in manifest["files"].items():
+            file = path / name
             if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
                 raise BundleError(f"{file} is not the file that was exported (sha256 differs): copy the bundle again")
+        _remember(path, state)
         return cls(path, manifest)
 
     @staticmethod
@@ -320,3 +337,41 @@ class Bundle:
         if encoder is None:
             raise BundleError(f"{self.path} names no encoder for {graph}: export it again")
         return self.path / str(encoder)
+
+
+State = dict[str, list[int | str]]
+"""For each file of a bundle the sha256 of its manifest, then device, inode, size, mtime and ctime."""
+
+
+def _state_of(path: Path, manifest: dict[str, Any]) -> State:
+    found = {name: (path / name).stat() for name in manifest["files"]}
+    return {
+        name: [
+            *(manifest["files"][name]["sha256"], stat.st_dev, stat.st_ino, stat.st_size),
+            *(stat.st_mtime_ns, stat.st_ctime_ns),
+        ]
+        for name, stat in found.items()
+    }
+
+
+def _memory_of(path: Path) -> Path:
+    """The file that says in which state a bundle was when its files were last found to be in order."""
+    return cache_folder() / "opened" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+
+
+def _is_remembered(path: Path, state: State) -> bool:
+    # Windows has no time of the last change of a file that a program cannot set.
+    with suppress(OSError, ValueError):
+        return os.name != "nt" and bool(json.loads(_memory_of(path).read_text("utf-8")) == state)
+    return False
+
+
+def _remember(path: Path, state: State) -> None:
+    """Keep the state of a bundle whose files are in order, unless one changed so lately that its times may not show it.
+
+    A file that is written twice within a tick of the file system's clock has the same times after both.
+    """
+    newest = max((int(at) for *_, mtime, ctime in state.values() for at in (mtime, ctime)), default=0)
+    if time.time_ns() - newest > _TICK_NS:
+        with suppress(OSError):  # a read-only or full cache: hashed again next time
+            write_json(_memory_of(path), state)

@@ -85,7 +85,7 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
         GateRefused: the export was refused, the bundle scores differently here, or it lost too much.
         AuditRefused: no row has an answer to score.
     """
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, hash_all=True)
     if refused := bundle.manifest.get("verification", {}).get("refused"):
         raise GateRefused(f"{path}: its export was refused: {'; '.join(refused)}")
     recorded = bundle.verification

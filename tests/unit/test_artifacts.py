@@ -1,14 +1,18 @@
 """A bundle opens only if nothing has changed, and files are written whole or not at all."""
 
 import json
+import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
 from tiny_bundle import write_decoder
 
+from edge_ft import artifacts
 from edge_ft.artifacts import Bundle, RunFolder, kind_of
 from edge_ft.errors import BundleError, UsageError
-from edge_ft.files import atomic_folder, write_json, write_text
+from edge_ft.files import atomic_folder, file_sha256, seal, write_json, write_text
 
 
 @pytest.fixture
@@ -122,3 +126,64 @@ def test_json_without_nan_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nan"):
         write_json(tmp_path / "file.json", {"loss": float("nan")})
     assert not (tmp_path / "file.json").exists()
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Names of the files that are hashed, in a cache of this test and at a time when a fresh bundle is old."""
+    seen: list[str] = []
+    monkeypatch.setenv("EDGE_FT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(artifacts, "_TICK_NS", -(10**9))
+    monkeypatch.setattr(artifacts, "file_sha256", lambda file: (seen.append(file.name), file_sha256(file))[1])
+    return seen
+
+
+def test_a_bundle_in_order_is_hashed_once(bundle: Path, hashed: list[str]) -> None:
+    Bundle.open(bundle)
+    first = len(hashed)
+    Bundle.open(bundle)
+    assert len(hashed) == first > 0
+    Bundle.open(bundle, hash_all=True)
+    assert len(hashed) == 2 * first
+
+
+def test_a_change_of_the_same_size_and_mtime_is_found(bundle: Path, hashed: list[str]) -> None:
+    graph = Bundle.open(bundle).graph()
+    before, content = graph.stat(), bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    time.sleep(0.02)  # a tick of the file system's clock
+    graph.write_bytes(content)
+    os.utime(graph, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(BundleError, match="sha256 differs"):
+        Bundle.open(bundle)
+
+
+def test_another_manifest_is_not_that_of_the_last_open(bundle: Path, hashed: list[str]) -> None:
+    manifest = Bundle.open(bundle).manifest
+    manifest["files"]["tokenizer.json"]["sha256"] = "0" * 64
+    write_json(bundle / "manifest.json", seal(manifest))
+    with pytest.raises(BundleError, match="sha256 differs"):
+        Bundle.open(bundle)
+
+
+def test_a_file_that_changed_just_now_is_hashed_again(
+    bundle: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "_TICK_NS", 60 * 10**9)
+    Bundle.open(bundle)
+    first = len(hashed)
+    Bundle.open(bundle)
+    assert len(hashed) == 2 * first
+
+
+def test_a_damaged_memory_or_none_means_hashing(bundle: Path, hashed: list[str], tmp_path: Path) -> None:
+    Bundle.open(bundle)
+    first = len(hashed)
+    (file,) = (tmp_path / "cache" / "opened").iterdir()
+    file.write_bytes(b"\xff{")
+    Bundle.open(bundle)
+    assert len(hashed) == 2 * first
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("no folder")
+    Bundle.open(bundle)
+    assert len(hashed) == 3 * first
