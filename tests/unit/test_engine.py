@@ -11,8 +11,9 @@ import pytest
 from tiny_bundle import write_decoder
 
 from edge_ft.artifacts import Bundle
-from edge_ft.config import RunConfig
+from edge_ft.config import EvalConfig, RunConfig
 from edge_ft.errors import BundleError, UsageError
+from edge_ft.evaluate import evaluate
 from edge_ft.runtime import engine, load
 from edge_ft.runtime import trials as trials_module
 from edge_ft.runtime.decode import Timings
@@ -243,3 +244,11 @@ def test_two_graphs_read_and_write_one_cache(tmp_path: Path, monkeypatch: pytest
     ids = list(b"a question that is longer than eight tokens")
     assert both.answer(ids, 12) == exact.answer(ids, 12)
     assert runs == [1]  # the prompt alone
+
+
+def test_an_evaluation_is_of_the_exact_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_ft.runtime.choose", lambda *_: pytest.fail("eval chose by speed"))
+    bundle, rows = two_graphs(tmp_path / "bundle"), tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Is it:", "completion": "yes"}\n')
+    settings = EvalConfig(data=str(rows), prompt="{prompt}", completion="{completion}", generate=False)
+    assert evaluate(str(bundle.path), settings)["rows"] == 1
