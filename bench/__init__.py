@@ -10,6 +10,7 @@ from typing import Any
 from edge_ft import __version__
 from edge_ft.artifacts import kind_of
 from edge_ft.bench.answers import answer_records, answer_settings
+from edge_ft.bench.limits import add_shares, weight_reads
 from edge_ft.bench.meters import MemoryLimit, machine, memory_limit
 from edge_ft.bench.quality import SCORED, engine_records, quality_records, score_settings
 from edge_ft.bench.report import records_of
@@ -63,15 +64,19 @@ def bench(subjects: Sequence[str], config: BenchConfig, progress: Progress | Non
     progress = progress or Silent()
     if not subjects:
         raise UsageError("name at least one bundle, run folder or model to measure")
-    workload = Workload(config.prompt_tokens, config.new_tokens, config.threads or default_threads())
+    depths = tuple(sorted({int(depth) for depth in config.depths}))
+    workload = Workload(config.prompt_tokens, config.new_tokens, config.threads or default_threads(), depths)
     limit = memory_limit(config.memory_limit * 10**6) if config.memory_limit is not None else None
     measured = _open_subjects(subjects, config, workload)
     samples, notes = _measure(measured, config.repeats, limit, progress)
-    here = machine()
+    limits = run_worker({"do": "limits", "threads": workload.threads}, "measuring the machine", workload.threads)
+    here = machine() | limits
     records = []
     for subject in measured:
         environment = here | _conditions(subject, limit)
-        records += records_of(subject, samples[subject], environment, notes.get(subject))
+        found = records_of(subject, samples[subject], environment, notes.get(subject))
+        add_shares(found, weight_reads(subject), limits)
+        records += found
         if subject.engine == "edge-ft":
             records += engine_records(subject, environment)
         if config.data is not None and subject.engine in SCORED and subject not in notes:
@@ -125,7 +130,14 @@ def _measure(
         if subject in notes:
             continue  # not fitting is a result, and one sample of it is enough
         try:
-            samples[subject].append(run_worker(subject.job, f"measuring {subject.name}", subject.job["threads"], limit))
+            samples[subject].append(
+                run_worker(
+                    subject.job | {"max_length": subject.max_length},
+                    f"measuring {subject.name}",
+                    subject.job["threads"],
+                    limit,
+                )
+            )
         except WillNotFit as error:
             notes[subject] = str(error)
             progress.say(f"{subject.name}: {error}")
@@ -138,6 +150,7 @@ def _conditions(subject: Subject, limit: MemoryLimit | None) -> dict[str, Any]:
         "threads": subject.job["threads"],
         "prompt_tokens": subject.job["prompt_tokens"],
         "new_tokens": subject.job["new_tokens"] if subject.task in TEXT_TASKS else None,
+        "depths": subject.job.get("depths", ()),
         "accuracy_level": subject.job.get("accuracy_level"),
         "engine": subject.job.get("engine") if subject.engine == "edge-ft" else None,
         "memory_limit_bytes": limit.size if limit else None,

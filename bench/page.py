@@ -110,7 +110,9 @@ def _results(records: Sequence[dict[str, Any]]) -> Section:
             best |= {(row, at) for at, value in values.items() if value == choose(values.values())}
     note = (
         "A cell is the median of the processes and, in brackets, the smallest and the largest; of a score, its 95% "
-        "interval. Green is the best of its row, which may be within the noise. MB are 10⁶ bytes."
+        "interval. A percentage is the share of what the machine could do: in decode, of the bandwidth with which "
+        "memory is read; in prefill, of the speed of float32 products. Green is the best of its row, which may be "
+        "within the noise. MB are 10⁶ bytes."
     )
     return Section("Results", tables=[Table(header, rows, best=frozenset(best), note=note)])
 
@@ -220,4 +222,8 @@ def _text(name: str, value: Any) -> str:
         return "–"
     if name.endswith("_bytes"):
         return f"{value / 1e6:.0f} MB"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {entry}" for key, entry in value.items() if not isinstance(entry, dict | list))
+    if name.endswith("_per_s"):
+        return f"{value / 1e9:.1f} G{name.split('_')[1].removesuffix('_per_s')}/s"
+    return (", ".join(map(str, value)) or "–") if isinstance(value, list | tuple) else str(value)

@@ -38,10 +38,22 @@ def classifier_lengths(prompt_tokens: int) -> list[int]:
     return [length for length in (32, 128) if length < prompt_tokens] + [prompt_tokens]
 
 
-def units_of(task: str, prompt_tokens: int) -> dict[str, str]:
-    """Every metric of a task with its unit, in the order of reports; a classifier's metrics carry their length."""
+def units_of(task: str, prompt_tokens: int, depths: Sequence[int] = ()) -> dict[str, str]:
+    """Every metric of a task with its unit, in the order of reports.
+
+    Args:
+        task: Of the subject; a classifier's metrics carry their length.
+        prompt_tokens: The longest length.
+        depths: Tokens of context after which a decoder was measured too.
+
+    Returns:
+        Units by metric.
+    """
     if task in TEXT_TASKS:
-        return DECODER_UNITS
+        deep = [
+            f"{kind}_tps_d{depth}" for depth in depths for kind in ("prefill", "decode") if depth or kind == "decode"
+        ]
+        return DECODER_UNITS | dict.fromkeys(deep if task == "text-generation" else (), "tok/s")
     per_length = {"latency_s": "s", "latency_s_p99": "s", "rows_per_s": "rows/s"}
     lengths = classifier_lengths(prompt_tokens)
     timed = {f"{metric}_{length}": unit for length in lengths for metric, unit in per_length.items()}
@@ -63,7 +75,7 @@ def records_of(
         Records as `edge_ft.bench.bench` documents them, in the order of `units_of`.
     """
     records = []
-    for metric, unit in units_of(subject.task, environment["prompt_tokens"]).items():
+    for metric, unit in units_of(subject.task, environment["prompt_tokens"], environment.get("depths", ())).items():
         if metric == "size_bytes":
             samples: list[float] = [subject.size_bytes] * max(1, len(results))
         elif note is not None:
@@ -79,12 +91,33 @@ def records_of(
             "samples": samples,
             "environment": environment,
         }
+        if name := _known_as(subject.task, metric, environment):
+            record["known_as"] = name
         if note is None and any(metric in result.get("times", {}) for result in results):
             record["times"] = [result["times"][metric] for result in results]
         if not samples:
-            record["note"] = note or "cannot be measured on this system"
+            deep = "_tps_d" in metric
+            unknown = "the context is too long for this model" if deep else "cannot be measured on this system"
+            record["note"] = note or unknown
         records.append(record)
     return records
+
+
+def _known_as(task: str, metric: str, environment: dict[str, Any]) -> str | None:
+    """The name that llama-bench gives to a decoder's speed: pp256 is a prompt of 256 tokens, tg64 64 new ones.
+
+    `@ d2048` is a context of 2,048 tokens before them.
+
+    Returns:
+        The name; None for what llama-bench does not measure.
+    """
+    prompt, new = environment["prompt_tokens"], environment.get("new_tokens")
+    if task != "text-generation" or "_tps" not in metric or new is None:
+        return None
+    kind, _, depth = metric.partition("_tps")
+    # The new tokens of `decode_tps` follow the prompt.
+    at = int(depth.removeprefix("_d")) if depth else prompt if kind == "decode" else 0
+    return f"{f'pp{prompt}' if kind == 'prefill' else f'tg{new}'}{f' @ d{at}' if at else ''}"
 
 
 def table(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -92,16 +125,18 @@ def table(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
     Returns:
         The header and the rows. A cell is the median with the smallest and largest sample in brackets; of a score, the
-        value with its 95% interval. Bytes are shown as MB.
+        value with its 95% interval; of a speed, its share of the machine's limit in percent. Bytes are shown as MB.
     """
     records = [record for record in records if "answers" not in record]
     columns = list(dict.fromkeys((record["subject"], record["variant"]) for record in records))
     cells = {(record["subject"], record["variant"], record["metric"]): _cell(record) for record in records}
     units = {record["metric"]: record["unit"] for record in records}
+    names = {record["metric"]: record["known_as"] for record in records if "known_as" in record}
     rows: list[tuple[str, ...]] = [("median [min–max]", *(f"{subject} {variant}" for subject, variant in columns))]
     for metric, unit in units.items():
         shown = "" if unit in ("s", "") else f" ({unit})"
-        name = f"{metric.removesuffix('_bytes')} (MB)" if unit == "bytes" else f"{metric}{shown}"
+        known = f" = {names[metric]}" if metric in names else ""
+        name = f"{metric.removesuffix('_bytes')} (MB)" if unit == "bytes" else f"{metric}{known}{shown}"
         rows.append((name, *(cells.get((*column, metric), "-") for column in columns)))
     return rows
 
@@ -160,7 +195,8 @@ def _cell(record: dict[str, Any]) -> str:
     samples = [sample * scale for sample in record["samples"]]
     low, high = record.get("interval") or (min(samples), max(samples))
     spread = f" [{format_value(low)}–{format_value(high)}]" if low != high else ""
-    return format_value(record["value"] * scale) + spread
+    share = f" ({record['share']['value']:.0%})" if "share" in record else ""
+    return format_value(record["value"] * scale) + spread + share
 
 
 def format_value(value: float) -> str:

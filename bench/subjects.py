@@ -41,6 +41,8 @@ class Workload:
     new_tokens: int
     threads: int
     """CPU threads."""
+    depths: tuple[int, ...] = ()
+    """Tokens of context after which a decoder is measured too."""
 
 
 @dataclass(frozen=True, eq=False)

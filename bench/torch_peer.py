@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -162,5 +163,6 @@ def _found(
         "tokenizer": str(tokenizer.folder.resolve()),
         "adapter": str(adapter.resolve()) if adapter else None,
         "max_length": base.max_length,
+        "parameters": sum(prod(stored.shape) for stored in base.checkpoint.tensors.values()),
         "size_bytes": size(weights) + (size(adapter.iterdir()) if adapter else 0),
     }

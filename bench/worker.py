@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edge_ft.data import TextTokenizer
     from edge_ft.runtime import TextClassifier, TextGenerator
 
-__all__ = ["answer_job", "classifier_ids", "main", "prompt_ids"]
+__all__ = ["answer_job", "at_depths", "classifier_ids", "main", "measure_decoder", "prompt_ids"]
 
 _TEXT = (
     "The pump in the cellar runs at night, when power is cheap. It lifts water from a well of forty metres into "
@@ -55,6 +55,10 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
 
         engine = load(job["bundle"], threads=job["threads"]).engine
         return {"engine": None if engine is None else engine.plain()}
+    if job["do"] == "limits":
+        from edge_ft.bench.limits import measure_limits
+
+        return measure_limits(job)
     if "score" in job:
         from edge_ft.bench.quality import score
 
@@ -168,13 +172,24 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     engine = start()
     load_s = time.perf_counter() - began
-    measure = _measure_decoder if job["task"] in TEXT_TASKS else _measure_classifier
-    return {"load_s": load_s, **measure(engine, job), "peak_rss_bytes": peak_rss_bytes()}
+    measure = measure_decoder if job["task"] in TEXT_TASKS else _measure_classifier
+    found = {"load_s": load_s, **measure(engine, job), "peak_rss_bytes": peak_rss_bytes()}
+    # After the peak was read: memory is that of the prompt, not of a longer context.
+    return found | (at_depths(engine, job) if job["task"] == "text-generation" else {})
 
 
-def _measure_decoder(
+def measure_decoder(
     engine: "TextGenerator | TorchDecoder | OpenVINODecoder | GenAIDecoder", job: dict[str, Any]
 ) -> dict[str, Any]:
+    """Speeds of a decoder or encoder-decoder: a first answer that warms up, then the one that is timed.
+
+    Args:
+        engine: Its `time_decode` is called with the prompt.
+        job: The measuring job.
+
+    Returns:
+        Metrics, and `times`: every time between tokens.
+    """
     import numpy as np
 
     # An encoder-decoder's text ends with EOS.
@@ -194,6 +209,34 @@ def _measure_decoder(
         "itl_s_p99": p99,
         "times": {"itl_s_p50": _rounded(timings.decode_s)},
     }
+
+
+def at_depths(engine: Any, job: dict[str, Any]) -> dict[str, float | None]:
+    """Speeds after some tokens of context, of any engine alike.
+
+    The prefill after a context is the time of context and prompt together less the time of the context alone.
+
+    Args:
+        engine: A decoder.
+        job: The measuring job, with `depths`.
+
+    Returns:
+        Metrics; None where the model cannot read so much, or where the difference is lost in the noise.
+    """
+    found: dict[str, float | None] = {}
+    prompt, new = job["prompt_tokens"], job["new_tokens"]
+    for depth in job.get("depths", ()):
+        decode, prefill = f"decode_tps_d{depth}", f"prefill_tps_d{depth}"
+        if depth + prompt + new > job["max_length"]:
+            found |= {decode: None, prefill: None}
+            continue
+        context = engine.time_decode(prompt_ids(engine.tokenizer, max(depth, 1)), new)
+        found[decode] = len(context.decode_s) / sum(context.decode_s)
+        if depth:
+            whole = engine.time_decode(prompt_ids(engine.tokenizer, depth + prompt), 2)
+            seconds = whole.prefill_s - context.prefill_s
+            found[prefill] = prompt / seconds if seconds > 0 else None
+    return found
 
 
 def _measure_classifier(

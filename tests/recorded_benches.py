@@ -15,6 +15,7 @@ ENVIRONMENT: dict[str, Any] = {
     "new_tokens": 16,
     "memory_limit_bytes": None,
     "memory_limiter": None,
+    "depths": [],
     "edge-ft": "0.1.0",
 }
 SECRET = "what the user wrote"

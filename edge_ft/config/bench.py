@@ -32,6 +32,8 @@ class BenchConfig(RowsConfig):
     """Length of the prompt, or of the text to classify, in tokens."""
     new_tokens: Annotated[int, Group.MEASUREMENT, Minimum(2)] = 32
     """Tokens to generate; also the maximum length of an answer to --data."""
+    depths: Annotated[tuple[str, ...], Group.MEASUREMENT] = ()
+    """Also measure a decoder's prefill and decode after so many tokens of context, e.g. 0,2048."""
     markdown: Annotated[Path | None, Group.OUTPUT] = None
     """Also write the table in Markdown to this file, for a pull request."""
     html: Annotated[Path | None, Group.OUTPUT] = None
@@ -53,6 +55,8 @@ class BenchConfig(RowsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for depth in self.depths:
+            check(depth.isdecimal(), f"--depths {depth}: give numbers of tokens, e.g. 0,2048")
         check(
             not self.include_samples or (self.html is not None and self.data is not None),
             "--include-samples shows rows of --data in the page of --html: give both",

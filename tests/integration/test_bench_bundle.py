@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from record_schema import misfits
 from tiny_bundle import write_classifier, write_decoder
 from transformers import LlamaForCausalLM
 
@@ -82,7 +83,18 @@ def test_bundles_of_both_tasks(tmp_path: Path) -> None:
     assert environment["engine"] == {"prefill": way, "decode": way, "nll_above_exact": None}
     assert environment["onnxruntime"]
     assert "torch" not in environment
-    json.dumps(records, allow_nan=False)
+    assert misfits(json.loads(json.dumps(records, allow_nan=False))) == []
+    assert environment["read_bytes_per_s"] > 1e8
+    assert environment["sgemm_flop_per_s"] > 1e8
+
+
+def test_a_decoder_is_measured_after_a_context_too(tmp_path: Path) -> None:
+    bundle = write_decoder(tmp_path / "b")
+    settings = replace(SHORT, repeats=1, depths=("0", "64", "100000"))
+    found = by_metric(bench([str(bundle)], settings), "edge-ft", "b")
+    assert found["decode_tps_d0"]["value"] > 0 < found["decode_tps_d64"]["value"]
+    assert found["decode_tps_d100000"]["value"] is None
+    assert found["decode_tps_d100000"]["note"] == "the context is too long for this model"
 
 
 def test_peak_memory_is_that_of_the_measuring_process(tmp_path: Path) -> None:
@@ -166,6 +178,7 @@ def test_a_bundle_beside_its_run_and_its_base(llama_bundle: Bundle, llama_run: R
     assert list(subjects) == [("edge-ft", "llama-bundle"), ("torch", "llama-run"), ("torch", "llama")]
     for subject, variant in subjects:
         check_decoder(by_metric(records, subject, variant), 1)
+        assert 0 < by_metric(records, subject, variant)["decode_tps"]["share"]["value"] < 1
     run, model = (by_metric(records, "torch", name) for name in ("llama-run", "llama"))
     assert run["size_bytes"]["value"] > model["size_bytes"]["value"]
     assert model["load_s"]["environment"]["torch"] == torch.__version__

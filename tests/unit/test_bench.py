@@ -1,17 +1,21 @@
 """Names, records, table and budgets of a bench; memory limits and the description of the machine."""
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from record_schema import misfits
+from recorded_benches import classifiers, decoders
 from small_tokenizers import write_bpe
 from tiny_bundle import write_classifier
 
 from edge_ft.bench import bench
-from edge_ft.bench.meters import MemoryLimit, group_parents
+from edge_ft.bench.limits import add_shares, measure_limits
+from edge_ft.bench.meters import DecodeTimings, MemoryLimit, group_parents
 from edge_ft.bench.report import (
     DECODER_UNITS,
     budget_failures,
@@ -22,7 +26,7 @@ from edge_ft.bench.report import (
     units_of,
 )
 from edge_ft.bench.subjects import Subject, short_names
-from edge_ft.bench.worker import classifier_ids, prompt_ids
+from edge_ft.bench.worker import at_depths, classifier_ids, measure_decoder, prompt_ids
 from edge_ft.config import BenchConfig
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import UsageError
@@ -51,7 +55,8 @@ def test_a_record_holds_the_median_of_its_samples_and_the_conditions() -> None:
     records = decoder_records()
     assert [record["metric"] for record in records] == list(DECODER_UNITS)
     for record in records:
-        assert record.keys() == {"subject", "variant", "metric", "unit", "value", "samples", "environment"}
+        keys = {"subject", "variant", "metric", "unit", "value", "samples", "environment"}
+        assert record.keys() == keys
         assert len(record["samples"]) == 3
         assert record["environment"] == ENVIRONMENT
     assert value(records, "ttft_s") == 2.0
@@ -194,3 +199,103 @@ def test_a_cgroup_has_the_limit_and_is_removed(tmp_path: Path, monkeypatch: pyte
         assert (group / "memory.max").read_text() == "5000000"
     assert not group.exists()
     assert (limit.kind, MemoryLimit(1, None).kind) == ("cgroup v2", "polled RSS")
+
+
+def test_speeds_carry_the_names_of_llama_bench() -> None:
+    where = ENVIRONMENT | {"new_tokens": 64, "depths": (0, 2048)}
+    units = units_of("text-generation", 128, (0, 2048))
+    subject = Subject("edge-ft", "b", "text-generation", 4096, 1, {}, "b")
+    records = records_of(subject, [dict.fromkeys(units, 1.0)], where, None)
+    assert {record["metric"]: record["known_as"] for record in records if "known_as" in record} == {
+        "prefill_tps": "pp128",
+        "decode_tps": "tg64 @ d128",
+        "decode_tps_d0": "tg64",
+        "prefill_tps_d2048": "pp128 @ d2048",
+        "decode_tps_d2048": "tg64 @ d2048",
+    }
+    assert ("prefill_tps_d2048 = pp128 @ d2048 (tok/s)", "1.00") in table(records)
+
+
+def test_a_context_that_the_model_cannot_read_is_a_note() -> None:
+    results = dict.fromkeys(units_of("text-generation", 128), 1.0) | {"decode_tps_d9": None, "prefill_tps_d9": None}
+    subject = Subject("edge-ft", "b", "text-generation", 4096, 1, {}, "b")
+    records = records_of(subject, [results], ENVIRONMENT | {"depths": (9,)}, None)
+    notes = {record["metric"]: record["note"] for record in records if "note" in record}
+    assert notes == dict.fromkeys(("decode_tps_d9", "prefill_tps_d9"), "the context is too long for this model")
+
+
+@pytest.mark.parametrize("depth", ["-1", "x", "1.5"])
+def test_a_depth_is_a_number_of_tokens(depth: str) -> None:
+    assert BenchConfig(depths=("0,2048",)).depths == ("0", "2048")
+    with pytest.raises(UsageError, match=f"--depths {depth}: give numbers of tokens"):
+        BenchConfig(depths=(depth,))
+
+
+class Sleeper:
+    """A subject that needs a known time: to read a prompt, and for each further token."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.slept = 0.0
+
+    def time_decode(self, ids: list[int], new_tokens: int) -> DecodeTimings:
+        marks = [time.perf_counter()]
+        for seconds in [0.001 * len(ids), *[0.01] * (new_tokens - 1)]:
+            time.sleep(seconds)
+            marks.append(time.perf_counter())
+        self.slept = marks[-1] - marks[0]
+        return DecodeTimings.between(marks)
+
+
+def test_a_known_sleep_is_what_the_meter_shows(tmp_path: Path) -> None:
+    job = {"task": "text-generation", "prompt_tokens": 40, "new_tokens": 6, "started": time.monotonic()}
+    job |= {"depths": [0, 30], "max_length": 512}
+    sleeper = Sleeper(TextTokenizer.load(write_bpe(tmp_path)))
+    found = measure_decoder(sleeper, job)  # type: ignore[arg-type]
+    # No sleep is shorter than asked for; on a busy machine it may be longer.
+    assert found["ttft_s"] >= 0.04
+    assert found["itl_s_p50"] >= 0.01
+    assert found["decode_tps"] <= 100
+    assert found["prefill_tps"] <= 1000
+    assert len(found["times"]["itl_s_p50"]) == 5
+    timed = found["ttft_s"] + sum(found["times"]["itl_s_p50"])
+    assert timed == pytest.approx(sleeper.slept, rel=1e-3)  # the sleeper's own clock, of the same run
+    assert found["cold_start_s"] >= found["ttft_s"]
+    deep = at_depths(sleeper, job)
+    assert deep.keys() == {"decode_tps_d0", "decode_tps_d30", "prefill_tps_d30"}
+    assert 0 < (deep["decode_tps_d30"] or 0) <= 100
+    assert at_depths(sleeper, job | {"max_length": 75}) | {"decode_tps_d0": 0} == {
+        "decode_tps_d0": 0,
+        "decode_tps_d30": None,
+        "prefill_tps_d30": None,
+    }
+
+
+def test_a_speed_is_given_as_a_share_of_the_machines_limit() -> None:
+    records = decoder_records()
+    limits = {"read_bytes_per_s": 1e10, "sgemm_flop_per_s": 1e11}
+    add_shares(records, (1e8, 2e8), limits)
+    shares = {record["metric"]: record["share"] for record in records if "share" in record}
+    assert shares == {
+        "prefill_tps": {"of": "sgemm_flop_per_s", "value": 2.0 * 2e8 / 1e11},
+        "decode_tps": {"of": "read_bytes_per_s", "value": 2.0 * 1e8 / 1e10},
+    }
+    assert ("decode_tps (tok/s)", "2.00 [1.00–5.00] (2%)") in table(records)
+    unknown = decoder_records()
+    add_shares(unknown, None, limits)
+    assert unknown == decoder_records()
+
+
+def test_the_machines_limits_are_above_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_ft.bench.limits._READ_BYTES", 2**20)
+    monkeypatch.setattr("edge_ft.bench.limits._SIDE", 64)
+    limits = measure_limits({"threads": 2})
+    assert limits.keys() == {"read_bytes_per_s", "sgemm_flop_per_s"}
+    assert min(limits.values()) > 1e6
+
+
+def test_records_follow_the_published_schema() -> None:
+    assert misfits([*decoders(), *classifiers()]) == []
+    for change in ({"value": "1"}, {"odd": 1}, {"unit": "furlong"}, {"environment": {}}, {"samples": [None]}):
+        assert misfits([decoders()[0] | change])
+    assert misfits([{"subject": "edge-ft"}])

@@ -102,7 +102,7 @@ def test_the_same_records_give_the_same_page() -> None:
 def test_the_best_of_each_row_is_marked_in_its_direction() -> None:
     page = page_of(decoders())
     rows = {row.split("</th>")[0]: row for row in page.split('<th scope="row">')}
-    assert '<td class="best">44.0 [' in rows["decode_tps (tok/s)"]  # more is better
+    assert '<td class="best">44.0 [' in rows["decode_tps = tg16 @ d64 (tok/s)"]  # more is better
     assert rows["size (MB)"].split("</td>")[0].endswith('<td class="best">90.0')
 
 
@@ -111,7 +111,7 @@ def test_without_matplotlib_the_page_has_the_tables_and_says_so(monkeypatch: pyt
     page = page_of(decoders())
     assert "pip install 'edge-ft[metrics]'" in "".join(Elements(page).texts)
     assert "svg" not in Elements(page).tags
-    assert "decode_tps (tok/s)" in page
+    assert "decode_tps = tg16 @ d64 (tok/s)" in page
 
 
 @needs_matplotlib
