@@ -54,7 +54,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
     import_libraries(progress, "onnxscript", "peft", "optimum")
     from edge_ft.export.bundle import graph_files, make_manifest, write_bundle, write_genai
     from edge_ft.export.source import open_export_source
-    from edge_ft.export.verification import score_torch, verify_graphs
+    from edge_ft.export.verification import genai_level, score_torch, verify_graphs
 
     use_threads(config.threads)
     with heartbeat(progress, f"opening {source}"):
@@ -76,7 +76,10 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
                 (folder / file).unlink()
                 (folder / file).with_suffix(".onnx_data").unlink(missing_ok=True)  # its weights, if it has its own
         if opened.base.family.decoder:
-            write_genai(folder, opened.base.family.name, opened.dims, opened.special_ids, kept[main])
+            level = genai_level(verification, kept, main) if config.genai_graph == "fast" else main
+            if level == main and config.genai_graph == "fast":
+                progress.say("no other graph passed with nearly the same loss: genai_config.json names the exact one")
+            write_genai(folder, opened.base.family.name, opened.dims, opened.special_ids, kept[level])
         with heartbeat(progress, "writing the manifest"):
             Bundle.seal(folder, {**make_manifest(opened, kept, main), "verification": verification})
         if reasons := verification["refused"]:

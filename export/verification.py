@@ -1,5 +1,6 @@
 """The verification that ends an export: base, trained and shipped model on the same rows, and the gate."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,18 @@ from edge_ft.export.source import ExportSource
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.runtime import load
+from edge_ft.runtime.engine import MAX_LOSS
 from edge_ft.runtime.probes import SAME, probe_examples
 
-__all__ = ["TorchScores", "compared_metrics", "score_rows", "score_torch", "test_scores", "verify_graphs"]
+__all__ = [
+    "TorchScores",
+    "compared_metrics",
+    "genai_level",
+    "score_rows",
+    "score_torch",
+    "test_scores",
+    "verify_graphs",
+]
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,23 @@ def verify_graphs(
         "refused": reasons,
     }
     return verification, passed, main
+
+
+def genai_level(verification: dict[str, Any], kept: Iterable[int], main: int) -> int:
+    """Return the accuracy level that computes in int8 if it passed, with a loss at most `MAX_LOSS` above the exact one.
+
+    Args:
+        verification: What `verify_graphs` returned.
+        kept: Levels that passed.
+        main: The level that runs by default.
+
+    Returns:
+        Level 4, or `main`.
+    """
+    scores = verification["by_accuracy_level"]
+    nll = [scores.get(str(level), {}).get("nll") for level in (4, main)]
+    close = None not in nll and nll[0] <= nll[1] + MAX_LOSS
+    return 4 if 4 in kept and close else main
 
 
 def _score_graph(

@@ -32,6 +32,9 @@ class ExportConfig(RowsConfig):
     float beside them."""
     block_size: Annotated[Literal[16, 32, 64, 128] | None, Group.BUNDLE] = None
     """Weights that share one scale in int4 and int8; default: that of the run, else 32."""
+    genai_graph: Annotated[Literal["exact", "fast"], Group.BUNDLE] = "exact"
+    """Graph that genai_config.json names for onnxruntime-genai: exact is the manifest's model, fast the one with int8
+    activations if it passed with nearly the same loss."""
     max_tax: Annotated[float, Group.GATE, Minimum(0)] = 0.02
     """Refuse a bundle whose loss exceeds that of the trained model by more than this, in nats per target token."""
     min_retained: Annotated[float, Group.GATE] = 0.95

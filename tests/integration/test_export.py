@@ -21,6 +21,7 @@ from edge_ft.data import Rendering, TextTokenizer, collate, encode_rows, read_ro
 from edge_ft.errors import DataError, GateRefused, ModelError, UsageError
 from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
+from edge_ft.export.verification import genai_level
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.scorer import TorchScorer
@@ -330,3 +331,27 @@ def test_weights_without_a_finite_loss_are_refused(llama: Path, tmp_path: Path) 
     with pytest.raises(ModelError, match="give no finite loss of the probe texts"):
         export(str(tmp_path / "model"), ExportConfig(out=tmp_path / "bundle", weights="fp32"))
     assert not (tmp_path / "bundle").exists()
+
+
+def test_genai_is_pointed_at_the_fast_graph_on_request(
+    llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path
+) -> None:
+    config = ExportConfig(out=tmp_path / "bundle", genai_graph="fast", max_tax=9, min_retained=-9, max_metric_drop=1)
+    fast = export(str(llama_run.path), config)
+    names = [
+        json.loads((bundle.path / "genai_config.json").read_text())["model"]["decoder"]["filename"]
+        for bundle in (llama_bundle, fast)
+    ]
+    assert names == ["onnx/model_q4_genai.onnx", "onnx/model_q4_a4_genai.onnx"]
+    assert (fast.path / names[1]).is_file()
+    assert fast.manifest["model"] == "onnx/model_q4.onnx"
+
+
+def test_genai_keeps_the_exact_graph_where_the_fast_one_failed_or_loses_too_much() -> None:
+    def scores(nll: float) -> dict[str, Any]:
+        return {"by_accuracy_level": {"1": {"nll": 1.0}, "4": {"nll": nll}}}
+
+    assert genai_level(scores(1.009), {1, 4}, 1) == 4
+    assert genai_level(scores(1.02), {1, 4}, 1) == 1
+    assert genai_level(scores(1.0), {1}, 1) == 1
+    assert genai_level({"by_accuracy_level": {"1": {}, "4": {}}}, {1, 4}, 1) == 1
