@@ -4,12 +4,14 @@ This process imports neither torch nor onnxruntime; only its child processes do,
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 from edge_ft import __version__
 from edge_ft.artifacts import kind_of
 from edge_ft.bench.answers import answer_records, answer_settings
+from edge_ft.bench.device_profiles import DeviceProfile, read_profile, usable_cores
 from edge_ft.bench.limits import add_shares, weight_reads
 from edge_ft.bench.meters import MemoryLimit, machine, memory_limit
 from edge_ft.bench.quality import SCORED, engine_records, quality_records, score_settings
@@ -64,13 +66,18 @@ def bench(subjects: Sequence[str], config: BenchConfig, progress: Progress | Non
     progress = progress or Silent()
     if not subjects:
         raise UsageError("name at least one bundle, run folder or model to measure")
+    profile = read_profile(config.profile) if config.profile is not None else None
+    threads = config.threads or (profile.threads if profile is not None else default_threads())
     depths = tuple(sorted({int(depth) for depth in config.depths}))
-    workload = Workload(config.prompt_tokens, config.new_tokens, config.threads or default_threads(), depths)
-    limit = memory_limit(config.memory_limit * 10**6) if config.memory_limit is not None else None
+    workload = Workload(config.prompt_tokens, config.new_tokens, threads, depths)
+    limit = _limit(config, profile)
     measured = _open_subjects(subjects, config, workload)
+    # Before and after: other work on the machine would make its limits too low.
+    before = _machine_limits(threads, limit)
     samples, notes = _measure(measured, config.repeats, limit, progress)
-    limits = run_worker({"do": "limits", "threads": workload.threads}, "measuring the machine", workload.threads)
-    here = machine() | limits
+    after = _machine_limits(threads, limit)
+    limits = {name: max(before[name], after[name]) for name in before}
+    here = machine() | limits | _profile_conditions(config.profile, profile, limit)
     records = []
     for subject in measured:
         environment = here | _conditions(subject, limit)
@@ -90,6 +97,39 @@ def bench(subjects: Sequence[str], config: BenchConfig, progress: Progress | Non
             answers = run_worker(subject.job | {"answer": asked}, f"sample answers of {subject.name}", workload.threads)
             records += answer_records(subject, answers["answers"], environment)
     return records
+
+
+def _limit(config: BenchConfig, profile: DeviceProfile | None) -> MemoryLimit | None:
+    """The limits of each measured process, or None."""
+    megabytes = config.memory_limit or (profile.memory_mb if profile is not None else None)
+    if megabytes is None:
+        return None
+    limit = memory_limit(megabytes * 10**6)
+    if profile is None:
+        return limit
+    return replace(limit, cores=tuple(usable_cores(profile.cpus)), cpu_quota=profile.cpu_quota)
+
+
+def _machine_limits(threads: int, limit: MemoryLimit | None) -> dict[str, float]:
+    """What the machine could do with the cores and the CPU time of the measured processes."""
+    roomy = replace(limit, size=10**9) if limit is not None else None  # it reads more memory than a small limit allows
+    return run_worker({"do": "limits", "threads": threads}, "measuring the machine", threads, roomy)
+
+
+def _profile_conditions(name: str | None, profile: DeviceProfile | None, limit: MemoryLimit | None) -> dict[str, Any]:
+    """What a profile asked for, and which part of it this system could not enforce."""
+    if profile is None or limit is None:
+        return {}
+    open_ends = {
+        "cpus": len(limit.cores) < profile.cpus,
+        "cpu_quota": profile.cpu_quota is not None and not limit.holds_quota,
+    }
+    return {
+        "profile": name,
+        "affinity": list(limit.cores),
+        "cpu_quota": profile.cpu_quota,
+        "not_enforced": [name for name, is_open in open_ends.items() if is_open],
+    }
 
 
 def _open_subjects(sources: Sequence[str], config: BenchConfig, workload: Workload) -> list[Subject]:

@@ -13,7 +13,7 @@ __all__ = ["Change", "compare", "higher_is_better", "read_records"]
 
 SMALLEST = 0.02
 """Share of the old value below which a change of speed, memory or size is not reported."""
-CONDITIONS = ("cpu", "cores", "threads", "prompt_tokens", "new_tokens", "memory_limit_bytes", "rows", "data")
+CONDITIONS = ("cpu", "cores", "threads", "prompt_tokens", "new_tokens", "memory_limit_bytes", "profile", "rows", "data")
 """Entries of `environment` without whose equality two figures do not compare."""
 HIGHER_IS_BETTER = ("tok/s", "rows/s")
 """Units of which more is better."""

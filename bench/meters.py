@@ -41,6 +41,17 @@ class MemoryLimit:
     parent: Path | None
     """cgroup v2 folder in which this user may make groups with a memory limit; None: resident memory is watched."""
 
+    cores: tuple[int, ...] = ()
+    """Cores on which it runs; (): all that this process may use."""
+    cpu_quota: float | None = None
+    """CPUs' worth of time that it gets; None: no quota."""
+
+    @property
+    def holds_quota(self) -> bool:
+        """Whether the quota is enforced: where cgroups of `parent` have the cpu controller."""
+        control = self.parent / "cgroup.subtree_control" if self.parent is not None else None
+        return control is not None and control.is_file() and "cpu" in control.read_text().split()
+
     @property
     def kind(self) -> str:
         """How the limit is enforced, as records name it."""
@@ -58,6 +69,8 @@ class MemoryLimit:
             (group / "memory.max").write_text(str(self.size))
             if (group / "memory.swap.max").exists():
                 (group / "memory.swap.max").write_text("0")
+            if self.cpu_quota is not None and self.holds_quota:
+                (group / "cpu.max").write_text(f"{round(self.cpu_quota * 100_000)} 100000")
             yield group
         finally:
             group.rmdir()

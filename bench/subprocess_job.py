@@ -32,10 +32,10 @@ def run_worker(
 
     Args:
         job: What the worker reads; `started` (`time.monotonic()`) and `parent` (a pipe that closes with this process)
-            are added.
+            are added, and `affinity`, the cores of `limit`.
         doing: What the job is about, for messages.
         threads: CPU threads of OpenMP libraries (`OMP_NUM_THREADS`).
-        limit: Memory that the process may use.
+        limit: Memory, cores and CPU time that the process may use.
         module: The worker, whose `main` calls `edge_ft.bench.worker.answer_job`.
 
     Returns:
@@ -53,7 +53,10 @@ def run_worker(
     with tempfile.TemporaryFile() as stderr, limit.group() if limit else nullcontext() as group:
         if group is not None:
             command = [*JOIN_GROUP, str(group), *command]
-        request: bytes | None = json.dumps(job | {"started": time.monotonic(), "parent": alive}).encode()
+        added: dict[str, Any] = {"started": time.monotonic(), "parent": alive}
+        if limit is not None and limit.cores:
+            added["affinity"] = limit.cores
+        request: bytes | None = json.dumps(job | added).encode()
         seen = 0
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment, pass_fds=[alive]

@@ -80,6 +80,8 @@ def answer_job(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)
         job = json.load(sys.stdin)
+        if affinity := job.pop("affinity", None):
+            os.sched_setaffinity(0, affinity)  # before any library counts the CPUs or starts threads
         if (parent := job.pop("parent", None)) is not None:
             threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         try:

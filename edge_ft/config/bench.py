@@ -50,6 +50,9 @@ class BenchConfig(RowsConfig):
     """Largest size on disk, in MB."""
     threads: Threads = None
     """CPU threads of every measured process; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
+    profile: Annotated[str | None, Group.RESOURCES] = None
+    """Device to imitate: container-512m, phone-small, pi-class, or a YAML file with threads, cpus, memory_mb and
+    cpu_quota; --threads and --memory-limit win over it."""
     memory_limit: Annotated[int | None, Group.RESOURCES, Minimum(1)] = None
     """Memory limit of each measured process in MB; what needs more is reported as not fitting."""
 

@@ -97,6 +97,32 @@ def test_a_decoder_is_measured_after_a_context_too(tmp_path: Path) -> None:
     assert found["decode_tps_d100000"]["note"] == "the context is too long for this model"
 
 
+def test_a_profile_limits_the_process_and_the_record_says_what_was_not_enforced(tmp_path: Path) -> None:
+    (tmp_path / "device.yaml").write_text("threads: 1\ncpus: 1\nmemory_mb: 900\ncpu_quota: 0.9\n")
+    bundle = str(write_decoder(tmp_path / "b"))
+    settings = replace(SHORT, repeats=1, threads=None, profile=str(tmp_path / "device.yaml"))
+    where = by_metric(bench([bundle], settings), "edge-ft", "b")["decode_tps"]["environment"]
+    assert (where["threads"], where["memory_limit_bytes"], where["cpu_quota"]) == (1, 900 * 10**6, 0.9)
+    assert len(where["affinity"]) == 1
+    assert set(where["not_enforced"]) <= {"cpu_quota"}
+    if where["memory_limiter"] == "polled RSS":
+        assert where["not_enforced"] == ["cpu_quota"]
+    # What the user names wins, and what does not fit is a result.
+    tight = replace(settings, memory_limit=20)
+    assert by_metric(bench([bundle], tight), "edge-ft", "b")["decode_tps"]["value"] is None
+
+
+def test_a_worker_runs_on_the_cores_that_it_is_given() -> None:
+    core = min(os.sched_getaffinity(0))
+    work = "import os; from edge_ft.bench.worker import answer_job; " + (
+        "answer_job(lambda job: {'cores': sorted(os.sched_getaffinity(0))})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", work], input=json.dumps({"affinity": [core]}), capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == {"result": {"cores": [core]}}
+
+
 def test_peak_memory_is_that_of_the_measuring_process(tmp_path: Path) -> None:
     ballast = bytearray(b"x") * 400_000_000  # resident here, where the child is forked
     result = run_worker(_bundle_job(write_decoder(tmp_path / "decoder")), "a bundle", 1)

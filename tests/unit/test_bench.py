@@ -14,6 +14,7 @@ from small_tokenizers import write_bpe
 from tiny_bundle import write_classifier
 
 from edge_ft.bench import bench
+from edge_ft.bench.device_profiles import read_profile
 from edge_ft.bench.limits import add_shares, measure_limits
 from edge_ft.bench.meters import DecodeTimings, MemoryLimit, group_parents
 from edge_ft.bench.report import (
@@ -299,3 +300,45 @@ def test_records_follow_the_published_schema() -> None:
     for change in ({"value": "1"}, {"odd": 1}, {"unit": "furlong"}, {"environment": {}}, {"samples": [None]}):
         assert misfits([decoders()[0] | change])
     assert misfits([{"subject": "edge-ft"}])
+
+
+@pytest.mark.parametrize("name", ["container-512m", "phone-small", "pi-class"])
+def test_profiles_that_come_with_edge_ft_are_read(name: str) -> None:
+    profile = read_profile(name)
+    assert profile.memory_mb <= 1000
+    assert profile.threads == profile.cpus <= 4
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("threads: 1\ncpus: 1\n", "lacks 'memory_mb'"),
+        ("threads: 0\ncpus: 1\nmemory_mb: 1\n", "the profile.threads is 0, below 1"),
+        ("threads: 1\ncpus: 1\nmemory_mb: 1\ncpu_quota: 0.0\n", "cpu_quota is 0.0: give a number of CPUs above 0"),
+        ("threads: 1\ncpus: 1\nmemory_mb: 1\nspeed: 2\n", "'speed', which this edge-ft does not know"),
+        ("- 1", r"the profile is \[1\], not an object"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, written: str, says: str) -> None:
+    (tmp_path / "p.yaml").write_text(written)
+    with pytest.raises(UsageError, match=says):
+        read_profile(str(tmp_path / "p.yaml"))
+
+
+def test_an_unknown_profile_is_refused() -> None:
+    with pytest.raises(UsageError, match="--profile phone: choose from container-512m, phone-small, pi-class"):
+        read_profile("phone")
+
+
+def test_a_quota_is_written_where_the_cgroup_has_the_controller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "rmdir", lambda folder: shutil.rmtree(folder))
+    limit = MemoryLimit(10**6, tmp_path, cpu_quota=1.5)
+    assert not limit.holds_quota
+    (tmp_path / "cgroup.subtree_control").write_text("cpu memory")
+    assert limit.holds_quota
+    with limit.group() as group:
+        assert group is not None
+        assert (group / "cpu.max").read_text() == "150000 100000"
