@@ -135,7 +135,7 @@ def _costs(subjects: Sequence[_Subject]) -> Section:
     texts = ["The dashed line joins the subjects that no other one beats on both axes."]
     if not any(plot.caption.startswith(tuple(_QUALITY.values())) for plot in plots):
         texts.append("Quality was not measured: give --data ROWS to see it here.")
-    return Section("What is given for what", texts=texts, plots=[plot for plot in plots if plot.svg])
+    return Section("Trade-offs", texts=texts, plots=[plot for plot in plots if plot.svg])
 
 
 def _measure(metric: str) -> "_Measure":

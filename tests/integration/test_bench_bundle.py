@@ -257,6 +257,31 @@ def test_openvino_decodes_the_tokens_that_the_bundle_decodes(llama_bundle: Bundl
     assert np.abs(logits - ours.reshape(-1)).max() < 0.1  # it may compute in bfloat16
 
 
+def test_a_peers_own_clock_agrees_with_ours(llama_bundle: Bundle) -> None:
+    pytest.importorskip("openvino")
+    from edge_ft.bench.openvino_peer import OpenVINODecoder
+
+    peer = OpenVINODecoder(llama_bundle.path, 1, 1)
+    request, own = peer._request, []
+
+    class Timed:
+        reset_state = request.reset_state
+
+        def infer(self, *arguments: Any, **options: Any) -> Any:
+            found = request.infer(*arguments, **options)
+            own.append(request.latency / 1e3)
+            return found
+
+    peer.time_decode([5, 6, 7, 8], 4)
+    peer._request = Timed()
+    timings = peer.time_decode([5, 6, 7, 8] * 16, 32)
+    ours = [timings.prefill_s, *timings.decode_s]
+    assert len(own) == len(ours)
+    # Ours adds what is between two calls: making the inputs, and the choice of the token.
+    assert all(theirs <= mine for theirs, mine in zip(own, ours, strict=True))
+    assert median(mine - theirs for theirs, mine in zip(own, ours, strict=True)) < 0.002
+
+
 def test_an_engine_that_is_not_installed_or_unknown_is_named(
     bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
