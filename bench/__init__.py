@@ -12,17 +12,21 @@ from edge_ft import __version__
 from edge_ft.artifacts import kind_of
 from edge_ft.bench.answers import answer_records, answer_settings
 from edge_ft.bench.device_profiles import DeviceProfile, read_profile, usable_cores
+from edge_ft.bench.divergence import divergence_records
 from edge_ft.bench.limits import add_shares, weight_reads
 from edge_ft.bench.meters import MemoryLimit, machine, memory_limit
 from edge_ft.bench.quality import SCORED, engine_records, quality_records, score_settings
 from edge_ft.bench.report import records_of
 from edge_ft.bench.subjects import (
     GRAPH_ENGINES,
+    LLAMA_CPP,
     Subject,
     Workload,
     bundle_subject,
     check_lengths,
+    drop_slower,
     graph_peers,
+    llama_cpp_peers,
     name_variants,
     peer_requests,
     peer_subjects,
@@ -42,6 +46,7 @@ PACKAGES = {
     "openvino": ("openvino",),
     "genai": ("onnxruntime-genai",),
     "ctranslate2": ("ctranslate2",),
+    "llama.cpp": ("xllamacpp",),
 }
 """By engine, the packages whose versions its figures depend on."""
 
@@ -78,9 +83,12 @@ def bench(subjects: Sequence[str], config: BenchConfig, progress: Progress | Non
     after = _machine_limits(threads, limit)
     limits = {name: max(before[name], after[name]) for name in before}
     here = machine() | limits | _profile_conditions(config.profile, profile, limit)
-    records = []
+    measured, choices = drop_slower(measured, samples)
+    records, environments = [], {}
     for subject in measured:
-        environment = here | _conditions(subject, limit)
+        said = samples[subject][0].get("settings") if samples[subject] else None
+        environment = here | _conditions(subject, limit) | ({"settings": said} if said else {})
+        environments[subject] = environment = environment | choices.get(subject, {})
         found = records_of(subject, samples[subject], environment, notes.get(subject))
         add_shares(found, weight_reads(subject), limits)
         records += found
@@ -96,6 +104,9 @@ def bench(subjects: Sequence[str], config: BenchConfig, progress: Progress | Non
             progress.say(f"sample answers of {subject.name}")
             answers = run_worker(subject.job | {"answer": asked}, f"sample answers of {subject.name}", workload.threads)
             records += answer_records(subject, answers["answers"], environment)
+    if config.data is not None:
+        fitted = [subject for subject in measured if subject not in notes]
+        records += divergence_records(fitted, score_settings(config, workload.threads), environments, progress)
     return records
 
 
@@ -156,7 +167,26 @@ def _open_subjects(sources: Sequence[str], config: BenchConfig, workload: Worklo
         check_lengths(subject)
     subjects = name_variants(subjects)
     ours = [subject for subject in subjects if subject.engine == "edge-ft"]
-    return subjects + [peer for engine in GRAPH_ENGINES if engine in config.peers for peer in graph_peers(engine, ours)]
+    peers = [peer for engine in GRAPH_ENGINES if engine in config.peers for peer in graph_peers(engine, ours)]
+    return [*subjects, *peers, *(_llama_cpp(ours, workload) if LLAMA_CPP in config.peers else ())]
+
+
+def _llama_cpp(bundles: Sequence[Subject], workload: Workload) -> list[Subject]:
+    """Make the files of the bundles of decoders in the cache.
+
+    Returns:
+        The bundles under llama.cpp.
+
+    Raises:
+        UsageError: there is no such bundle, or GGUF cannot hold one.
+        MissingExtra: xllamacpp or gguf is not installed.
+    """
+    decoders = [bundle for bundle in bundles if bundle.task == "text-generation"]
+    if not decoders:
+        raise UsageError(f"--peers {LLAMA_CPP} is for text-generation bundles, and none of these is one")
+    jobs = [{"do": "gguf", "bundle": bundle.source} for bundle in decoders]
+    made = [run_worker(job, f"writing {job['bundle']} as GGUF", workload.threads) for job in jobs]
+    return llama_cpp_peers(decoders, made)
 
 
 def _measure(

@@ -13,11 +13,23 @@ __all__ = ["Change", "compare", "higher_is_better", "read_records"]
 
 SMALLEST = 0.02
 """Share of the old value below which a change of speed, memory or size is not reported."""
-CONDITIONS = ("cpu", "cores", "threads", "prompt_tokens", "new_tokens", "memory_limit_bytes", "profile", "rows", "data")
+CONDITIONS = (
+    "cpu",
+    "cores",
+    "threads",
+    "prompt_tokens",
+    "new_tokens",
+    "memory_limit_bytes",
+    "profile",
+    "rows",
+    "data",
+    "positions",
+    "reference",
+)
 """Entries of `environment` without whose equality two figures do not compare."""
 HIGHER_IS_BETTER = ("tok/s", "rows/s")
 """Units of which more is better."""
-LOWER_IS_BETTER = ("nll", "perplexity", "repetition_4")
+LOWER_IS_BETTER = ("nll", "perplexity", "repetition_4", "kl_divergence", "delta_p_rms")
 """Metrics without a unit of which less is better; of the others more is."""
 
 Verdict = Literal["better", "worse", "same", "new", "gone"]

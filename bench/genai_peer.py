@@ -25,6 +25,7 @@ class GenAIDecoder:
         try:
             config = onnxruntime_genai.Config(str(bundle))
             options = {"session_options": {"intra_op_num_threads": threads, "inter_op_num_threads": 1}}
+            self.settings = {**options["session_options"], "past_present_share_buffer": True}
             config.overlay(json.dumps({"model": {"decoder": options}, "search": {"past_present_share_buffer": True}}))
             self._model = onnxruntime_genai.Model(config)
         except RuntimeError as error:

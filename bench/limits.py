@@ -67,7 +67,7 @@ def weight_reads(subject: Subject) -> WeightReads | None:
     Returns:
         Bytes and operations a token; None for other tasks and for engines whose weights are not known here.
     """
-    if subject.task != "text-generation":
+    if subject.task != "text-generation" or "file" in subject.job:  # llama.cpp's blocks have other sizes
         return None
     if "bundle" in subject.job and "base" not in subject.job:
         bundle = Bundle.open(Path(subject.job["bundle"]))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from edge_ft.data import Row
     from edge_ft.evaluate.loading import LoadedSource
 
-__all__ = ["SCORED", "engine_records", "open_subject", "quality_records", "score", "score_settings"]
+__all__ = ["SCORED", "engine_records", "open_subject", "quality_records", "reference", "score", "score_settings"]
 
 SCORED = ("edge-ft", "torch")
 """Engines that can be scored; the others are only timed."""
@@ -76,6 +76,27 @@ def open_subject(job: dict[str, Any], rows: "Sequence[Row]", config: EvalConfig)
         own = Rendering.from_dict(job["rendering"])
         rendering = trained_rendering(own, config, rows, engine.tokenizer, base.max_length)
     return torch_source(engine.model, rendering, engine.tokenizer, base.max_length)
+
+
+def reference(job: dict[str, Any]) -> dict[str, Any]:
+    """Write the distributions of a float model, with which others are compared.
+
+    Args:
+        job: The job that measures it, with `score`: what `score_settings` returned, and `reference`: a folder.
+
+    Returns:
+        The number of `positions`.
+    """
+    from edge_ft.bench.divergence import labelled_positions, torch_log_probabilities, write_reference
+    from edge_ft.data import encode_rows, read_rows
+    from edge_ft.evaluate.scoring import scorable
+
+    settings = job["score"]
+    rows = read_rows(settings["data"])[: settings["limit"]]
+    opened = open_subject(job, rows, EvalConfig(**settings))
+    found = list(labelled_positions(scorable(encode_rows(opened.rendering, opened.tokenizer, rows))))
+    write_reference(Path(job["reference"]), found, torch_log_probabilities(opened.scorer))
+    return {"positions": sum(len(positions) for _, positions in found)}
 
 
 def quality_records(subject: Subject, found: dict[str, Any], environment: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,21 +3,25 @@
 Each subject has the job that its measuring process reads.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from edge_ft.artifacts import Bundle
 from edge_ft.errors import MissingExtra, UsageError
 
 __all__ = [
+    "LLAMA_CPP",
     "Subject",
     "Workload",
     "bundle_subject",
     "check_lengths",
+    "drop_slower",
     "graph_peers",
+    "llama_cpp_peers",
     "name_variants",
     "peer_requests",
     "peer_subjects",
@@ -25,7 +29,7 @@ __all__ = [
     "torch_subject",
 ]
 
-
+LLAMA_CPP = "llama.cpp"
 GRAPH_ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "openvino": ("openvino", ("text-classification", "text-generation")),
     "genai": ("onnxruntime_genai", ("text-generation",)),
@@ -50,7 +54,7 @@ class Subject:
     """One engine over one model, and the job that measures it."""
 
     engine: str
-    """edge-ft, torch, openvino, genai or ctranslate2: `subject` in the records."""
+    """edge-ft, torch, openvino, genai, ctranslate2 or llama.cpp: `subject` in the records."""
     source: str
     """What the user named, or the name of a bundle's base."""
     task: str
@@ -221,6 +225,55 @@ def graph_peers(engine: str, bundles: Sequence[Subject]) -> list[Subject]:
     if find_spec(package) is None:
         raise MissingExtra(f"--peers {engine} needs the package {package!r}: pip install 'edge-ft[peers]'")
     return [replace(bundle, engine=engine, job={**bundle.job, "do": engine}) for bundle in measured]
+
+
+def llama_cpp_peers(bundles: Sequence[Subject], files: Sequence[dict[str, Any]]) -> list[Subject]:
+    """The bundles' weights as GGUF files, run by llama.cpp.
+
+    Args:
+        bundles: Bundles of decoders, already named.
+        files: For each, what `edge_ft.bench.llama_cpp_peer.make_files` returned.
+
+    Returns:
+        A subject for each file; its variant names the bundle and the types of its weights.
+    """
+    peers = []
+    for bundle, made in zip(bundles, files, strict=True):
+        for weights, file in made["files"].items():
+            job = {**bundle.job, "do": LLAMA_CPP, "file": file["path"], "weights": weights, "accuracy_level": None}
+            job["rounded_from"] = file["rounded_from"]
+            name = f"{bundle.variant} ({weights})"
+            peers.append(replace(bundle, engine=LLAMA_CPP, job=job, size_bytes=file["size_bytes"], variant=name))
+    return peers
+
+
+def drop_slower(
+    subjects: Sequence[Subject], samples: Mapping[Subject, Sequence[Mapping[str, Any]]]
+) -> tuple[list[Subject], dict[Subject, dict[str, Any]]]:
+    """Leave out the slower one of llama.cpp's Q4_0 files of a bundle, with a 4-bit and with an 8-bit head.
+
+    Args:
+        subjects: All that was measured.
+        samples: Their results; none for one that did not fit.
+
+    Returns:
+        The others; and by each that stays, what was faster than what: weights and median `decode_tps`.
+    """
+    pairs: dict[str, list[Subject]] = {}
+    for subject in subjects:
+        if subject.engine == LLAMA_CPP and subject.job["weights"].startswith("Q4_0") and samples[subject]:
+            pairs.setdefault(subject.job["bundle"], []).append(subject)
+    speeds = {
+        subject: median(sample["decode_tps"] for sample in samples[subject])
+        for pair in pairs.values()
+        for subject in pair
+    }
+    slower, notes = set(), {}
+    for pair in pairs.values():
+        fastest = max(pair, key=speeds.__getitem__)
+        slower |= set(pair) - {fastest}
+        notes[fastest] = {"faster_of": {subject.job["weights"]: round(speeds[subject], 2) for subject in pair}}
+    return [subject for subject in subjects if subject not in slower], notes
 
 
 def _same_model(a: Subject, b: Subject) -> bool:

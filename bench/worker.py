@@ -22,6 +22,7 @@ from edge_ft.system import peak_rss_bytes
 
 if TYPE_CHECKING:
     from edge_ft.bench.genai_peer import GenAIDecoder
+    from edge_ft.bench.llama_cpp_peer import LlamaCppDecoder
     from edge_ft.bench.openvino_peer import OpenVINOClassifier, OpenVINODecoder
     from edge_ft.bench.torch_peer import TorchClassifier, TorchDecoder
     from edge_ft.data import TextTokenizer
@@ -45,6 +46,8 @@ _ROWS, _BATCHES = 8, 4
 def main() -> None:
     """Answer one job of `edge-ft bench`."""
     answer_job(_work)
+    if "xllamacpp" in sys.modules:
+        os._exit(0)  # llama.cpp's threads do not end with the interpreter
 
 
 def _work(job: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +62,16 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
         from edge_ft.bench.limits import measure_limits
 
         return measure_limits(job)
+    if job["do"] == "gguf":
+        from edge_ft.bench.llama_cpp_peer import make_files
+
+        return make_files(Path(job["bundle"]))
+    if "compared" in job:
+        return _compare(job)
+    if "reference" in job:
+        from edge_ft.bench.quality import reference
+
+        return reference(job)
     if "score" in job:
         from edge_ft.bench.quality import score
 
@@ -144,44 +157,78 @@ def _find(job: dict[str, Any]) -> dict[str, Any]:
     return {"found": found}
 
 
-def _measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Every metric of the job's subject except its size."""
+def _starter(job: dict[str, Any]) -> Callable[[], Any]:
+    """What opens the job's subject, its engine imported."""
     if job["do"] == "ctranslate2":
         from edge_ft.bench.ctranslate2_peer import Translator
 
         folder, tokenizer = Path(job["folder"]), Path(job["tokenizer"])
-        start: Callable[[], Any] = partial(Translator, folder, tokenizer, job["compute_type"], job["threads"])
-    elif job["do"] == "bundle":
+        return partial(Translator, folder, tokenizer, job["compute_type"], job["threads"])
+    if job["do"] == "bundle":
         from edge_ft.runtime import load
 
         level = None if job.get("engine") else job.get("accuracy_level")
-        start = partial(load, job["bundle"], threads=job["threads"], accuracy_level=level)
-    elif job["do"] == "openvino":
+        return partial(load, job["bundle"], threads=job["threads"], accuracy_level=level)
+    if job["do"] == "openvino":
         from edge_ft.bench.openvino_peer import OpenVINOClassifier, OpenVINODecoder
 
         kind = OpenVINODecoder if job["task"] in TEXT_TASKS else OpenVINOClassifier
-        start = partial(kind, Path(job["bundle"]), job["accuracy_level"], job["threads"])
-    elif job["do"] == "genai":
+        return partial(kind, Path(job["bundle"]), job["accuracy_level"], job["threads"])
+    if job["do"] == "genai":
         from edge_ft.bench.genai_peer import GenAIDecoder
 
-        start = partial(GenAIDecoder, Path(job["bundle"]), job["threads"])
-    else:
-        # The job `find` has downloaded everything.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        from edge_ft.bench.torch_peer import load_peer, prepare
+        return partial(GenAIDecoder, Path(job["bundle"]), job["threads"])
+    if job["do"] == "llama.cpp":
+        from edge_ft.bench.llama_cpp_peer import LlamaCppDecoder
 
-        start = partial(load_peer, prepare(job), job)
+        positions = max(job.get("depths") or [0]) + job["prompt_tokens"] + job["new_tokens"]
+        if "compared" in job:
+            from edge_ft.bench.divergence import longest_row
+
+            positions = longest_row(Path(job["compared"])) + 1
+        return partial(LlamaCppDecoder, Path(job["file"]), Path(job["bundle"]), job["threads"], positions)
+    # The job `find` has downloaded everything.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from edge_ft.bench.torch_peer import load_peer, prepare
+
+    return partial(load_peer, prepare(job), job)
+
+
+def _compare(job: dict[str, Any]) -> dict[str, Any]:
+    """Compare the distributions of the job's subject with those of its float model."""
+    from edge_ft.bench import divergence
+    from edge_ft.utf8 import read_json
+
+    if job["do"] == "llama.cpp":
+        vocabulary = read_json(Path(job["bundle"]) / "config.json")["vocab_size"]
+        found = divergence.llama_cpp_log_probabilities(_starter(job)(), vocabulary)
+    else:
+        from edge_ft.runtime import load
+
+        level = job.get("accuracy_level")  # the graph that is scored, also where a faster one is timed
+        exact = load(job["bundle"], threads=job["threads"], accuracy_level=level, engine="exact")
+        found = divergence.bundle_log_probabilities(exact)
+    return divergence.compare_distributions(Path(job["compared"]), found)
+
+
+def _measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Every metric of the job's subject except its size, and the `settings` of an engine that says them."""
+    start = _starter(job)
     began = time.perf_counter()
     engine = start()
     load_s = time.perf_counter() - began
     measure = measure_decoder if job["task"] in TEXT_TASKS else _measure_classifier
     found = {"load_s": load_s, **measure(engine, job), "peak_rss_bytes": peak_rss_bytes()}
+    if hasattr(engine, "settings"):
+        found["settings"] = engine.settings
+    if job["do"] == "llama.cpp":
+        found["settings"] |= {name: job[name] for name in ("weights", "rounded_from")}
     # After the peak was read: memory is that of the prompt, not of a longer context.
     return found | (at_depths(engine, job) if job["task"] == "text-generation" else {})
 
 
 def measure_decoder(
-    engine: "TextGenerator | TorchDecoder | OpenVINODecoder | GenAIDecoder", job: dict[str, Any]
+    engine: "TextGenerator | TorchDecoder | OpenVINODecoder | GenAIDecoder | LlamaCppDecoder", job: dict[str, Any]
 ) -> dict[str, Any]:
     """Speeds of a decoder or encoder-decoder: a first answer that warms up, then the one that is timed.
 

@@ -54,7 +54,7 @@ __all__ = ["main"]
 FLAT = Parameter(name="*", negative_iterable=())
 LIBRARIES = (
     *("onnxruntime", "numpy", "tokenizers", "safetensors", "torch", "transformers", "peft", "bitsandbytes", "onnx"),
-    *("accelerate", "datasets", "gguf", "openvino", "onnxruntime-genai", "ctranslate2"),
+    *("accelerate", "datasets", "gguf", "openvino", "onnxruntime-genai", "ctranslate2", "xllamacpp"),
 )
 """What `--version -v` lists: the libraries on which results and speed depend."""
 

@@ -9,7 +9,7 @@ from edge_ft.errors import did_you_mean
 
 __all__ = ["PEERS", "BenchConfig"]
 
-PEERS = ("torch", "openvino", "genai", "ctranslate2")
+PEERS = ("torch", "openvino", "genai", "ctranslate2", "llama.cpp")
 """Engines that `bench` can measure besides ONNX Runtime."""
 
 
@@ -25,7 +25,8 @@ class BenchConfig(RowsConfig):
     """Graph of a bundle to measure: 1 computes in float, 4 with int8 activations; default: the manifest's choice."""
     peers: Annotated[tuple[str, ...], Group.MEASUREMENT] = ()
     """Other engines to measure in turn with the bundles: torch (eager, float32), openvino (the same graph of
-    classifiers and decoders), genai (the same graph of decoders), ctranslate2 (encoder-decoders)."""
+    classifiers and decoders), genai (the same graph of decoders), ctranslate2 (encoder-decoders), llama.cpp (the
+    weights of decoders as Q4_0, and their own codes as Q4_1)."""
     repeats: Annotated[int, Group.MEASUREMENT, Minimum(1)] = 5
     """Fresh processes per bundle, run or model, which are measured alternately."""
     prompt_tokens: Annotated[int, Group.MEASUREMENT, Minimum(1)] = 128

@@ -16,21 +16,24 @@ import pytest
 import torch
 from record_schema import misfits
 from tiny_bundle import write_classifier, write_decoder
+from tiny_models import write_decoder as write_family
 from transformers import LlamaForCausalLM
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.bench import bench
 from edge_ft.bench.answers import answer, answer_records, answer_settings
+from edge_ft.bench.divergence import reference_of
 from edge_ft.bench.meters import machine
 from edge_ft.bench.page import page_of
 from edge_ft.bench.report import DECODER_UNITS, table, units_of
-from edge_ft.bench.subjects import Subject
+from edge_ft.bench.subjects import Subject, Workload, bundle_subject, torch_subject
 from edge_ft.bench.subprocess_job import run_worker
-from edge_ft.bench.torch_peer import TorchDecoder, find
-from edge_ft.config import BenchConfig, EvalConfig
+from edge_ft.bench.torch_peer import TorchDecoder, find, find_bundle_base
+from edge_ft.config import BenchConfig, EvalConfig, ExportConfig
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import BundleError, EdgeFTError, ModelError, UsageError
 from edge_ft.evaluate import evaluate
+from edge_ft.export import export
 from edge_ft.runtime import load as open_bundle
 
 SHORT = BenchConfig(repeats=2, threads=1, prompt_tokens=12, new_tokens=4)
@@ -396,3 +399,49 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
             worker.wait(timeout=1)
         os.close(writer)  # as when the process ends, however it does
         assert worker.wait(timeout=30) == 1
+
+
+def test_a_tuned_bundle_is_compared_with_its_run(
+    llama_run: RunFolder, llama_bundle: Bundle, llama_adapter_bundle: Bundle
+) -> None:
+    settings = replace(SHORT, repeats=1, data=str(llama_run.split("test")))
+    sources = [str(llama_bundle.path), str(llama_adapter_bundle.path), str(llama_run.path)]
+    records = bench(sources, settings)
+    kl = {record["variant"]: record for record in records if record["metric"] == "kl_divergence"}
+    assert kl.keys() == {
+        llama_bundle.path.name,
+        llama_adapter_bundle.path.name,
+    }  # the run is what they are compared with
+    for record in kl.values():
+        assert record["value"] > 0
+        assert record["environment"]["reference"].startswith("torch ")
+        assert 0 < record["environment"]["positions"] <= 128
+    top = {record["variant"]: record["value"] for record in records if record["metric"] == "same_top_token"}
+    assert all(0.5 < share <= 1 for share in top.values())
+
+
+def test_the_float_model_of_a_tuned_bundle_is_its_run_and_not_its_untuned_base(llama_bundle: Bundle) -> None:
+    workload = Workload(12, 4, 1)
+    tuned = bundle_subject(str(llama_bundle.path), None, workload)
+    base = torch_subject("base", find_bundle_base(str(llama_bundle.path)), workload)
+    run = replace(base, job=base.job | {"adapter": "run/adapter"})
+    other = replace(run, job=run.job | {"base": run.job["base"] | {"content_sha256": "another"}})
+    assert reference_of(tuned, [tuned, base, other]) is None
+    assert reference_of(tuned, [tuned, base, other, run]) is run
+    assert reference_of(replace(tuned, engine="genai"), [run]) is None  # gives no distributions
+    assert reference_of(run, [run]) is None
+
+
+def test_llama_cpp_is_measured_beside_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install 'edge-ft[peers]'")
+    monkeypatch.setenv("EDGE_FT_CACHE", str(tmp_path / "cache"))
+    model = write_family(tmp_path / "model", "llama")
+    bundle = export(str(model), ExportConfig(out=tmp_path / "bundle", threads=1))
+    settings = replace(SHORT, peers=("llama.cpp",), threads=1)
+    records = bench([str(bundle.path)], settings)
+    found = [record for record in records if record["subject"] == "llama.cpp" and record["metric"] == "decode_tps"]
+    assert len(found) == 2
+    rounded, own = found
+    assert len(rounded["environment"]["faster_of"]) == 2
+    assert own["variant"].endswith("(own codes)")
+    assert all(record["value"] > 0 and record["environment"]["settings"]["repack"] for record in found)

@@ -19,10 +19,15 @@ from edge_ft.data import TextTokenizer
 from edge_ft.errors import GateRefused, UsageError
 from edge_ft.evaluate import evaluate
 from edge_ft.export import GgufExport, export, export_gguf
+from edge_ft.export.bundle_weights import bundle_weights
+from edge_ft.export.gguf_file import file_tensors
 from edge_ft.models.adapted import load_adapter
 from edge_ft.models.adapter import find_adapter
 from edge_ft.models.base_model import find_base
+from edge_ft.models.gguf_names import Heads
 from edge_ft.models.loading import ModelSpec, load_model
+from edge_ft.quant.blockwise import Codes, dequantize
+from edge_ft.quant.serialization import frozen_layers
 
 LOOSE: dict[str, Any] = {"max_tax": 1, "min_retained": 0.5, "max_metric_drop": 1}
 
@@ -179,3 +184,30 @@ def test_llama_cpp_gives_the_same_top_token_at_95_of_100_positions(tmp_path: Pat
     theirs = json.loads(found.stdout[found.stdout.rindex("[") :])
     same = np.mean([a == b for a, b in zip(ours, theirs, strict=True)])
     assert same >= 0.95, same
+
+
+def test_the_weights_in_a_bundles_graph_are_those_of_its_gguf_file(tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "model", "llama")
+    bundle = export(str(folder), ExportConfig(out=tmp_path / "bundle", threads=1))
+    made = as_gguf(folder, tmp_path / "m.gguf")
+    dims = find_base(str(made.path)).dims
+    read = bundle_weights(bundle.graph(1), dims)
+    found = file_tensors("llama", dims.layers, Heads(dims.heads, dims.kv_heads), read)
+    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
+    assert not set(found) ^ set(tensors)
+    for name, blocks in found.items():
+        assert (tensors[name].data == blocks.data).all(), name
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "phi3", "qwen3"])
+def test_the_weights_in_a_graph_are_those_of_the_model(family: str, tmp_path: Path) -> None:
+    folder = write_decoder(tmp_path / "model", family)
+    bundle = export(str(folder), ExportConfig(out=tmp_path / "bundle", threads=1))
+    base = find_base(str(folder))
+    model = load_model(ModelSpec(base, "text-generation", "int4"))
+    layers, floats = frozen_layers(model), dict(model.named_parameters())
+    for name, weight in bundle_weights(bundle.graph(1), base.dims).items():
+        if isinstance(weight, Codes):
+            assert (dequantize(weight) == dequantize(layers[name.removesuffix(".weight")].codes())).all(), name
+        else:
+            assert np.abs(weight - floats[name].detach().numpy()).max() < 1e-6, name
