@@ -18,6 +18,7 @@ from edge_ft.data import (
     class_numbers,
     column_names,
     encode_rows,
+    evenly_spaced,
     find_columns,
     find_labels,
     find_problem,
@@ -39,7 +40,7 @@ from edge_ft.models.base_model import Base, find_base
 from edge_ft.models.dims import ModelDims
 from edge_ft.models.loading import BITS, ModelSpec, load_model, quantize_calibrated
 from edge_ft.progress import Progress, heartbeat
-from edge_ft.quant.calibration import evenly_spaced, make_calibration
+from edge_ft.quant.calibration import make_calibration
 from edge_ft.quant.conversion import is_within, quantize_model, restore_conv1d
 
 __all__ = ["ExportRows", "ExportSource", "open_export_source"]

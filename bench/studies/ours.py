@@ -12,33 +12,26 @@ from edge_ft.tune.prepare import prepare_job
 
 __all__ = ["read_run", "stage_seconds"]
 
-STEPS = "steps"
-"""The stage of report.json's `timings` that is the training itself."""
-SCORING = ("validation", "test", "scor", "train rows", "answers", "report")
-"""What the name of a stage holds in which rows are scored or answered."""
+SCORING = ("validation", "scores", "answers")
+"""Stages of report.json's `timings` in which rows are scored or answered."""
 
 
-def stage_seconds(timings: dict[str, float] | None, lines: list[dict[str, Any]], whole: float) -> dict[str, float]:
+def stage_seconds(timings: dict[str, float], whole: float) -> dict[str, float]:
     """Share a whole run out among steps, scoring and everything else.
 
     Args:
-        timings: Seconds by stage, from report.json; None of a version that does not write them.
-        lines: Of metrics.jsonl, with `whole_seconds`.
+        timings: Seconds by stage, from report.json.
         whole: Seconds of the process.
 
     Returns:
-        `seconds_steps`, `seconds_scoring` and `seconds_other`. Without timings, scoring is what the loop did beside
-        its steps, and the report; that of the untuned base, which comes before the first step, is not known apart.
+        `seconds_steps`, `seconds_scoring` and `seconds_other`.
     """
-    first, last = _first_step(lines), lines[-1]["whole_seconds"]
-    steps = next(float(line["seconds"]) for line in reversed(lines) if "validation_nll" in line)
-    if timings is None:
-        scoring = whole - (last if first is None else first) - steps
-    else:
-        steps = timings.get(STEPS, steps)
-        scores = [name for name in timings if name != STEPS and any(part in name for part in SCORING)]
-        scoring = sum(timings[name] for name in scores)
-    return {"seconds_steps": steps, "seconds_scoring": scoring, "seconds_other": whole - steps - scoring}
+    scoring = sum(timings.get(stage, 0.0) for stage in SCORING)
+    return {
+        "seconds_steps": timings["train"],
+        "seconds_scoring": scoring,
+        "seconds_other": whole - timings["train"] - scoring,
+    }
 
 
 def read_run(job: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +68,6 @@ def read_run(job: dict[str, Any]) -> dict[str, Any]:
         }
         for line in evaluations
     ]
-    timings = report.get("timings")
     return {
         "learning_rate": settings["learning_rate"],
         "curve": curve,
@@ -90,8 +82,8 @@ def read_run(job: dict[str, Any]) -> dict[str, Any]:
         "cpu_seconds_whole": ran["cpu_seconds"],
         "seconds_to_first_line": ran["seconds_to_first_line"],
         "seconds_to_first_step": _first_step(ran["lines"]),
-        **stage_seconds(timings, ran["lines"], ran["seconds"]),
-        "stages": timings,
+        **stage_seconds(report["timings"], ran["seconds"]),
+        "stages": report["timings"],
     }
 
 

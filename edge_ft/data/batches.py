@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,13 @@ __all__ = [
     "batch_tokens",
     "collate",
     "eval_batches",
+    "evenly_spaced",
     "pad",
     "target_mask",
     "train_batches",
 ]
+
+T = TypeVar("T")
 
 IGNORED = -100
 """Label of a token that carries no loss (PyTorch's ignore_index)."""
@@ -151,6 +154,12 @@ def train_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 def eval_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Return all indices in batches, from the shortest to the longest row."""
     return _chunks(sorted(range(len(lengths)), key=lengths.__getitem__), batch_size)
+
+
+def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
+    """Return at most `count` of the items at even distances, the first of them included."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def _chunks(indices: list[int], size: int) -> list[list[int]]:

@@ -112,6 +112,11 @@ class RowScores:
         nll, tokens, correct, predicted = (arrays[name] for name in ("nll", "tokens", "correct", "predicted"))
         return cls(nll, tokens, correct, np.split(predicted, np.cumsum(tokens)[:-1]))
 
+    def at(self, rows: Sequence[int]) -> "RowScores":
+        """Return the scores of some rows, without their vectors."""
+        nll, tokens, correct = (getattr(self, name)[list(rows)] for name in ("nll", "tokens", "correct"))
+        return RowScores(nll, tokens, correct, [self.predicted[row] for row in rows])
+
     def agreement(self, other: "RowScores") -> float:
         """Return the share of targets for which both scores have the same likeliest token or class."""
         same = (int((a == b).sum()) for a, b in zip(self.predicted, other.predicted, strict=True))

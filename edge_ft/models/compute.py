@@ -79,6 +79,16 @@ class Compute:
         for layer in self._frozen:
             layer.cached_dtype, layer.cached = dtype, {}
 
+    def stop_caching(self) -> None:
+        """Cache no weights from now on, as with memory `normal`."""
+        self.cache_weights(None)
+        self._frozen = []
+
+    def dequantize(self) -> None:
+        """With memory `high`: dequantize each frozen weight once; without, both passes of a step do that."""
+        for layer in self._frozen:
+            layer.dequantize(self.dtype)
+
     def _wrap(self, module: Any) -> None:
         """Replace the forward function of a module by one that computes as this context says."""
         if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):

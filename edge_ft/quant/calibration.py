@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from edge_ft.config import Task
-from edge_ft.data import IGNORED, Batch, Example, collate
+from edge_ft.data import IGNORED, Batch, Example, collate, evenly_spaced
 from edge_ft.errors import ModelError
 from edge_ft.progress import Progress, Silent, track
 from edge_ft.quant.blockwise import Codes, pack_nibbles, unpack_nibbles
@@ -29,13 +29,10 @@ from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear, has_bf16
 __all__ = [
     "Calibration",
     "calibrate",
-    "evenly_spaced",
     "gptq_quantize",
     "inverse_hessian_factor",
     "make_calibration",
 ]
-
-T = TypeVar("T")
 
 MAX_TOKENS = 4096
 """Tokens of the calibration batch with padding: it passes through the model at once. Twice as many gained nothing
@@ -64,12 +61,6 @@ class Calibration:
             "seconds": round(self.seconds, 2),
             "cpu_seconds": round(self.cpu_seconds, 2),
         }
-
-
-def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
-    """Return at most `count` of the items at even distances, the first of them included."""
-    count = min(count, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def make_calibration(

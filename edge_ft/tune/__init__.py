@@ -5,6 +5,7 @@ from edge_ft.config import TuneConfig
 from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent
 from edge_ft.stopping import watched
+from edge_ft.tune.stopwatch import Timings
 
 __all__ = ["tune"]
 
@@ -29,8 +30,10 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         Interrupted: stopped by Ctrl-C, SIGTERM or SIGHUP; the message says what is saved and how to go on.
     """
     progress = progress or Silent()
+    timings = Timings()
     with watched():
-        import_libraries(progress, "peft")
-        from edge_ft.tune.run import run_steps
+        with timings.stage("import"):
+            import_libraries(progress, "peft")
+            from edge_ft.tune.run import run_steps
 
-        return run_steps(config, progress)
+        return run_steps(config, progress, timings)

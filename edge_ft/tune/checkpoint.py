@@ -403,8 +403,8 @@ def _complete(config: TuneConfig, saved: Mapping[str, Any]) -> TuneConfig:
         raise UsageError(
             f"{config.out} was started with {differences[0]}: resume it with its own settings, or give another --out"
         )
-    compared = _compared(config)
-    return replace(config, **{name: value for name, value in saved.items() if name in compared})
+    known = {name: value for name, value in saved.items() if name in _compared(config)}
+    return replace(config, **{"memory": config.memory or saved.get("memory"), **known})
 
 
 def _differences(config: TuneConfig, saved: Mapping[str, Any]) -> list[str]:

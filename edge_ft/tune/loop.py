@@ -5,8 +5,7 @@ the rest of the run depends on is in a `Fit` and in the backend's state: both ca
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
@@ -22,7 +21,7 @@ from edge_ft.evaluate.scoring import Batching, RowScores, Scorer, score
 from edge_ft.files import disk_full
 from edge_ft.progress import Progress
 from edge_ft.stopping import StopAtOnce
-from edge_ft.tune.stopwatch import Stopwatch
+from edge_ft.tune.stopwatch import Stopwatch, Timings
 
 __all__ = [
     "Backend",
@@ -62,6 +61,9 @@ class Backend(Scorer, Protocol):
     def restore_best(self) -> None:
         """Set the weights to the best so far."""
 
+    def swap_best(self) -> None:
+        """Exchange the weights and the best so far."""
+
     def repair(self) -> bool:
         """If a weight or a moment is not finite, restore the best weights and clear the moments; return whether."""
 
@@ -82,7 +84,9 @@ class Fit:
     planned: int
     """Steps, fixed before the first one: the schedule ends there."""
     base: RowScores
+    """Of all validation rows."""
     best: RowScores
+    """Of `TrainingRows.watched` after an evaluation that is not the last, of all validation rows at the end."""
     last_nll: float
     steps: int = 0
     best_step: int = 0
@@ -136,6 +140,12 @@ class TrainingRows:
     train: Sequence[Example]
     validation: Sequence[Example]
     batching: Batching
+    watched: Sequence[int] = ()
+    """Indices of the validation rows of an evaluation, except the last one; (): all."""
+
+    def part(self, scores: RowScores) -> RowScores:
+        """Return the scores of the watched rows, out of theirs or those of all validation rows."""
+        return scores if len(scores.nll) < len(self.validation) or not self.watched else scores.at(self.watched)
 
 
 def learning_rate_at(step: int, steps: int, config: TuneConfig) -> float:
@@ -165,7 +175,7 @@ def fit(
     progress: Progress,
     callbacks: Callbacks,
     state: Fit | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    timings: Timings | None = None,
 ) -> Fit:
     """Train, evaluate the validation rows in between, and end with the best weights in `backend`.
 
@@ -176,7 +186,7 @@ def fit(
         progress: Gets a message per evaluation and a tick per step.
         callbacks: What the run does meanwhile.
         state: Where an interrupted run continues; None starts a new one.
-        clock: Wall seconds.
+        timings: Gets the seconds of `validation` and of `checkpoints`; its clock is that of the loop.
 
     Returns:
         The state after the last step.
@@ -187,15 +197,17 @@ def fit(
         StopAtOnce: from `callbacks.poll`; nothing was saved.
     """
     before = (state.elapsed, state.seconds, state.cpu_seconds) if state is not None else ()
-    loop = _Loop(backend, rows, config, progress, callbacks, Stopwatch(clock, *before))
+    timings = timings or Timings()
+    loop = _Loop(backend, rows, config, progress, callbacks, Stopwatch(timings.clock, *before), timings)
     if state is None:
         state = loop.start()
         callbacks.on_plan(state.planned)
     else:
         state = replace(state)
     every = config.eval_steps or max(1, math.ceil(state.planned / EVALUATIONS))
+    some = f" on {len(rows.watched)} of {len(rows.validation)} rows" if rows.watched else ""
     progress.say(
-        f"{state.planned} steps, validation every {every}; untuned validation loss {state.base.mean_nll:.4f}"
+        f"{state.planned} steps, validation every {every}{some}; untuned validation loss {state.base.mean_nll:.4f}"
         + (f"; resuming from step {state.steps}" if state.steps else "")
     )
     batches = _endless_batches(rows, config, skip=state.steps * config.gradient_accumulation)
@@ -217,6 +229,7 @@ def fit(
         raise
     loop.save(state)  # the report is still to come: if that is stopped, nothing is trained again
     state.seconds = loop.watch.seconds
+    loop.choose(state)
     backend.restore_best()
     return state
 
@@ -231,6 +244,9 @@ class _Loop:
     progress: Progress
     callbacks: Callbacks
     watch: Stopwatch
+    timings: Timings
+    last: RowScores | None = None
+    """Of all validation rows, where the last evaluation was of all of them."""
     saved_at: float = 0.0
     """Elapsed seconds at the last checkpoint, or at the start of this process."""
     saved_step: int = 0
@@ -238,7 +254,8 @@ class _Loop:
 
     def start(self) -> Fit:
         """Evaluate the untuned base, and fix the number of steps."""
-        base = self._scores(0)
+        base = self._scores(0, every_row=True)
+        self._log(0, self.rows.part(base))
         if not math.isfinite(base.mean_nll):
             validation = self.rows.validation
             row = next(e.row for e, nll in zip(validation, base.nll, strict=True) if not math.isfinite(nll))
@@ -307,10 +324,14 @@ class _Loop:
         )
 
     def evaluate(self, state: Fit) -> None:
-        """Score the validation rows, and keep the weights if they are the best so far."""
-        scores = self._scores(state.steps)
+        """Score the validation rows, and keep the weights if they are the best so far on the watched ones."""
+        is_last = state.steps == state.planned or state.stopped != "steps"
+        scores, part = self._scores(state.steps, is_last), self.rows.part
+        self._log(state.steps, part(scores))
         state.evaluation_due, state.last_nll = False, scores.mean_nll
-        if state.last_nll < state.best.mean_nll:
+        if is_last:
+            self.last = scores
+        if part(scores).mean_nll < part(state.best).mean_nll:
             state.best, state.best_step, state.evaluations_without_gain = scores, state.steps, 0
             self.backend.keep_best()
             self.callbacks.on_best()
@@ -323,20 +344,39 @@ class _Loop:
             f"at step {state.best_step}"
         )
 
-    def _scores(self, step: int) -> RowScores:
-        with self.watch.paused():
+    def choose(self, state: Fit) -> None:
+        """Score the best weights on all validation rows; the last ones replace them if they are better there."""
+        if len(state.best.nll) == len(self.rows.validation):
+            return
+        last = self.last or self._scores(state.steps, every_row=True)
+        self.backend.swap_best()
+        state.best = self._scores(state.best_step, every_row=True)
+        self.backend.swap_best()
+        state.last_nll = last.mean_nll
+        if last.mean_nll < state.best.mean_nll:
+            state.best, state.best_step = last, state.steps
+            self.backend.keep_best()
+            self.callbacks.on_best()
+
+    def _scores(self, step: int, every_row: bool) -> RowScores:
+        """Score all validation rows, or the watched ones."""
+        rows, poll = self.rows, self.callbacks.poll
+        examples = rows.validation if every_row or not rows.watched else [rows.validation[row] for row in rows.watched]
+        with self.watch.paused(), self.timings.stage("validation"):
             stage = f"validation at step {step}" if step else "validation, base"
-            rows, poll = self.rows, self.callbacks.poll
-            scores = score(self.backend, rows.validation, rows.batching, self.progress, stage, poll)
+            return score(self.backend, examples, rows.batching, self.progress, stage, poll)
+
+    def _log(self, step: int, scores: RowScores) -> None:
+        """Report the loss of the watched rows."""
         self.callbacks.on_metrics(
             {
                 "step": step,
                 "validation_nll": scores.mean_nll if math.isfinite(scores.mean_nll) else None,
+                "rows": len(scores.nll),
                 "seconds": round(self.watch.seconds, 4),
                 "cpu_seconds": round(self.watch.cpu_seconds, 4),
             }
         )
-        return scores
 
     def _steps_in_time(self, steps: int, minutes: float) -> int:
         """Return how many of `steps` fit into --max-minutes, from one measured step.
@@ -353,11 +393,13 @@ class _Loop:
         self.backend.gradient(batch, 1)
         step_seconds = (self.watch.elapsed - started) * self.config.gradient_accumulation
         self.backend.discard()
-        left = minutes * 60 - self.watch.elapsed - EVALUATIONS * evaluation_seconds
+        share = len(self.rows.watched or self.rows.validation) / len(self.rows.validation)
+        evaluations = ((EVALUATIONS - 1) * share + 1) * evaluation_seconds
+        left = minutes * 60 - self.watch.elapsed - evaluations
         if left < step_seconds:
             raise UsageError(
                 f"--max-minutes {minutes:g} leaves no time to train: {1 + EVALUATIONS} evaluations of the validation "
-                f"rows take {(1 + EVALUATIONS) * evaluation_seconds:.0f} s and a step {step_seconds:.1f} s"
+                f"rows take {evaluation_seconds + evaluations:.0f} s and a step {step_seconds:.1f} s"
             )
         return max(1, min(steps, int(left / step_seconds)))
 
@@ -372,7 +414,7 @@ class _Loop:
         watch = self.watch
         state.seconds, state.cpu_seconds, state.elapsed = watch.seconds, watch.cpu_seconds, watch.elapsed
         try:
-            with watch.paused():
+            with watch.paused(), self.timings.stage("checkpoints"):
                 self.callbacks.save(state)
         except Exception as error:
             if not disk_full(error):
@@ -389,6 +431,6 @@ class _Loop:
 def _endless_batches(rows: TrainingRows, config: TuneConfig, skip: int = 0) -> Iterator[Batch]:
     """Batches of epoch after epoch, without the first `skip` of them."""
     lengths, batching = [len(example.input_ids) for example in rows.train], rows.batching
-    epochs = (train_batches(lengths, batching.size, config.seed, epoch) for epoch in count())
+    epochs = (train_batches(lengths, config.rows_at_once, config.seed, epoch) for epoch in count())
     for indices in islice(chain.from_iterable(epochs), skip, None):
         yield collate([rows.train[index] for index in indices], batching.pad_id, batching.task)

@@ -133,15 +133,16 @@ def _measure_report(points: list[_Point], job: Job, model: TrainableModel) -> tu
     train, task, pad_id = job.prepared.examples["train"], job.prepared.task, job.tokenizer.pad_id
     middle = points[len(points) // 2]
     smallest, batch = (collate([train[at] for at in point.rows], pad_id, task) for point in (points[0], middle))
-    model.scorer.token_nll(smallest)  # the first pass also pays for what later ones find ready
-    seconds, answering = _timed(lambda: model.scorer.token_nll(batch))
-    report, token = seconds / middle.evaluation_seconds, 0.0
-    if task in TEXT_TASKS:
-        example = train[points[0].rows[0]]
-        answers: list[list[int]] = []
-        prompt = example.input_ids[: example.prompt_length]
-        seconds, extra = _timed(lambda: answers.append(model.scorer.answer(prompt, 4)))
-        token, answering = seconds / (len(answers[0]) + 1), max(answering, extra)
+    with model.backend.in_float32():
+        model.backend.token_nll(smallest)  # the first pass also pays for what later ones find ready
+        seconds, answering = _timed(lambda: model.backend.token_nll(batch))
+        report, token = seconds / middle.evaluation_seconds, 0.0
+        if task in TEXT_TASKS:
+            example = train[points[0].rows[0]]
+            answers: list[list[int]] = []
+            prompt = example.input_ids[: example.prompt_length]
+            seconds, extra = _timed(lambda: answers.append(model.backend.answer(prompt, 4)))
+            token, answering = seconds / (len(answers[0]) + 1), max(answering, extra)
     return report, token, answering
 
 

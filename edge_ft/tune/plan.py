@@ -12,7 +12,7 @@ import numpy as np
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import TEXT_TASKS, Memory, TuneConfig, last_layers
-from edge_ft.data import Example, batch_tokens, eval_batches
+from edge_ft.data import Example, batch_tokens, collate, eval_batches
 from edge_ft.errors import UsageError, WillNotFit
 from edge_ft.files import write_json
 from edge_ft.models.libraries import import_libraries
@@ -21,8 +21,9 @@ from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory
 from edge_ft.tune.loop import EVALUATIONS
 from edge_ft.tune.measure import Measured, measure
 from edge_ft.tune.prepare import Job, prepare_job
-from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS
+from edge_ft.tune.report import ANSWERS, BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS
 from edge_ft.tune.splits import SPLITS
+from edge_ft.tune.stopwatch import Timings
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
     from edge_ft.models.base_model import Base
     from edge_ft.tune.trainable_model import TrainableModel
 
-__all__ = ["estimate", "plan", "refuse_large_base", "resolve_memory"]
+__all__ = ["estimate", "measure_batches", "plan", "refuse_large_base", "resolve_memory", "settle_memory"]
 
-SHORT_STEP_TOKENS = 512
-"""Up to this many tokens a step, keeping the dequantized weights in bfloat16 saves at least a sixth of its time."""
+WORTH_CACHING = 0.05
+"""Share of a step's time that cached weights must save."""
 HIGH_MEMORY_SHARE = 1 / 8
-"""Share of the available memory that these weights may take unless --memory high is given."""
+"""Share of the available memory that cached weights may take, in float32, unless --memory high is given."""
 USABLE_SHARE = 0.9
 """Share of the available memory and disk that a run may take."""
 BYTES_PER_WEIGHT = {"int4": 0.65, "nf4": 1.3, "int8": 1.15, "bf16": 2.05, "fp32": 4.0}
@@ -70,38 +71,53 @@ def plan(config: TuneConfig, progress: Progress | None = None, available: Availa
     progress = progress or Silent()
     torch = import_libraries(progress, "peft")
     available = available or Available.here(config.out)
-    started = time.monotonic()
+    timings = Timings()
     use_threads(config.threads)
-    job = prepare_job(config, progress)
+    with timings.stage("rows"):
+        job = prepare_job(config, progress)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     job = resolve_memory(job, available, device)
-    choices = _measure_choices(job, device, available, time.monotonic() - started, progress)
+    choices = _measure_choices(job, device, available, timings, progress, may_settle=config.memory is None)
     recommended = next((choice for choice in choices if choice["fits"]), None)
     if recommended is None:
         raise WillNotFit(_does_not_fit(min(choices, key=lambda choice: choice["peak_rss_bytes"]), available))
     return _result(job, available, choices, recommended)
 
 
+def measure_batches(job: Job, model: "TrainableModel", available: Available, progress: Progress) -> Measured:
+    """Measure a few batches of the training that `tune` is about to begin.
+
+    Args:
+        job: The training.
+        model: Its weights and optimizer stay as they are; each step of a run seeds its own random numbers.
+        available: Memory to plan for.
+        progress: Receives that it takes seconds.
+
+    Returns:
+        The measurements.
+    """
+    with heartbeat(progress, "measuring a few batches"), model.backend.unshared():
+        return measure(job, model, available, peak_rss_bytes())
+
+
 def estimate(
-    run: RunFolder, job: Job, model: "TrainableModel", available: Available, progress: Progress, started: float
+    run: RunFolder, job: Job, measured: Measured, available: Available, progress: Progress, spent: dict[str, float]
 ) -> None:
     """Estimate the training that `tune` is about to begin, report the estimate and write it to plan.json.
 
     Args:
         run: The run folder; its codes are written.
         job: The training.
-        model: Its weights and optimizer stay as they are; each step of a run seeds its own random numbers.
+        measured: What its batches take.
         available: Memory and disk to plan for.
         progress: Receives the plan.
-        started: `time.monotonic()` when the tune began.
+        spent: Seconds of the stages until now.
 
     Raises:
         WillNotFit: it takes more memory or disk than is available.
     """
-    with heartbeat(progress, "measuring a few batches"), model.backend.unshared():
-        measured = measure(job, model, available, peak_rss_bytes())
     codes = run.codes.stat().st_size if run.codes.is_file() else 0
-    choice = _choice(job, measured, time.monotonic() - started, codes, available)
+    choice = _choice(job, measured, spent, codes, available)
     for text in job.prepared.shown:
         progress.say(text)
     result = _result(job, available, [choice], choice)
@@ -118,10 +134,9 @@ def estimate(
 
 
 def resolve_memory(job: Job, available: Available, device: "torch.device", processes: int = 1) -> Job:
-    """The job with --memory chosen if the user left it open.
+    """The job with --memory chosen if the user left it open: high if the dequantized weights take little memory.
 
-    It becomes high if steps are short, so that dequantizing takes much of their time, and if the dequantized weights
-    take little of the available memory.
+    `settle_memory` then finds out whether that saves time.
 
     Args:
         job: Its settings leave nothing else open.
@@ -132,16 +147,46 @@ def resolve_memory(job: Job, available: Available, device: "torch.device", proce
     Returns:
         The job.
     """
-    from edge_ft.quant.layers import has_bf16
-
     config = job.config
     if config.memory is not None:
         return job
-    tokens = statistics.fmean(job.batch_tokens)
-    bf16 = device.type == "cpu" and config.compute != "fp32" and has_bf16(device)
-    saves_time = bf16 and config.base_format in ("int4", "int8", "nf4") and tokens <= SHORT_STEP_TOKENS
-    fits = 2 * _count_weights(job.base) * processes <= HIGH_MEMORY_SHARE * available.memory_bytes
-    return job.with_settings(memory="high" if saves_time and fits else "normal")
+    quantized = device.type == "cpu" and config.base_format in ("int4", "int8", "nf4")
+    fits = 4 * _count_weights(job.base) * processes <= HIGH_MEMORY_SHARE * available.memory_bytes
+    return job.with_settings(memory="high" if quantized and fits else "normal")
+
+
+def settle_memory(job: Job, model: "TrainableModel") -> Job:
+    """The job with --memory normal in place of high if cached weights would save little of a step's time.
+
+    A batch of median size is trained on without them, and each weight is dequantized once: a step does that twice.
+
+    Args:
+        job: The training; `resolve_memory` chose its memory mode.
+        model: Its weights and optimizer stay as they are.
+
+    Returns:
+        The job.
+    """
+    if job.config.memory != "high":
+        return job
+    compute, examples = model.backend.compute, job.prepared.examples["train"]
+    order = sorted(range(len(job.batches)), key=job.batch_tokens.__getitem__)
+    rows = [examples[index] for index in job.batches[order[len(order) // 2]]]
+    batch = collate(rows, job.tokenizer.pad_id, job.prepared.task)
+    compute.cache_weights(None)
+    with model.backend.unshared():
+        for _ in range(2):  # the first pass pays for allocations
+            began = time.perf_counter()
+            model.backend.gradient(batch, 1)
+            step = time.perf_counter() - began
+    model.backend.discard()
+    began = time.perf_counter()
+    compute.dequantize()
+    if 2 * (time.perf_counter() - began) < WORTH_CACHING * step:
+        compute.stop_caching()
+        return job.with_settings(memory="normal")
+    compute.cache_weights(model.backend.dtype)
+    return job
 
 
 def refuse_large_base(base: "Base", config: TuneConfig, available: Available) -> None:
@@ -191,9 +236,17 @@ def _options(config: TuneConfig, base: "Base") -> list[TuneConfig]:
 
 
 def _measure_choices(
-    job: Job, device: "torch.device", available: Available, before: float, progress: Progress
+    job: Job, device: "torch.device", available: Available, timings: Timings, progress: Progress, *, may_settle: bool
 ) -> list[dict[str, Any]]:
-    """Load and measure each of `_options`; `before` are the seconds that a tune takes until it loads the model.
+    """Load and measure each of `_options`.
+
+    Args:
+        job: The training.
+        device: Where it would run.
+        available: Memory and disk to plan for.
+        timings: Has the seconds of the stages that a tune goes through until it loads the model.
+        progress: Receives the steps.
+        may_settle: `settle_memory` chooses the memory mode.
 
     Returns:
         The `choices` of the plan.
@@ -206,15 +259,15 @@ def _measure_choices(
     from edge_ft.tune.trainable_model import load_trainable_model
 
     choices: list[dict[str, Any]] = []
-    loading_seconds: list[float] = []
+    first: dict[str, float] = {}  # loading, which imports libraries and chooses the codes as that of a tune does
     peaks: dict[Memory | None, int] = {}
     for option in _options(job.config, job.base):
         refuse_large_base(job.base, option, available)
         name = f"layers {option.layers}, memory {option.memory}"
-        began = time.monotonic()
+        stages = Timings()
         # GPTQ does not change what a step takes; it runs once in each memory mode, for its own time and memory.
         loaded = option if option.memory not in peaks else replace(option, calibration_rows=0)
-        with PeakMemory() as loading, heartbeat(progress, f"loading {name}"):
+        with PeakMemory() as loading, stages.stage("load"), heartbeat(progress, f"loading {name}"):
             try:
                 model = load_trainable_model(replace(job, config=loaded), Processes(device), progress)
             except UsageError:
@@ -222,13 +275,15 @@ def _measure_choices(
                     raise
                 continue  # --target-modules names no layer among these few
         peaks[option.memory] = max(peaks.get(option.memory, 0), loading.bytes)
-        loading_seconds.append(time.monotonic() - began)
-        began = time.monotonic()
-        measured_job = replace(job, config=replace(option, compute=model.compute))
-        with heartbeat(progress, f"measuring {name}"):
+        if model.calibration is not None:
+            stages.move(model.calibration.seconds, "load", "calibrate")
+        first = first or stages.seconds
+        measured_job, measuring = replace(job, config=replace(option, compute=model.compute)), Timings()
+        with measuring.stage("measure"), heartbeat(progress, f"measuring {name}"):
+            if may_settle and option.memory == "high":
+                measured_job = settle_memory(measured_job, model)
             measured = measure(measured_job, model, available, peaks[option.memory])
-        # The first loading is like that of a tune: it imports libraries and chooses the codes.
-        seconds = before + loading_seconds[0] + time.monotonic() - began
+        seconds = timings.seconds | first | measuring.seconds
         codes = int(_count_weights(job.base) * BYTES_PER_WEIGHT["int4"]) if option.base_calibration_rows else 0
         choices.append(_choice(measured_job, measured, seconds, codes, available))
         del model
@@ -236,42 +291,50 @@ def _measure_choices(
     return choices
 
 
-def _choice(job: Job, measured: Measured, before: float, codes_bytes: int, available: Available) -> dict[str, Any]:
-    """One of the `choices` of a plan, `before` seconds into its run and with codes of this size."""
+def _choice(
+    job: Job, measured: Measured, spent: dict[str, float], codes_bytes: int, available: Available
+) -> dict[str, Any]:
+    """One of the `choices` of a plan, after these seconds of the stages before training and with codes of this size."""
+    stages = spent | _seconds(job, measured)
+    stages["write"] = stages.get("write", 0.0) + FINAL_SECONDS
     peak, disk = _peak_bytes(job, measured), codes_bytes + _disk_bytes(job, measured)
     fits = peak <= USABLE_SHARE * available.memory_bytes and disk <= USABLE_SHARE * available.disk_bytes
     return {
         "layers": job.config.layers,
         "memory": job.config.memory,
         "trainable_parameters": measured.trainable,
-        "seconds": round(before + _seconds(job, measured) + FINAL_SECONDS, 1),
+        "seconds": round(sum(stages.values()), 1),
+        "stages": {stage: round(seconds, 1) for stage, seconds in stages.items()},
         "peak_rss_bytes": peak,
         "disk_bytes": disk,
         "fits": fits,
     }
 
 
-def _seconds(job: Job, measured: Measured) -> float:
-    """Seconds of the training loop, with its evaluations, and of the scores of the report."""
+def _seconds(job: Job, measured: Measured) -> dict[str, float]:
+    """Seconds of the stages that are to come: `train`, `validation`, `scores` and `answers`."""
     config, examples, task = job.config, job.prepared.examples, job.prepared.task
     train, validation = examples["train"], examples["validation"]
 
     def evaluation(rows: Sequence[Example]) -> float:
-        batches = eval_batches([len(row.input_ids) for row in rows], config.rows_at_once)
+        batches = eval_batches([len(row.input_ids) for row in rows], job.batching.size)
         return sum(measured.evaluation.at(batch_tokens(batch, rows, task)) for batch in batches)
 
     training = job.steps * config.gradient_accumulation * statistics.fmean(map(measured.step.at, job.batch_tokens))
-    evaluations = 1 + math.ceil(job.steps / (config.eval_steps or math.ceil(job.steps / EVALUATIONS)))
-    loop = training + evaluations * evaluation(validation)
-    if config.max_minutes is not None:
-        loop = min(loop, config.max_minutes * 60)
-    report = 2 * evaluation(examples["test"]) + evaluation(train[: min(len(validation), OVERFITTING_ROWS)])
-    report += 2 * evaluation(validation) if config.compute == "bf16" else 0.0
-    report *= measured.report
+    evaluations = math.ceil(job.steps / (config.eval_steps or math.ceil(job.steps / EVALUATIONS))) - 1
+    watched = [validation[index] for index in job.watched] or validation
+    validating = 2 * evaluation(validation) + evaluations * evaluation(watched)  # the base and the last on all rows
+    if config.max_minutes is not None and training + validating > config.max_minutes * 60:
+        training = max(0.0, config.max_minutes * 60 - validating)
+    seconds = {"train": training, "validation": validating}
+    seconds["scores"] = 2 * measured.report * evaluation(examples["test"]) + evaluation(train[:OVERFITTING_ROWS])
     if task in TEXT_TASKS:
-        answer = statistics.median(len(example.labels) - example.shared_positions for example in train)
-        report += BATCH_COST * (SAMPLE_TOKENS + min(answer, SAMPLE_TOKENS)) * measured.token
-    return loop + report
+        answered = (examples["test"] or validation)[:ANSWERS]
+        longest = min(SAMPLE_TOKENS, 2 * max(example.targets for example in answered))
+        ended = min(longest, statistics.median(example.targets for example in train))
+        prompts = 2 * measured.report * evaluation(answered)
+        seconds["answers"] = prompts + BATCH_COST * (longest + ended) * measured.token
+    return seconds
 
 
 def _peak_bytes(job: Job, measured: Measured) -> int:

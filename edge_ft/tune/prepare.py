@@ -24,6 +24,7 @@ from edge_ft.data import (
     clock_at,
     column_names,
     encode_example,
+    evenly_spaced,
     find_answers,
     find_columns,
     find_problem,
@@ -45,7 +46,7 @@ from edge_ft.evaluate.scoring import Batching
 from edge_ft.families import family_of
 from edge_ft.progress import Progress
 from edge_ft.tune.classes import choose_classes, find_class_problems
-from edge_ft.tune.loop import planned_steps
+from edge_ft.tune.loop import EVALUATIONS, planned_steps
 from edge_ft.tune.splits import SPLITS, FileFindings, GivenRows, drop_unusable, read_given, split_given
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Job", "Prepared", "prepare", "prepare_job", "refuse_other"]
 
+SCORED_ROWS, SCORED_TOKENS = 64, 1024
+"""Most rows, and most tokens of rows of mean length, that are scored together; a batch of a step may be larger."""
+EVALUATION_SHARE = 0.1
+"""Share of the training's time that its evaluations may take, without the last one."""
+FEWEST_EVAL_ROWS = 16
+"""Validation rows of an evaluation, however long it takes."""
 HOLDS: dict[ProblemType, str] = {
     "single_label_classification": "a class",
     "multi_label_classification": "several classes",
@@ -136,8 +143,20 @@ class Job:
 
     @property
     def batching(self) -> Batching:
-        """How the rows become batches."""
-        return Batching(self.prepared.task, self.tokenizer.pad_id, self.config.rows_at_once)
+        """How the rows become batches that are scored: of short rows more than a step takes, which is faster."""
+        if self.config.memory == "low":
+            return Batching(self.prepared.task, self.tokenizer.pad_id, self.config.rows_at_once)
+        longest = max(1, round(np.mean([len(example.input_ids) for example in self.prepared.examples["validation"]])))
+        together = max(self.config.rows_at_once, min(SCORED_ROWS, SCORED_TOKENS // longest))
+        return Batching(self.prepared.task, self.tokenizer.pad_id, together)
+
+    @property
+    def watched(self) -> list[int]:
+        """Indices of the --eval-rows validation rows of all lengths that most evaluations score; []: all rows."""
+        validation, count = self.prepared.examples["validation"], self.config.eval_rows
+        assert count is not None  # resolved
+        by_length = sorted(range(len(validation)), key=lambda index: len(validation[index].input_ids))
+        return sorted(evenly_spaced(by_length, count)) if count < len(validation) else []
 
     @cached_property
     def batches(self) -> list[list[int]]:
@@ -180,7 +199,29 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
         base = base.with_class_names(config.class_names)
     job = Job(config, base, tokenizer, prepared)
     refuse_other(saved, job.identity, str(config.out))
-    return job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)
+    job = job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)
+    if config.eval_rows is None:  # an interrupted run of an earlier release evaluated all of them
+        every = len(prepared.examples["validation"])
+        job = job.with_settings(eval_rows=every if saved else _affordable_rows(job))
+    return job
+
+
+def _affordable_rows(job: Job) -> int:
+    """How many validation rows can be scored at every evaluation but the last in a tenth of the training's time.
+
+    A token costs a step three times as much as an evaluation: the forward pass, and twice that for the gradients.
+
+    Returns:
+        The number.
+    """
+    train, validation = job.prepared.examples["train"], job.prepared.examples["validation"]
+    if job.prepared.task == "feature-extraction":  # a row's loss depends on the other rows of its batch
+        return len(validation)
+    evaluations = job.steps / job.config.eval_steps if job.config.eval_steps else EVALUATIONS
+    rows = job.steps * job.config.gradient_accumulation * job.config.rows_at_once
+    trained, scored = (sum(len(example.input_ids) for example in some) / len(some) for some in (train, validation))
+    affordable = EVALUATION_SHARE * 3 * rows * trained / (max(1.0, evaluations - 1) * scored)
+    return min(len(validation), max(FEWEST_EVAL_ROWS, round(affordable)))
 
 
 def _find_base(config: TuneConfig, progress: Progress, saved: Mapping[str, Any] | None) -> "Base":

@@ -19,6 +19,7 @@ from edge_ft.progress import Progress, Silent
 from edge_ft.system import release_memory
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.report_parts import ReportParts
+from edge_ft.tune.stopwatch import Timings
 
 if TYPE_CHECKING:
     from edge_ft.tune.prepare import Job, Prepared
@@ -27,15 +28,17 @@ if TYPE_CHECKING:
 __all__ = ["results"]
 
 SAMPLES = 3
-ANSWERS = 16
+ANSWERS = 8
 """Rows whose generated answers are scored: one batch of the base, and one of the tuned model."""
 BATCH_COST = 3
 """Time of a batch of ANSWERS answers, over that of a single answer (SmolLM2 on one slow core: 13 s a batch)."""
 SAMPLE_TOKENS = 32
+"""Longest answer in tokens; at most twice the longest right answer, so that a base that does not end takes less."""
 CUT_ADVICE = "these metrics are of shortened answers; edge-ft eval --max-new-tokens {tokens} compares whole ones"
 PROMPT_TAIL = 400
 """Characters of a prompt that a sample shows: its end, where the question is."""
-OVERFITTING_ROWS = 256
+OVERFITTING_ROWS = 32
+"""Train rows whose loss is compared with that of the validation rows."""
 OVERFITTING_GAP = 0.25
 """The run is reported as over-fitted if the validation loss is above the train loss by more than this share of it."""
 
@@ -44,11 +47,17 @@ Base = Callable[[], AbstractContextManager[Any]]
 
 
 def results(
-    job: "Job", model: "TrainableModel", fitted: Fit, progress: Progress, parts: ReportParts = ReportParts(None)
+    job: "Job",
+    model: "TrainableModel",
+    fitted: Fit,
+    progress: Progress,
+    parts: ReportParts = ReportParts(None),
+    timings: Timings | None = None,
 ) -> dict[str, Any]:
-    """Score the tuned model in float32 and compare it with its base.
+    """Score the tuned model and compare it with its base.
 
-    The validation rows chose the weights that `model` holds; the test rows are read here, once.
+    The validation rows chose the weights that `model` holds, in the precision of the steps; their scores are the
+    loop's. The test rows are read here, once, and scored in float32, as `edge-ft eval` and the export score.
 
     Args:
         job: The resolved settings and the rows.
@@ -56,22 +65,29 @@ def results(
         fitted: The loop's result.
         progress: Gets over-fitting and sample answers.
         parts: What an earlier process of the run has found already; gets what is found.
+        timings: Gets the seconds of `scores` and of `answers`.
 
     Returns:
-        `nll`, `metrics`, `overfitting`, `guards`, `answers` and `samples` of report.json, and more of its `findings`;
-        `answers` scores the answers to the first `ANSWERS` rows of a model that writes text, and is None for others.
+        `scored_in`, `nll`, `metrics`, `overfitting`, `guards`, `answers` and `samples` of report.json, and more of its
+        `findings`; `answers` scores the answers to the first `ANSWERS` rows of a model that writes text; None for
+        others.
     """
-    model.backend.compute.cache_weights(None)
+    timings = timings or Timings()
     release_memory()  # what is scored here would come on top of what the steps took
-    scorer, base = _KeptScorer(model.scorer, parts, job.batching, progress), model.peft_model.disable_adapter
+    scorer, base = _KeptScorer(model.backend, parts, job.batching, progress), model.peft_model.disable_adapter
     prepared, examples = job.prepared, job.prepared.examples
     split = "test" if examples["test"] else "validation"
-    scores = _scores(job, scorer, base, fitted)
-    overfitting = _overfitting(job, scorer, scores["validation"].mean_nll, fitted)
     answers: dict[str, Any] | None = None
-    if prepared.task in TEXT_TASKS:
-        samples, answers = _answers(job, scorer, base, examples[split][:ANSWERS])
-    else:
+    with model.backend.unshared():  # the processes have found different parts, and do not wait for each other
+        with timings.stage("scores"):
+            overfitting = _overfitting(job, scorer, fitted)
+        with model.backend.in_float32():
+            with timings.stage("scores"):
+                scores = _scores(job, scorer, base, fitted)
+            if prepared.task in TEXT_TASKS:
+                with timings.stage("answers"):
+                    samples, answers = _answers(job, scorer, base, examples[split][:ANSWERS])
+    if prepared.task not in TEXT_TASKS:
         columns = {"base": scores[f"{split}_base"], "tuned": scores[split]}
         samples = [
             {
@@ -93,6 +109,7 @@ def results(
         progress.say(f"{finding['message']} [{finding['code']}]")
     return {
         "findings": findings,
+        "scored_in": {"validation": job.config.compute, "test": "fp32"},
         "nll": {
             "base": scores["validation_base"].mean_nll,
             "best": scores["validation"].mean_nll,
@@ -143,8 +160,7 @@ def _scores(job: "Job", scorer: _KeptScorer, base: Base, fitted: Fit) -> dict[st
     examples = job.prepared.examples
     scores = {"validation_base": fitted.base, "validation": fitted.best}
     embeds = job.prepared.task == "feature-extraction"  # a checkpoint keeps losses, not vectors
-    # The loop scored in the precision of its steps; the report has what export will be held to.
-    again = job.config.compute == "bf16" or (embeds and None in (fitted.base.vectors, fitted.best.vectors))
+    again = embeds and None in (fitted.base.vectors, fitted.best.vectors)
     for split in ["validation"] * again + ["test"] * bool(examples["test"]):
         with base():
             scores[f"{split}_base"] = scorer.score(examples[split], f"{split} rows, base")
@@ -152,8 +168,9 @@ def _scores(job: "Job", scorer: _KeptScorer, base: Base, fitted: Fit) -> dict[st
     return scores
 
 
-def _overfitting(job: "Job", scorer: _KeptScorer, best: float, fitted: Fit) -> dict[str, Any]:
+def _overfitting(job: "Job", scorer: _KeptScorer, fitted: Fit) -> dict[str, Any]:
     """Train and validation loss of the best weights; a message where they are far apart."""
+    best = fitted.best.mean_nll
     train, config, progress = job.prepared.examples["train"], job.config, scorer.progress
     count = min(len(train), len(job.prepared.examples["validation"]), OVERFITTING_ROWS)
     chosen = sorted(np.random.default_rng(config.seed).permutation(len(train))[:count].tolist())
@@ -187,9 +204,10 @@ def _answers(
     answers: dict[str, list[Answer]] = {}
     chosen: dict[str, dict[str, Metric]] = {}
     opened = LoadedSource(scorer.scorer, tokenizer, job.prepared.rendering, model_limit)
+    longest = min(SAMPLE_TOKENS, 2 * max(example.targets for example in examples))
 
     def answer(stage: str) -> list[dict[str, Any]]:
-        return [asdict(answer) for answer in generate_answers(opened, examples, SAMPLE_TOKENS, progress, stage)]
+        return [asdict(answer) for answer in generate_answers(opened, examples, longest, progress, stage)]
 
     for name, context in (("base", base), ("tuned", nullcontext)):
         answering, choosing = f"answers, {name}", f"choices, {name}"
@@ -212,8 +230,8 @@ def _answers(
     split, findings = "test" if job.prepared.examples["test"] else "validation", list[dict[str, Any]]()
     for name, texts in answers.items():
         values = {metric: columns[name] for metric, columns in metrics.items() if columns[name] is not None}
-        findings += answer_findings(Scored(split, name, examples, values), texts, SAMPLE_TOKENS, CUT_ADVICE)
-    figures = {"rows": len(examples), "max_new_tokens": SAMPLE_TOKENS, "metrics": metrics, "findings": findings}
+        findings += answer_findings(Scored(split, name, examples, values), texts, longest, CUT_ADVICE)
+    figures = {"rows": len(examples), "max_new_tokens": longest, "metrics": metrics, "findings": findings}
     return samples, figures
 
 

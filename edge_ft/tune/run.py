@@ -1,6 +1,5 @@
 """A tune as the list of its steps."""
 
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -11,28 +10,29 @@ from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, use_threads
 from edge_ft.tune.checkpoint import OpenedRun, explain_stop, finished_note, open_run
 from edge_ft.tune.distributed import Processes
-from edge_ft.tune.plan import estimate, refuse_large_base, resolve_memory
+from edge_ft.tune.plan import estimate, measure_batches, refuse_large_base, resolve_memory, settle_memory
 from edge_ft.tune.prepare import prepare_job, refuse_other
 from edge_ft.tune.report import results
 from edge_ft.tune.report_parts import ReportParts, kept_parts
 from edge_ft.tune.run_files import begin, plot_losses, write_report
+from edge_ft.tune.stopwatch import Timings
 from edge_ft.tune.train import train
 from edge_ft.tune.trainable_model import load_trainable_model
 
 __all__ = ["run_steps"]
 
 
-def run_steps(config: TuneConfig, progress: Progress) -> RunFolder:
+def run_steps(config: TuneConfig, progress: Progress, timings: Timings) -> RunFolder:
     """Do what `edge_ft.tune.tune` documents; the libraries of training are imported.
 
     Args:
         config: The settings.
         progress: Gets messages and the state of long steps.
+        timings: Has the seconds of the import; gets those of the other stages.
 
     Returns:
         The finished run folder.
     """
-    started = time.monotonic()
     processes = Processes.from_environment(progress)
     if not processes.is_main:
         progress = Silent()
@@ -43,35 +43,48 @@ def run_steps(config: TuneConfig, progress: Progress) -> RunFolder:
             progress.say(finished_note(config))
         else:
             with explain_stop(opened, processes.is_main):
-                _train_and_report(opened, processes, progress, started)
+                _train_and_report(opened, processes, progress, timings)
     return opened.folder
 
 
-def _train_and_report(opened: OpenedRun, processes: Processes, progress: Progress, started: float) -> None:
-    """Do the rest of a run that is not finished; `started` is when the process began, by time.monotonic()."""
+def _train_and_report(opened: OpenedRun, processes: Processes, progress: Progress, timings: Timings) -> None:
+    """Do the rest of a run that is not finished."""
     run, config = opened.folder, replace(opened.config, threads=use_threads(opened.config.threads))
-    with processes.main_first():  # it downloads and converts, the others find the result
+    with timings.stage("rows"), processes.main_first():  # it downloads and converts, the others find the result
         job = prepare_job(config, progress, opened.identity)
 
     available = Available.here(run.path)
     job = resolve_memory(job, available, processes.device, processes.count)
     refuse_large_base(job.base, job.config, available)
-    with heartbeat(progress, f"loading {job.base.name} as {job.config.base_format} on {processes.device}"):
+    loading = heartbeat(progress, f"loading {job.base.name} as {job.config.base_format} on {processes.device}")
+    with timings.stage("load"), loading:
         model = load_trainable_model(job, processes, progress, opened.codes)
         refuse_other(opened.identity, {"codes_sha256": model.codes_sha256}, str(run.path))
+    if model.calibration is not None:
+        timings.move(model.calibration.seconds, "load", "calibrate")
     job = job.with_settings(compute=model.compute)
+    if config.memory is None:
+        with timings.stage("measure"), heartbeat(progress, "measuring a batch"):
+            job = settle_memory(job, model)
     processes.wait()  # the main process is about to write: all have seen what was there
 
     if processes.is_main:
-        with run.changed():
+        with timings.stage("write"), run.changed():
             begin(run, job, model)
         if opened.checkpoint is None:
-            estimate(run, job, model, available, progress, started)
-    fitted = train(opened, job, model, processes, progress)
+            with timings.stage("measure"):
+                measured = measure_batches(job, model, available, progress)
+            estimate(run, job, measured, available, progress, dict(timings.seconds))
+    with timings.stage("train"):
+        fitted = train(opened, job, model, processes, progress, timings)
+    for part in ("validation", "checkpoints"):
+        timings.seconds["train"] -= timings.seconds.get(part, 0.0)
     parts = kept_parts(run, job) if processes.is_main else ReportParts(None)
-    evaluated = results(job, model, fitted, progress, parts)
+    evaluated = results(job, model, fitted, progress, parts, timings)
     if processes.is_main:
         with heartbeat(progress, "writing the report"):
-            plot_losses(run, progress)
-            write_report(opened, job, model, processes, fitted, evaluated, time.monotonic() - started)
+            with timings.stage("write"):
+                plot_losses(run, progress)
+            write_report(opened, job, model, processes, fitted, evaluated, timings.seconds)
+        progress.say(f"seconds: {timings.text}")
     processes.wait()

@@ -93,7 +93,7 @@ def write_report(
     processes: Processes,
     fitted: Fit,
     evaluated: dict[str, Any],
-    seconds: float,
+    timings: dict[str, float],
 ) -> None:
     """Write files.json and report.json, which makes the run a finished one, and remove the checkpoint.
 
@@ -104,9 +104,11 @@ def write_report(
         processes: Those that trained together.
         fitted: The loop's result.
         evaluated: What `evaluate` returned.
-        seconds: How long this process has run; those of the interrupted run are added.
+        timings: Seconds of each stage of this process; those of the interrupted run are added.
     """
     run, device = opened.folder, processes.device
+    if opened.checkpoint is not None:
+        timings = {"before resuming": opened.checkpoint.state.elapsed, **timings}
     on_device = device_memory(device)
     report = {
         "model": job.base.name,
@@ -116,7 +118,9 @@ def write_report(
         "calibration": run.base()["calibration"],
         "findings": [*job.prepared.findings, *evaluated.get("findings", ())],
         "trainable_parameters": sum(parameter.numel() for parameter in model.backend.parameters),
-        "seconds": round(seconds + (opened.checkpoint.state.elapsed if opened.checkpoint else 0.0), 2),
+        "seconds": round(sum(timings.values()), 2),
+        "timings": {stage: round(seconds, 2) for stage, seconds in timings.items()},
+        "eval_rows": job.config.eval_rows,
         "steps": fitted.steps,
         "best_step": fitted.best_step,
         "stopped": fitted.stopped,

@@ -1,10 +1,40 @@
-"""The clock of a training, which can be paused."""
+"""The clock of a training, which can be paused, and the seconds of its stages."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-__all__ = ["Stopwatch"]
+__all__ = ["Stopwatch", "Timings"]
+
+
+@dataclass
+class Timings:
+    """Wall seconds of the stages of a command, in the order in which they began."""
+
+    clock: Callable[[], float] = time.monotonic
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the seconds of this block to those of a stage."""
+        began = self.clock()
+        self.seconds.setdefault(name, 0.0)
+        try:
+            yield
+        finally:
+            self.seconds[name] += self.clock() - began
+
+    @property
+    def text(self) -> str:
+        """The stages of at least a tenth of a second, as `load 4.1, train 72.0`, and their sum."""
+        stages = [f"{name} {seconds:.1f}" for name, seconds in self.seconds.items() if seconds >= 0.1]
+        return f"{', '.join(stages)}; {sum(self.seconds.values()):.1f} in all"
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Count seconds of one stage as those of another, which was a part of it."""
+        self.seconds[source] -= seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
 
 
 class Stopwatch:

@@ -1,7 +1,7 @@
 """The arithmetic of a training step in torch, on the GPU or the CPU, in one process or several."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +29,19 @@ _AGREEMENT = 0.02
 class TorchBackend(TorchScorer):
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over the trainable parameters of a PEFT model.
 
-    Steps and `token_nll` compute in the precision of `config.compute`; a `TorchScorer` of the same model scores in
-    float32. The methods are those of `edge_ft.tune.loop.Backend`; where several processes train together, all of them
+    Steps, scores and answers compute in the precision of `config.compute`, or in float32 inside `in_float32`. The
+    methods are those of `edge_ft.tune.loop.Backend`; where several processes train together, all of them
     call `gradient`, `update` and `token_nll` in the same order, and each computes its share of a batch.
     """
 
     def __init__(
-        self, model: Any, family: Family, task: Task, config: TuneConfig, processes: Processes | None = None
+        self,
+        model: Any,
+        family: Family,
+        task: Task,
+        config: TuneConfig,
+        processes: Processes | None = None,
+        stop_ids: frozenset[int] = frozenset(),
     ) -> None:
         """Prepare the optimizer.
 
@@ -45,8 +51,9 @@ class TorchBackend(TorchScorer):
             task: What is trained.
             config: Its compute, memory and weight decay count.
             processes: Those that train together; None is this one alone.
+            stop_ids: The tokens that end an answer.
         """
-        super().__init__(model, task)
+        super().__init__(model, task, stop_ids)
         self.processes = processes or Processes(self.device)
         self._requested = config.compute
         narrow = config.compute == "bf16" or (config.compute == "auto" and has_bf16(self.device))
@@ -68,6 +75,21 @@ class TorchBackend(TorchScorer):
         finally:
             self.processes = before
 
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Score and answer in float32 inside this block, and with memory `high` over cached weights."""
+        before = self.dtype
+        self._compute_in(torch.float32)
+        try:
+            yield
+        finally:
+            self._compute_in(before)
+
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        if dtype != self.dtype:
+            self.dtype = self.compute.dtype = dtype
+            self.compute.cache_weights(dtype)
+
     def gradient(self, batch: Batch, targets: int) -> float:
         """Accumulate the gradient of this process's rows; return the loss of all rows (nats), summed / `targets`."""
         own, loss = self.processes.own(batch), torch.zeros(())
@@ -87,8 +109,7 @@ class TorchBackend(TorchScorer):
             narrow = float(self.token_nll(batch)[0].sum())
             wide = float(TorchScorer(self.model, self.task).token_nll(batch)[0].sum())
             if not abs(narrow - wide) <= _AGREEMENT * wide:  # NaN too
-                self.dtype = self.compute.dtype = torch.float32
-                self.compute.cache_weights(torch.float32)
+                self._compute_in(torch.float32)
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
@@ -105,6 +126,16 @@ class TorchBackend(TorchScorer):
         """Embed in the precision of the steps, else as `TorchScorer.vectors`."""
         with self.compute:
             return super().vectors(batch)
+
+    def answer_batch(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Answer in the precision of the steps, else as `TorchScorer.answer_batch`."""
+        with self.compute:
+            return super().answer_batch(prompts, max_new_tokens)
+
+    def answer_nll(self, prompt_ids: list[int], answers: Sequence[list[int]]) -> NDArray[np.float64]:
+        """Score answers in the precision of the steps, else as `TorchScorer.answer_nll`."""
+        with self.compute:
+            return super().answer_nll(prompt_ids, answers)
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
         """Clip (0: not) and take an AdamW step if the gradient is finite; return its norm before clipping."""
@@ -135,6 +166,13 @@ class TorchBackend(TorchScorer):
         """Set the weights to the best so far."""
         for parameter, best in zip(self.parameters, self.best, strict=True):
             parameter.copy_(best)
+
+    @torch.no_grad()
+    def swap_best(self) -> None:
+        """Exchange the weights and the best so far."""
+        current = [parameter.detach().clone() for parameter in self.parameters]
+        self.restore_best()
+        self.best = current
 
     def save(self, folder: Path) -> None:
         """Write the current weights beside `folder`, which they then replace: it is never half written."""

@@ -16,12 +16,15 @@ from edge_ft.tune.checkpoint import Checkpoint, OpenedRun, write_checkpoint
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.loop import Callbacks, Fit, TrainingRows, fit
 from edge_ft.tune.prepare import Job
+from edge_ft.tune.stopwatch import Timings
 from edge_ft.tune.trainable_model import TrainableModel
 
 __all__ = ["Metrics", "train"]
 
 
-def train(opened: OpenedRun, job: Job, model: TrainableModel, processes: Processes, progress: Progress) -> Fit:
+def train(
+    opened: OpenedRun, job: Job, model: TrainableModel, processes: Processes, progress: Progress, timings: Timings
+) -> Fit:
     """Train, from the checkpoint if there is one, and write the adapter with the best weights.
 
     Args:
@@ -30,6 +33,7 @@ def train(opened: OpenedRun, job: Job, model: TrainableModel, processes: Process
         model: Ends with the best weights.
         processes: Those that train together; the main one writes.
         progress: Gets the steps and the evaluations.
+        timings: Gets the seconds of the evaluations and of the checkpoints.
 
     Returns:
         The loop's result.
@@ -42,10 +46,11 @@ def train(opened: OpenedRun, job: Job, model: TrainableModel, processes: Process
     if checkpoint is not None:
         backend.restore(checkpoint.backend)
     log = run.path / "metrics.jsonl" if processes.is_main else None
-    rows = TrainingRows(job.prepared.examples["train"], job.prepared.examples["validation"], job.batching)
+    examples = job.prepared.examples
+    rows = TrainingRows(examples["train"], examples["validation"], job.batching, job.watched)
     with Metrics(log, checkpoint.metrics_bytes if checkpoint else 0) as metrics, held():
         callbacks = _RunCallbacks(run, job, model, metrics, processes)
-        fitted = fit(backend, rows, job.config, progress, callbacks, checkpoint.state if checkpoint else None)
+        fitted = fit(backend, rows, job.config, progress, callbacks, checkpoint.state if checkpoint else None, timings)
     backend.save(run.adapter)
     return fitted
 

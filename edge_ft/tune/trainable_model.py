@@ -10,7 +10,6 @@ from edge_ft.errors import UsageError
 from edge_ft.models.compute import set_malloc_thresholds
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
-from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Progress
 from edge_ft.quant.calibration import Calibration, make_calibration
 from edge_ft.quant.layers import to_device
@@ -29,9 +28,7 @@ class TrainableModel:
     peft_model: Any
     """The `peft.PeftModel`, on its device."""
     backend: TorchBackend
-    """Trains it, and scores it as the steps compute."""
-    scorer: TorchScorer
-    """Scores it in float32, and answers."""
+    """Trains and scores it, and answers."""
     compute: Literal["fp32", "bf16"]
     """What the steps compute in."""
     calibration: Calibration | None
@@ -73,7 +70,6 @@ def load_trainable_model(
     )
     peft_model = to_device(add_lora(load_model(spec, progress), base.family, task, config), processes.device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
-    backend = TorchBackend(peft_model, base.family, task, config, processes)
+    backend = TorchBackend(peft_model, base.family, task, config, processes, stop_ids(rendering, job.tokenizer))
     compute = backend.resolve(collate(prepared.examples["validation"][: config.rows_at_once], pad_id, task))
-    scorer = TorchScorer(peft_model, task, stop_ids(rendering, job.tokenizer))
-    return TrainableModel(peft_model, backend, scorer, compute, calibration)
+    return TrainableModel(peft_model, backend, compute, calibration)

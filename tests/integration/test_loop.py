@@ -1,7 +1,7 @@
 """The loop over a tiny model: accumulated and non-finite gradients, best weights, and the ways to end early."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.progress import Silent
 from edge_ft.tune.loop import Callbacks, Fit, TrainingRows, fit
+from edge_ft.tune.stopwatch import Timings
 from edge_ft.tune.torch_backend import TorchBackend
 
 TASK = "text-generation"
@@ -51,15 +52,16 @@ def train(
     examples: list[Example],
     settings: TuneConfig,
     clock: Callable[[], float] | None = None,
+    watched: Sequence[int] = (),
 ) -> tuple[Fit, list[dict[str, Any]]]:
     class Recorded(Callbacks):
         def on_metrics(self, line: dict[str, Any]) -> None:
             lines.append(line)
 
     lines: list[dict[str, Any]] = []
-    extra = {} if clock is None else {"clock": clock}
-    rows = TrainingRows(examples[:32], examples[32:], Batching(TASK, 2, settings.rows_at_once))
-    result = fit(backend, rows, settings, Silent(), Recorded(), **extra)
+    timings = Timings() if clock is None else Timings(clock)
+    rows = TrainingRows(examples[:32], examples[32:], Batching(TASK, 2, settings.rows_at_once), watched)
+    result = fit(backend, rows, settings, Silent(), Recorded(), timings=timings)
     return result, lines
 
 
@@ -108,6 +110,62 @@ def test_the_last_weights_are_not_kept_when_they_are_worse(
     assert result.last_nll == evaluations[-1] > result.best.mean_nll == min(evaluations)
     assert result.best_step == 0
     assert all(torch.equal(one, other) for one, other in zip(before, backend.parameters, strict=True))
+
+
+class ScriptedBackend:
+    """Its weights are the number of updates, and a function of these and of a row gives the loss of that row."""
+
+    def __init__(self, nll: Callable[[int, int], float]) -> None:
+        self.nll, self.weights, self.best = nll, 0, 0
+        self.scored: list[tuple[int, int]] = []
+        """Weights and number of rows of each batch that was scored."""
+
+    def token_nll(self, batch: Batch) -> Any:
+        self.scored.append((self.weights, len(batch["rows"])))
+        losses = np.array([self.nll(self.weights, row) for row in batch["rows"]])
+        return np.where(batch["labels"] == -100, 0.0, losses[:, None]), batch["labels"]
+
+    def gradient(self, batch: Batch, targets: int) -> float:
+        return 1.0
+
+    def update(self, learning_rate: float, max_grad_norm: float) -> float:
+        self.weights += 1
+        return 1.0
+
+    def keep_best(self) -> None:
+        self.best = self.weights
+
+    def restore_best(self) -> None:
+        self.weights = self.best
+
+    def swap_best(self) -> None:
+        self.weights, self.best = self.best, self.weights
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def test_evaluations_score_the_watched_rows_and_the_last_one_all_of_them(examples: list[Example]) -> None:
+    backend: Any = ScriptedBackend(lambda steps, row: 5.0 - steps)
+    result, lines = train(backend, examples, config(max_steps=4, eval_steps=2, batch_size=8), watched=[0, 3, 6])
+    assert backend.scored == [(0, 8), (2, 3), (4, 8)]
+    assert [line["rows"] for line in lines if "validation_nll" in line] == [3, 3, 3]
+    assert (result.best_step, result.best.mean_nll, len(result.best.nll)) == (4, 1.0, 8)
+
+
+@pytest.mark.parametrize(("others", "best_step"), [(1.0, 4), (3.0, 2)])
+def test_the_better_of_best_and_last_weights_on_all_rows_is_kept(
+    examples: list[Example], others: float, best_step: int
+) -> None:
+    """On the watched rows step 2 is the best; on the others the last step has this loss and step 2 has 2.0."""
+    watched = [0, 3, 6]
+    rows = [examples[32 + index].row for index in watched]
+    losses = {0: (5.0, 5.0), 2: (1.0, 2.0), 4: (1.5, others)}
+    backend: Any = ScriptedBackend(lambda steps, row: losses[steps][row not in rows])
+    result, _ = train(backend, examples, config(max_steps=4, eval_steps=2, batch_size=8), watched=watched)
+    assert backend.scored == [(0, 8), (2, 3), (4, 8), (2, 8)]
+    assert (result.best_step, backend.weights) == (best_step, best_step)
+    assert (len(result.best.nll), result.best.mean_nll < result.last_nll) == (8, best_step == 2)
 
 
 def test_patience_ends_a_run_that_no_longer_improves(backend: TorchBackend, examples: list[Example]) -> None:

@@ -13,12 +13,12 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_encoder_config, write_decoder, write_encoder, write_t5
 
 from edge_ft.config import Task
-from edge_ft.data import Example
+from edge_ft.data import Example, evenly_spaced
 from edge_ft.errors import ModelError
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.scorer import HEAD_INPUTS, LOSSES, embed
-from edge_ft.quant.calibration import MAX_TOKENS, Calibration, evenly_spaced, make_calibration
+from edge_ft.quant.calibration import MAX_TOKENS, Calibration, make_calibration
 from edge_ft.quant.serialization import codes_sha256, frozen_layers
 
 CPU = torch.device("cpu")

@@ -1,7 +1,9 @@
 """A plan estimates time, memory and disk of a training, recommends a choice that fits, and refuses what does not."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from edge_ft.progress import Silent
 from edge_ft.system import Available
 from edge_ft.tune import plan as planning
 from edge_ft.tune.measure import Curve, Measured
-from edge_ft.tune.plan import duration, plan, refuse_large_base, resolve_memory
+from edge_ft.tune.plan import duration, plan, refuse_large_base, resolve_memory, settle_memory
 from edge_ft.tune.prepare import Job, prepare_job
 from edge_ft.tune.report import BATCH_COST, SAMPLE_TOKENS
 
@@ -53,24 +55,34 @@ def with_settings(job: Job, **settings: Any) -> Job:
 
 def test_the_time_is_that_of_all_steps_evaluations_and_the_report(job: Job) -> None:
     assert [len(batch) for batch in job.batches] == [4] * 12
-    # 12 steps; six evaluations of two batches; the test rows twice and eight train rows, in float32.
-    steps, evaluations, report = 12 * 2.0, 6 * 1.0, 3 * (2 * 1.0 + 1.0)
-    evaluations = 5 * 1.0  # before the first step, and every third
-    assert planning._seconds(job, measured()) == pytest.approx(steps + evaluations + report)
+    # 12 steps; five evaluations of one batch, before the first step and every third; the test rows twice, and the
+    # prompts of the answers, in float32; train rows.
+    found = planning._seconds(job, measured())
+    assert found == {"train": 24.0, "validation": 2.5, "scores": 3 * 2 * 0.5 + 0.5, "answers": 3 * 2 * 0.5}
     accumulated = with_settings(job, gradient_accumulation=2, max_steps=12)
-    assert planning._seconds(accumulated, measured()) == pytest.approx(2 * steps + evaluations + report)
+    assert planning._seconds(accumulated, measured()) == {**found, "train": 48.0}
     frequent = with_settings(job, eval_steps=1)
-    assert planning._seconds(frequent, measured()) == pytest.approx(steps + 13 * 1.0 + report)
-    bf16 = with_settings(job, compute="bf16")
-    assert planning._seconds(bf16, measured()) == pytest.approx(steps + evaluations + report + 3 * 2 * 1.0)
-    generating = planning._seconds(job, measured(token=0.1)) - planning._seconds(job, measured())
-    assert 0.1 * BATCH_COST * SAMPLE_TOKENS < generating <= 0.1 * BATCH_COST * 2 * SAMPLE_TOKENS
+    assert planning._seconds(frequent, measured()) == {**found, "validation": 13 * 0.5}
+    generating = planning._seconds(job, measured(token=0.1))["answers"] - found["answers"]
+    assert 0.1 * BATCH_COST < generating <= 0.1 * BATCH_COST * 2 * SAMPLE_TOKENS
+
+
+def test_most_evaluations_take_the_time_of_the_watched_rows(job: Job) -> None:
+    """One batch of 8 rows, or the batch of 2 rows that is watched."""
+    lengths = [len(row.input_ids) for row in job.prepared.examples["validation"]]
+    watching = with_settings(job, eval_rows=2)
+    assert len(watching.watched) == 2
+    growing = measured(evaluation=Curve([0, 1000], [0.0, 1000.0]))
+    whole, part = 8 * max(lengths), 2 * max(lengths[row] for row in watching.watched)
+    assert planning._seconds(watching, growing)["validation"] == pytest.approx(2 * whole + 3 * part)
 
 
 def test_max_minutes_limits_the_estimated_time(job: Job) -> None:
     long = with_settings(job, max_steps=10**6)
     limited = with_settings(long, max_minutes=1)
-    assert planning._seconds(long, measured()) > 10**6 > 70 > planning._seconds(limited, measured()) > 60
+    assert planning._seconds(long, measured())["train"] > 10**6
+    seconds = planning._seconds(limited, measured())
+    assert seconds["train"] + seconds["validation"] == pytest.approx(60)
 
 
 def test_the_peak_is_that_of_loading_or_of_the_longest_batch_or_of_the_report(job: Job) -> None:
@@ -95,10 +107,11 @@ def test_the_disk_holds_rows_tokenizer_adapter_and_checkpoint_each_twice(job: Jo
     [(AMPLE, True), (Available(10**9, 2**50), False), (Available(2**50, 10**6), False)],
 )
 def test_a_choice_fits_into_memory_and_disk(job: Job, available: Available, fits: bool) -> None:
-    choice = planning._choice(job, measured(), 7.0, 5000, available)
+    choice = planning._choice(job, measured(), {"load": 7.0}, 5000, available)
     assert choice["fits"] is fits
     assert (choice["layers"], choice["memory"], choice["trainable_parameters"]) == ("all", "normal", 1000)
-    assert choice["seconds"] == pytest.approx(7 + planning._seconds(job, measured()) + planning.FINAL_SECONDS)
+    stages = {"load": 7.0, **planning._seconds(job, measured()), "write": planning.FINAL_SECONDS}
+    assert choice["stages"] == stages and choice["seconds"] == pytest.approx(sum(stages.values()))
     assert choice["disk_bytes"] == 5000 + planning._disk_bytes(job, measured())
 
 
@@ -126,7 +139,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, *fitting: bool) -> None:
         | {"peak_rss_bytes": (9 - at) * 10**9, "disk_bytes": 10**6}
         for at, ((layers, memory), fits) in enumerate(zip(names, fitting, strict=False))
     ]
-    monkeypatch.setattr(planning, "_measure_choices", lambda *_: choices)
+    monkeypatch.setattr(planning, "_measure_choices", lambda *_, **__: choices)
 
 
 def test_the_first_choice_that_fits_is_recommended(llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,32 +198,48 @@ def test_rows_that_train_nothing_are_refused_by_a_plan_too(llama: Path, sums: Pa
 
 
 @pytest.mark.parametrize(
-    ("settings", "available", "bf16", "expected"),
+    ("settings", "available", "expected"),
     [
-        ({}, AMPLE, True, "high"),
-        ({}, AMPLE, False, "normal"),
-        ({}, SCARCE, True, "normal"),
-        ({"batch_size": 16}, AMPLE, True, "normal"),  # steps of more than 512 tokens
-        ({"base_format": "fp32"}, AMPLE, True, "normal"),  # floats anyway
-        ({"base_format": "bf16"}, AMPLE, True, "normal"),
-        ({"base_format": "nf4"}, AMPLE, True, "high"),
-        ({"compute": "fp32"}, AMPLE, True, "normal"),
-        ({"memory": "low"}, AMPLE, True, "low"),
-        ({"memory": "high"}, Available(1, 1), False, "high"),
+        ({}, AMPLE, "high"),
+        ({}, SCARCE, "normal"),
+        ({"compute": "fp32"}, AMPLE, "high"),
+        ({"base_format": "nf4"}, AMPLE, "high"),
+        ({"base_format": "fp32"}, AMPLE, "normal"),  # floats anyway
+        ({"base_format": "bf16"}, AMPLE, "normal"),
+        ({"memory": "low"}, AMPLE, "low"),
+        ({"memory": "high"}, Available(1, 1), "high"),
     ],
 )
-def test_memory_is_high_where_steps_are_short_and_memory_is_ample(
-    settings: dict[str, Any],
-    available: Available,
-    bf16: bool,
-    expected: str,
-    llama: Path,
-    sums: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_memory_is_high_where_it_is_ample(
+    settings: dict[str, Any], available: Available, expected: str, llama: Path, sums: Path
 ) -> None:
-    monkeypatch.setattr("edge_ft.quant.layers.has_bf16", lambda device: bf16)
     job = prepare_job(PlanConfig(model=str(llama), data=str(sums), **settings), Silent())
     assert resolve_memory(job, available, torch.device("cpu")).config.memory == expected
+
+
+@pytest.mark.parametrize(("dequantizing", "expected"), [(0.3, "high"), (0.2, "normal")])
+def test_weights_stay_cached_only_if_that_saves_a_twentieth_of_a_step(
+    job: Job, dequantizing: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 10 s without cached weights dequantizes each of them twice."""
+    now, calls = [0.0], list[str]()
+
+    def taking(seconds: float) -> Any:
+        return lambda *_: now.__setitem__(0, now[0] + seconds)
+
+    compute = SimpleNamespace(
+        dequantize=taking(dequantizing),
+        cache_weights=lambda dtype: calls.append(f"cache {dtype}"),
+        stop_caching=lambda: calls.append("stop"),
+    )
+    backend = SimpleNamespace(
+        compute=compute, dtype="bf16", gradient=taking(10.0), discard=lambda: None, unshared=nullcontext
+    )
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: now[0])
+    model: Any = SimpleNamespace(backend=backend)
+    assert settle_memory(with_settings(job, memory="high"), model).config.memory == expected
+    assert calls == ["cache None", "cache bf16" if expected == "high" else "stop"]
+    assert settle_memory(job, model) is job  # --memory normal
 
 
 def test_a_curve_goes_through_its_points_and_on_from_them() -> None:

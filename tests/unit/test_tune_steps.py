@@ -19,9 +19,9 @@ from edge_ft.config import TuneConfig, as_plain
 from edge_ft.data import Batch, collate, target_mask
 from edge_ft.errors import Interrupted, UsageError, WillNotFit
 from edge_ft.evaluate.scoring import RowScores
+from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 from edge_ft.system import Available
-from edge_ft.tune import plan as planning
 from edge_ft.tune.checkpoint import (
     Checkpoint,
     OpenedRun,
@@ -38,6 +38,7 @@ from edge_ft.tune.plan import estimate
 from edge_ft.tune.prepare import Job, prepare_job, refuse_other
 from edge_ft.tune.report import results
 from edge_ft.tune.run_files import begin, write_report
+from edge_ft.tune.stopwatch import Timings
 from edge_ft.tune.train import train
 from edge_ft.tune.trainable_model import load_trainable_model
 
@@ -171,7 +172,8 @@ def test_only_the_adapter_of_a_loaded_model_is_trained(job: Job) -> None:
     assert (model.compute, model.codes_sha256 is None) == ("fp32", False)
     assert model.calibration is not None and model.calibration.to_dict()["rows"] == 24
     batch = collate(job.prepared.examples["validation"], job.tokenizer.pad_id, "text-generation")
-    np.testing.assert_allclose(model.backend.token_nll(batch)[0], model.scorer.token_nll(batch)[0], atol=1e-4)
+    plain = TorchScorer(model.peft_model, "text-generation")
+    np.testing.assert_allclose(model.backend.token_nll(batch)[0], plain.token_nll(batch)[0], atol=1e-4)
 
 
 def test_vectors_of_a_batch_cannot_be_shared_out(job: Job) -> None:
@@ -196,16 +198,12 @@ def test_a_begun_run_holds_all_but_what_is_learned(job: Job, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("memory", "fits"), [(2**50, True), (10, False)])
-def test_an_estimate_is_written_unless_the_run_does_not_fit(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, fits: bool
-) -> None:
+def test_an_estimate_is_written_unless_the_run_does_not_fit(job: Job, tmp_path: Path, memory: int, fits: bool) -> None:
     curve = Curve([1], [1.0])
     measured = Measured(curve, curve, 1.0, 0.1, curve, loading=100, answering=100, trainable=10)
-    monkeypatch.setattr(planning, "measure", lambda *_: measured)
-    model: Any = SimpleNamespace(backend=SimpleNamespace(unshared=nullcontext))
     said = RecordedProgress()
     with nullcontext() if fits else pytest.raises(WillNotFit):
-        estimate(RunFolder(tmp_path), job, model, Available(memory, 2**50), said, 1.0)
+        estimate(RunFolder(tmp_path), job, measured, Available(memory, 2**50), said, {"load": 1.0})
     assert (tmp_path / "plan.json").is_file() == fits
     assert any(line.startswith("plan: ") for line in said.lines)
 
@@ -249,7 +247,7 @@ class CountingBackend:
 def test_training_writes_metrics_settings_and_the_best_adapter(job: Job, tmp_path: Path) -> None:
     run, backend = RunFolder(tmp_path), CountingBackend()
     model: Any = SimpleNamespace(backend=backend, codes_sha256="abc")
-    result = train(OpenedRun(run, job.config, is_new=True), job, model, ONE, Silent())
+    result = train(OpenedRun(run, job.config, is_new=True), job, model, ONE, Silent(), Timings())
     assert (result.steps, result.best_step, result.stopped) == (4, 4, "steps")
     assert backend.calls == ["update", "update", "save", "update", "update", "save", "save"]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -265,7 +263,7 @@ def test_training_starts_at_the_checkpoint(job: Job, tmp_path: Path) -> None:
     state = Fit(4, scores(4.0, 8), scores(4.0, 8), 4.0, steps=3)
     opened = OpenedRun(RunFolder(tmp_path), job.config, Checkpoint({}, {}, 12, state, {}))
     backend = CountingBackend()
-    result = train(opened, job, SimpleNamespace(backend=backend, codes_sha256="abc"), ONE, Silent())  # type: ignore[arg-type]
+    result = train(opened, job, SimpleNamespace(backend=backend, codes_sha256="abc"), ONE, Silent(), Timings())  # type: ignore[arg-type]
     assert backend.calls[0] == "restore" and backend.calls.count("update") == 1
     assert (result.steps, state.steps) == (4, 3)
     lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -290,6 +288,11 @@ class Scripted:
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
         return self.right[tuple(prompt_ids)] if self.tuned else []
 
+    def in_float32(self) -> Any:
+        return nullcontext()
+
+    unshared = in_float32
+
     @contextmanager
     def base(self) -> Iterator[None]:
         self.tuned = False
@@ -299,15 +302,12 @@ class Scripted:
 
 def test_results_compare_the_tuned_model_with_its_base(job: Job) -> None:
     scripted = Scripted(job)
-    compute = SimpleNamespace(cache_weights=lambda dtype: None)
-    model: Any = SimpleNamespace(
-        backend=SimpleNamespace(compute=compute),
-        scorer=scripted,
-        peft_model=SimpleNamespace(disable_adapter=scripted.base),
-    )
+    model: Any = SimpleNamespace(backend=scripted, peft_model=SimpleNamespace(disable_adapter=scripted.base))
     outcome = fitted()
     outcome.base, outcome.best = scores(2.0, 8), scores(1.0, 8)
-    found = results(job, model, outcome, Silent())
+    found = results(job, model, outcome, Silent(), timings=(timings := Timings()))
+    assert list(timings.seconds) == ["scores", "answers"]
+    assert found["scored_in"] == {"validation": job.config.compute, "test": "fp32"}
     assert found["nll"] == {"base": 2.0, "best": 1.0, "last": 1.5, "test_base": 2.0, "test": 1.0}
     assert found["overfitting"]["train_nll"] == 1.0
     assert found["answers"]["rows"] == 8
@@ -324,9 +324,10 @@ def test_a_report_ends_the_run(job: Job, tmp_path: Path, monkeypatch: pytest.Mon
     checkpoint.state.elapsed = 100.0
     opened = OpenedRun(run, job.config, checkpoint)
     model: Any = SimpleNamespace(backend=SimpleNamespace(parameters=[torch.zeros(3, 2), torch.zeros(4)]))
-    write_report(opened, job, model, ONE, fitted(steps=8), {"nll": {"best": 1.0}}, seconds=5.0)
+    write_report(opened, job, model, ONE, fitted(steps=8), {"nll": {"best": 1.0}}, {"load": 2.0, "train": 3.0})
     report = run.report()
     assert (report["resumed_from_step"], report["seconds"], report["steps"]) == (4, 105.0, 8)
+    assert report["timings"] == {"before resuming": 100.0, "load": 2.0, "train": 3.0}
     assert (report["trainable_parameters"], report["calibration"], report["nll"]) == (10, {"rows": 24}, {"best": 1.0})
     assert not find_checkpoint(run.path)
 
