@@ -11,6 +11,9 @@ from edge_ft.errors import ModelError
 
 __all__ = ["CLASSIFIERS", "FAMILIES", "Family", "Kind", "family_of"]
 
+RATE_WIDTH = 576
+"""Hidden size of the model on which the decoders' learning rate was chosen."""
+
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 
 CLASSIFIERS: tuple[Task, ...] = ("text-classification", "token-classification")
@@ -31,11 +34,12 @@ class Family:
     kind: Kind
     """decoder: causal, with a KV cache; encoder: bidirectional, one pass; encoder-decoder: one of each."""
     learning_rate: float
-    """Default peak learning rate; chosen by measurement, like the next two (docs/decisions/010)."""
+    """Default peak learning rate, of a decoder at a hidden size of at most `RATE_WIDTH`; chosen by measurement, like
+    the next two (docs/decisions/010 and 029)."""
     epochs: float = 3.0
     """Default passes over the training rows."""
     batch_size: int = 8
-    """Default rows in a forward pass."""
+    """Default rows of an optimizer step."""
     positions_after_pad: bool = False
     """Positions begin at `pad_token_id` + 1, so that the first entries of the position table are never used."""
     fan_in_fan_out: bool = False
@@ -61,11 +65,21 @@ class Family:
         """Possible names of a classifier's weight [classes, hidden]: of one linear layer, or of the last of several."""
         return f"{self.heads[task][-1]}.weight", f"{self.heads[task][-1]}.out_proj.weight"
 
-    def resolve(self, config: TuneConfig) -> TuneConfig:
-        """The settings, with the family's learning rate, epochs and batch size if the user gave none."""
+    def resolve(self, config: TuneConfig, hidden: int) -> TuneConfig:
+        """The settings, with the family's learning rate, epochs and batch size if the user gave none.
+
+        Args:
+            config: As the user gave it.
+            hidden: Width of the model. The best rate of LoRA falls with its power of 0.78 (Schulman et al., "LoRA
+                Without Regret", 2025).
+
+        Returns:
+            The settings.
+        """
+        width = max(1.0, hidden / RATE_WIDTH) if self.decoder else 1.0
         return replace(
             config,
-            learning_rate=config.learning_rate or self.learning_rate,
+            learning_rate=config.learning_rate or float(f"{self.learning_rate / width**0.78:.2g}"),
             epochs=config.epochs or self.epochs,
             batch_size=config.batch_size or self.batch_size,
         )
@@ -78,7 +92,7 @@ class Family:
 
 def _decoder(name: str, layers: str = "model.layers", fan_in_fan_out: bool = False) -> Family:
     heads: dict[Task, tuple[str, ...]] = {"text-generation": ("lm_head",)}
-    return Family(name, heads, layers, "decoder", 2e-3, epochs=2.0, batch_size=4, fan_in_fan_out=fan_in_fan_out)
+    return Family(name, heads, layers, "decoder", 4e-3, epochs=2.0, fan_in_fan_out=fan_in_fan_out)
 
 
 def _encoder(

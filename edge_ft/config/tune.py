@@ -67,7 +67,8 @@ class TuneConfig(RowsConfig):
     """Maximum number of training rows that calibrate GPTQ (arXiv:2210.17323), the int4 quantization of the base and of
     a merged export; 0 rounds to nearest instead."""
     learning_rate: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
-    """Peak learning rate of AdamW; default: 1e-3 for encoders, 2e-3 for others."""
+    """Peak learning rate of AdamW; default: 1e-3 for encoders, 2e-3 for encoder-decoders, 4e-3 for decoders of up to
+    576 hidden units and less for wider ones."""
     schedule: Annotated[Literal["cosine", "constant"], Group.TRAINING] = "cosine"
     """Learning rate after the warm-up: a cosine down to 0, or constant."""
     warmup: Annotated[float, Group.TRAINING] = 0.05
@@ -83,7 +84,7 @@ class TuneConfig(RowsConfig):
     max_minutes: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
     """Stop after this many minutes of training and validation."""
     batch_size: Annotated[int | None, Group.TRAINING, Minimum(1)] = None
-    """Rows in one forward pass; default: 4 for decoders, 8 for others."""
+    """Rows in one forward pass; default: 8, or fewer long ones, with as many passes in a step as make 8."""
     gradient_accumulation: Annotated[int, Group.TRAINING, Minimum(1)] = 1
     """Forward passes per optimizer step."""
     compute: Annotated[Literal["auto", "fp32", "bf16"], Group.TRAINING] = "auto"

@@ -56,6 +56,8 @@ __all__ = ["Job", "Prepared", "prepare", "prepare_job", "refuse_other"]
 
 SCORED_ROWS, SCORED_TOKENS = 64, 1024
 """Most rows, and most tokens of rows of mean length, that are scored together; a batch of a step may be larger."""
+PASS_TOKENS = 1024
+"""Tokens of a forward pass of training, unless --batch-size or --gradient-accumulation is given."""
 EVALUATION_SHARE = 0.1
 """Share of the training's time that its evaluations may take, without the last one."""
 FEWEST_EVAL_ROWS = 16
@@ -192,7 +194,8 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     """
     base = _find_base(config, progress, saved)
     refuse_other(saved, {"content_sha256": base.content_sha256}, str(config.out))
-    config, tokenizer = base.family.resolve(config), base.open_tokenizer()
+    given, tokenizer = config, base.open_tokenizer()
+    config = base.family.resolve(given, base.dims.hidden)
     with clock_at((saved or {}).get("rendered_at")):
         prepared = prepare(config, base, tokenizer, progress)
     if config.class_names and len(config.class_names) == len(base.labels(prepared.task)):
@@ -200,10 +203,29 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     job = Job(config, base, tokenizer, prepared)
     refuse_other(saved, job.identity, str(config.out))
     job = job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)
+    if given.batch_size is None and given.gradient_accumulation == 1:
+        job = _in_passes(job)
     if config.eval_rows is None:  # an interrupted run of an earlier release evaluated all of them
         every = len(prepared.examples["validation"])
         job = job.with_settings(eval_rows=every if saved else _affordable_rows(job))
     return job
+
+
+def _in_passes(job: Job) -> Job:
+    """Halve the rows of a forward pass, in twice as many passes, until most have at most `PASS_TOKENS`.
+
+    Beyond, a pass is hardly faster per token and takes more memory; a step learns the same from the same rows.
+
+    Returns:
+        The job.
+    """
+    rows, task = job.config.rows_at_once, job.prepared.task
+    train = job.prepared.examples["train"]
+    longest = float(np.quantile([batch_tokens([index], train, task) for index in range(len(train))], 0.9))
+    passes = 1
+    while rows % 2 == 0 and rows * longest > PASS_TOKENS and task != "feature-extraction":
+        rows, passes = rows // 2, passes * 2
+    return job.with_settings(batch_size=rows, gradient_accumulation=passes)
 
 
 def _affordable_rows(job: Job) -> int:

@@ -21,7 +21,9 @@ from edge_ft.errors import AuditRefused, DataError, Interrupted, ModelError, Usa
 from edge_ft.evaluate.loading import open_source
 from edge_ft.families import FAMILIES, Family
 from edge_ft.models.base_model import find_base
+from edge_ft.progress import Silent
 from edge_ft.tune import tune
+from edge_ft.tune.prepare import prepare_job
 from edge_ft.tune.torch_backend import TorchBackend
 
 FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2), "compute": "fp32"}
@@ -87,10 +89,43 @@ def test_the_saved_config_gives_the_same_run(plain_run: RunFolder, tmp_path: Pat
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_what_is_left_open_is_the_familys_recipe(family: Family) -> None:
     asked: dict[str, Any] = {"model": "m", "data": "d", "out": Path("o")}
-    found = family.resolve(TuneConfig(**asked))
-    assert (found.epochs, found.batch_size) == ((2.0, 4) if family.decoder else (3.0, 8))
+    found = family.resolve(TuneConfig(**asked), hidden=576)
+    assert (found.epochs, found.batch_size) == (2.0 if family.decoder else 3.0, 8)
     given = TuneConfig(**asked, epochs=0.5, batch_size=2, learning_rate=1e-4)
-    assert family.resolve(given) == given
+    assert family.resolve(given, hidden=2048) == given
+    wide = family.resolve(TuneConfig(**asked), hidden=2048)
+    assert wide.learning_rate == (1.5e-3 if family.decoder else found.learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (8, 1)),
+        ({"pass_tokens": 100}, (2, 4)),  # most rows have fewer than 50 tokens, and more than 25
+        ({"pass_tokens": 1}, (1, 8)),
+        ({"pass_tokens": 1, "batch_size": 4}, (4, 1)),
+        ({"pass_tokens": 1, "gradient_accumulation": 2}, (8, 2)),
+    ],
+)
+def test_a_step_of_long_rows_is_computed_in_several_passes(
+    settings: dict[str, Any], expected: tuple[int, int], llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_ft.tune.prepare.PASS_TOKENS", settings.pop("pass_tokens", 1024))
+    job = prepare_job(TuneConfig(model=str(llama), data=str(sums), out=Path("unused"), **settings), Silent())
+    assert (job.config.batch_size, job.config.gradient_accumulation) == expected
+
+
+def test_evaluations_watch_as_many_rows_as_take_a_tenth_of_the_training(llama: Path, sums: Path) -> None:
+    def watched(**settings: Any) -> tuple[int | None, int]:
+        asked = {"model": str(llama), "data": str(sums), "out": Path("unused"), "split": (0.4, 0.6, 0.0)}
+        job = prepare_job(TuneConfig(**asked | settings), Silent())
+        return job.config.eval_rows, len(job.watched)
+
+    rows = 24
+    assert watched(epochs=1.0) == (16, 16)  # of 16 train rows 1.2, but never fewer than 16
+    assert watched(epochs=100.0) == (rows, 0)
+    assert watched(eval_rows=5) == (5, 5)
+    assert watched(eval_rows=1000) == (1000, 0)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -123,7 +158,7 @@ def trained(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     @cache
     def run(name: str) -> RunFolder:
-        settings = {**FAST, "max_steps": 1, "compute": "fp32", **OPTIONS[name]}
+        settings = {**FAST, "max_steps": 1, "batch_size": 4, "compute": "fp32", **OPTIONS[name]}
         return tune(
             TuneConfig(model=str(llama), data=str(sums), out=tmp_path_factory.mktemp("run") / "run", **settings)
         )
