@@ -61,22 +61,43 @@ def measure_ways(
     began = clock()
     speeds: dict[Way, list[tuple[float, float]]] = {}
     for group in [list(ways)] if together else [[way] for way in ways]:
-        runs = {}
-        for way in group:
-            if clock() - began >= _LONGEST:
-                break
-            with suppress(BundleError):  # this onnxruntime cannot run the graph
-                opened = open_way(way)
-                if agrees(opened, way.accuracy_level):
-                    runs[way] = _runs(opened, _BUDGET / len(ways) / 2, clock)
-        measured_s, budget = 0.0, _BUDGET * len(group) / len(ways)
-        # In turn, run by run: a moment in which the machine is busy hits all of them alike.
-        while runs and measured_s < budget:
-            started = clock()
-            for way, run in runs.items():
-                speeds.setdefault(way, []).append(next(run))
-            measured_s += clock() - started
+        # In a function of its own, after which nothing holds the sessions.
+        speeds |= _measure_group(group, _BUDGET / len(ways), open_way, began + _LONGEST, clock)
     return [Trial(way, *map(max, zip(*found, strict=True))) for way, found in speeds.items()]
+
+
+def _measure_group(
+    ways: Sequence[Way], share: float, open_way: Callable[[Way], Any], until: float, clock: Callable[[], float]
+) -> dict[Way, list[tuple[float, float]]]:
+    """Open ways, measure them in turn for `share` seconds each, and close them.
+
+    Args:
+        ways: What to measure.
+        share: Seconds.
+        open_way: Opens the bundle.
+        until: When no further way is opened.
+        clock: Seconds.
+
+    Returns:
+        The speeds of prefill and decode of each run.
+    """
+    runs = {}
+    for way in ways:
+        if clock() >= until:
+            break
+        with suppress(BundleError):  # this onnxruntime cannot run the graph
+            opened = open_way(way)
+            if agrees(opened, way.accuracy_level):
+                runs[way] = _runs(opened, share / 2, clock)
+    speeds: dict[Way, list[tuple[float, float]]] = {way: [] for way in runs}
+    measured_s = 0.0
+    # In turn, run by run: a moment in which the machine is busy hits all of them alike.
+    while runs and measured_s < share * len(ways):
+        started = clock()
+        for way, run in runs.items():
+            speeds[way].append(next(run))
+        measured_s += clock() - started
+    return speeds
 
 
 def agrees(opened: Any, level: int) -> bool:

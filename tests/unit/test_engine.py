@@ -1,6 +1,7 @@
 """Which graphs and threads a bundle runs with: the fastest here of those that verification passed."""
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -252,3 +253,15 @@ def test_an_evaluation_is_of_the_exact_graph(tmp_path: Path, monkeypatch: pytest
     rows.write_text('{"prompt": "Is it:", "completion": "yes"}\n')
     settings = EvalConfig(data=str(rows), prompt="{prompt}", completion="{completion}", generate=False)
     assert evaluate(str(bundle.path), settings)["rows"] == 1
+
+
+def test_where_memory_is_short_a_graph_is_closed_before_the_next_one_opens(tmp_path: Path) -> None:
+    exact, clock = load(two_graphs(tmp_path / "bundle"), engine="exact"), Clock()
+    before: list[weakref.ref[Fake]] = []
+
+    def open_way(_: Way) -> Fake:
+        assert all(fake() is None for fake in before)
+        before.append(weakref.ref(fake := Fake(exact, clock, 0.002, 0.01)))
+        return fake
+
+    assert len(measure_ways([EXACT, FAST], False, open_way, clock)) == len(before) == 2
