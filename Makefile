@@ -15,7 +15,7 @@ WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 # As edge_ft sets it before torch is imported; a test session may import torch first.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: install demo claims training test test-all models fuzz fuzz-planted checkpoints faults check format clean
+.PHONY: install demo claims bench training test test-all models fuzz fuzz-planted checkpoints faults check format clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,10 @@ claims: install
 # Races edge-ft tune as a whole command against PEFT + Trainer on short and long rows; a stopped run resumes.
 training: install
 	$(BIN)/python -m edge_ft.bench.studies races --out out/races
+
+# Measures the bundles that `make claims` exported; tables and pages in out/bench, and a bundle measured before is not again.
+bench: install
+	$(BIN)/python -m edge_ft.bench.studies suite --bundles out/claims --out out/bench
 
 # All that guards a change, the short main job on real weights included.
 test: install

@@ -69,7 +69,7 @@ def weight_reads(subject: Subject) -> WeightReads | None:
     """
     if subject.task != "text-generation" or "file" in subject.job:  # llama.cpp's blocks have other sizes
         return None
-    if "bundle" in subject.job and "base" not in subject.job:
+    if subject.engine in ("edge-ft", "openvino", "genai"):  # they run the graph of the bundle
         bundle = Bundle.open(Path(subject.job["bundle"]))
         quantization, settings = bundle.manifest.get("quantization"), bundle.path / "config.json"
         if quantization is None or not settings.is_file():

@@ -23,6 +23,7 @@ from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.bench import bench
 from edge_ft.bench.answers import answer, answer_records, answer_settings
 from edge_ft.bench.divergence import reference_of
+from edge_ft.bench.limits import weight_reads
 from edge_ft.bench.meters import machine
 from edge_ft.bench.page import page_of
 from edge_ft.bench.report import DECODER_UNITS, table, units_of
@@ -445,3 +446,15 @@ def test_llama_cpp_is_measured_beside_a_bundle(tmp_path: Path, monkeypatch: pyte
     assert len(rounded["environment"]["faster_of"]) == 2
     assert own["variant"].endswith("(own codes)")
     assert all(record["value"] > 0 and record["environment"]["settings"]["repack"] for record in found)
+
+
+def test_the_weights_of_a_bundle_and_of_its_float_base_are_counted_alike(
+    llama_bundle: Bundle, llama: Path, bert_bundle: Bundle
+) -> None:
+    work = Workload(12, 4, 1)
+    ours = weight_reads(bundle_subject(str(llama_bundle.path), None, work))
+    theirs = weight_reads(torch_subject(str(llama), find(str(llama)), work))
+    assert ours is not None and theirs is not None
+    assert ours[1] == pytest.approx(theirs[1], rel=0.3)  # of a tiny model, float32 norms are a large part
+    assert theirs[0] > 4 * ours[0]  # float32 against 4 bits and their scales
+    assert weight_reads(bundle_subject(str(bert_bundle.path), None, work)) is None

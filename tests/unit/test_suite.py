@@ -1,0 +1,45 @@
+"""`make bench` measures what is there, once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded_benches import classifiers, decoders
+
+from edge_ft.bench.studies import suite
+from edge_ft.bench.studies.claim_cases import CASES
+from edge_ft.errors import UsageError
+
+
+def write_bundle(folder: Path, name: str) -> None:
+    bundle = folder / name / CASES[name].weights[0]
+    bundle.mkdir(parents=True)
+    (bundle / "manifest.json").write_text("{}")
+
+
+def test_a_bundle_is_measured_once_and_one_that_is_missing_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def bench(subjects: list[str], config: Any, progress: Any) -> list[dict[str, Any]]:
+        measured.extend(subjects)
+        return classifiers() if "minilm" in subjects[0] else decoders()
+
+    monkeypatch.setattr(suite, "bench", bench)
+    for name in ("smollm2-main", "minilm-main"):
+        write_bundle(tmp_path / "claims", name)
+    for _ in range(2):
+        suite.main(bundles=tmp_path / "claims", out=tmp_path / "out", write=tmp_path / "suite.md")
+    assert [Path(folder).parent.name for folder in measured] == ["smollm2-main", "minilm-main"]
+    assert json.loads((tmp_path / "out" / "minilm-main.json").read_text()) == classifiers()
+    assert "<!doctype html>" in (tmp_path / "out" / "smollm2-main.html").read_text(encoding="utf-8")
+    page = (tmp_path / "suite.md").read_text(encoding="utf-8")
+    assert page.index("## smollm2") < page.index("decode_tps = tg16 @ d64 (tok/s)") < page.index("## minilm")
+    assert "## t5" not in page
+
+
+def test_without_bundles_the_way_out_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no bundle of smollm2-main, .*: run make claims first"):
+        suite.main(bundles=tmp_path, out=tmp_path / "out")
