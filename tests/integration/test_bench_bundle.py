@@ -408,6 +408,7 @@ def test_a_tuned_bundle_is_compared_with_its_run(
     settings = replace(SHORT, repeats=1, data=str(llama_run.split("test")))
     sources = [str(llama_bundle.path), str(llama_adapter_bundle.path), str(llama_run.path)]
     records = bench(sources, settings)
+    assert misfits(json.loads(json.dumps(records))) == []
     kl = {record["variant"]: record for record in records if record["metric"] == "kl_divergence"}
     assert kl.keys() == {
         llama_bundle.path.name,
