@@ -195,7 +195,7 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     base = _find_base(config, progress, saved)
     refuse_other(saved, {"content_sha256": base.content_sha256}, str(config.out))
     given, tokenizer = config, base.open_tokenizer()
-    config = base.family.resolve(given, base.dims.hidden)
+    config = base.family.resolve(given)
     with clock_at((saved or {}).get("rendered_at")):
         prepared = prepare(config, base, tokenizer, progress)
     if config.class_names and len(config.class_names) == len(base.labels(prepared.task)):
@@ -205,6 +205,10 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     job = job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)
     if given.batch_size is None and given.gradient_accumulation == 1:
         job = _in_passes(job)
+    if config.learning_rate is None:
+        examples, rows = prepared.examples["train"], job.config.rows_at_once * job.config.gradient_accumulation
+        targets = rows * sum(example.targets for example in examples) / len(examples)
+        job = job.with_settings(learning_rate=base.family.rate(base.dims.hidden, targets))
     if config.eval_rows is None:  # an interrupted run of an earlier release evaluated all of them
         every = len(prepared.examples["validation"])
         job = job.with_settings(eval_rows=every if saved else _affordable_rows(job))

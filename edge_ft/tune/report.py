@@ -30,8 +30,8 @@ __all__ = ["results"]
 SAMPLES = 3
 ANSWERS = 8
 """Rows whose generated answers are scored: one batch of the base, and one of the tuned model."""
-BATCH_COST = 3
-"""Time of a batch of ANSWERS answers, over that of a single answer (SmolLM2 on one slow core: 13 s a batch)."""
+BATCH_COST = 2
+"""Time of a token of ANSWERS answers at once, over that of a token of a single answer."""
 SAMPLE_TOKENS = 32
 """Longest answer in tokens; at most twice the longest right answer, so that a base that does not end takes less."""
 CUT_ADVICE = "these metrics are of shortened answers; edge-ft eval --max-new-tokens {tokens} compares whole ones"
