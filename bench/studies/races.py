@@ -47,8 +47,9 @@ _LONG = {
     "completion": " {answer}",
     "held_out": 50,
 }
-_THREE = Trainings(seeds=3, quick=True)
-_ONE = Trainings(seeds=1, quick=True, baseline_rates="5e-4,1e-3,2e-3")
+_RATES = "1e-3,2e-3,4e-3"
+_THREE = Trainings(seeds=3, quick=True, baseline_rates=_RATES)
+_ONE = Trainings(seeds=1, quick=True, baseline_rates=_RATES)
 
 CASES: dict[str, Case] = {
     "short-240": Case(train=240, trainings=_THREE, **_SHORT),  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ def planned(llama: Path, sums: Path) -> dict[str, Any]:
 
 def test_a_plan_counts_rows_tokens_steps_and_parameters(planned: dict[str, Any], llama_run: RunFolder) -> None:
     assert planned["rows"] == {"train": 24, "validation": 8, "test": 8} == llama_run.report()["rows"]
-    assert planned["steps"] == 24 * 2 // 4
+    assert planned["steps"] == 24 * 2 // 8
     tokens = planned["tokens"]
     assert 0 < tokens["p50"] <= tokens["p95"] <= tokens["max"] < tokens["total"] <= 24 * tokens["max"]
     assert planned["trainable_parameters"] == llama_run.report()["trainable_parameters"]

@@ -30,7 +30,7 @@ SCARCE = Available(memory_bytes=600_000, disk_bytes=2**50)
 @pytest.fixture(scope="module")
 def job(llama: Path, sums: Path) -> Job:
     """24 train, 8 validation and 8 test rows; 12 steps of 4 rows."""
-    settings = PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2), memory="normal")
+    settings = PlanConfig(model=str(llama), data=str(sums), split=(0.6, 0.2, 0.2), memory="normal", batch_size=4)
     return prepare_job(settings, Silent())
 
 

@@ -136,12 +136,12 @@ def test_a_finished_run_says_which_given_settings_are_not_its_own(tmp_path: Path
 
 
 def test_a_job_has_resolved_settings_and_knows_its_batches(job: Job) -> None:
-    assert (job.config.task, job.config.batch_size, job.config.epochs) == ("text-generation", 4, 2.0)
+    assert (job.config.task, job.config.batch_size, job.config.epochs) == ("text-generation", 8, 2.0)
     assert job.config.max_length == job.prepared.rendering.max_length
     assert job.prepared.counts == {"train": 24, "validation": 8, "test": 8}
     assert (job.steps, len(job.batches), len(job.batch_tokens)) == (4, 4, 4)
     longest = max(len(job.prepared.examples["train"][index].input_ids) for index in job.batches[0])
-    assert job.batch_tokens[0] == 4 * longest
+    assert job.batch_tokens[0] == 8 * longest
 
 
 def test_a_job_is_refused_where_it_is_not_the_interrupted_one(job: Job) -> None:
