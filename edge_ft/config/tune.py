@@ -94,7 +94,7 @@ class TuneConfig(RowsConfig):
     eval_steps: Annotated[int | None, Group.EVALUATION, Minimum(1)] = None
     """Optimizer steps between evaluations on the validation rows; default: five evaluations in a run."""
     eval_rows: Annotated[int | None, Group.EVALUATION, Minimum(1)] = None
-    """Validation rows of each of these evaluations but the last, which scores all; default: as many as take a tenth of
+    """Validation rows of each of these evaluations but the last, which scores all; default: as many as take 1/20 of
     the training's time."""
     patience: Annotated[int | None, Group.EVALUATION, Minimum(1)] = None
     """Stop after this many evaluations without a lower validation loss; default: never."""

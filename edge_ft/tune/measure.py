@@ -1,6 +1,7 @@
 """Measure training on a few batches: seconds and bytes, by the tokens of a batch with its padding.
 
-A few rows, a typical batch and the longest batch of the run are trained on, and the gradients discarded. Time and
+A few rows and the longest batch of the run are trained on, and the gradients discarded; a typical batch too where it is
+much shorter. Time and
 memory grow about linearly with the tokens of a batch (attention is computed in tiles, logits only where there is a
 label), so these points give both for every batch of the run. If the longest batch would not fit, its needs are
 extrapolated.
@@ -86,11 +87,13 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
     train, task = job.prepared.examples["train"], job.prepared.task
     batches = sorted(job.batches, key=lambda batch: batch_tokens(batch, train, task))
     few, typical, longest = batches[0][: max(1, len(batches[0]) // 4)], batches[len(batches) // 2], batches[-1]
+    tokens_of = {name: batch_tokens(batch, train, task) for name, batch in (("typical", typical), ("longest", longest))}
+    between = [typical] if tokens_of["longest"] > 2 * tokens_of["typical"] else []
     _measure_batch(few, job, model)  # the first pass also pays for what later ones find ready
     release_memory()
     idle = resident_bytes()
     points: list[_Point] = []
-    for batch in (few, typical, longest):
+    for batch in (few, *between, longest):
         if points:
             # The first rows that fit even if all memory of the last point was due to its tokens.
             last, tokens = points[-1], batch_tokens(batch, train, task)
@@ -133,10 +136,12 @@ def _measure_report(points: list[_Point], job: Job, model: TrainableModel) -> tu
     train, task, pad_id = job.prepared.examples["train"], job.prepared.task, job.tokenizer.pad_id
     middle = points[len(points) // 2]
     smallest, batch = (collate([train[at] for at in point.rows], pad_id, task) for point in (points[0], middle))
+    report, token, answering = 1.0, 0.0, 0
     with model.backend.in_float32():
-        model.backend.token_nll(smallest)  # the first pass also pays for what later ones find ready
-        seconds, answering = _timed(lambda: model.backend.token_nll(batch))
-        report, token = seconds / middle.evaluation_seconds, 0.0
+        if model.compute != "fp32":
+            model.backend.token_nll(smallest)  # the first pass also pays for what later ones find ready
+            seconds, answering = _timed(lambda: model.backend.token_nll(batch))
+            report = seconds / middle.evaluation_seconds
         if task in TEXT_TASKS:
             example = train[points[0].rows[0]]
             answers: list[list[int]] = []

@@ -171,11 +171,11 @@ def settle_memory(job: Job, model: "TrainableModel") -> Job:
         return job
     compute, examples = model.backend.compute, job.prepared.examples["train"]
     order = sorted(range(len(job.batches)), key=job.batch_tokens.__getitem__)
-    rows = [examples[index] for index in job.batches[order[len(order) // 2]]]
-    batch = collate(rows, job.tokenizer.pad_id, job.prepared.task)
+    typical = job.batches[order[len(order) // 2]]
     compute.cache_weights(None)
     with model.backend.unshared():
-        for _ in range(2):  # the first pass pays for allocations
+        for rows in (typical[:1], typical):  # the first pass pays for what later ones find ready
+            batch = collate([examples[index] for index in rows], job.tokenizer.pad_id, job.prepared.task)
             began = time.perf_counter()
             model.backend.gradient(batch, 1)
             step = time.perf_counter() - began

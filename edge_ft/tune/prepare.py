@@ -58,7 +58,7 @@ SCORED_ROWS, SCORED_TOKENS = 64, 1024
 """Most rows, and most tokens of rows of mean length, that are scored together; a batch of a step may be larger."""
 PASS_TOKENS = 1024
 """Tokens of a forward pass of training, unless --batch-size or --gradient-accumulation is given."""
-EVALUATION_SHARE = 0.1
+EVALUATION_SHARE = 0.05
 """Share of the training's time that its evaluations may take, without the last one."""
 FEWEST_EVAL_ROWS = 16
 """Validation rows of an evaluation, however long it takes."""
@@ -233,7 +233,7 @@ def _in_passes(job: Job) -> Job:
 
 
 def _affordable_rows(job: Job) -> int:
-    """How many validation rows can be scored at every evaluation but the last in a tenth of the training's time.
+    """How many validation rows can be scored at every evaluation but the last in a twentieth of the training's time.
 
     A token costs a step three times as much as an evaluation: the forward pass, and twice that for the gradients.
 
