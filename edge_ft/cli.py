@@ -336,6 +336,8 @@ def run(
     else:
         text = unescape(prompt) if prompt is not None else _read_prompt()
         result = run_text(bundle, text, settings, None if output.json == "-" else sys.stdout)
+        if dropped := result.get("dropped_tokens"):
+            print(f"{dropped} tokens did not fit the model's limit and were dropped", file=sys.stderr)
         if output.json is not None:
             _write_json(output.json, result)
 

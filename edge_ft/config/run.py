@@ -28,6 +28,9 @@ class RunConfig:
     """Chat template: auto (the model's own), none, or a Jinja file; default: that of the training."""
     max_new_tokens: Annotated[int | None, Group.GENERATION, Minimum(1)] = None
     """Maximum length of an answer in tokens; default: 256, or less where the model's limit is nearer."""
+    overflow: Annotated[Literal["error", "truncate-left", "shift"], Group.GENERATION] = "error"
+    """Where prompt and answer exceed the model's limit (decoders): error refuses, truncate-left drops the beginning of
+    the prompt, shift drops it and goes on dropping as the answer grows."""
     temperature: Annotated[float, Group.GENERATION, Minimum(0)] = 0.0
     """Sampling temperature; 0 is greedy decoding."""
     top_k: Annotated[int, Group.GENERATION, Minimum(0)] = 0
@@ -61,6 +64,10 @@ class RunConfig:
         check(
             self.engine == "auto" or self.accuracy_level is None,
             "--engine exact runs the manifest's model: leave --accuracy-level out",
+        )
+        check(
+            self.overflow == "error" or not self.labels,
+            "--overflow is for answers that are generated: leave it out with --labels",
         )
         check(0 < self.top_p <= 1, "--top-p must be above 0 and at most 1")
         check(0 <= self.min_p <= 1, "--min-p must be from 0 to 1")

@@ -62,6 +62,8 @@ class Generation:
     finish_reason: Literal["stop", "length"]
     """stop: a stop token or stop string; length: max_new_tokens."""
     timings: Timings
+    dropped_tokens: int = 0
+    """Tokens of prompt and answer that --overflow dropped, so that the rest fits the model's limit."""
 
 
 class TimingsRecorder:

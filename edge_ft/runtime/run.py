@@ -205,7 +205,7 @@ def _open(bundle: Path, config: RunConfig) -> TextGenerator | Seq2SeqGenerator |
     """Return the open bundle.
 
     Raises:
-        UsageError: --labels for a model that is not a decoder.
+        UsageError: --labels or --overflow for a model that is not a decoder.
     """
     opened = load(
         bundle,
@@ -214,6 +214,8 @@ def _open(bundle: Path, config: RunConfig) -> TextGenerator | Seq2SeqGenerator |
         adapter=config.adapter,
         engine=config.engine,
     )
+    if config.overflow != "error" and not isinstance(opened, TextGenerator):
+        raise UsageError("--overflow is for decoders: other models read texts up to their limit")
     if config.labels and isinstance(opened, Seq2SeqGenerator):
         raise UsageError("--labels is for decoders: an encoder-decoder generates its answer")
     if config.labels and not isinstance(opened, TextGenerator):

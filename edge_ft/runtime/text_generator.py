@@ -41,6 +41,7 @@ from edge_ft.runtime.open_bundle import GenerativeBundle
 from edge_ft.runtime.sampling import Sampler
 from edge_ft.runtime.session import running
 from edge_ft.runtime.token_scores import answer_nll, score_targets
+from edge_ft.runtime.window import Window
 
 __all__ = ["Conversation", "TextGenerator"]
 
@@ -308,14 +309,39 @@ class TextGenerator(GenerativeBundle):
                 prompt = [system, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
         rendering = self._rendering(config)
         prompt_ids = self._encode(rendering, prompt)
-        default = max(min(DEFAULT_NEW_TOKENS, self._longest_answer(len(prompt_ids))), 1)
-        max_new_tokens = config.max_new_tokens or default
-        self._check_length(len(prompt_ids), max_new_tokens)
+        window = Window(self.max_length, int(prompt_ids[0] == self.tokenizer.named_bos_id))
+        prompt_ids, max_new_tokens = self._fit(prompt_ids, config, window)
         stops = stop_ids(rendering, self.tokenizer)
         cached = cache.rewind(prompt_ids)
-        tokens = self._tokens(prompt_ids, max_new_tokens, stops, config, recorder, cache)
+        extend = window.shifting(cache) if config.overflow == "shift" else cache.extend
+        sampler = Sampler(config, prompt_ids, cache.vocabulary)
+        tokens = decode_tokens(extend, prompt_ids[cached:], sampler, max_new_tokens, stops, recorder)
         detokenizer = StreamingDetokenizer(self.tokenizer.decode_raw, config.stop, self.tokenizer.clean)
-        return (yield from stream_text(tokens, stops, detokenizer, recorder, len(prompt_ids), cached))
+        answer = yield from stream_text(tokens, stops, detokenizer, recorder, len(prompt_ids), cached)
+        return replace(answer, dropped_tokens=window.dropped)
+
+    def _fit(self, prompt_ids: list[int], config: RunConfig, window: Window) -> tuple[list[int], int]:
+        """Return the part of the prompt that is read, as --overflow says, and the longest answer in tokens.
+
+        Raises:
+            TooLong: the prompt and the longest answer together exceed the model's limit, and may not be cut.
+        """
+        limit, tokens = self.max_length, len(prompt_ids)
+        if config.overflow == "error":
+            default = max(min(DEFAULT_NEW_TOKENS, limit - tokens), 1)
+            self._check_length(tokens, config.max_new_tokens or default)
+            return prompt_ids, config.max_new_tokens or default
+        asked = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, max(limit // 2, 1))
+        if config.overflow == "shift":
+            return (
+                window.end_of(prompt_ids, max(limit // 2, window.kept + 1)) if tokens >= limit else prompt_ids
+            ), asked
+        if limit - asked <= window.kept:
+            raise TooLong(
+                f"{asked} new tokens leave no room for a prompt in the {limit} tokens that this model can read: "
+                f"request at most {limit - window.kept - 1}, or give --overflow shift"
+            )
+        return window.end_of(prompt_ids, limit - asked), asked
 
     def _tokens(
         self,
@@ -324,15 +350,8 @@ class TextGenerator(GenerativeBundle):
         stops: frozenset[int],
         config: RunConfig,
         recorder: TimingsRecorder,
-        cache: KVCache | None = None,
     ) -> Iterator[int]:
-        """See `GenerativeBundle._tokens`; `cache` may hold a beginning of the prompt."""
-        cache = cache or self.open_cache()
-        return decode_tokens(
-            cache.extend,
-            prompt_ids[len(cache.ids) :],
-            Sampler(config, prompt_ids, cache.vocabulary),
-            max_new_tokens,
-            stops,
-            recorder,
-        )
+        """See `GenerativeBundle._tokens`."""
+        cache = self.open_cache()
+        sampler = Sampler(config, prompt_ids, cache.vocabulary)
+        return decode_tokens(cache.extend, prompt_ids, sampler, max_new_tokens, stops, recorder)

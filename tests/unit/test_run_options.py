@@ -9,7 +9,7 @@ import pytest
 from tiny_bundle import write_classifier, write_decoder
 
 from edge_ft.config import EvalConfig, RunConfig
-from edge_ft.errors import BundleError
+from edge_ft.errors import BundleError, UsageError
 from edge_ft.evaluate import evaluate
 from edge_ft.runtime.run import run_text
 
@@ -63,3 +63,14 @@ def test_the_chat_template_of_the_training_is_replaced(tmp_path: Path) -> None:
     file.write_text("{% for message in messages %}0000 {{ message.content }}<|end|>{% endfor %}")
     own = run_text(bundle, "Is it:", RunConfig(chat_template=str(file), max_new_tokens=1), None)["prompt_tokens"]
     assert own == none + len("0000 ") + 1
+
+
+def test_what_does_not_fit_is_dropped_for_generated_answers_alone(tmp_path: Path) -> None:
+    bundle = write_decoder(tmp_path / "decoder", max_length=16)
+    cut = RunConfig(overflow="truncate-left", max_new_tokens=4)
+    found = run_text(bundle, "longer than the limit", cut, None)
+    assert (found["prompt_tokens"], found["dropped_tokens"]) == (12, 9)
+    with pytest.raises(UsageError, match="leave it out with --labels"):
+        RunConfig(overflow="shift", labels=("a", "b"))
+    with pytest.raises(UsageError, match="--overflow is for decoders"):
+        run_text(write_classifier(tmp_path / "classifier"), "text", cut, None)

@@ -13,6 +13,7 @@ from edge_ft.config import RunConfig
 from edge_ft.errors import UsageError
 from edge_ft.runtime import Generation, TextGenerator, decode, load, token_scores
 from edge_ft.runtime.decode import TooLong
+from edge_ft.runtime.window import Window
 
 SCRIPT = "Cafés €日😀!"
 """The scripted model's answer; no byte of it occurs twice, so each token decides the next."""
@@ -28,7 +29,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
 
     @cache
     def open_tiny(**options: Any) -> TextGenerator:
-        generator = load(write_decoder(folder / repr(sorted(options)), **options), threads=1)
+        generator = load(write_decoder(folder / repr(sorted(options.items())), **options), threads=1)
         assert isinstance(generator, TextGenerator)
         return generator
 
@@ -93,6 +94,41 @@ def test_prompt_and_answer_must_fit_the_model(opened: Open) -> None:
         generator.generate("a" * 64, RunConfig(max_new_tokens=1))
     with pytest.raises(UsageError, match="65 tokens are more than the 64"):
         generator.logits(np.zeros((1, 65), np.int64), np.ones((1, 65), np.int64))
+
+
+def test_the_beginning_of_a_long_prompt_is_dropped_on_request(opened: Open) -> None:
+    generator = opened(max_length=64)  # of random weights: every token of the prompt counts
+    prompt = "".join(chr(97 + index % 26) for index in range(100))
+    cut = RunConfig(max_new_tokens=20, overflow="truncate-left")
+    answer, whole = generator.generate(prompt, cut), generator.generate(prompt[-44:], RunConfig(max_new_tokens=20))
+    assert (answer.text, answer.prompt_tokens, answer.dropped_tokens) == (whole.text, 44, 100 - 44)
+    assert generator.generate(prompt[-44:], cut) != generator.generate(prompt[-43:], cut)
+    assert generator.generate("short", cut).dropped_tokens == whole.dropped_tokens == 0
+    assert generator.generate(prompt, RunConfig(overflow="truncate-left")).new_tokens <= 32  # half of the limit
+    with pytest.raises(TooLong, match=r"64 new tokens leave no room .* at most 63, or give --overflow shift"):
+        generator.generate("a", RunConfig(max_new_tokens=64, overflow="truncate-left"))
+
+
+@pytest.mark.parametrize("prompt", ["short", "much longer than the limit of this model"])
+def test_a_shifting_answer_goes_on_past_the_limit(opened: Open, prompt: str) -> None:
+    """Whenever the text is full, its last half is read again."""
+    generator, limit, new = opened(max_length=32), 32, 90
+    ids = generator.tokenizer.encode(prompt)
+    read, expected = ids if len(ids) < limit else ids[-limit // 2 :], []
+    for _ in range(new):
+        read = read if len(read) <= limit else read[-limit // 2 :]
+        logits = generator.logits(np.array([read]), np.ones((1, len(read)), np.int64), keep=1)
+        expected.append(int(logits[0, -1].argmax()))
+        read = [*read, expected[-1]]
+    answer = generator.generate(prompt, RunConfig(max_new_tokens=new, overflow="shift"))
+    assert answer.text == generator.tokenizer.decode(expected)
+    assert (answer.new_tokens, answer.dropped_tokens > new - limit) == (new, True)
+
+
+def test_the_first_token_is_kept_where_it_begins_every_text() -> None:
+    window = Window(limit=8, kept=1)
+    assert window.end_of([1, 2, 3, 4, 5], room=3) == [1, 4, 5]
+    assert (window.end_of([1, 2, 3], room=3), window.dropped) == ([1, 2, 3], 2)
 
 
 def test_an_empty_prompt_is_refused(opened: Open) -> None:
