@@ -88,7 +88,10 @@ def load(
     def measure(ways: Sequence[Way], together: bool) -> list[Trial]:
         return measure_ways(ways, together, lambda way: _open(bundle, Engine(way, way), way.accuracy_level, None))
 
-    return _open(bundle, choose(bundle, threads, measure), None, adapter)
+    opened = _open(bundle, choose(bundle, threads, measure), None, adapter)
+    if isinstance(opened, TextGenerator):
+        opened.guesses = True
+    return opened
 
 
 def _open(

@@ -144,6 +144,10 @@ class KVCache:
         del self.ids[same:]
         return same
 
+    def truncate(self, length: int) -> None:
+        """Keep the first so many of the cached tokens."""
+        del self.ids[length:]
+
     def _graphs(self) -> list[tuple[ort.InferenceSession, ort.IOBinding]]:
         """The graphs in use and what is bound to their inputs and outputs."""
         return [self._short] if self._long is self._short else [self._short, self._long]

@@ -69,8 +69,10 @@ class Generation:
 class TimingsRecorder:
     """Collects the `Timings` of one answer; its clock starts when it is made."""
 
-    def __init__(self) -> None:
-        self.started = perf_counter()
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        """Start; `clock` gives seconds."""
+        self.clock = clock or perf_counter
+        self.started = self.clock()
         self.prefill_s = 0.0
         self.ttft_s = 0.0
         self.decode_s: list[float] = []
@@ -185,18 +187,18 @@ def decode_tokens(
     Yields:
         Token ids; a stop token is the last one.
     """
-    started = perf_counter()
+    started = recorder.clock()
     logits = extend(prompt_ids)
-    recorder.prefill_s += perf_counter() - started
+    recorder.prefill_s += recorder.clock() - started
     token = sampler.choose(logits)
-    recorder.ttft_s = perf_counter() - recorder.started
+    recorder.ttft_s = recorder.clock() - recorder.started
     yield token
     for _ in range(max_new_tokens - 1):
         if token in stop_ids:
             return
-        started = perf_counter()
+        started = recorder.clock()
         token = sampler.choose(extend((token,)))
-        recorder.decode_s.append(perf_counter() - started)
+        recorder.decode_s.append(recorder.clock() - started)
         yield token
 
 

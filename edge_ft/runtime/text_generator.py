@@ -37,6 +37,7 @@ from edge_ft.runtime.decode import (
     read_to_end,
     stream_text,
 )
+from edge_ft.runtime.lookup import decode_with_lookup
 from edge_ft.runtime.open_bundle import GenerativeBundle
 from edge_ft.runtime.sampling import Sampler
 from edge_ft.runtime.session import running
@@ -89,6 +90,7 @@ class TextGenerator(GenerativeBundle):
 
     Attributes:
         prefill: A second graph of the bundle, which reads prompts; None where one graph does all.
+        guesses: Whether several tokens are read in a run where the text repeats itself (`edge_ft.runtime.lookup`).
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class TextGenerator(GenerativeBundle):
         super().__init__(bundle)
         self._session = session
         self.prefill: ort.InferenceSession | None = None
+        self.guesses = False
         self._shape = CacheShape.of(bundle)
         self._adapter_inputs = adapter_inputs
 
@@ -313,9 +316,13 @@ class TextGenerator(GenerativeBundle):
         prompt_ids, max_new_tokens = self._fit(prompt_ids, config, window)
         stops = stop_ids(rendering, self.tokenizer)
         cached = cache.rewind(prompt_ids)
-        extend = window.shifting(cache) if config.overflow == "shift" else cache.extend
-        sampler = Sampler(config, prompt_ids, cache.vocabulary)
-        tokens = decode_tokens(extend, prompt_ids[cached:], sampler, max_new_tokens, stops, recorder)
+        sampler, rest = Sampler(config, prompt_ids, cache.vocabulary), prompt_ids[cached:]
+        if config.overflow == "shift":
+            tokens = decode_tokens(window.shifting(cache), rest, sampler, max_new_tokens, stops, recorder)
+        elif self.guesses:
+            tokens = decode_with_lookup(cache, rest, sampler, max_new_tokens, stops, recorder)
+        else:
+            tokens = decode_tokens(cache.extend, rest, sampler, max_new_tokens, stops, recorder)
         detokenizer = StreamingDetokenizer(self.tokenizer.decode_raw, config.stop, self.tokenizer.clean)
         answer = yield from stream_text(tokens, stops, detokenizer, recorder, len(prompt_ids), cached)
         return replace(answer, dropped_tokens=window.dropped)
