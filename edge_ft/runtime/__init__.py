@@ -90,7 +90,7 @@ def load(
 
     opened = _open(bundle, choose(bundle, threads, measure), None, adapter)
     if isinstance(opened, TextGenerator):
-        opened.guesses = True
+        opened.exact = False
     return opened
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -141,7 +141,8 @@ def _run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress
     for message in _report_unused(rows, opened, left_out):
         progress.say(f"{source}: {message}")
     failed = 0
-    with atomic_file(out) as path, path.open("w", encoding="utf-8") as file:
+    sharing = opened.sharing_beginnings() if isinstance(opened, TextGenerator) else nullcontext()
+    with sharing, atomic_file(out) as path, path.open("w", encoding="utf-8") as file:
         for result in track(progress, "answer", results, len(rows)):
             failed += "error" in result
             file.write(json.dumps(result, ensure_ascii=False) + "\n")

@@ -1,6 +1,7 @@
 """An open text-generation bundle: answers, conversations, and scores of given tokens."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, overload
 
@@ -90,7 +91,8 @@ class TextGenerator(GenerativeBundle):
 
     Attributes:
         prefill: A second graph of the bundle, which reads prompts; None where one graph does all.
-        guesses: Whether several tokens are read in a run where the text repeats itself (`edge_ft.runtime.lookup`).
+        exact: Whether each answer is computed token by token from an empty cache; else several tokens are read in a
+            run where a text repeats itself (`edge_ft.runtime.lookup`), and beginnings may be shared.
     """
 
     def __init__(
@@ -99,7 +101,8 @@ class TextGenerator(GenerativeBundle):
         super().__init__(bundle)
         self._session = session
         self.prefill: ort.InferenceSession | None = None
-        self.guesses = False
+        self.exact = True
+        self._shared: KVCache | None = None
         self._shape = CacheShape.of(bundle)
         self._adapter_inputs = adapter_inputs
 
@@ -107,7 +110,7 @@ class TextGenerator(GenerativeBundle):
         self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY
     ) -> Generator[str, None, Generation]:
         """See `GenerativeBundle.stream`."""
-        return self._stream(self.open_cache(), prompt, config)
+        return self._stream(self._shared or self.open_cache(), prompt, config)
 
     def unread_by(self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY) -> tuple[str, ...]:
         """See `GenerativeBundle.unread_by`."""
@@ -190,7 +193,7 @@ class TextGenerator(GenerativeBundle):
             TooLong: the prompt and the longest answer together exceed the model's limit.
         """
         self._check_length(len(prompt_ids), max(map(len, answers)))
-        return answer_nll(self.open_cache(), prompt_ids, answers)
+        return answer_nll(self._shared or self.open_cache(), prompt_ids, answers)
 
     def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Score the labelled tokens of a batch.
@@ -247,6 +250,18 @@ class TextGenerator(GenerativeBundle):
         }
         with running(self._session):
             return self._session.run(["logits"], feed)[0]
+
+    @contextmanager
+    def sharing_beginnings(self) -> Iterator[None]:
+        """Read what a prompt begins with only once, where the one before began so too; prompts follow each other.
+
+        The cache keeps the memory of the longest text until the end. An exact generator shares nothing.
+        """
+        self._shared = None if self.exact else self.open_cache()
+        try:
+            yield
+        finally:
+            self._shared = None
 
     def open_cache(self) -> KVCache:
         """Return an empty cache of this model."""
@@ -319,10 +334,10 @@ class TextGenerator(GenerativeBundle):
         sampler, rest = Sampler(config, prompt_ids, cache.vocabulary), prompt_ids[cached:]
         if config.overflow == "shift":
             tokens = decode_tokens(window.shifting(cache), rest, sampler, max_new_tokens, stops, recorder)
-        elif self.guesses:
-            tokens = decode_with_lookup(cache, rest, sampler, max_new_tokens, stops, recorder)
-        else:
+        elif self.exact:
             tokens = decode_tokens(cache.extend, rest, sampler, max_new_tokens, stops, recorder)
+        else:
+            tokens = decode_with_lookup(cache, rest, sampler, max_new_tokens, stops, recorder)
         detokenizer = StreamingDetokenizer(self.tokenizer.decode_raw, config.stop, self.tokenizer.clean)
         answer = yield from stream_text(tokens, stops, detokenizer, recorder, len(prompt_ids), cached)
         return replace(answer, dropped_tokens=window.dropped)

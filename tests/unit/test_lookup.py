@@ -122,7 +122,7 @@ def test_a_bundle_answers_the_same_with_and_without_guesses(
     exact = load(write_decoder(tmp_path / "decoder"), threads=1, engine="exact")
     guessing = load(tmp_path / "decoder", threads=1)
     assert isinstance(exact, TextGenerator) and isinstance(guessing, TextGenerator)
-    assert (exact.guesses, guessing.guesses) == (False, True)
+    assert (exact.exact, guessing.exact) == (True, False)
     runs: list[int] = []
     extend_each = KVCache.extend_each
     monkeypatch.setattr(KVCache, "extend_each", lambda self, ids: (runs.append(len(ids)), extend_each(self, ids))[1])

@@ -14,6 +14,7 @@ from edge_ft.config import RunConfig
 from edge_ft.data import Columns, Rendering
 from edge_ft.errors import DataError, UsageError
 from edge_ft.progress import Silent
+from edge_ft.runtime.cache import KVCache
 from edge_ft.runtime.run import run_chat, run_file, run_text
 
 CONFIG = RunConfig(threads=1, max_new_tokens=2)
@@ -68,6 +69,26 @@ def test_only_the_templates_control_tokens_are_read_as_such(tmp_path: Path) -> N
         assert run_text(bundle, text, CONFIG, None)["prompt_tokens"] == 3 + len("<|end|>")
     plain = with_columns(bundle, Columns("prompt_completion", "{prompt}", "{completion}"))
     assert run_text(plain, "<|end|>", CONFIG, None)["prompt_tokens"] == len("<|end|>")
+
+
+@pytest.mark.parametrize(("engine", "read"), [("auto", 12), ("exact", 0)])
+@pytest.mark.parametrize("labels", [(), ("yes", "no")])
+def test_what_the_rows_of_a_file_begin_with_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Any, read: int, labels: tuple[str, ...]
+) -> None:
+    bundle = write_decoder(tmp_path / "bundle")
+    rows = [{"prompt": f"Is the word {word}"} for word in ("long", "short", "here")]
+    config = replace(CONFIG, engine=engine, labels=labels)
+    alone = [run_text(bundle, row["prompt"], replace(config, engine="exact"), None) for row in rows]
+    again: list[int] = []
+    rewind = KVCache.rewind
+    monkeypatch.setattr(KVCache, "rewind", lambda self, ids: (again.append(rewind(self, ids)), again[-1])[1])
+    _, lines = answer(bundle, rows, config)
+    assert read == 0 or again.count(read) >= 2
+    for line, expected in zip(lines, alone, strict=True):
+        assert line.get("text") == expected.get("text") and line.get("label") == expected.get("label")
+    if not labels:
+        assert [line["cached_tokens"] for line in lines] == [0, read, read]
 
 
 def test_a_row_that_is_too_long_fails_alone(tmp_path: Path) -> None:
