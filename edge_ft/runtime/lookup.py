@@ -15,8 +15,8 @@ __all__ = ["PromptLookup", "decode_with_lookup"]
 
 MATCH = 3
 """Tokens that must have occurred together before, for those that followed them to be guessed."""
-GUESSES = 7
-"""Most tokens that are guessed: with the one that is known, as many as the graph for decoding takes in a run."""
+GUESSES = 15
+"""Most tokens that are guessed; a run for 16 tokens took 1.2 times as long as one for 8 (docs/decisions/030)."""
 CREDIT = 1.5
 """Steps of decoding that wrong guesses may cost at the start of an answer."""
 SHARE = 0.02
