@@ -85,8 +85,8 @@ class TuneConfig(RowsConfig):
     """Stop after this many minutes of training and validation."""
     batch_size: Annotated[int | None, Group.TRAINING, Minimum(1)] = None
     """Rows in one forward pass; default: 8, or fewer long ones, with as many passes in a step as make 8."""
-    gradient_accumulation: Annotated[int, Group.TRAINING, Minimum(1)] = 1
-    """Forward passes per optimizer step."""
+    gradient_accumulation: Annotated[int | None, Group.TRAINING, Minimum(1)] = None
+    """Forward passes per optimizer step; default: 1, or what --batch-size leaves of a step of long rows."""
     compute: Annotated[Literal["auto", "fp32", "bf16"], Group.TRAINING] = "auto"
     """Compute precision; auto is bf16 where the processor supports it and the loss agrees with fp32, else fp32."""
     seed: Annotated[Seed, Group.TRAINING] = 0
@@ -125,6 +125,11 @@ class TuneConfig(RowsConfig):
         """`batch_size` of settings that `Family.resolve` completed."""
         assert self.batch_size is not None
         return self.batch_size
+
+    @property
+    def passes(self) -> int:
+        """`gradient_accumulation`; 1 where it is left open."""
+        return self.gradient_accumulation or 1
 
     @property
     def base_calibration_rows(self) -> int:

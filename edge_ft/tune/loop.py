@@ -165,7 +165,7 @@ def planned_steps(rows: int, config: TuneConfig) -> int:
     if config.max_steps is not None:
         return config.max_steps
     assert config.epochs is not None  # resolved
-    return max(1, round(config.epochs * rows / (config.rows_at_once * config.gradient_accumulation)))
+    return max(1, round(config.epochs * rows / (config.rows_at_once * config.passes)))
 
 
 def fit(
@@ -210,7 +210,7 @@ def fit(
         f"{state.planned} steps, validation every {every}{some}; untuned validation loss {state.base.mean_nll:.4f}"
         + (f"; resuming from step {state.steps}" if state.steps else "")
     )
-    batches = _endless_batches(rows, config, skip=state.steps * config.gradient_accumulation)
+    batches = _endless_batches(rows, config, skip=state.steps * config.passes)
     loop.saved_at, loop.saved_step = loop.watch.elapsed, state.steps
     try:
         while state.evaluation_due or (state.steps < state.planned and state.stopped == "steps"):
@@ -272,7 +272,7 @@ class _Loop:
     def step(self, state: Fit, batches: Iterator[Batch], every: int) -> None:
         """Take one optimizer step; nothing of `state` changes before its update."""
         config, step, started = self.config, state.steps + 1, self.watch.seconds
-        micro_batches = list(islice(batches, config.gradient_accumulation))
+        micro_batches = list(islice(batches, config.passes))
         targets = sum(int(target_mask(batch["labels"], self.rows.batching.task).sum()) for batch in micro_batches)
         rate = learning_rate_at(step, state.planned, config) * state.rate_factor
         self.backend.seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
@@ -391,7 +391,7 @@ class _Loop:
         self.backend.gradient(batch, 1)  # the first pass pays for allocations
         started = self.watch.elapsed
         self.backend.gradient(batch, 1)
-        step_seconds = (self.watch.elapsed - started) * self.config.gradient_accumulation
+        step_seconds = (self.watch.elapsed - started) * self.config.passes
         self.backend.discard()
         share = len(self.rows.watched or self.rows.validation) / len(self.rows.validation)
         evaluations = ((EVALUATIONS - 1) * share + 1) * evaluation_seconds

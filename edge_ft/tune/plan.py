@@ -21,7 +21,7 @@ from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory
 from edge_ft.tune.loop import EVALUATIONS
 from edge_ft.tune.measure import Measured, measure
 from edge_ft.tune.prepare import Job, prepare_job
-from edge_ft.tune.report import ANSWERS, BATCH_COST, OVERFITTING_ROWS, SAMPLE_TOKENS
+from edge_ft.tune.report import ANSWERS, BATCH_COST, OVERFITTING_ROWS, answer_limit
 from edge_ft.tune.splits import SPLITS
 from edge_ft.tune.stopwatch import Timings
 
@@ -320,7 +320,7 @@ def _seconds(job: Job, measured: Measured) -> dict[str, float]:
         batches = eval_batches([len(row.input_ids) for row in rows], job.batching.size)
         return sum(measured.evaluation.at(batch_tokens(batch, rows, task)) for batch in batches)
 
-    training = job.steps * config.gradient_accumulation * statistics.fmean(map(measured.step.at, job.batch_tokens))
+    training = job.steps * config.passes * statistics.fmean(map(measured.step.at, job.batch_tokens))
     evaluations = math.ceil(job.steps / (config.eval_steps or math.ceil(job.steps / EVALUATIONS))) - 1
     watched = [validation[index] for index in job.watched] or validation
     validating = 2 * evaluation(validation) + evaluations * evaluation(watched)  # the base and the last on all rows
@@ -330,7 +330,7 @@ def _seconds(job: Job, measured: Measured) -> dict[str, float]:
     seconds["scores"] = 2 * measured.report * evaluation(examples["test"]) + evaluation(train[:OVERFITTING_ROWS])
     if task in TEXT_TASKS:
         answered = (examples["test"] or validation)[:ANSWERS]
-        longest = min(SAMPLE_TOKENS, 2 * max(example.targets for example in answered))
+        longest = answer_limit(answered)
         ended = min(longest, statistics.median(example.targets for example in train))
         prompts = 2 * measured.report * evaluation(answered)
         seconds["answers"] = prompts + BATCH_COST * (longest + ended) * measured.token

@@ -164,7 +164,7 @@ class Job:
     def batches(self) -> list[list[int]]:
         """The batches of the first three epochs, as indices of train rows; those of later epochs are alike."""
         lengths = [len(example.input_ids) for example in self.prepared.examples["train"]]
-        count = self.steps * self.config.gradient_accumulation
+        count = self.steps * self.config.passes
         epochs = (train_batches(lengths, self.config.rows_at_once, self.config.seed, epoch) for epoch in range(3))
         return list(islice(chain.from_iterable(epochs), count))
 
@@ -203,10 +203,11 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     job = Job(config, base, tokenizer, prepared)
     refuse_other(saved, job.identity, str(config.out))
     job = job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)
-    if given.batch_size is None and given.gradient_accumulation == 1:
+    job = job.with_settings(gradient_accumulation=config.passes)
+    if given.batch_size is None and given.gradient_accumulation is None:
         job = _in_passes(job)
     if config.learning_rate is None:
-        examples, rows = prepared.examples["train"], job.config.rows_at_once * job.config.gradient_accumulation
+        examples, rows = prepared.examples["train"], job.config.rows_at_once * job.config.passes
         targets = rows * sum(example.targets for example in examples) / len(examples)
         job = job.with_settings(learning_rate=base.family.rate(base.dims.hidden, targets))
     if config.eval_rows is None:  # an interrupted run of an earlier release evaluated all of them
@@ -244,7 +245,7 @@ def _affordable_rows(job: Job) -> int:
     if job.prepared.task == "feature-extraction":  # a row's loss depends on the other rows of its batch
         return len(validation)
     evaluations = job.steps / job.config.eval_steps if job.config.eval_steps else EVALUATIONS
-    rows = job.steps * job.config.gradient_accumulation * job.config.rows_at_once
+    rows = job.steps * job.config.passes * job.config.rows_at_once
     trained, scored = (sum(len(example.input_ids) for example in some) / len(some) for some in (train, validation))
     affordable = EVALUATION_SHARE * 3 * rows * trained / (max(1.0, evaluations - 1) * scored)
     return min(len(validation), max(FEWEST_EVAL_ROWS, round(affordable)))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edge_ft.tune.prepare import Job, Prepared
     from edge_ft.tune.trainable_model import TrainableModel
 
-__all__ = ["results"]
+__all__ = ["answer_limit", "results"]
 
 SAMPLES = 3
 ANSWERS = 8
@@ -33,7 +33,7 @@ ANSWERS = 8
 BATCH_COST = 2
 """Time of a token of ANSWERS answers at once, over that of a token of a single answer."""
 SAMPLE_TOKENS = 32
-"""Longest answer in tokens; at most twice the longest right answer, so that a base that does not end takes less."""
+"""Longest answer in tokens, however long right ones are."""
 CUT_ADVICE = "these metrics are of shortened answers; edge-ft eval --max-new-tokens {tokens} compares whole ones"
 PROMPT_TAIL = 400
 """Characters of a prompt that a sample shows: its end, where the question is."""
@@ -176,7 +176,7 @@ def _overfitting(job: "Job", scorer: _KeptScorer, fitted: Fit) -> dict[str, Any]
     chosen = sorted(np.random.default_rng(config.seed).permutation(len(train))[:count].tolist())
     train_nll = scorer.score([train[index] for index in chosen], "train rows").mean_nll
     gap = best - train_nll
-    epoch = fitted.best_step * config.rows_at_once * config.gradient_accumulation / len(train)
+    epoch = fitted.best_step * config.rows_at_once * config.passes / len(train)
     if gap > OVERFITTING_GAP * train_nll:
         progress.say(
             f"over-fitted: with the best weights (epoch {epoch:.1f}) the train loss is {train_nll:.4f} and the "
@@ -204,7 +204,7 @@ def _answers(
     answers: dict[str, list[Answer]] = {}
     chosen: dict[str, dict[str, Metric]] = {}
     opened = LoadedSource(scorer.scorer, tokenizer, job.prepared.rendering, model_limit)
-    longest = min(SAMPLE_TOKENS, 2 * max(example.targets for example in examples))
+    longest = answer_limit(examples)
 
     def answer(stage: str) -> list[dict[str, Any]]:
         return [asdict(answer) for answer in generate_answers(opened, examples, longest, progress, stage)]
@@ -233,6 +233,11 @@ def _answers(
         findings += answer_findings(Scored(split, name, examples, values), texts, longest, CUT_ADVICE)
     figures = {"rows": len(examples), "max_new_tokens": longest, "metrics": metrics, "findings": findings}
     return samples, figures
+
+
+def answer_limit(examples: Sequence[Example]) -> int:
+    """Tokens of the longest answer: twice the longest right one, so that a base that does not end takes less time."""
+    return min(SAMPLE_TOKENS, max(8, 2 * max(example.targets for example in examples)))
 
 
 def _shown(example: Example, tokenizer: TextTokenizer) -> dict[str, Any]:

@@ -138,14 +138,16 @@ def test_settings_that_were_left_open_are_those_of_the_run(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(out: str) -> TuneConfig:
-        open_ = {"epochs": None, "batch_size": None, "gradient_accumulation": 1, "max_steps": None, "threads": None}
+        open_ = {"epochs": None, "batch_size": None, "gradient_accumulation": None, "max_steps": None, "threads": None}
         return settings(llama, sums, tmp_path / out, checkpoint_minutes=0, **open_)
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("edge_ft.tune.prepare.PASS_TOKENS", 100)  # the rows count as long ones
     once = tune(config("once"))
     stopped_at(config("run"), 5, monkeypatch)
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (saved["max_steps"], saved["threads"], saved["task"]) == (12, 1, "text-generation")
+    assert (saved["max_steps"], saved["threads"], saved["task"]) == (6, 1, "text-generation")
+    assert (saved["batch_size"], saved["gradient_accumulation"]) == (2, 4)
     assert saved["memory"] in ("high", "normal")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     # What memory is used for changes nothing of the result.
