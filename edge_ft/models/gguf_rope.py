@@ -2,16 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_ft.errors import ModelError
 from edge_ft.models.gguf_header import GgufHeader
-
-if TYPE_CHECKING:
-    from edge_ft.models.gguf_config import Settings
+from edge_ft.models.gguf_settings import Settings
 
 __all__ = ["FREQUENCIES", "LONG", "PARTIAL", "ROPE_TENSORS", "SHORT", "rope_parameters"]
 
@@ -27,7 +25,7 @@ SCALING_KEYS = {"attn_factor", "factor", "finetuned", "original_context_length",
 }
 
 
-def rope_parameters(found: "Settings", head_dim: int, context: int) -> dict[str, Any]:
+def rope_parameters(found: Settings, head_dim: int, context: int) -> dict[str, Any]:
     """Return `rope_parameters` of the transformers config, of the layers that attend to the whole text.
 
     Args:
@@ -68,7 +66,7 @@ def rope_parameters(found: "Settings", head_dim: int, context: int) -> dict[str,
     return base | _llama3(found, factors[FREQUENCIES], base["rope_theta"], context)
 
 
-def _scaling(found: "Settings", context: int) -> dict[str, Any]:
+def _scaling(found: Settings, context: int) -> dict[str, Any]:
     """The scaling that the header's numbers describe."""
     header = found.header
     prefix = f"{header.architecture}.rope.scaling."
@@ -120,7 +118,7 @@ def _read(file: Path, start: int, count: int) -> NDArray[np.float32]:
     return np.fromfile(file, "<f4", count, offset=start)
 
 
-def _longrope(found: "Settings", short: NDArray[np.float32], long: NDArray[np.float32], context: int) -> dict[str, Any]:
+def _longrope(found: Settings, short: NDArray[np.float32], long: NDArray[np.float32], context: int) -> dict[str, Any]:
     original = found.size(".rope.scaling.original_context_length", context)
     # llama.cpp's scripts always write it: without it the attention would be scaled by guess.
     factor = found.number(".rope.scaling.attn_factor", None if context > original else 1.0)
@@ -134,7 +132,7 @@ def _longrope(found: "Settings", short: NDArray[np.float32], long: NDArray[np.fl
     }
 
 
-def _llama3(found: "Settings", factors: NDArray[np.float32], theta: float, context: int) -> dict[str, Any]:
+def _llama3(found: Settings, factors: NDArray[np.float32], theta: float, context: int) -> dict[str, Any]:
     """The scaling of Llama 3 that has these factors; where none has, the factors themselves (as LongRoPE's)."""
     if (factors == 1).all():
         return {"rope_type": "default"}
