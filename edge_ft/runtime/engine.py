@@ -8,19 +8,19 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import onnxruntime as ort
 
 from edge_ft.artifacts import Bundle
 from edge_ft.config import from_plain
 from edge_ft.files import cache_folder, write_json
-from edge_ft.runtime.trials import Trial, Way
+from edge_ft.runtime.trials import Trial
+from edge_ft.runtime.ways import Engine, Way
 from edge_ft.system import default_threads, free_memory_bytes, processor, thread_choices, usable_cpus
 
-__all__ = ["Engine", "candidates", "choose", "fastest", "fixed_engine"]
+__all__ = ["candidates", "choose", "fastest", "fixed_engine"]
 
 MAX_LOSS = 0.01
 """Nats per target token: a graph whose validation loss is further above the exact one's is not chosen."""
@@ -32,20 +32,6 @@ _ROOM = 4
 """Free memory must be this many times a bundle's size before a further graph is opened beside the first."""
 _PROMPT, _ANSWER = 256, 64
 """Tokens of the request by which single graphs are compared."""
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How a bundle runs."""
-
-    prefill: Way
-    decode: Way
-    nll_above_exact: float | None = None
-    """Validation loss of the graphs in use minus that of the exact one, in nats per target token; None: not scored."""
-
-    def plain(self) -> dict[str, Any]:
-        """Return it as JSON holds it."""
-        return asdict(self)
 
 
 def fixed_engine(bundle: Bundle, accuracy_level: int | None, threads: int | None) -> Engine:

@@ -2,16 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from edge_ft.artifacts import Bundle
 from edge_ft.config import RunConfig
 from edge_ft.data import Chat, Message, Rendering, TextTokenizer, stop_ids
 from edge_ft.errors import BundleError, UsageError
 from edge_ft.runtime.decode import GREEDY, Generation, Timings, TimingsRecorder, read_to_end
-
-if TYPE_CHECKING:
-    from edge_ft.runtime.engine import Engine
+from edge_ft.runtime.ways import Engine
 
 __all__ = ["GenerativeBundle", "OpenBundle"]
 
@@ -37,7 +35,7 @@ class OpenBundle:
         BundleError: the manifest contradicts itself.
     """
 
-    engine: "Engine | None" = None
+    engine: Engine | None = None
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle

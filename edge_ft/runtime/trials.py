@@ -4,17 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
 from edge_ft.artifacts import Bundle
-from edge_ft.config import Minimum
 from edge_ft.errors import BundleError
 from edge_ft.runtime.open_bundle import GenerativeBundle
 from edge_ft.runtime.probes import probe_examples, probe_tolerance, score_probes
+from edge_ft.runtime.ways import Way
 
-__all__ = ["Trial", "Way", "agrees", "measure_ways"]
+__all__ = ["Trial", "agrees", "measure_ways"]
 
 _BUDGET = 2.0
 """Seconds of measuring, without opening the graphs."""
@@ -24,14 +24,6 @@ _PROMPT, _ANSWER = 128, 8
 """Most tokens of a run; a slow machine reads and generates fewer."""
 _WARM = 8
 """Tokens of the first run, which is slower than later ones and says how long they may be."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a phase runs: a graph and CPU threads."""
-
-    accuracy_level: Annotated[int, Minimum(1)]
-    threads: Annotated[int, Minimum(1)]
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from edge_ft.evaluate import evaluate
 from edge_ft.runtime import engine, load
 from edge_ft.runtime import trials as trials_module
 from edge_ft.runtime.decode import Timings
-from edge_ft.runtime.engine import Engine, candidates, choose, fastest
+from edge_ft.runtime.engine import candidates, choose, fastest
 from edge_ft.runtime.open_bundle import GenerativeBundle
 from edge_ft.runtime.probes import probe_examples, score_probes
 from edge_ft.runtime.run import run_text
-from edge_ft.runtime.trials import Trial, Way, measure_ways
+from edge_ft.runtime.trials import Trial, measure_ways
+from edge_ft.runtime.ways import Engine, Way
 
 EXACT, FAST = Way(1, 4), Way(4, 4)
 EXACT_HALF, FAST_HALF = Way(1, 2), Way(4, 2)
