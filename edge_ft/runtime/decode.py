@@ -21,6 +21,7 @@ __all__ = [
     "TimingsRecorder",
     "TooLong",
     "decode_tokens",
+    "first_token",
     "read_to_end",
     "stream_text",
 ]
@@ -166,6 +167,21 @@ class StreamingDetokenizer:
         return text
 
 
+def first_token(
+    extend: Callable[[Sequence[int]], NDArray[np.float32]],
+    prompt_ids: Sequence[int],
+    sampler: Sampler,
+    recorder: TimingsRecorder,
+) -> int:
+    """Read a prompt and choose the first token of the answer; the arguments are those of `decode_tokens`."""
+    started = recorder.clock()
+    logits = extend(prompt_ids)
+    recorder.prefill_s += recorder.clock() - started
+    token = sampler.choose(logits)
+    recorder.ttft_s = recorder.clock() - recorder.started
+    return token
+
+
 def decode_tokens(
     extend: Callable[[Sequence[int]], NDArray[np.float32]],
     prompt_ids: Sequence[int],
@@ -187,11 +203,7 @@ def decode_tokens(
     Yields:
         Token ids; a stop token is the last one.
     """
-    started = recorder.clock()
-    logits = extend(prompt_ids)
-    recorder.prefill_s += recorder.clock() - started
-    token = sampler.choose(logits)
-    recorder.ttft_s = recorder.clock() - recorder.started
+    token = first_token(extend, prompt_ids, sampler, recorder)
     yield token
     for _ in range(max_new_tokens - 1):
         if token in stop_ids:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from edge_ft.runtime.cache import KVCache
-from edge_ft.runtime.decode import TimingsRecorder
+from edge_ft.runtime.decode import TimingsRecorder, first_token
 from edge_ft.runtime.sampling import Sampler
 
 __all__ = ["PromptLookup", "decode_with_lookup"]
@@ -96,14 +96,9 @@ def decode_with_lookup(
     Yields:
         Token ids; a stop token is the last one.
     """
-    clock = recorder.clock
-    started = clock()
-    logits = cache.extend(prompt_ids)
-    recorder.prefill_s += clock() - started
-    token, count, pace, lookup = sampler.choose(logits), 1, Pace(), PromptLookup(cache.ids)
-    recorder.ttft_s = clock() - recorder.started
-    lookup.add(token)
+    token, clock = first_token(cache.extend, prompt_ids, sampler, recorder), recorder.clock
     yield token
+    count, pace, lookup = 1, Pace(), PromptLookup([*cache.ids, token])
     while count < max_new_tokens and token not in stop_ids:
         guessed = lookup.guess(max_new_tokens - count - 1) if pace.allows() else []
         started, read = clock(), len(cache.ids)
