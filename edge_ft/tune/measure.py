@@ -87,8 +87,7 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
     train, task = job.prepared.examples["train"], job.prepared.task
     batches = sorted(job.batches, key=lambda batch: batch_tokens(batch, train, task))
     few, typical, longest = batches[0][: max(1, len(batches[0]) // 4)], batches[len(batches) // 2], batches[-1]
-    tokens_of = {name: batch_tokens(batch, train, task) for name, batch in (("typical", typical), ("longest", longest))}
-    between = [typical] if tokens_of["longest"] > 2 * tokens_of["typical"] else []
+    between = [typical] if batch_tokens(longest, train, task) > 2 * batch_tokens(typical, train, task) else []
     _measure_batch(few, job, model)  # the first pass also pays for what later ones find ready
     release_memory()
     idle = resident_bytes()

@@ -77,8 +77,6 @@ def _train_and_report(opened: OpenedRun, processes: Processes, progress: Progres
             estimate(run, job, measured, available, progress, dict(timings.seconds))
     with timings.stage("train"):
         fitted = train(opened, job, model, processes, progress, timings)
-    for part in ("validation", "checkpoints"):
-        timings.seconds["train"] -= timings.seconds.get(part, 0.0)
     parts = kept_parts(run, job) if processes.is_main else ReportParts(None)
     evaluated = results(job, model, fitted, progress, parts, timings)
     if processes.is_main:

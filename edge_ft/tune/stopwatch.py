@@ -14,16 +14,20 @@ class Timings:
 
     clock: Callable[[], float] = time.monotonic
     seconds: dict[str, float] = field(default_factory=dict)
+    _inside: float = 0.0
+    """Of the stages inside the present one."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the seconds of this block to those of a stage."""
-        began = self.clock()
+        """Add the seconds of this block to those of a stage, without those of the stages inside it."""
+        began, before, self._inside = self.clock(), self._inside, 0.0
         self.seconds.setdefault(name, 0.0)
         try:
             yield
         finally:
-            self.seconds[name] += self.clock() - began
+            whole = self.clock() - began
+            self.seconds[name] += whole - self._inside
+            self._inside = before + whole
 
     @property
     def text(self) -> str:
