@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from edge_ft.export.gguf_metadata import architecture_for, lost_settings
 from edge_ft.export.gguf_model import GgufModel, write_gguf_model
 from edge_ft.export.gguf_vocabulary import PROBES
 from edge_ft.export.source import ExportSource, open_export_source
-from edge_ft.export.verification import TorchScores, compared_metrics, score_rows, score_torch, test_scores
+from edge_ft.export.verification import TorchScores, compared_figures, score_rows, score_torch, test_scores
 from edge_ft.files import atomic_file, refuse_existing
 from edge_ft.models.gguf import open_gguf, plan_conversion, write_checkpoint
 from edge_ft.models.gguf_names import Architecture, Heads
@@ -217,17 +216,10 @@ def _verify(
         reasons.append(f"the file differs from the weights it was written from by {difference:.4f} nats per token")
     compared = {"base": torch_scores.base, "trained": torch_scores.trained, "shipped": shipped}
     return {
-        "rows": len(validation),
-        "rows_sha256": source.rows.sha256,
-        "nll": {name: None if found is None else found.mean_nll for name, found in compared.items()},
-        "quantization_tax": None,
-        "retained_gain": None,
-        "argmax_agreement": None,
+        **compared_figures(source, compared, limits),
         "adapter_changes_logits": changes,
         **figures,
         "shipped_minus_last_evaluated": difference,
-        "metrics": compared_metrics(source, compared),
-        "limits": asdict(limits),
         "test": test_scores(source, scorer, progress),
         "refused": reasons,
     }

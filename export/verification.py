@@ -24,7 +24,7 @@ from edge_ft.runtime.probes import SAME, probe_examples
 
 __all__ = [
     "TorchScores",
-    "compared_metrics",
+    "compared_figures",
     "genai_level",
     "score_rows",
     "score_torch",
@@ -167,16 +167,9 @@ def verify_graphs(
     main = 4 if source.weights == "int8" and source.lane != "adapter" and 4 in passed else requested
     compared = {"base": torch_scores.base, "trained": torch_scores.trained, "shipped": scores[main].validation}
     verification = {
-        "rows": len(source.rows.validation),
-        "rows_sha256": source.rows.sha256,
-        "nll": {name: None if found is None else found.mean_nll for name, found in compared.items()},
-        "quantization_tax": None,
-        "retained_gain": None,
-        "argmax_agreement": None,
+        **compared_figures(source, compared, limits),
         "adapter_changes_logits": changes,
         **results[main].gate,
-        "metrics": compared_metrics(source, compared),
-        "limits": asdict(limits),
         "by_accuracy_level": {
             str(level): {**result.figures, "passed": level in passed} for level, result in results.items()
         },
@@ -255,7 +248,21 @@ def _check_level(
     return LevelResult(figures, verdict.figures, "; ".join(verdict.reasons))
 
 
-def compared_metrics(source: ExportSource, compared: dict[str, RowScores | None]) -> dict[str, dict[str, Any]]:
+def compared_figures(source: ExportSource, compared: dict[str, RowScores | None], limits: Limits) -> dict[str, Any]:
+    """Return what every `verification` has of the models that are compared; the gate's figures are None until known."""
+    return {
+        "rows": len(source.rows.validation),
+        "rows_sha256": source.rows.sha256,
+        "nll": {name: None if found is None else found.mean_nll for name, found in compared.items()},
+        "quantization_tax": None,
+        "retained_gain": None,
+        "argmax_agreement": None,
+        "metrics": _compared_metrics(source, compared),
+        "limits": asdict(limits),
+    }
+
+
+def _compared_metrics(source: ExportSource, compared: dict[str, RowScores | None]) -> dict[str, dict[str, Any]]:
     """Return each task metric on the validation rows, of all that is compared."""
     metrics = {
         column: summary(scores, source.rows.validation, source.task, source.rendering.labels)["metrics"]
