@@ -3,6 +3,7 @@
 from typing import Any
 
 from edge_ft.bench.quality import score_settings
+from edge_ft.bench.report import single_record
 from edge_ft.bench.subjects import Subject
 from edge_ft.config import TEXT_TASKS, BenchConfig, EvalConfig
 from edge_ft.progress import Silent
@@ -58,18 +59,7 @@ def answer_records(
     """
     if not answers:
         return []
-    return [
-        {
-            "subject": subject.engine,
-            "variant": subject.variant,
-            "metric": "answers",
-            "unit": "",
-            "value": len(answers),
-            "samples": [len(answers)],
-            "answers": answers,
-            "environment": environment,
-        }
-    ]
+    return [single_record(subject, "answers", "", len(answers), environment, answers=answers)]
 
 
 def _continue(job: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from edge_ft.bench.report import single_record
 from edge_ft.bench.subjects import Subject
 from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.progress import Progress
@@ -147,18 +148,8 @@ def divergence_records(
             where |= {"positions": found["positions"], "reference": reference.name}
             for metric, unit in UNITS.items():
                 value = found[metric]
-                records.append(
-                    {
-                        "subject": subject.engine,
-                        "variant": subject.variant,
-                        "metric": metric,
-                        "unit": unit,
-                        "value": value["value"],
-                        "samples": [value["value"]],
-                        "interval": [value["low"], value["high"]],
-                        "environment": where,
-                    }
-                )
+                interval = [value["low"], value["high"]]
+                records.append(single_record(subject, metric, unit, value["value"], where, interval=interval))
     return records
 
 

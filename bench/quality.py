@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_ft.bench.report import single_record
 from edge_ft.bench.subjects import Subject
 from edge_ft.config import BenchConfig, EvalConfig, RowsConfig, as_plain
 from edge_ft.progress import Silent
@@ -121,16 +122,7 @@ def quality_records(subject: Subject, found: dict[str, Any], environment: dict[s
     }
     where = environment | {"rows": found["rows"], "data": Path(found["data"]).name}
     return [
-        {
-            "subject": subject.engine,
-            "variant": subject.variant,
-            "metric": metric,
-            "unit": unit,
-            "value": value,
-            "samples": [value],
-            "interval": interval,
-            "environment": where,
-        }
+        single_record(subject, metric, unit, value, where, interval=interval)
         for metric, (unit, value, interval) in figures.items()
         if value is not None
     ]
@@ -149,14 +141,4 @@ def engine_records(subject: Subject, environment: dict[str, Any]) -> list[dict[s
     engine = subject.job.get("engine") or {}
     if (value := engine.get("nll_above_exact")) is None:
         return []
-    return [
-        {
-            "subject": subject.engine,
-            "variant": subject.variant,
-            "metric": "nll_above_exact",
-            "unit": "nats/token",
-            "value": value,
-            "samples": [value],
-            "environment": environment,
-        }
-    ]
+    return [single_record(subject, "nll_above_exact", "nats/token", value, environment)]

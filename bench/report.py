@@ -15,6 +15,7 @@ __all__ = [
     "format_value",
     "markdown_table",
     "records_of",
+    "single_record",
     "table",
     "units_of",
 ]
@@ -58,6 +59,34 @@ def units_of(task: str, prompt_tokens: int, depths: Sequence[int] = ()) -> dict[
     lengths = classifier_lengths(prompt_tokens)
     timed = {f"{metric}_{length}": unit for length in lengths for metric, unit in per_length.items()}
     return {"load_s": "s", "cold_start_s": "s", **timed, "peak_rss_bytes": "bytes", "size_bytes": "bytes"}
+
+
+def single_record(
+    subject: Subject, metric: str, unit: str, value: float, environment: dict[str, Any], **more: Any
+) -> dict[str, Any]:
+    """Make the record of a figure that is found once, not in every repeat.
+
+    Args:
+        subject: What it is of.
+        metric: Its name.
+        unit: Its unit; "" has none.
+        value: The figure.
+        environment: Machine, versions and settings.
+        more: Further keys, as `interval` (95%).
+
+    Returns:
+        The record.
+    """
+    return {
+        "subject": subject.engine,
+        "variant": subject.variant,
+        "metric": metric,
+        "unit": unit,
+        "value": value,
+        "samples": [value],
+        **more,
+        "environment": environment,
+    }
 
 
 def records_of(
