@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,8 @@ from edge_ft.evaluate.scoring import Batching
 from edge_ft.families import family_of
 from edge_ft.progress import Progress
 from edge_ft.tune.classes import choose_classes, find_class_problems
-from edge_ft.tune.loop import EVALUATIONS, planned_steps
+from edge_ft.tune.defaults import chosen_by_rows
+from edge_ft.tune.loop import planned_steps
 from edge_ft.tune.splits import SPLITS, FileFindings, GivenRows, drop_unusable, read_given, split_given
 
 if TYPE_CHECKING:
@@ -56,12 +57,6 @@ __all__ = ["Job", "Prepared", "prepare", "prepare_job", "refuse_other"]
 
 SCORED_ROWS, SCORED_TOKENS = 64, 1024
 """Most rows, and most tokens of rows of mean length, that are scored together; a batch of a step may be larger."""
-PASS_TOKENS = 1024
-"""Tokens of a forward pass of training, unless --batch-size or --gradient-accumulation is given."""
-EVALUATION_SHARE = 0.05
-"""Share of the training's time that its evaluations may take, without the last one."""
-FEWEST_EVAL_ROWS = 16
-"""Validation rows of an evaluation, however long it takes."""
 HOLDS: dict[ProblemType, str] = {
     "single_label_classification": "a class",
     "multi_label_classification": "several classes",
@@ -203,52 +198,9 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     job = Job(config, base, tokenizer, prepared)
     refuse_other(saved, job.identity, str(config.out))
     job = job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)
-    job = job.with_settings(gradient_accumulation=config.passes)
-    if given.batch_size is None and given.gradient_accumulation is None:
-        job = _in_passes(job)
-    if config.learning_rate is None:
-        examples, rows = prepared.examples["train"], job.config.rows_at_once * job.config.passes
-        targets = rows * sum(example.targets for example in examples) / len(examples)
-        job = job.with_settings(learning_rate=base.family.rate(base.dims.hidden, targets))
-    if config.eval_rows is None:  # an interrupted run of an earlier release evaluated all of them
-        every = len(prepared.examples["validation"])
-        job = job.with_settings(eval_rows=every if saved else _affordable_rows(job))
-    return job
-
-
-def _in_passes(job: Job) -> Job:
-    """Halve the rows of a forward pass, in twice as many passes, until most have at most `PASS_TOKENS`.
-
-    Beyond, a pass is hardly faster per token and takes more memory; a step learns the same from the same rows.
-
-    Returns:
-        The job.
-    """
-    rows, task = job.config.rows_at_once, job.prepared.task
-    train = job.prepared.examples["train"]
-    longest = float(np.quantile([batch_tokens([index], train, task) for index in range(len(train))], 0.9))
-    passes = 1
-    while rows % 2 == 0 and rows * longest > PASS_TOKENS and task != "feature-extraction":
-        rows, passes = rows // 2, passes * 2
-    return job.with_settings(batch_size=rows, gradient_accumulation=passes)
-
-
-def _affordable_rows(job: Job) -> int:
-    """How many validation rows can be scored at every evaluation but the last in a twentieth of the training's time.
-
-    A token costs a step three times as much as an evaluation: the forward pass, and twice that for the gradients.
-
-    Returns:
-        The number.
-    """
-    train, validation = job.prepared.examples["train"], job.prepared.examples["validation"]
-    if job.prepared.task == "feature-extraction":  # a row's loss depends on the other rows of its batch
-        return len(validation)
-    evaluations = job.steps / job.config.eval_steps if job.config.eval_steps else EVALUATIONS
-    rows = job.steps * job.config.passes * job.config.rows_at_once
-    trained, scored = (sum(len(example.input_ids) for example in some) / len(some) for some in (train, validation))
-    affordable = EVALUATION_SHARE * 3 * rows * trained / (max(1.0, evaluations - 1) * scored)
-    return min(len(validation), max(FEWEST_EVAL_ROWS, round(affordable)))
+    rate = partial(base.family.rate, base.dims.hidden)
+    chosen = chosen_by_rows(job.config, given, prepared.examples, prepared.task, rate, resumed=bool(saved))
+    return replace(job, config=chosen)
 
 
 def _find_base(config: TuneConfig, progress: Progress, saved: Mapping[str, Any] | None) -> "Base":

@@ -142,7 +142,7 @@ def test_settings_that_were_left_open_are_those_of_the_run(
         return settings(llama, sums, tmp_path / out, checkpoint_minutes=0, **open_)
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("edge_ft.tune.prepare.PASS_TOKENS", 100)  # the rows count as long ones
+    monkeypatch.setattr("edge_ft.tune.defaults.PASS_TOKENS", 100)  # the rows count as long ones
     once = tune(config("once"))
     stopped_at(config("run"), 5, monkeypatch)
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

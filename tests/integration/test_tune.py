@@ -124,7 +124,7 @@ def test_the_default_rate_counts_the_targets_of_a_step(
 def test_a_step_of_long_rows_is_computed_in_several_passes(
     settings: dict[str, Any], expected: tuple[int, int], llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_ft.tune.prepare.PASS_TOKENS", settings.pop("pass_tokens", 1024))
+    monkeypatch.setattr("edge_ft.tune.defaults.PASS_TOKENS", settings.pop("pass_tokens", 1024))
     job = prepare_job(TuneConfig(model=str(llama), data=str(sums), out=Path("unused"), **settings), Silent())
     assert (job.config.batch_size, job.config.gradient_accumulation) == expected
 
