@@ -14,7 +14,7 @@ class Timings:
 
     clock: Callable[[], float] = time.monotonic
     seconds: dict[str, float] = field(default_factory=dict)
-    _inside: float = 0.0
+    _inside: float = field(default=0.0, init=False)
     """Of the stages inside the present one."""
 
     @contextmanager
