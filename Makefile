@@ -15,7 +15,7 @@ WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 # As edge_ft sets it before torch is imported; a test session may import torch first.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: install demo claims bench training test test-all models fuzz fuzz-planted checkpoints faults check format clean
+.PHONY: install demo wheels release claims bench training test test-all models fuzz fuzz-planted checkpoints faults check format clean
 
 install: $(INSTALLED)
 
@@ -80,7 +80,19 @@ fuzz-planted: install
 faults: install
 	$(BIN)/python tests/faults.py --write docs/faults.md
 
+# Builds the wheel and the sdist in dist/, and tries each in a fresh environment.
+wheels: install
+	$(BIN)/python -m edge_ft.bench.studies release --unreleased
+
+# The same for a version that CHANGELOG.md describes; dist/notes.md has its section.
+release: install
+	$(BIN)/python -m edge_ft.bench.studies release
+
 check: install
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/idea.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build && $(BIN)/pip install --quiet --no-deps --target build/installed .

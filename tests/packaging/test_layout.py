@@ -39,9 +39,12 @@ def test_the_wheel_holds_every_module_under_one_name(tmp_path: Path) -> None:
     for top, inside in (("edge_ft", "edge_ft"), ("export", "edge_ft/export"), ("bench", "edge_ft/bench")):
         for file in (ROOT / top).rglob("*.py"):
             assert (f"{inside}/{file.relative_to(ROOT / top).as_posix()}" in modules) == (STUDIES not in file.parents)
-    assert {"edge_ft/page.html", "edge_ft/bench/records.schema.json", "edge_ft/bench/profiles/pi-class.yaml"} <= set(
-        names
-    )
+    assert {
+        "edge_ft/py.typed",
+        "edge_ft/page.html",
+        "edge_ft/bench/records.schema.json",
+        "edge_ft/bench/profiles/pi-class.yaml",
+    } <= set(names)
     presets = {f"edge_ft/presets/{file.name}" for file in (ROOT / "edge_ft" / "presets").iterdir()}
     assert presets == {name for name in names if name.startswith("edge_ft/presets/")} != set()
 
