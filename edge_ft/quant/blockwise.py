@@ -5,7 +5,6 @@ documentation), so that the bytes here are the bytes in the file: W ≈ scale ·
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,8 +17,8 @@ Bits = Literal[4, 8]
 
 _RANGE_FACTORS = (1.0, 1.05, 1.1, 0.95, 0.9, 0.85, 0.8)
 """Multiples of a block's range that are tried; of two with the same error the earlier is taken."""
-_CHUNK = 2048
-"""Blocks that are rounded together: their arrays fit into the processor's cache."""
+_CHUNK = 8192
+"""Blocks that are rounded together. Fewer fit into the processor's cache, but threads wait for each other more often."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def unpack_nibbles(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     return values[..., :count]
 
 
-def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, threads: int = 1) -> Codes:
+def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4) -> Codes:
     """Round a weight to the grid: each block gets the scale and zero point of the smallest squared error.
 
     At 4 bits several multiples of the range from minimum to maximum are tried, each with the zero points below and
@@ -78,7 +77,6 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, threa
         weight: [N, K].
         block_size: Weights per scale.
         bits: Of a code.
-        threads: That share the blocks; the codes do not depend on it.
 
     Returns:
         The codes.
@@ -95,12 +93,9 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, threa
     scales, zero_points = np.empty(len(blocks), np.float32), np.empty(len(blocks), np.uint8)
     codes = np.empty(blocks.shape, np.uint8)
 
-    def work(start: int) -> None:
+    for start in range(0, len(blocks), _CHUNK):
         part = slice(start, start + _CHUNK)
         scales[part], zero_points[part], codes[part] = _round_blocks(blocks[part], bits)
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(0, len(blocks), _CHUNK)))
     qweight: NDArray[np.uint8] = codes.reshape(rows, -1, block_size)
     zeros: NDArray[np.uint8] = zero_points.reshape(rows, -1)
     if bits == 4:
@@ -128,7 +123,7 @@ def _round_blocks(
         np.clip(code, 0, largest, out=code)
 
     def compare(scale: NDArray[np.float32], zero_point: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Take these where their error is smaller; return the least-squares scale for their codes."""
+        """Take these where their error is smaller; return codes - zero point."""
         nonlocal scales, zero_points, least_error
         round_to(scale, zero_point)
         step = np.subtract(code, zero_point, out=code)
@@ -138,8 +133,7 @@ def _round_blocks(
         better = error < least_error
         least_error = np.where(better, error, least_error)
         scales, zero_points = np.where(better, scale, scales), np.where(better, zero_point, zero_points)
-        fitted = np.einsum("kb,kb->b", step, values) / np.maximum(np.einsum("kb,kb->b", step, step), 1)
-        return np.where(fitted > 0, fitted, scale).astype(np.float32)
+        return step
 
     for factor in _RANGE_FACTORS if bits == 4 else _RANGE_FACTORS[:1]:
         scale = (high - low) * np.float32(factor / largest)
@@ -147,9 +141,10 @@ def _round_blocks(
         exact = -low * np.float32(factor) / scale
         for zero_point in (np.floor(exact), np.ceil(exact)) if bits == 4 else (np.rint(exact),):
             bounded = np.clip(zero_point, 0, largest)
-            fitted = compare(scale, bounded)
-            if bits == 4:
-                compare(fitted, bounded)
+            step = compare(scale, bounded)
+            if bits == 4:  # and with the least-squares scale for these codes
+                fitted = np.einsum("kb,kb->b", step, values) / np.maximum(np.einsum("kb,kb->b", step, step), 1)
+                compare(np.where(fitted > 0, fitted, scale).astype(np.float32), bounded)
     round_to(scales, zero_points)
     return scales, zero_points, code.T
 

@@ -30,7 +30,7 @@ __all__ = [
     "Calibration",
     "calibrate",
     "gptq_quantize",
-    "inverse_hessian_factor",
+    "hessian_factor",
     "make_calibration",
 ]
 
@@ -43,6 +43,10 @@ DAMPING = (0.01, 0.09, 0.9)
 """Multiples of the mean diagonal that are added to the diagonal, one after the other until the factorisation succeeds:
 the first is the paper's; more is needed where float32 is too coarse for it."""
 _LARGEST = 15
+_TOGETHER = 8
+"""Columns whose errors are compensated for one by one, before one product does it for those after them."""
+_GRAM_PARTS = 6
+"""Parts in which a product with the own transpose is computed: of p parts, (p + 1) / 2p of the products are left."""
 
 
 @dataclass
@@ -185,7 +189,7 @@ class _FirstCalls:
 
 
 def _input_factor(inputs: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Return `inverse_hessian_factor` of a layer's inputs, float32 [inputs, K], rounded to `dtype`.
+    """Return `hessian_factor` of a layer's inputs, float32 [inputs, K], rounded to `dtype`.
 
     Raises:
         ModelError: an input is not finite.
@@ -194,7 +198,7 @@ def _input_factor(inputs: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     # Products of bfloat16 numbers are exact and are added in float32 at this precision, three times as fast.
     torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
     try:
-        return inverse_hessian_factor(inputs.T @ inputs)
+        return hessian_factor(_gram(inputs))
     except ValueError as error:
         raise ModelError(f"the input of {name} is not finite: the model's weights are damaged") from error
     finally:
@@ -230,14 +234,14 @@ def _token_masks(batch: Batch, task: Task) -> dict[int, Tensor]:
     return masks
 
 
-def inverse_hessian_factor(hessian: Tensor) -> Tensor:
-    """Factorise the inverse Hessian of a layer's output error, damped as in the paper.
+def hessian_factor(hessian: Tensor) -> Tensor:
+    """Factorise the Hessian of a layer's output error, damped as in the paper.
 
     Args:
-        hessian: float32 [K, K], the sum (or mean) of x xᵀ over the inputs x of a layer; overwritten.
+        hessian: float32 [K, K], the sum (or mean) of x xᵀ over the inputs x of a layer; its diagonal is overwritten.
 
     Returns:
-        float32 [K, K], upper triangular: the Cholesky factor U of the inverse, UᵀU = (H + damping)⁻¹.
+        float32 [K, K], upper triangular: R with R Rᵀ = H + damping.
 
     Raises:
         ValueError: the Hessian has entries that are not finite.
@@ -247,15 +251,11 @@ def inverse_hessian_factor(hessian: Tensor) -> Tensor:
     mean = float(diagonal.mean())
     for share in DAMPING:
         diagonal += share * mean
-        # With both orders reversed, H = R Rᵀ of an upper triangular R, and R⁻¹ is the factor.
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))  # in reversed order R is lower triangular
         if failed:
             continue
-        inverse = torch.eye(len(lower)).T  # column-major: solved in place
-        torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-        del lower  # of a wide layer each of them is hundreds of MB
-        factor = inverse.flip(0, 1)
-        if torch.isfinite(factor).all() and (factor.diagonal() > 0).all():  # 0 where the Hessian was infinite
+        factor = lower.flip(0, 1)
+        if torch.isfinite(factor).all() and (factor.diagonal() > 0).all():
             return factor
     raise ValueError("the inputs of the layer are not finite")
 
@@ -264,12 +264,16 @@ def gptq_quantize(weight: Tensor, factor: Tensor, nearest: Codes) -> Codes:
     """Quantize a weight to 4 bits so that the layer's output changes as little as possible.
 
     Columns are rounded one after the other, and each column's error is compensated for in the columns that follow.
+    With H = R Rᵀ and d = weight - rounded, the output error is |Rᵀd|²; its part i is Rᵢᵢdᵢ + Σⱼ Rⱼᵢdⱼ over the columns
+    j before i, so column i is rounded from wᵢ + Σⱼ dⱼRⱼᵢ/Rᵢᵢ. That is GPTQ (Chen et al., arXiv:2507.18553) without the
+    inverse of the Hessian.
+
     Scales and zero points stay those of `nearest`: choosing them again as the weight changes took half of the time
     and gained nothing (docs/decisions/015).
 
     Args:
         weight: float32 [N, K].
-        factor: [K, K], of `inverse_hessian_factor`.
+        factor: [K, K], of `hessian_factor`.
         nearest: The weight as `quantize` rounds it.
 
     Returns:
@@ -277,20 +281,55 @@ def gptq_quantize(weight: Tensor, factor: Tensor, nearest: Codes) -> Codes:
     """
     rows, columns = weight.shape
     block_size, blocks = nearest.block_size, nearest.scales.shape[1]
-    scales = np.ascontiguousarray(nearest.scales.T)
-    zero_points = np.ascontiguousarray(unpack_nibbles(nearest.zero_points, blocks).T).astype(np.float32)
-    # [K, N]: each step below runs along the rows of the weight, in full vectors
-    rest = weight.T.clone(memory_format=torch.contiguous_format)  # of one row the transpose is contiguous itself
-    remaining, upper = rest.numpy(), factor.numpy()
+    scales = torch.from_numpy(np.ascontiguousarray(nearest.scales.T))
+    zero_points = np.ascontiguousarray(unpack_nibbles(nearest.zero_points, blocks).T)
     codes = np.repeat(zero_points, block_size, axis=0)  # the code of 0, in the last block's padding
-    errors = torch.empty(block_size, rows)
-    for block, (scale, zero_point) in enumerate(zip(scales, zero_points, strict=True)):
+    # [K, N]: each step below runs along the rows of the weight, in full vectors
+    compensated = weight.T.clone(memory_format=torch.contiguous_format)  # of one row the transpose is contiguous itself
+    lost = compensated.clone()  # of columns that are not rounded yet, the weight
+    relative = factor / factor.diagonal()
+
+    def round_block(block: int) -> None:
         start, end = block * block_size, min((block + 1) * block_size, columns)
-        for column, error in zip(range(start, end), errors.numpy(), strict=False):
-            code = codes[column]
-            np.rint(remaining[column] / scale + zero_point, out=code).clip(0, _LARGEST, out=code)
-            np.divide(remaining[column] - (code - zero_point) * scale, upper[column, column], out=error)
-            remaining[column + 1 : end] -= upper[column, column + 1 : end, None] * error
-        rest[end:].addmm_(factor[start:end, end:].T, errors[: end - start], alpha=-1)
-    qweight = np.ascontiguousarray(codes.T, np.uint8).reshape(rows, blocks, block_size)
+        # in units of the scale and from the zero point, where a code is the nearest whole number
+        scale, zero_point = scales[block], torch.from_numpy(zero_points[block].astype(np.float32))
+        wanted = compensated[start:end].div_(scale).add_(zero_point)
+        errors = lost[start:end].div_(scale).add_(zero_point)
+        for first in range(0, end - start, _TOGETHER):
+            last = min(first + _TOGETHER, end - start)
+            share = relative[start + first : start + last, start + first : start + last].numpy()[..., None]
+            part, error, found = wanted[first:last].numpy(), errors[first:last].numpy(), codes[start + first :]
+            for column in range(last - first):
+                code = np.rint(part[column], out=part[column]).clip(0, _LARGEST, out=part[column])
+                found[column] = code
+                np.subtract(error[column], code, out=error[column])
+                part[column + 1 :] += share[column, column + 1 :] * error[column]
+            later = relative[start + first : start + last, start + last : end]
+            wanted[last:].addmm_(later.T, errors[first:last])
+        errors.mul_(scale)
+
+    def round_blocks(first: int, last: int) -> None:
+        """Round the columns of some blocks, the earlier half first: its errors reach the later one in one product."""
+        if last - first == 1:
+            round_block(first)
+            return
+        middle = (first + last) // 2
+        round_blocks(first, middle)
+        left, right = slice(first * block_size, middle * block_size), slice(middle * block_size, last * block_size)
+        compensated[right].addmm_(relative[left, right].T, lost[left])
+        round_blocks(middle, last)
+
+    round_blocks(0, blocks)
+    qweight = np.ascontiguousarray(codes.T).reshape(rows, blocks, block_size)
     return replace(nearest, qweight=pack_nibbles(qweight))
+
+
+def _gram(inputs: Tensor) -> Tensor:
+    """Return inputsᵀ inputs [K, K] of inputs [n, K]; its upper half is not computed but copied."""
+    columns = inputs.shape[1]
+    found, size = torch.empty(columns, columns), -(-columns // _GRAM_PARTS)
+    for start in range(0, columns, size):
+        end = min(start + size, columns)
+        torch.matmul(inputs[:, start:end].T, inputs[:, :end], out=found[start:end, :end])
+        found[:start, start:end] = found[start:end, :start].T
+    return found

@@ -1,8 +1,12 @@
 """Replace the float layers of a model by frozen ones, a weight at a time."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +30,7 @@ ReadWeight = Callable[[str, slice], Tensor]
 """Returns some rows of the float parameter of a name."""
 
 _ROUNDED = 2**19
-"""Weights that are rounded at a time."""
+"""Weights that a thread rounds at a time."""
 
 
 def current_weights(model: nn.Module) -> ReadWeight:
@@ -122,35 +126,76 @@ def quantize_model(
     """
     read = read or current_weights(model)
 
-    def codes_of(name: str, shape: Sequence[int]) -> Codes:
-        """Return the codes of a weight; only a few of its rows are float at a time."""
-        if (found := existing(name, shape[1])) is not None:
-            return found
-        size = max(1, _ROUNDED // shape[1])
-        parts = (read(f"{name}.weight", slice(start, start + size)) for start in range(0, shape[0], size))
-        arrays = (rows.detach().float().cpu().numpy() for rows in parts)
-        return Codes.concatenate([quantize(rows, block_size, bits, torch.get_num_threads()) for rows in arrays])
-
-    def replacement(name: str, layer: nn.Linear, bias: Tensor | None) -> QuantLinear | None:
-        # A layer that is tied to the embedding shares its codes: it is replaced below.
-        return None if layer.weight is embedding.weight else QuantLinear(codes_of(name, layer.weight.shape), bias)
-
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     names = {module: name for name, module in model.named_modules()}
+    linear = {  # but for a layer that is tied to the embedding: it shares its codes and is replaced below
+        name: module.weight.shape
+        for module, name in names.items()
+        if isinstance(module, nn.Linear) and not is_within(name, keep) and module.weight is not embedding.weight
+    }
+    shapes = list(linear.items())
+    if embedding.embedding_dim % block_size == 0:  # GatherBlockQuantized supports no padded last block
+        shapes.append((names[embedding], embedding.weight.shape))
+    codes = _codes_in_threads(shapes, read, existing, lambda rows: quantize(rows, block_size, bits))
+
+    def replacement(name: str, _: nn.Linear, bias: Tensor | None) -> QuantLinear | None:
+        return QuantLinear(next(codes), bias) if name in linear else None
+
     replace_linear_layers(model, keep, read, replacement)
-    # GatherBlockQuantized supports no padded last block.
     if embedding.embedding_dim % block_size:
         return
-    codes = codes_of(names[embedding], embedding.weight.shape)
+    shared = next(codes)
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
-    quantized = QuantEmbedding(codes, embedding.padding_idx, embedding_scale(embedding))
+    quantized = QuantEmbedding(shared, embedding.padding_idx, embedding_scale(embedding))
     model.set_input_embeddings(quantized)  # type: ignore[operator]
     if tied:
-        tied_head = QuantLinear(codes, None if head.bias is None else read(f"{names[head]}.bias", slice(None)).detach())
+        tied_head = QuantLinear(shared, None if head.bias is None else read(f"{names[head]}.bias", slice(None)).detach())
         for buffer in BUFFERS:
             setattr(tied_head, buffer, getattr(quantized, buffer))
         model.set_output_embeddings(tied_head)  # type: ignore[operator]
+
+
+def _codes_in_threads(
+    shapes: Iterable[tuple[str, Sequence[int]]],
+    read: ReadWeight,
+    existing: Callable[[str, int], Codes | None],
+    round_rows: Callable[[NDArray[np.float32]], Codes],
+) -> Iterator[Codes]:
+    """Yield the codes of each weight, in this order; only a few rows of a few weights are float at a time."""
+
+    def parts() -> Iterator[tuple[Codes | NDArray[np.float32], bool]]:
+        """Yield the known codes of a weight, or some of its rows, and whether they are the last ones."""
+        for name, (rows, columns) in shapes:
+            if (found := existing(name, columns)) is not None:
+                yield found, True
+                continue
+            size = max(1, _ROUNDED // columns)
+            for start in range(0, rows, size):
+                weight = read(f"{name}.weight", slice(start, start + size))
+                yield weight.detach().float().cpu().numpy(), start + size >= rows
+
+    def work(part: Codes | NDArray[np.float32]) -> Codes:
+        return part if isinstance(part, Codes) else round_rows(part)
+
+    waiting: deque[tuple[Future[Codes], bool]] = deque()
+    done: list[Codes] = []
+
+    def take() -> Iterator[Codes]:
+        part, last = waiting.popleft()
+        done.append(part.result())
+        if last:
+            yield Codes.concatenate(done)
+            done.clear()
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for part, last in parts():
+            waiting.append((pool.submit(work, part), last))
+            if len(waiting) > threads:
+                yield from take()
+        while waiting:
+            yield from take()
 
 
 def round_to_bf16(model: nn.Module, keep: tuple[str, ...] = (), read: ReadWeight | None = None) -> None:

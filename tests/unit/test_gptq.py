@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_ft.quant.blockwise import Codes, dequantize, quantize
-from edge_ft.quant.calibration import gptq_quantize, inverse_hessian_factor
+from edge_ft.quant.calibration import gptq_quantize, hessian_factor
 
 
 def a_layer(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +27,7 @@ def lost(codes: Codes, weight: torch.Tensor, inputs: torch.Tensor) -> float:
 def test_the_weight_is_not_written_to(rows: int) -> None:
     weight, inputs = a_layer(rows, 64)
     before = weight.clone()
-    gptq_quantize(weight, inverse_hessian_factor(inputs.T @ inputs), quantize(weight.numpy(), 32))
+    gptq_quantize(weight, hessian_factor(inputs.T @ inputs), quantize(weight.numpy(), 32))
     assert torch.equal(weight, before)
 
 
@@ -38,7 +38,7 @@ def test_the_output_error_is_lower_than_with_rounding_to_nearest(
 ) -> None:
     weight, inputs = a_layer(rows, columns, seed)
     nearest = quantize(weight.numpy(), block_size)
-    over = gptq_quantize(weight, inverse_hessian_factor(inputs.T @ inputs), nearest)
+    over = gptq_quantize(weight, hessian_factor(inputs.T @ inputs), nearest)
     assert lost(over, weight, inputs) < lost(nearest, weight, inputs)
     np.testing.assert_array_equal(over.scales, nearest.scales)
     np.testing.assert_array_equal(over.zero_points, nearest.zero_points)
@@ -49,21 +49,21 @@ def test_the_output_error_is_lower_than_with_rounding_to_nearest(
 def test_uncorrelated_inputs_give_the_nearest_codes(rows: int, columns: int, block_size: int) -> None:
     weight, _ = a_layer(rows, columns)
     nearest = quantize(weight.numpy(), block_size)
-    over = gptq_quantize(weight, inverse_hessian_factor(torch.eye(columns)), nearest)
+    over = gptq_quantize(weight, hessian_factor(torch.eye(columns)), nearest)
     np.testing.assert_array_equal(over.qweight, nearest.qweight, strict=True)
 
 
 def test_inputs_that_are_always_zero_are_supported() -> None:
     weight, inputs = a_layer(4, 64)
     inputs[:, 10:20] = 0
-    codes = gptq_quantize(weight, inverse_hessian_factor(inputs.T @ inputs), quantize(weight.numpy(), 32))
+    codes = gptq_quantize(weight, hessian_factor(inputs.T @ inputs), quantize(weight.numpy(), 32))
     assert np.isfinite(dequantize(codes)).all()
     assert lost(codes, weight, inputs) < lost(quantize(weight.numpy(), 32), weight, inputs)
 
 
 def test_fewer_inputs_than_columns_are_enough() -> None:
     weight, inputs = a_layer(4, 64)
-    codes = gptq_quantize(weight, inverse_hessian_factor(inputs[:3].T @ inputs[:3]), quantize(weight.numpy(), 32))
+    codes = gptq_quantize(weight, hessian_factor(inputs[:3].T @ inputs[:3]), quantize(weight.numpy(), 32))
     assert lost(codes, weight, inputs[:3]) < 0.01 * lost(quantize(weight.numpy(), 32), weight, inputs[:3])
 
 
@@ -71,12 +71,12 @@ def test_nearly_singular_inputs_get_more_damping() -> None:
     _, inputs = a_layer(4, 64)
     inputs[:, 0] *= 1e6
     inputs[:, 1] = inputs[:, 0]
-    assert torch.isfinite(inverse_hessian_factor(inputs.T @ inputs)).all()
+    assert torch.isfinite(hessian_factor(inputs.T @ inputs)).all()
 
 
 def test_inputs_that_are_not_finite_are_refused() -> None:
     for odd in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="not finite"):
-            inverse_hessian_factor(torch.eye(8).index_fill(0, torch.tensor([3]), odd))
+            hessian_factor(torch.eye(8).index_fill(0, torch.tensor([3]), odd))
     with pytest.raises(ValueError, match="not finite"):  # their mean is not
-        inverse_hessian_factor(torch.eye(8) * 3e38)
+        hessian_factor(torch.eye(8) * 3e38)
