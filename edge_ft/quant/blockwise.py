@@ -18,7 +18,7 @@ Bits = Literal[4, 8]
 _RANGE_FACTORS = (1.0, 1.05, 1.1, 0.95, 0.9, 0.85, 0.8)
 """Multiples of a block's range that are tried; of two with the same error the earlier is taken."""
 _CHUNK = 8192
-"""Blocks that are rounded together. Fewer fit into the processor's cache, but threads wait for each other more often."""
+"""Blocks that are rounded together: with fewer, threads wait for each other more often than the cache saves."""
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ def quantize_model(
     quantized = QuantEmbedding(shared, embedding.padding_idx, embedding_scale(embedding))
     model.set_input_embeddings(quantized)  # type: ignore[operator]
     if tied:
-        tied_head = QuantLinear(shared, None if head.bias is None else read(f"{names[head]}.bias", slice(None)).detach())
+        bias = None if head.bias is None else read(f"{names[head]}.bias", slice(None)).detach()
+        tied_head = QuantLinear(shared, bias)
         for buffer in BUFFERS:
             setattr(tied_head, buffer, getattr(quantized, buffer))
         model.set_output_embeddings(tied_head)  # type: ignore[operator]
