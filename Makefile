@@ -15,7 +15,7 @@ WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 # As edge_ft sets it before torch is imported; a test session may import torch first.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: install demo wheels release claims bench training test test-all models fuzz fuzz-planted checkpoints faults check format clean
+.PHONY: install demo docs wheels release claims bench training test test-all models fuzz fuzz-planted checkpoints faults check format clean
 
 install: $(INSTALLED)
 
@@ -79,6 +79,12 @@ fuzz-planted: install
 # Strikes every command at each of its stages (signals, full disk, no memory, a second process …) and writes docs/faults.md.
 faults: install
 	$(BIN)/python tests/faults.py --write docs/faults.md
+
+# Builds the site in out/site (python -m http.server -d out/site serves it); it needs no network to be read.
+docs: install
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	rm -rf build/docs && $(BIN)/pip install --quiet --no-deps --target build/docs .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # Builds the wheel and the sdist in dist/, and tries each in a fresh environment.
 wheels: install

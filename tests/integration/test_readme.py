@@ -1,4 +1,4 @@
-"""The Python of the README runs."""
+"""The Python of docs/python.md runs."""
 
 import re
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from tiny_models import write_llama, write_sums
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
 
 
 def test_the_python_snippet_runs_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    snippet = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert snippet is not None
     write_llama(tmp_path / "my-model")
     write_sums(tmp_path / "rows.jsonl")

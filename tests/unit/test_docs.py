@@ -94,3 +94,12 @@ def test_the_changelog_names_modules_by_their_new_names() -> None:
     new = {f"edge_ft.{name}" for target in targets for name in re.findall(r"`([\w.]+)`", re.split(r",\s", target)[0])}
     assert len(new) > 40
     assert sorted(name for name in new if not names_something(name)) == []
+
+
+def test_every_page_stands_in_the_navigation_of_the_site() -> None:
+    """Decisions and the page of the command line are added while the site is built."""
+    named = set(re.findall(r": ([\w/-]+)\.(?:md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    docs = ROOT / "docs"
+    written = {page.relative_to(docs).with_suffix("").as_posix() for page in docs.rglob("*.md")}
+    written |= {f"tutorials/{script.stem}" for script in (docs / "tutorials").glob("*.sh")} | {"cli"}
+    assert named == {page for page in written if not page.startswith("decisions/")}

@@ -1,4 +1,4 @@
-"""The commands of the README have the flags that they are shown with."""
+"""The commands of the README and of the pages have the flags that they are shown with."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,9 @@ import pytest
 
 from edge_ft import cli
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "tutorials").glob("*.sh"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES).replace("\\\n", " ")
 COMMANDS = ("plan", "tune", "export", "verify", "eval", "run", "bench")
 
 
@@ -22,11 +24,10 @@ def _names(app: cli.App) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_flag_of_a_command_in_the_readme_exists(command: str) -> None:
-    text = README.replace("\\\n", " ")
-    shown = re.findall(rf"edge-ft {command}\b([^\n`#]*)", text)
+def test_every_flag_of_a_command_in_the_pages_exists(command: str) -> None:
+    shown = re.findall(rf"edge-ft {command}\b([^\n`#]*)", TEXT)
     used = {flag for line in shown for flag in re.findall(r"--([a-z][a-z-]*)", line.split(" edge-ft ")[0])}
-    assert used or command == "verify", f"the README shows no flag of {command}"
+    assert used or command == "verify", f"no page shows no flag of {command}"
     assert used <= flags_of(command)
 
 
