@@ -228,7 +228,9 @@ def export(
             ]
     lines = f"{bundle.path}: {bundle.size_bytes / 1e6:.1f} MB, lane {bundle.manifest['lane']}"
     if found["quantization_tax"] is not None:
-        lines += f", quantization tax {found['quantization_tax']:+.4f} {_unit(bundle.task)}"
+        low, high = found["tax_interval"]
+        known = f"[{low:+.4f}, {high:+.4f}] on {found['rows']} rows"
+        lines += f", quantization tax {found['quantization_tax']:+.4f} {_unit(bundle.task)} {known}"
         lines += f", retained gain {found['retained_gain']:.1%}" if found["retained_gain"] is not None else ""
     elif not found["rows"]:
         lines += ", not scored (no --data)"

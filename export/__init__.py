@@ -54,7 +54,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
     import_libraries(progress, "onnxscript", "peft", "optimum")
     from edge_ft.export.bundle import graph_files, make_manifest, write_bundle, write_genai
     from edge_ft.export.source import open_export_source
-    from edge_ft.export.verification import genai_level, score_torch, verify_graphs
+    from edge_ft.export.verification import genai_level, score_torch, verify_graphs, with_rows_needed
 
     use_threads(config.threads)
     with heartbeat(progress, f"opening {source}"):
@@ -66,6 +66,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
         refuse_existing(rejected)
     with atomic_folder(config.out) as folder:
         shipped_model = opened.load_shipped(progress)
+        opened = with_rows_needed(opened, shipped_model, progress)
         scores = score_torch(opened, shipped_model, progress)
         graphs = write_bundle(folder, opened, shipped_model, progress)
         del shipped_model

@@ -19,7 +19,14 @@ from edge_ft.export.gguf_metadata import architecture_for, lost_settings
 from edge_ft.export.gguf_model import GgufModel, write_gguf_model
 from edge_ft.export.gguf_vocabulary import PROBES
 from edge_ft.export.source import ExportSource, open_export_source
-from edge_ft.export.verification import TorchScores, compared_figures, score_rows, score_torch, test_scores
+from edge_ft.export.verification import (
+    TorchScores,
+    compared_figures,
+    score_rows,
+    score_torch,
+    test_scores,
+    with_rows_needed,
+)
 from edge_ft.files import atomic_file, refuse_existing
 from edge_ft.models.gguf import open_gguf, plan_conversion, write_checkpoint
 from edge_ft.models.gguf_names import Architecture, Heads
@@ -76,6 +83,7 @@ def _export(
     if source.lane == "adapter":
         refuse_existing(lora)
     model = source.load_shipped(progress)
+    source = with_rows_needed(source, model, progress)
     scores = score_torch(source, model, progress)
     adapter = _lora_tensors(model, source, architecture) if source.lane == "adapter" else {}
     shipped = model.unload() if source.lane == "adapter" else model

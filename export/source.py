@@ -29,9 +29,9 @@ from edge_ft.data import (
     read_rows,
 )
 from edge_ft.errors import DataError, ModelError, UsageError
+from edge_ft.evaluate.gate import MOST_ROWS
 from edge_ft.evaluate.loading import find_run_base, open_run_model
 from edge_ft.evaluate.scoring import scorable
-from edge_ft.evaluate.verify import VERIFY_ROWS
 from edge_ft.export.foreign import check_adapter, open_tokenizer
 from edge_ft.families import CLASSIFIERS
 from edge_ft.models.adapted import load_adapter, merge_adapter, take_vocabulary
@@ -58,8 +58,21 @@ class ExportRows:
     test: list[Example]
     calibration: list[Example]
     """Training rows for the ranges of int8-static or the codes of int4; none for other weights."""
-    sha256: str | None
-    """Fingerprint of the validation rows."""
+    read: list[Row]
+    """The validation rows as they were given, with those that have no answer to score."""
+
+    @property
+    def sha256(self) -> str | None:
+        """Fingerprint of the validation rows."""
+        return fingerprint(self.read) if self.read else None
+
+    def first(self, count: int) -> "ExportRows":
+        """Return the same rows with the first validation rows alone."""
+        if count >= len(self.validation):
+            return self
+        last = self.validation[count - 1].row
+        read = [row for row in self.read if row.number <= last]
+        return replace(self, validation=self.validation[:count], read=read)
 
 
 @dataclass(frozen=True)
@@ -267,7 +280,7 @@ def _rows_of_run(
     run: RunFolder, base: Base, weights: Weights, rendering: Rendering, tokenizer: TextTokenizer
 ) -> ExportRows:
     """Return the run's own rows, encoded."""
-    validation = read_rows(str(run.split("validation")))[:VERIFY_ROWS]
+    validation = read_rows(str(run.split("validation")))[:MOST_ROWS]
     test = read_rows(str(run.split("test"))) if run.split("test").stat().st_size else []
     calibrated = 0 if base.dims.shares_layers else run.base().get("calibration_rows", 0)
     count = {"int8-static": CALIBRATION_ROWS, "int4": calibrated}.get(weights, 0)
@@ -276,7 +289,7 @@ def _rows_of_run(
         validation=scorable(encode_rows(rendering, tokenizer, validation)),
         test=scorable(encode_rows(rendering, tokenizer, test)),
         calibration=encode_rows(rendering, tokenizer, calibration),
-        sha256=fingerprint(validation),
+        read=validation,
     )
 
 
@@ -298,7 +311,7 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
     notes = () if adapter is None else check_adapter(adapter, base, task, config.lane, tokenizer)
     if adapter is not None and config.problem_type is None:
         config = replace(config, problem_type=adapter.model_config.get("problem_type"))
-    rows = read_rows(config.data)[:VERIFY_ROWS] if config.data is not None else []
+    rows = read_rows(config.data)[:MOST_ROWS] if config.data is not None else []
     if config.class_names and task not in CLASSIFIERS:
         raise UsageError(f"--class-names is for classes and tags, and the task is {task}: leave it out")
     labels = _labels(base, task, config, rows, adapter) if base.family.trained_head(task) else ()
@@ -325,7 +338,7 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
             validation=examples,
             test=[],
             calibration=examples[:CALIBRATION_ROWS] if weights == "int8-static" else [],
-            sha256=fingerprint(rows) if rows else None,
+            read=rows,
         ),
         data_fingerprint=None,
         run=None,

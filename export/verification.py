@@ -1,7 +1,7 @@
 """The verification that ends an export: base, trained and shipped model on the same rows, and the gate."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,15 @@ from edge_ft.artifacts import Bundle
 from edge_ft.config import INT8_ACTIVATIONS, ExportConfig
 from edge_ft.data import Example
 from edge_ft.errors import ModelError
-from edge_ft.evaluate.gate import Limits, evaluate_gate, task_metric_for
+from edge_ft.evaluate.gate import (
+    FEWEST_ROWS,
+    PILOT_ROWS,
+    TAX_PRECISION,
+    Limits,
+    evaluate_gate,
+    rows_needed,
+    task_metric_for,
+)
 from edge_ft.evaluate.scoring import Batching, RowScores, Scorer, score, summary
 from edge_ft.evaluate.verify import largest_difference
 from edge_ft.export.bundle import make_manifest
@@ -30,6 +38,7 @@ __all__ = [
     "score_torch",
     "test_scores",
     "verify_graphs",
+    "with_rows_needed",
 ]
 
 
@@ -67,6 +76,33 @@ class LevelResult:
     """Figures of the gate; empty without a trained model or rows."""
     problem: str
     """Why the level fails; empty if it passes."""
+
+
+def with_rows_needed(source: ExportSource, shipped_model: Any, progress: Progress) -> ExportSource:
+    """Return the source with as many validation rows as the gate needs: all, unless there are more than a few.
+
+    Args:
+        source: What is exported.
+        shipped_model: The model that ships.
+        progress: Receives the steps.
+
+    Returns:
+        The source; its rows are the first ones of those that were read.
+    """
+    available = len(source.rows.validation)
+    if source.adapter is None or available <= FEWEST_ROWS:
+        return source
+    pilot = source.rows.validation[:PILOT_ROWS]
+    with heartbeat(progress, "loading the model as trained"):
+        trained_model = source.load_trained()
+    trained, shipped = (
+        score_rows(source, TorchScorer(model, source.task), pilot, progress, "a few validation rows")
+        for model in (trained_model, shipped_model)
+    )
+    count = rows_needed(trained, shipped, available)
+    if count < available:
+        progress.say(f"{count} of {available} validation rows are enough for a tax of ±{TAX_PRECISION} nats")
+    return replace(source, rows=source.rows.first(count))
 
 
 def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) -> TorchScores:
@@ -253,8 +289,10 @@ def compared_figures(source: ExportSource, compared: dict[str, RowScores | None]
     return {
         "rows": len(source.rows.validation),
         "rows_sha256": source.rows.sha256,
+        "rows_read": len(source.rows.read),
         "nll": {name: None if found is None else found.mean_nll for name, found in compared.items()},
         "quantization_tax": None,
+        "tax_interval": None,
         "retained_gain": None,
         "argmax_agreement": None,
         "metrics": _compared_metrics(source, compared),

@@ -31,7 +31,7 @@ from edge_ft.runtime.probes import probe_examples, probe_tolerance
 __all__ = ["VERIFY_ROWS", "largest_difference", "verify"]
 
 VERIFY_ROWS = 512
-"""Most validation rows that verification reads: enough for an interval of ±0.01 nats on most data."""
+"""Most validation rows that an export compared before its manifest said how many."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
 
     - A bundle that its export refused is refused.
     - The probe texts must score as they did at the export.
-    - If the first `VERIFY_ROWS` rows are the export's validation rows, rendered in the same way, only those are
+    - If the first rows are the export's validation rows, rendered in the same way, only those are
       scored. They must score as they did, and the quantization tax must be within `config.max_tax` (default the
       export's own limit).
     - Any other rows are only scored; in the adapter lane the adapter must be better on them than its base.
@@ -143,14 +143,15 @@ def _verify_rows(graphs: _Graphs, data: str, config: VerifyConfig) -> tuple[dict
     rendering = trained_rendering(graphs.rendering, config, rows, graphs.tokenizer, graphs.bundle.max_length)
     # The same rows, rendered differently, have other scores.
     exported = graphs.bundle.verification["rows_sha256"]
-    same = rendering == graphs.rendering and fingerprint(rows[:VERIFY_ROWS]) == exported
+    count = graphs.bundle.verification.get("rows_read", VERIFY_ROWS)
+    same = rendering == graphs.rendering and fingerprint(rows[:count]) == exported
     if same and rendering.rendered_at is None and reads_clock(rendering.chat_template):
         same = False
         graphs.progress.say(
             f"{graphs.bundle.path}: its chat template prints today's date, and this bundle of an earlier version does "
             "not say which one its scores are of: the rows are scored and not compared; export it again to compare them"
         )
-    encoded = encode_rows(rendering, graphs.tokenizer, rows := rows[:VERIFY_ROWS] if same else rows)
+    encoded = encode_rows(rendering, graphs.tokenizer, rows := rows[:count] if same else rows)
     findings = find_unused(rows, rendering.columns, {example.row: example.unread for example in encoded})
     for finding in findings:
         graphs.progress.say(f"{data}: {finding.message} [{finding.code}]")

@@ -16,10 +16,11 @@ from tiny_models import write_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.config import ExportConfig, TuneConfig
-from edge_ft.data import Rendering, TextTokenizer, collate, encode_rows, read_rows
+from edge_ft.config import ExportConfig, TuneConfig, VerifyConfig
+from edge_ft.data import Rendering, TextTokenizer, collate, encode_rows, fingerprint, read_rows
 from edge_ft.errors import DataError, GateRefused, ModelError, UsageError
 from edge_ft.evaluate.loading import open_run_model
+from edge_ft.evaluate.verify import verify
 from edge_ft.export import export
 from edge_ft.export.verification import genai_level
 from edge_ft.models.base_model import find_base
@@ -355,3 +356,17 @@ def test_genai_keeps_the_exact_graph_where_the_fast_one_failed_or_loses_too_much
     assert genai_level(scores(1.02), {1, 4}, 1) == 1
     assert genai_level(scores(1.0), {1}, 1) == 1
     assert genai_level({"by_accuracy_level": {"1": {}, "4": {}}}, {1, 4}, 1) == 1
+
+
+def test_an_export_scores_no_more_rows_than_the_interval_of_its_tax_needs(
+    llama_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_ft.export.verification.FEWEST_ROWS", 4)
+    monkeypatch.setattr("edge_ft.export.verification.rows_needed", lambda trained, shipped, available: 5)
+    bundle = export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle", **LOOSE))
+    rows = read_rows(str(llama_run.split("validation")))
+    found = bundle.manifest["verification"]
+    assert (found["rows"], found["rows_sha256"]) == (5, fingerprint(rows[: found["rows_read"]]))
+    low, high = found["tax_interval"]
+    assert low <= found["quantization_tax"] <= high
+    assert verify(bundle.path, VerifyConfig(data=str(llama_run.split("validation"))))["same_rows"] is True

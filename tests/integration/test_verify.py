@@ -118,11 +118,14 @@ def test_rows_after_those_of_the_export_are_ignored(
     llama_bundle: Bundle, llama_run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     few = len(read_rows(rows(llama_run, "validation")))
-    monkeypatch.setattr("edge_ft.evaluate.verify.VERIFY_ROWS", few)
     longer = tmp_path / "longer.jsonl"
     longer.write_text(Path(rows(llama_run, "validation")).read_text() + Path(rows(llama_run)).read_text())
     found = verify(llama_bundle.path, VerifyConfig(data=str(longer)))
     assert (found["same_rows"], found["rows"]) == (True, few)
+
+    monkeypatch.setattr("edge_ft.evaluate.verify.VERIFY_ROWS", few)  # earlier exports always read as many as there were
+    earlier = forge(llama_bundle, tmp_path / "earlier", lambda found: found.pop("rows_read"))
+    assert verify(earlier, VerifyConfig(data=str(longer)))["same_rows"] is True
 
 
 def test_a_refused_bundle_is_not_scored_again(llama_bundle: Bundle, tmp_path: Path) -> None:
@@ -142,7 +145,9 @@ def test_rows_without_an_answer_are_dropped_as_export_drops_them(
     digest = fingerprint(read_rows(data))
     progress = RecordedProgress()
     found = verify(
-        forge(llama_bundle, tmp_path, lambda found: found.update(rows_sha256=digest)), VerifyConfig(data=data), progress
+        forge(llama_bundle, tmp_path, lambda found: found.update(rows_sha256=digest, rows_read=len(lines) + 1)),
+        VerifyConfig(data=data),
+        progress,
     )
     assert (found["same_rows"], found["rows"], found["dropped"], found["cut"]) == (True, len(lines), 1, 1)
     assert any("1 row(s) are not scored" in line for line in progress.lines)

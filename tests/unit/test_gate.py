@@ -10,7 +10,7 @@ from seqeval.metrics import f1_score as seqeval_f1
 from sklearn.metrics import f1_score
 
 from edge_ft.data import Example
-from edge_ft.evaluate.gate import Limits, evaluate_gate, task_metric_for
+from edge_ft.evaluate.gate import FEWEST_ROWS, Limits, evaluate_gate, rows_needed, task_metric_for
 from edge_ft.evaluate.scoring import RowScores
 
 LIMITS = Limits(max_tax=0.02, min_retained=0.95, max_metric_drop=0.02)
@@ -51,6 +51,44 @@ def test_each_reason_to_refuse_refuses(
 ) -> None:
     reasons = evaluate_gate(base, trained, shipped, LIMITS, changes).reasons
     assert any(message in reason for reason in reasons), reasons
+
+
+def test_the_tax_has_a_paired_interval_and_its_mean_decides() -> None:
+    """Both models find the same rows hard: only the differences count, and one above the limit does not refuse."""
+    trained = scores(1.0, spread=1.0)
+    shipped = replace(trained, nll=trained.nll + 10 * np.linspace(-0.02, 0.058, ROWS))
+    verdict = evaluate_gate(scores(5.0), trained, shipped, LIMITS, adapter_changes_logits=True)
+    low, high = verdict.figures["tax_interval"]
+    assert verdict.figures["quantization_tax"] == pytest.approx(0.019)
+    assert 0 < low < 0.019 < LIMITS.max_tax < high < 0.03
+    assert verdict.reasons == ()
+
+
+def test_rows_of_more_targets_weigh_more_in_the_tax_and_its_interval() -> None:
+    trained = RowScores(np.array([10.0, 90.0]), np.array([10, 90]), np.array([5, 45]), [np.ones(10), np.ones(90)])
+    shipped = replace(trained, nll=trained.nll + np.array([1.0, 0.0]))
+    figures = evaluate_gate(trained, trained, shipped, LIMITS, adapter_changes_logits=True).figures
+    assert figures["quantization_tax"] == pytest.approx(0.01)
+    assert figures["tax_interval"] == pytest.approx([0.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("spread", "available", "wanted"), [(0.001, 900, FEWEST_ROWS), (0.001, 90, 90), (1.0, 900, 900)]
+)
+def test_the_gate_scores_as_many_rows_as_the_interval_needs(spread: float, available: int, wanted: int) -> None:
+    trained = scores(1.0)
+    shipped = replace(trained, nll=trained.nll + scores(0.0, spread=spread, seed=1).nll)
+    assert rows_needed(trained, shipped, available) == wanted
+
+
+def test_twice_the_spread_needs_four_times_the_rows() -> None:
+    trained = scores(1.0)
+    few, many = (
+        rows_needed(trained, replace(trained, nll=trained.nll + scores(0.0, spread=spread, seed=1).nll), 10**6)
+        for spread in (0.1, 0.2)
+    )
+    assert few > FEWEST_ROWS
+    assert many == pytest.approx(4 * few, abs=4)
 
 
 def test_a_drop_that_can_be_chance_does_not_refuse() -> None:
