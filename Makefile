@@ -15,7 +15,7 @@ WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 # As edge_ft sets it before torch is imported; a test session may import torch first.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: install demo docs wheels release claims bench training test test-all models fuzz fuzz-planted checkpoints faults check format clean
+.PHONY: install demo docs wheels release claims bench training shipping test test-all models fuzz fuzz-planted checkpoints faults check format clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,10 @@ claims: install
 # Races edge-ft tune as a whole command against PEFT + Trainer on short and long rows; a stopped run resumes.
 training: install
 	$(BIN)/python -m edge_ft.bench.studies races --out out/races
+
+# Compares 4-bit files of the usual way and of ours from the same rows, and writes docs/shipping.md; a stopped run resumes.
+shipping: install
+	$(BIN)/python -m edge_ft.bench.studies shipping --out out/shipping --write docs/shipping.md
 
 # Measures the bundles that `make claims` exported; tables and pages in out/bench, and a bundle measured before is not again.
 bench: install

@@ -20,6 +20,7 @@ STUDIES = {
     "races": "The training study on its standard cases: short and long rows, 240 and 2,000 of them.",
     "release": "Build and check the wheel and the sdist, and write what the release changes.",
     "rows": "Write the rows of the tutorials, and print the path of a model for them.",
+    "shipping": "From the same rows to a 4-bit file, the usual way and ours, with one scorer.",
     "suite": "Measure the standard bundles beside their float bases, and write a page of each.",
     "training": "Compare the training speed of edge-ft and of PEFT + Trainer on a CPU.",
 }

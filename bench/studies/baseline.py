@@ -46,6 +46,8 @@ __all__ = [
     "our_batches",
     "our_recipe",
     "train_baseline",
+    "usual_arguments",
+    "usual_model",
 ]
 
 MODEL_CLASSES: dict[str, Any] = {
@@ -97,9 +99,9 @@ def train_baseline(
         recipe = our_recipe(model, steps, job)
         curve = HeldOutCurve(model, job, clocks, "validation")
     else:
-        model, recipe = _usual_model(job), None
+        model, recipe = usual_model(job), None
         with clocks.excluded():
-            arguments |= _usual_arguments(plain) | _steps_in_time(model, job, plain)
+            arguments |= usual_arguments(plain) | _steps_in_time(model, job, plain)
         curve = HeldOutCurve(model, job, clocks, "test", plain.max_minutes)
     trainer = fit_trainer(model, job, curve, arguments, recipe, clocks.evaluating)
     figures = clocks.figures()
@@ -117,7 +119,7 @@ def train_baseline(
     }
 
 
-def _usual_arguments(plain: Plain) -> dict[str, Any]:
+def usual_arguments(plain: Plain) -> dict[str, Any]:
     """Of `TrainingArguments`: the rate and the rows of a step, and an evaluation after each epoch."""
     return {
         "learning_rate": plain.learning_rate,
@@ -249,7 +251,8 @@ def add_usual_lora(model: nn.Module, job: Job) -> nn.Module:
     return get_peft_model(model, lora)  # type: ignore[arg-type]
 
 
-def _usual_model(job: Job) -> nn.Module:
+def usual_model(job: Job) -> nn.Module:
+    """Load the float base with LoRA on all linear layers, as PEFT's guides write it."""
     base, labels = job.base, job.prepared.rendering.labels
     torch.manual_seed(job.config.seed)
     head = {} if base.family.decoder else {"num_labels": len(labels), "ignore_mismatched_sizes": True}

@@ -57,8 +57,12 @@ class KeptJobs:
             The result, new or kept.
         """
         if not self.file(name).is_file():
-            write_json(self.file(name), self.run(name, job) | (more or {}))
+            self.keep(name, self.run(name, job) | (more or {}))
         return dict(json.loads(self.file(name).read_text(encoding="utf-8")))
+
+    def keep(self, name: str, result: dict[str, Any]) -> None:
+        """Keep the result of a job that was done elsewhere."""
+        write_json(self.file(name), result)
 
     def run(self, name: str, job: dict[str, Any]) -> dict[str, Any]:
         """Do a job and keep nothing."""

@@ -1,4 +1,4 @@
-"""The process of the `training` and `gpu` studies: prepares rows, measures the machine, or trains once.
+"""The process of the `training`, `gpu` and `shipping` studies: prepares rows, measures the machine, trains or scores.
 
 `python -m edge_ft.bench.studies.race_worker` is started by `edge_ft.bench.studies.kept_jobs`.
 """
@@ -30,8 +30,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job.
 
     Args:
-        job: `do` is prepare, sgemm, baseline, ours or gpu; the other keys are those that its function reads, and
-            `started` (`time.monotonic()`).
+        job: `do` is prepare, sgemm, baseline, ours, gpu, or a function of `shipping_jobs`; the other keys are those
+            that it reads, and `started` (`time.monotonic()`).
 
     Returns:
         Of a training also `peak_rss_bytes` and `process_seconds`.
@@ -39,7 +39,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     Raises:
         MissingExtra: torch or PEFT is not installed.
     """
-    result = {"prepare": _prepare, "sgemm": _sgemm, "baseline": _baseline, "ours": _ours, "gpu": _gpu}[job["do"]](job)
+    own = {"prepare": _prepare, "sgemm": _sgemm, "baseline": _baseline, "ours": _ours, "gpu": _gpu}
+    result = own.get(job["do"], _shipping)(job)
     if job["do"] in ("prepare", "sgemm", "ours"):
         return result
     return result | {"peak_rss_bytes": peak_rss_bytes(), "process_seconds": time.monotonic() - job["started"]}
@@ -115,6 +116,13 @@ def _ours(job: dict[str, Any]) -> dict[str, Any]:
 
 def _trained(job: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     return {"seed": job["seed"], **found, "wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+
+
+def _shipping(job: dict[str, Any]) -> dict[str, Any]:
+    _require_libraries()
+    from edge_ft.bench.studies import shipping_jobs
+
+    return dict(getattr(shipping_jobs, job["do"])(job))
 
 
 def _gpu(job: dict[str, Any]) -> dict[str, Any]:
