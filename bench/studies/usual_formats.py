@@ -6,6 +6,7 @@ one scorer compares the formats alone.
 
 import io
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ def _onnx(algorithm: str, bits: int, symmetric: bool, weight: NDArray[np.float32
     }[algorithm]()
     quantizer = tool.MatMulNBitsQuantizer(model, bits=bits, block_size=BLOCK, is_symmetric=symmetric, algo_config=own)
     logging.getLogger(tool.__name__).setLevel(logging.WARNING)  # a line a matrix
-    with redirect_stdout(io.StringIO()):  # a progress bar
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():  # a progress bar, and how it reads initializers
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         quantizer.process()
     found = quantizer.model.model.graph
     held = {tensor.name: numpy_helper.to_array(tensor) for tensor in found.initializer}

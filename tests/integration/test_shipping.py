@@ -14,7 +14,7 @@ from edge_ft.bench.studies.kept_jobs import KeptJobs
 from edge_ft.bench.studies.usual_formats import FORMATS, round_weights
 from edge_ft.bench.studies.whole_command import Ran
 from edge_ft.config import TuneConfig
-from edge_ft.errors import UsageError
+from edge_ft.errors import EdgeFTError, UsageError
 from edge_ft.tune import tune
 
 
@@ -29,6 +29,8 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     def tune_here(settings: dict[str, Any], out: Path, threads: int) -> Ran:
         done.append(out.name)
+        if "second" in out.name:
+            raise EdgeFTError("ours is trained again")
         given = settings | {"split": tuple(settings["split"]), "epochs": 1.0}
         tune(TuneConfig(**given, out=out, threads=threads))
         return Ran(1.0, 1.0, None, [])
@@ -76,8 +78,9 @@ def test_files_of_both_ways_are_scored_and_kept(here: list[str], tmp_path: Path)
     here.clear()
     study("first")
     assert here == []
-    study("second")
-    assert here and all("second" in name for name in here), "the usual way is kept, ours is of another revision"
+    with pytest.raises(EdgeFTError, match="trained again"):
+        study("second")
+    assert here == ["ours-second-s0"], "the usual way is kept, ours is of another revision"
 
 
 def test_a_case_that_is_none_is_refused(tmp_path: Path) -> None:
