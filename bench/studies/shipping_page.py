@@ -135,7 +135,7 @@ def write_page(done: Done, revision: str, page: Path) -> None:
 
 def _headline(done: Done) -> Iterator[str]:
     """Ours against the usual way, a row a case and lane."""
-    header = ("case", "seeds", "lane", "ours, shipped", "tax", "usual, trained", "ours − that")
+    header: tuple[str, ...] = ("case", "seeds", "lane", "ours, shipped", "tax", "usual, trained", "ours − that")
     header = (*header, "best usual, shipped", "ours − that", "best within its bytes", "ours − that", "gate")
     rows = []
     for case, seeds in done.items():
@@ -164,7 +164,16 @@ def difference(ours: Sequence[Shipped], theirs: Sequence[Shipped]) -> Metric:
 
 
 def _table(seeds: Sequence[Seed]) -> str:
-    header = ("way", "file", "loss as trained", "loss shipped", "tax", "exact graph", "verbatim", "tokens")
+    header: tuple[str, ...] = (
+        "way",
+        "file",
+        "loss as trained",
+        "loss shipped",
+        "tax",
+        "exact graph",
+        "verbatim",
+        "tokens",
+    )
     header = (*header, "MB", "minutes", "CPU minutes", "peak MB")
     floats = [seed.usual["float"] for seed in seeds]
     rows = []
