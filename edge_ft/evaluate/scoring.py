@@ -101,6 +101,12 @@ class RowScores:
         """Share of targets that the model found likeliest."""
         return float(self.correct.sum() / self.tokens.sum())
 
+    @property
+    def rows(self) -> "list[ScoredRow]":
+        """The entries of each row, without its vectors: what `row_scores` put together."""
+        numbers = (values.tolist() for values in (self.nll, self.tokens, self.correct))
+        return [ScoredRow(*row) for row in zip(*numbers, self.predicted, strict=True)]
+
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Return the losses and predictions as flat arrays, to be stored; the vectors are left out."""
         arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in ("nll", "tokens", "correct")}

@@ -31,6 +31,7 @@ __all__ = [
     "fit",
     "learning_rate_at",
     "planned_steps",
+    "refuse_odd_base",
 ]
 
 EVALUATIONS = 5
@@ -148,6 +149,24 @@ class TrainingRows:
         return scores if len(scores.nll) < len(self.validation) or not self.watched else scores.at(self.watched)
 
 
+def refuse_odd_base(base: RowScores, examples: Sequence[Example]) -> None:
+    """Refuse a base whose loss of some rows is not a number.
+
+    Args:
+        base: Its scores.
+        examples: The rows.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not math.isfinite(base.mean_nll):
+        row = next(e.row for e, nll in zip(examples, base.nll, strict=True) if not math.isfinite(nll))
+        raise UsageError(
+            f"the untuned model's validation loss is not a number, first at row {row}: its weights are damaged, "
+            "or --compute is too coarse for it"
+        )
+
+
 def learning_rate_at(step: int, steps: int, config: TuneConfig) -> float:
     """Return the rate of step 1 … `steps`: linear warm-up, then constant or half a cosine to 0 after the last step."""
     peak = config.learning_rate
@@ -253,16 +272,11 @@ class _Loop:
     reported_full_disk: bool = False
 
     def start(self) -> Fit:
-        """Evaluate the untuned base, and fix the number of steps."""
-        base = self._scores(0, every_row=True)
-        self._log(0, self.rows.part(base))
-        if not math.isfinite(base.mean_nll):
-            validation = self.rows.validation
-            row = next(e.row for e, nll in zip(validation, base.nll, strict=True) if not math.isfinite(nll))
-            raise UsageError(
-                f"the untuned model's validation loss is not a number, first at row {row}: its weights are damaged, "
-                "or --compute is too coarse for it"
-            )
+        """Evaluate the untuned base, and fix the number of steps: the watched rows now, the report needs the others."""
+        base = self._scores(0, every_row=False)
+        self._log(0, base)
+        validation = self.rows.validation
+        refuse_odd_base(base, [validation[row] for row in self.rows.watched] or validation)
         self.backend.keep_best()
         steps = planned_steps(len(self.rows.train), self.config)
         if self.config.max_minutes is not None:
@@ -386,14 +400,14 @@ class _Loop:
         Raises:
             UsageError: none fits.
         """
-        evaluation_seconds = self.watch.elapsed  # all that was done so far is one evaluation
+        share = len(self.rows.watched or self.rows.validation) / len(self.rows.validation)
+        evaluation_seconds = self.watch.elapsed / share  # all that was done so far is one evaluation
         batch = next(_endless_batches(self.rows, self.config))
         self.backend.gradient(batch, 1)  # the first pass pays for allocations
         started = self.watch.elapsed
         self.backend.gradient(batch, 1)
         step_seconds = (self.watch.elapsed - started) * self.config.passes
         self.backend.discard()
-        share = len(self.rows.watched or self.rows.validation) / len(self.rows.validation)
         evaluations = ((EVALUATIONS - 1) * share + 1) * evaluation_seconds
         left = minutes * 60 - self.watch.elapsed - evaluations
         if left < step_seconds:

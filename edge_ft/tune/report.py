@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from edge_ft.evaluate.findings import Scored, answer_findings, score_findings
 from edge_ft.evaluate.generation import Answer, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.loading import LoadedSource
 from edge_ft.evaluate.metrics import Metric
-from edge_ft.evaluate.scoring import Answerer, Batching, RowScores, ScoredRow, format_prediction, score, summary
+from edge_ft.evaluate.scoring import Answerer, Batching, RowScores, ScoredRow, format_prediction, row_scores, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.system import release_memory
-from edge_ft.tune.loop import Fit
+from edge_ft.tune.loop import Fit, refuse_odd_base
 from edge_ft.tune.report_parts import ReportParts
 from edge_ft.tune.stopwatch import Timings
 
@@ -79,6 +79,8 @@ def results(
     split = "test" if examples["test"] else "validation"
     answers: dict[str, Any] | None = None
     with model.backend.unshared():  # the processes have found different parts, and do not wait for each other
+        with timings.stage("validation"):
+            fitted = replace(fitted, base=_base_scores(job, scorer, base, fitted.base))
         with timings.stage("scores"):
             overfitting = _overfitting(job, scorer, fitted)
         with model.backend.in_float32():
@@ -153,6 +155,27 @@ class _KeptScorer:
             return score(self.scorer, examples, self.batching, self.progress, stage, poll, found)
 
         return self.parts.scores(stage, rest)
+
+
+def _base_scores(job: "Job", scorer: _KeptScorer, base: Base, watched: RowScores) -> RowScores:
+    """Score the validation rows that the loop did not score with the untuned base, as it did.
+
+    Returns:
+        The scores of all validation rows.
+
+    Raises:
+        UsageError: one is not a number.
+    """
+    validation = job.prepared.examples["validation"]
+    if len(watched.nll) == len(validation):
+        return watched
+    others = sorted(set(range(len(validation))) - set(job.watched))
+    with base():
+        rest = scorer.score([validation[row] for row in others], "validation rows, base")
+    rows = dict(zip(job.watched, watched.rows, strict=True)) | dict(zip(others, rest.rows, strict=True))
+    scores = row_scores([rows[row] for row in range(len(validation))])
+    refuse_odd_base(scores, validation)
+    return scores
 
 
 def _scores(job: "Job", scorer: _KeptScorer, base: Base, fitted: Fit) -> dict[str, RowScores]:

@@ -46,6 +46,21 @@ def test_over_fitting_is_said(llama: Path, tmp_path: Path) -> None:
     assert report["best_step"] < report["steps"]
 
 
+def test_the_base_is_scored_on_the_rows_that_no_evaluation_watches_after_the_training(
+    llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"split": (0.4, 0.6, 0), "max_steps": 1, "compute": "fp32", "base_format": "fp32"}
+    found: dict[int, float] = {}
+    for rows in (4, 24):
+        told = RecordedProgress()
+        out = tmp_path / str(rows)
+        run = tune(TuneConfig(model=str(llama), data=str(sums), out=out, eval_rows=rows, **settings), told)
+        found[rows] = run.report()["nll"]["base"]
+        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        assert lines[0]["rows"] == rows
+    assert found[4] == pytest.approx(found[24], abs=1e-5)
+
+
 def test_answers_of_test_rows_are_shown_before_and_after(llama_run: RunFolder) -> None:
     samples = llama_run.report()["samples"]
     rows = [json.loads(line) for line in llama_run.split("test").read_text().splitlines()]
