@@ -12,6 +12,7 @@ from edge_ft.errors import ModelError
 from edge_ft.families import Family, family_of
 from edge_ft.models.adapter import Adapter, find_adapter
 from edge_ft.models.dims import ModelDims
+from edge_ft.models.libraries import without_bitsandbytes
 from edge_ft.models.logging import silence_libraries
 from edge_ft.models.lora import without_weights
 from edge_ft.quant.conversion import restore_conv1d, transpose_conv1d
@@ -50,7 +51,7 @@ def load_adapter(model: nn.Module, adapter: Adapter | Path) -> Any:
     take_vocabulary(model, found)
     embeddings = {name for name, module in model.named_modules() if module in _vocabulary_layers(model)}
     try:
-        with silence_libraries():
+        with silence_libraries(), without_bitsandbytes():
             from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
             config = LoraConfig.from_pretrained(str(found.path))

@@ -13,6 +13,7 @@ from edge_ft.errors import ModelError, UsageError, did_you_mean
 from edge_ft.families import Family
 from edge_ft.models.adapter import PEFT_TASKS
 from edge_ft.models.dims import ModelDims
+from edge_ft.models.libraries import without_bitsandbytes
 from edge_ft.models.logging import silence_libraries
 from edge_ft.quant.conversion import is_within
 from edge_ft.quant.layers import FrozenLinear
@@ -35,7 +36,7 @@ def add_lora(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
     Raises:
         UsageError: target_modules or layers name nothing in this model.
     """
-    with silence_libraries():  # its import warns too
+    with silence_libraries(), without_bitsandbytes():  # its import warns too
         from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config.seed)
@@ -47,7 +48,7 @@ def add_lora(model: nn.Module, family: Family, task: Task, config: TuneConfig) -
         target_modules=_targets(model, family, task, config),
         modules_to_save=[name.rpartition(".")[2] for name in family.trained_head(task)] or None,
     )
-    with silence_libraries():
+    with silence_libraries(), without_bitsandbytes():
         peft_model = without_weights(get_peft_model(model, lora))
     # For whoever loads the adapter on the original model: here GPT-2's layers are linear ones.
     peft_model.peft_config["default"].fan_in_fan_out = family.fan_in_fan_out

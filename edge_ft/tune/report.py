@@ -14,7 +14,16 @@ from edge_ft.evaluate.findings import Scored, answer_findings, score_findings
 from edge_ft.evaluate.generation import Answer, answer_metrics, choice_metrics, generate_answers
 from edge_ft.evaluate.loading import LoadedSource
 from edge_ft.evaluate.metrics import Metric
-from edge_ft.evaluate.scoring import Answerer, Batching, RowScores, ScoredRow, format_prediction, row_scores, score, summary
+from edge_ft.evaluate.scoring import (
+    Answerer,
+    Batching,
+    RowScores,
+    ScoredRow,
+    format_prediction,
+    row_scores,
+    score,
+    summary,
+)
 from edge_ft.progress import Progress, Silent
 from edge_ft.system import release_memory
 from edge_ft.tune.loop import Fit, refuse_odd_base

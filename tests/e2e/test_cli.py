@@ -343,3 +343,14 @@ def test_a_broken_model_file_is_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"not safetensors")
     done = edge_ft("export", folder, "--out", tmp_path / "bundle", "--task", "text-classification")
     refused(done, 2)
+
+
+def test_peft_alone_does_not_import_bitsandbytes_and_finds_it_afterwards() -> None:
+    """Importing it takes a second; whoever uses PEFT with it in the same process must not notice."""
+    code = (
+        "import sys; from edge_ft.models.libraries import import_libraries; from edge_ft.progress import Silent\n"
+        "import_libraries(Silent(), 'peft'); assert 'bitsandbytes' not in sys.modules\n"
+        "from peft.import_utils import is_bnb_available; assert is_bnb_available()"
+    )
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **paths})
