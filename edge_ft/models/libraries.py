@@ -52,5 +52,6 @@ def without_bitsandbytes() -> Iterator[None]:
         del modules["bitsandbytes"]
         peft = modules.get("peft.import_utils")
         for name in ("is_bnb_available", "is_bnb_4bit_available"):  # they remember their answer
-            if hasattr(known := getattr(peft, name, None), "cache_clear"):
-                known.cache_clear()
+            forget = getattr(getattr(peft, name, None), "cache_clear", None)
+            if forget is not None:
+                forget()
