@@ -88,8 +88,9 @@ def results(
     split = "test" if examples["test"] else "validation"
     answers: dict[str, Any] | None = None
     with model.backend.unshared():  # the processes have found different parts, and do not wait for each other
-        with timings.stage("validation"):
-            fitted = replace(fitted, base=_base_scores(job, scorer, base, fitted.base))
+        if len(fitted.base.nll) < len(examples["validation"]):
+            with timings.stage("validation"), base():
+                fitted = replace(fitted, base=_base_scores(job, scorer, fitted.base))
         with timings.stage("scores"):
             overfitting = _overfitting(job, scorer, fitted)
         with model.backend.in_float32():
@@ -166,8 +167,8 @@ class _KeptScorer:
         return self.parts.scores(stage, rest)
 
 
-def _base_scores(job: "Job", scorer: _KeptScorer, base: Base, watched: RowScores) -> RowScores:
-    """Score the validation rows that the loop did not score with the untuned base, as it did.
+def _base_scores(job: "Job", scorer: _KeptScorer, watched: RowScores) -> RowScores:
+    """Score the validation rows that the loop did not score with the untuned base, as it did the watched ones.
 
     Returns:
         The scores of all validation rows.
@@ -176,11 +177,8 @@ def _base_scores(job: "Job", scorer: _KeptScorer, base: Base, watched: RowScores
         UsageError: one is not a number.
     """
     validation = job.prepared.examples["validation"]
-    if len(watched.nll) == len(validation):
-        return watched
     others = sorted(set(range(len(validation))) - set(job.watched))
-    with base():
-        rest = scorer.score([validation[row] for row in others], "validation rows, base")
+    rest = scorer.score([validation[row] for row in others], "validation rows, base")
     rows = dict(zip(job.watched, watched.rows, strict=True)) | dict(zip(others, rest.rows, strict=True))
     scores = row_scores([rows[row] for row in range(len(validation))])
     refuse_odd_base(scores, validation)

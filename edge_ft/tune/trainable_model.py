@@ -12,6 +12,7 @@ from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.progress import Progress
 from edge_ft.quant.calibration import Calibration, make_calibration
+from edge_ft.quant.kept_codes import codes_key, find_codes, keep_codes
 from edge_ft.quant.layers import to_device
 from edge_ft.quant.serialization import codes_sha256, frozen_layers
 from edge_ft.tune.distributed import Processes
@@ -19,6 +20,9 @@ from edge_ft.tune.prepare import Job
 from edge_ft.tune.torch_backend import TorchBackend
 
 __all__ = ["TrainableModel", "load_trainable_model"]
+
+WORTH_KEEPING = 2.0
+"""Seconds of choosing codes from which on they are kept in the cache."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class TrainableModel:
     compute: Literal["fp32", "bf16"]
     """What the steps compute in."""
     calibration: Calibration | None
-    """Rows over which the int4 codes were chosen; None where they were not chosen now."""
+    """Rows over which the int4 codes were chosen, now or by an earlier run; None where the run had its codes."""
 
     @cached_property
     def codes_sha256(self) -> str | None:
@@ -41,7 +45,7 @@ class TrainableModel:
 
 
 def load_trainable_model(
-    job: Job, processes: Processes, progress: Progress, codes: Path | None = None
+    job: Job, processes: Processes, progress: Progress, codes: Path | None = None, *, keep: bool = False
 ) -> TrainableModel:
     """Load the base of a job with an adapter on top, on the device of this process.
 
@@ -49,7 +53,9 @@ def load_trainable_model(
         job: The settings, the base and its rows.
         processes: Those that train together.
         progress: Gets the choosing of the codes.
-        codes: File with int4 codes that were chosen before; else they are chosen over train rows.
+        codes: File with int4 codes that were chosen before; else they are chosen over train rows, unless the cache
+            has those of the same rows and weights.
+        keep: Keep codes that are chosen now in the cache.
 
     Returns:
         The model.
@@ -65,11 +71,31 @@ def load_trainable_model(
     set_malloc_thresholds(config.memory == "low")  # before codes are chosen, which takes as much as a step
     rows_to_calibrate = 0 if codes else config.base_calibration_rows
     calibration = make_calibration(prepared.examples["train"], rows_to_calibrate, pad_id, task, progress)
-    spec = ModelSpec.from_rendering(
-        base, rendering, config.base_format, config.block_size, config.seed, codes or calibration
-    )
-    peft_model = to_device(add_lora(load_model(spec, progress), base.family, task, config), processes.device)
+    key = "" if calibration is None else _codes_key(job, calibration)
+    kept = find_codes(key) if key else None
+    if kept is not None:
+        progress.say("int4 codes of the same weights and rows were chosen before: they are read from the cache")
+    found = codes or kept or calibration
+    spec = ModelSpec.from_rendering(base, rendering, config.base_format, config.block_size, config.seed, found)
+    model = load_model(spec, progress)
+    if keep and calibration is not None and calibration.seconds >= WORTH_KEEPING:
+        keep_codes(key, model)
+    peft_model = to_device(add_lora(model, base.family, task, config), processes.device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
     backend = TorchBackend(peft_model, base.family, task, config, processes, stop_ids(rendering, job.tokenizer))
     compute = backend.resolve(collate(prepared.examples["validation"][: config.rows_at_once], pad_id, task))
     return TrainableModel(peft_model, backend, compute, calibration)
+
+
+def _codes_key(job: Job, calibration: Calibration) -> str:
+    """Name what the int4 codes of a job depend on."""
+    rendering = job.prepared.rendering
+    settings = {
+        "content_sha256": job.base.content_sha256,
+        "task": rendering.task,
+        "labels": rendering.labels,
+        "problem_type": rendering.problem_type,
+        "pooling": rendering.pooling,
+        "block_size": job.config.block_size,
+    }
+    return codes_key(settings, calibration.batch)

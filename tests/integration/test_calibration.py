@@ -1,9 +1,11 @@
 """Calibrated codes through tune and export."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from recorded_progress import RecordedProgress
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import ExportConfig, TuneConfig
@@ -12,8 +14,9 @@ from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
+from edge_ft.quant import kept_codes
 from edge_ft.quant.serialization import codes_sha256
-from edge_ft.tune import tune
+from edge_ft.tune import trainable_model, tune
 
 
 def short_tune(model: Path, sums: Path, out: Path, **settings: Any) -> RunFolder:
@@ -64,3 +67,58 @@ def test_the_manifest_has_the_calibration_of_the_codes(lane: Any, llama: Path, s
         bundle = export(str(run.path), ExportConfig(out=tmp_path / f"{lane}{rows}", lane=lane, **loose))
         methods[rows] = bundle.manifest["quantization"]["method"]
     assert methods == {0: "rtn", 8: "gptq"}
+
+
+Chosen = Callable[..., tuple[str, bool]]
+
+
+@pytest.fixture
+def chosen(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chosen:
+    """Tunes with a cache of its own; returns the hash of the codes, and whether they were read from the cache."""
+    monkeypatch.setenv("EDGE_FT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trainable_model, "WORTH_KEEPING", 0.0)
+
+    def run(**settings: Any) -> tuple[str, bool]:
+        told, out = RecordedProgress(), tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        asked = {"max_steps": 1, "eval_steps": 1, "compute": "fp32", "calibration_rows": 8} | settings
+        found = tune(TuneConfig(model=str(llama), data=str(sums), out=out, **asked), told)
+        assert found.codes.is_file()
+        assert found.report()["calibration"]["rows"] == asked["calibration_rows"]
+        return str(found.base()["codes_sha256"]), any("read from the cache" in line for line in told.lines)
+
+    return run
+
+
+def test_codes_of_the_same_weights_and_rows_are_chosen_once(chosen: Chosen) -> None:
+    first, _ = chosen()
+    assert chosen(learning_rate=1e-3) == (first, True)  # what does not change them is not compared
+    other, kept = chosen(calibration_rows=3)
+    assert (other != first, kept) == (True, False)
+    assert not chosen(block_size=16)[1]
+
+
+@pytest.mark.parametrize("damage", ["a byte", "an end", "no hash"])
+def test_kept_codes_that_are_damaged_are_chosen_again(damage: str, chosen: Chosen, tmp_path: Path) -> None:
+    first, _ = chosen()
+    (file,) = (tmp_path / "cache" / "codes").glob("*.safetensors")
+    whole = file.read_bytes()
+    if damage == "a byte":
+        file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    elif damage == "an end":
+        file.write_bytes(whole[:-9])
+    else:
+        file.with_suffix(".sha256").unlink()
+    assert chosen() == (first, False)
+    assert file.read_bytes() == whole
+    assert chosen() == (first, True)
+
+
+def test_the_oldest_kept_codes_are_removed(chosen: Chosen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kept_codes, "KEPT", 1)
+    chosen()
+    chosen(calibration_rows=3)
+    assert len(list((tmp_path / "cache" / "codes").iterdir())) == 2  # one entry and its hash
+    assert chosen(calibration_rows=3)[1]
+    monkeypatch.setattr(kept_codes, "KEPT_BYTES", 1)
+    assert not chosen()[1]
+    assert not list((tmp_path / "cache" / "codes").iterdir())
