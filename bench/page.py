@@ -8,12 +8,11 @@ from typing import Any
 
 from edge_ft.bench.compare import higher_is_better
 from edge_ft.bench.report import table
-from edge_ft.page import Plot, Section, Table, html_page
+from edge_ft.page import NO_PLOTS, Plot, Section, Table, html_page
 from edge_ft.plots import Axis, Distribution, Point, can_plot, distributions, scatter
 
 __all__ = ["page_of"]
 
-_NO_PLOTS = "Plots need matplotlib, which is not installed here: pip install 'edge-ft[metrics]' and measure again."
 _QUALITY = {"accuracy": "accuracy", "nll": "loss, nats per token"}
 """Metrics of quality that are plotted, the first that was measured."""
 
@@ -120,7 +119,7 @@ def _results(records: Sequence[dict[str, Any]]) -> Section:
 def _costs(subjects: Sequence[_Subject]) -> Section:
     """Quality against size, speed and memory; where nothing was scored, speed against size and memory."""
     if not can_plot():
-        return Section("Plots", texts=[_NO_PLOTS])
+        return Section("Plots", texts=[NO_PLOTS])
     plots: list[Plot] = []
     groups = ([s for s in subjects if s.decodes], [s for s in subjects if not s.decodes])
     for group in filter(None, groups):

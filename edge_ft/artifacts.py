@@ -132,6 +132,11 @@ class RunFolder:
         return self.path / "report.json"
 
     @property
+    def page_path(self) -> Path:
+        """The report as a page for a browser."""
+        return self.path / "report.html"
+
+    @property
     def adapter(self) -> Path:
         """PEFT adapter folder (adapter_config.json, adapter_model.safetensors)."""
         return self.path / "adapter"

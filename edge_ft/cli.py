@@ -153,7 +153,7 @@ def tune(
             (name, _interval(found["base"]), _interval(found["tuned"])) for name, found in answers["metrics"].items()
         )
         table += [(heading, "", ""), *figures]
-    advice = f"next: edge-ft export {run.path} --out BUNDLE"
+    advice = f"{run.page_path} shows the curves; next: edge-ft export {run.path} --out BUNDLE"
     if report["best_step"] == 0:
         advice = (
             "nothing was learned: no step lowered the validation loss. Try more rows, more --epochs or another "

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 
-__all__ = ["Plot", "Section", "Table", "html_page"]
+__all__ = ["NO_PLOTS", "Plot", "Section", "Table", "html_page", "interval"]
+
+NO_PLOTS = "The plots need matplotlib: pip install 'edge-ft[metrics]'."
+"""What a page says where it would have plots."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,13 @@ class Section:
     texts: Sequence[str] = ()
     plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
+
+
+def interval(value: dict[str, Any] | None) -> str:
+    """A metric with its 95% interval; – where it is undefined."""
+    if value is None or value["value"] is None:
+        return "–"
+    return f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
 
 
 def html_page(title: str, lead: str, sections: Sequence[Section]) -> str:

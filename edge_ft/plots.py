@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.transforms import Bbox
 
-__all__ = ["Axis", "Distribution", "Point", "can_plot", "distributions", "frontier", "scatter"]
+__all__ = ["Axis", "Curve", "Distribution", "Point", "can_plot", "curves", "distributions", "frontier", "scatter"]
 
 WIDTH, HEIGHT = 360, 270
 """Points, which are pixels on a phone: its text keeps its size there."""
@@ -66,6 +66,17 @@ class Distribution:
     series: int = 0
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One line."""
+
+    points: Sequence[tuple[float, float]]
+    label: str
+    series: int = 0
+    marked: bool = False
+    """Whether each point has a marker: where there are few."""
+
+
 def can_plot() -> bool:
     """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
@@ -107,6 +118,38 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis) -> str:
         axes.set_xlabel(x.title)
         axes.set_title(f"{y.label} ({'↓' if y.better == 'lower' else '↑'} better)", loc="left")
         _label_points(axes, points)
+
+    return _svg(paint, HEIGHT)
+
+
+def curves(lines: Sequence[Curve], x: str, y: str, ticks: Sequence[str] = ()) -> str:
+    """Draw lines over a common axis, each with its name at its end.
+
+    Args:
+        lines: At least one, each with at least one point.
+        x: What the horizontal axis shows.
+        y: What the vertical axis shows.
+        ticks: Names of 0, 1, 2 … of the horizontal axis; none: its numbers.
+
+    Returns:
+        An `<svg>` element.
+    """
+
+    def paint(axes: "Axes") -> None:
+        _scale(axes, x="linear")
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks)
+            axes.margins(x=0.12)
+        for line in lines:
+            series = line.series % SERIES
+            marker = _MARKERS[series] if line.marked or len(line.points) == 1 else ""
+            style: dict[str, Any] = {"color": _SERIES[series], "markersize": 5}
+            width = 1.8 if line.marked else 1.4
+            across, up = zip(*line.points, strict=True)
+            axes.plot(across, up, marker=marker, linewidth=width, label=_short(line.label), **style)
+        axes.set_xlabel(x)
+        axes.set_title(y, loc="left")
+        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
 
     return _svg(paint, HEIGHT)
 

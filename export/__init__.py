@@ -12,6 +12,7 @@ from edge_ft.files import atomic_folder, locked, refuse_existing
 from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import use_threads
+from edge_ft.utf8 import read_json
 
 __all__ = ["GgufExport", "export", "export_gguf"]
 
@@ -53,6 +54,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
     """
     import_libraries(progress, "onnxscript", "peft", "optimum")
     from edge_ft.export.bundle import graph_files, make_manifest, write_bundle, write_genai
+    from edge_ft.export.page import write_page
     from edge_ft.export.source import open_export_source
     from edge_ft.export.verification import genai_level, score_torch, verify_graphs, with_rows_needed
 
@@ -83,6 +85,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
             write_genai(folder, opened.base.family.name, opened.dims, opened.special_ids, kept[level])
         with heartbeat(progress, "writing the manifest"):
             Bundle.seal(folder, {**make_manifest(opened, kept, main), "verification": verification})
+            write_page(source, config.out, read_json(folder / "manifest.json"))
         if reasons := verification["refused"]:
             shutil.rmtree(rejected, ignore_errors=True)
             folder.rename(rejected)
@@ -139,9 +142,12 @@ def export_gguf(source: str, config: ExportConfig, progress: Progress | None = N
         require("gguf", "train")
         import_libraries(progress, "peft")
         from edge_ft.export.gguf_export import export_file
+        from edge_ft.export.page import write_page
 
         use_threads(config.threads)
-        return GgufExport(config.out, export_file(source, config, progress))
+        found = GgufExport(config.out, export_file(source, config, progress))
+        write_page(source, config.out, found.manifest)
+        return found
 
 
 def _is_rejected(folder: Path) -> bool:

@@ -107,6 +107,8 @@ class TuneConfig(RowsConfig):
     """Maximum minutes between checkpoints; 0 turns these checkpoints off."""
     checkpoint_steps: Annotated[int | None, Group.CHECKPOINTS, Minimum(1)] = None
     """Also write a checkpoint every N optimizer steps."""
+    include_samples: Annotated[bool, Group.OUTPUT] = False
+    """Show three rows of the data in report.html, with the answers before and after the training."""
     resume: Annotated[bool, Group.CHECKPOINTS] = False
     """Resume the run in --out from its checkpoint, or from the start where it has none."""
 

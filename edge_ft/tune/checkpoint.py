@@ -56,7 +56,7 @@ SCORES = ("base", "best")
 """Fields of `Fit` that state.safetensors holds."""
 STORED_NAMES = {"evaluations_without_gain": "bad_looks", "evaluation_due": "look_due"}
 """Fields of `Fit` that have other names in state.json of format 1."""
-NOT_COMPARED = {"out", "resume", "memory", "checkpoint_minutes", "checkpoint_steps", "allow", "show"}
+NOT_COMPARED = {"out", "resume", "memory", "checkpoint_minutes", "checkpoint_steps", "allow", "show", "include_samples"}
 """Settings that do not change what is learned."""
 BY_CONTENT = {"model", "data", "validation", "test"}
 """Names of things that may move: their content is compared instead."""

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["answer_limit", "results"]
 
 SAMPLES = 3
+SLICES = 4
+"""Groups of rows by the length of their answers, whose losses are reported apart."""
 ANSWERS = 8
 """Rows whose generated answers are scored: one batch of the base, and one of the tuned model."""
 BATCH_COST = 2
@@ -77,9 +79,9 @@ def results(
         timings: Gets the seconds of `scores` and of `answers`.
 
     Returns:
-        `scored_in`, `nll`, `metrics`, `overfitting`, `guards`, `answers` and `samples` of report.json, and more of its
-        `findings`; `answers` scores the answers to the first `ANSWERS` rows of a model that writes text; None for
-        others.
+        `scored_in`, `slices` (losses of a quarter of the rows each, from the shortest answers to the longest), `nll`,
+        `metrics`, `overfitting`, `guards`, `answers` and `samples` of report.json, and more of its `findings`;
+        `answers` scores the answers to the first `ANSWERS` rows of a model that writes text; None for others.
     """
     timings = timings or Timings()
     release_memory()  # what is scored here would come on top of what the steps took
@@ -122,6 +124,7 @@ def results(
     return {
         "findings": findings,
         "scored_in": {"validation": job.config.compute, "test": "fp32"},
+        "slices": _slices(split, scores),
         "nll": {
             "base": scores["validation_base"].mean_nll,
             "best": scores["validation"].mean_nll,
@@ -134,6 +137,22 @@ def results(
         "answers": answers and {"split": split, **answers},
         "samples": [{"split": split, **sample} for sample in samples],
     }
+
+
+def _slices(split: str, scores: dict[str, RowScores]) -> list[dict[str, Any]]:
+    """Losses of rows with short and with long answers; nothing where all rows have one target."""
+    base, tuned = scores[f"{split}_base"], scores[split]
+    if len(set(tuned.tokens.tolist())) < SLICES:
+        return []
+    order = np.argsort(tuned.tokens, kind="stable")
+    found = []
+    for rows in np.array_split(order, SLICES):
+        tokens = tuned.tokens[rows]
+        losses = {name: float(of.nll[rows].sum() / tokens.sum()) for name, of in (("base", base), ("tuned", tuned))}
+        found.append(
+            {"split": split, "rows": len(rows), "tokens": [int(tokens.min()), int(tokens.max())], "nll": losses}
+        )
+    return found
 
 
 def _score_findings(

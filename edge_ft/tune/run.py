@@ -14,7 +14,7 @@ from edge_ft.tune.plan import estimate, measure_batches, refuse_large_base, reso
 from edge_ft.tune.prepare import prepare_job, refuse_other
 from edge_ft.tune.report import results
 from edge_ft.tune.report_parts import ReportParts, kept_parts
-from edge_ft.tune.run_files import begin, plot_losses, write_report
+from edge_ft.tune.run_files import begin, write_report
 from edge_ft.tune.stopwatch import Timings
 from edge_ft.tune.train import train
 from edge_ft.tune.trainable_model import load_trainable_model
@@ -81,8 +81,6 @@ def _train_and_report(opened: OpenedRun, processes: Processes, progress: Progres
     evaluated = results(job, model, fitted, progress, parts, timings)
     if processes.is_main:
         with heartbeat(progress, "writing the report"):
-            with timings.stage("write"):
-                plot_losses(run, progress)
             write_report(opened, job, model, processes, fitted, evaluated, timings.seconds)
         progress.say(f"seconds: {timings.text}")
     processes.wait()

@@ -1,26 +1,26 @@
 """What a tune writes into its run folder before and after the training."""
 
-import importlib.util
 import json
 import platform
+import time
 from importlib.metadata import version
 from typing import Any
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import as_plain
 from edge_ft.files import write_json, write_jsonl, write_text
-from edge_ft.progress import Progress
 from edge_ft.quant.serialization import write_codes
 from edge_ft.system import device_memory, peak_rss_bytes
 from edge_ft.tune.checkpoint import OpenedRun, remove_checkpoint
 from edge_ft.tune.command import reproducing_command
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.loop import Fit
+from edge_ft.tune.page import page_of_run
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.trainable_model import TrainableModel
-from edge_ft.utf8 import read_utf8
+from edge_ft.utf8 import read_json, read_utf8
 
-__all__ = ["begin", "plot_losses", "write_report"]
+__all__ = ["begin", "write_report"]
 
 
 def begin(run: RunFolder, job: Job, model: TrainableModel) -> None:
@@ -60,32 +60,6 @@ def begin(run: RunFolder, job: Job, model: TrainableModel) -> None:
         write_codes(run.codes, model.peft_model.get_base_model())
 
 
-def plot_losses(run: RunFolder, progress: Progress) -> None:
-    """Draw loss.png: training and validation loss (nats per target token) over steps.
-
-    Args:
-        run: Its metrics.jsonl is read.
-        progress: Gets a note if matplotlib is not installed; then nothing is drawn.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        progress.say("no loss.png: it needs pip install 'edge-ft[metrics]'")
-        return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in read_utf8(run.path / "metrics.jsonl").splitlines()]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for key, style in (("loss", "-"), ("validation_nll", "o-")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=key)
-    axes.set_xlabel("step")
-    axes.set_ylabel("nats per target token")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(str(run.path / "loss.png"))
-
-
 def write_report(
     opened: OpenedRun,
     job: Job,
@@ -95,7 +69,7 @@ def write_report(
     evaluated: dict[str, Any],
     timings: dict[str, float],
 ) -> None:
-    """Write files.json and report.json, which makes the run a finished one, and remove the checkpoint.
+    """Write report.html, files.json and report.json, which makes the run a finished one, and remove the checkpoint.
 
     Args:
         opened: The run folder.
@@ -126,6 +100,7 @@ def write_report(
         "stopped": fitted.stopped,
         "resumed_from_step": opened.resumed_from,
         "tokens_per_second": round(fitted.tokens / fitted.seconds, 1),
+        "cpu_seconds": round(time.process_time(), 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": on_device.peak_bytes if on_device else None,
         **{key: value for key, value in evaluated.items() if key != "findings"},
@@ -137,6 +112,9 @@ def write_report(
         "versions": {name: version(name) for name in ("edge-ft", "torch", "transformers", "peft")},
         "machine": platform.platform(),
     }
+    steps = [json.loads(line) for line in read_utf8(run.path / "metrics.jsonl").splitlines()]
+    plan = read_json(run.path / "plan.json") if (run.path / "plan.json").is_file() else None
+    write_text(run.page_path, page_of_run(report, steps, plan, with_samples=job.config.include_samples))
     run.seal_files(report)
     write_json(run.report_path, report)
     remove_checkpoint(run.path)

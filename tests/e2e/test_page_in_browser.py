@@ -1,4 +1,4 @@
-"""The page of a bench, as a browser shows it on a phone and a desktop, in light and dark."""
+"""The pages of a bench, a run and an export, as a browser shows them on a phone and a desktop, in light and dark."""
 
 import html
 import re
@@ -10,19 +10,29 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from recorded_benches import classifiers, decoders
+from recorded_runs import LOG, PLAN, manifest, report
 
 from edge_ft.bench.page import page_of
+from edge_ft.export.page import page_of_export
+from edge_ft.tune.page import page_of_run
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (on Debian: apt install chromium)")
 WIDTHS = (390, 1280)
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+PAGES = {
+    "bench": lambda: page_of([*decoders(), *classifiers()]),
+    "tune": lambda: page_of_run(report(), LOG, PLAN, with_samples=True),
+    "export": lambda: page_of_export("bundle", manifest(), None),
+}
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def page(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     pytest.importorskip("matplotlib")
     file = tmp_path_factory.mktemp("page") / "report.html"
-    file.write_text(page_of([*decoders(), *classifiers()]), encoding="utf-8")
+    file.write_text(PAGES[request.param](), encoding="utf-8")
     return file
 
 

@@ -47,10 +47,10 @@ def test_the_run_folder_holds_what_the_documentation_lists(plain_run: RunFolder)
         "codes.safetensors",
         "config.yaml",
         "files.json",
-        "loss.png",
         "metrics.jsonl",
         "plan.json",
         "rendering.json",
+        "report.html",
         "report.json",
         "splits/test.jsonl",
         "splits/train.jsonl",
@@ -526,3 +526,15 @@ def test_a_saved_set_of_splits_is_used_as_it_is(llama: Path, sums: Path, tmp_pat
         TuneConfig(model=str(llama), data=str(tmp_path / "set"), out=tmp_path / "run", max_steps=1, compute="fp32")
     )
     assert run.report()["rows"] == {"train": 20, "validation": 8, "test": 12}
+
+
+def test_the_page_shows_rows_only_with_include_samples(
+    plain_run: RunFolder, llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    shown = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", include_samples=True, **FAST))
+    prompt = shown.report()["samples"][0]["prompt"].splitlines()[-2]
+    assert prompt.partition("&")[0] in shown.page_path.read_text(encoding="utf-8").replace("&lt;", "<").replace(
+        "&gt;", ">"
+    )
+    assert "hello" not in plain_run.page_path.read_text(encoding="utf-8")
+    assert adapter(shown) == adapter(plain_run)

@@ -1,11 +1,11 @@
 """The page of a bench: whole in one file, texts escaped, and plots that show what is best."""
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_elements import Elements, needs_matplotlib
 from in_process import run_cli
 from recorded_benches import SECRET, classifiers, decoders
 
@@ -13,27 +13,7 @@ from edge_ft.bench.page import page_of
 from edge_ft.config import BenchConfig
 from edge_ft.errors import UsageError
 from edge_ft.page import Section, Table, html_page
-from edge_ft.plots import Axis, Point, can_plot, distributions, frontier, scatter
-
-needs_matplotlib = pytest.mark.skipif(not can_plot(), reason="matplotlib is not installed (edge-ft[metrics])")
-
-
-class Elements(HTMLParser):
-    """Tags, attributes and texts of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.texts: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
+from edge_ft.plots import Axis, Point, distributions, frontier, scatter
 
 
 @pytest.mark.parametrize("records", [decoders(), decoders(nll=False, answers=False), classifiers()])
