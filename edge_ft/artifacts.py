@@ -147,6 +147,11 @@ class RunFolder:
         return self.path / "codes.safetensors"
 
     @property
+    def scores(self) -> Path:
+        """Scores of the validation rows in float32, by the base and by the tuned model; of some runs only."""
+        return self.path / "scores.safetensors"
+
+    @property
     def tokenizer(self) -> Path:
         """Folder with tokenizer.json and its settings."""
         return self.path / "tokenizer"

@@ -30,8 +30,9 @@ from edge_ft.data import (
 )
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.evaluate.gate import MOST_ROWS
+from edge_ft.evaluate.kept_scores import find_scores
 from edge_ft.evaluate.loading import find_run_base, open_run_model
-from edge_ft.evaluate.scoring import scorable
+from edge_ft.evaluate.scoring import RowScores, scorable
 from edge_ft.export.foreign import check_adapter, open_tokenizer
 from edge_ft.families import CLASSIFIERS
 from edge_ft.models.adapted import load_adapter, merge_adapter, take_vocabulary
@@ -141,6 +142,16 @@ class ExportSource:
         take_vocabulary(model, self.adapter)
         self._round(model, "fp16" if base_format == "fp16" else held)
         return model
+
+    def known_scores(self, model: Literal["base", "tuned"], examples: list[Example]) -> RowScores | None:
+        """Return the run's own scores of rows by its base or its tuned model; None unless they are those of `load`."""
+        if self.run is None or not self.run.scores.is_file():
+            return None
+        identity = self.run.base()
+        trained = (identity["format"], int(identity["block_size"]), identity["content_sha256"])
+        if model == "base" and trained != (self.weights, self.block_size, self.base.content_sha256):
+            return None
+        return find_scores(self.run.scores, model, examples)
 
     def load_trained(self) -> Any:
         """Return the model as trained: the base in its training format, with the adapter beside it."""

@@ -93,12 +93,8 @@ def with_rows_needed(source: ExportSource, shipped_model: Any, progress: Progres
     if source.adapter is None or available <= FEWEST_ROWS:
         return source
     pilot = source.rows.validation[:PILOT_ROWS]
-    with heartbeat(progress, "loading the model as trained"):
-        trained_model = source.load_trained()
-    trained, shipped = (
-        score_rows(source, TorchScorer(model, source.task), pilot, progress, "a few validation rows")
-        for model in (trained_model, shipped_model)
-    )
+    trained = _score_trained(source, pilot, progress, "a few validation rows")
+    shipped = score_rows(source, TorchScorer(shipped_model, source.task), pilot, progress, "a few validation rows")
     count = rows_needed(trained, shipped, available)
     if count < available:
         progress.say(f"{count} of {available} validation rows are enough for a tax of ±{TAX_PRECISION} nats")
@@ -135,7 +131,9 @@ def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) ->
         return TorchScores(shipped_probe, None, None, None)
     with heartbeat(progress, "loading the base"):
         base_model = source.load(source.weights)
-    base = scored(base_model, validation, "validation, base") if validation else None
+    base = source.known_scores("base", validation) if validation else None
+    if validation and base is None:
+        base = scored(base_model, validation, "validation, base")
     if source.adapter is None:
         return TorchScores(shipped_probe, None, base, None)
     if head := source.base.family.trained_head(source.task):
@@ -146,9 +144,17 @@ def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) ->
     del base_model
     if not validation:
         return TorchScores(shipped_probe, untuned_probe, base, None)
+    trained = _score_trained(source, validation, progress, "validation, as trained")
+    return TorchScores(shipped_probe, untuned_probe, base, trained)
+
+
+def _score_trained(source: ExportSource, examples: list[Example], progress: Progress, stage: str) -> RowScores:
+    """Return the scores of the model as trained, which its run may have computed already."""
+    if (known := source.known_scores("tuned", examples)) is not None:
+        return known
     with heartbeat(progress, "loading the model as trained"):
         trained_model = source.load_trained()
-    return TorchScores(shipped_probe, untuned_probe, base, scored(trained_model, validation, "validation, as trained"))
+    return score_rows(source, TorchScorer(trained_model, source.task), examples, progress, stage)
 
 
 def verify_graphs(

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from edge_ft.data import Batch
 from edge_ft.files import cache_folder, file_sha256, write_text
+from edge_ft.quant import blockwise, calibration
 from edge_ft.quant.layers import has_bf16
 from edge_ft.quant.serialization import write_codes
 
@@ -25,8 +26,8 @@ __all__ = ["codes_key", "find_codes", "keep_codes"]
 
 KEPT, KEPT_BYTES = 8, 4 * 2**30
 """Most entries, and most bytes of them together."""
-METHOD = 1
-"""Raised when the same rows and weights get other codes."""
+_METHOD = (blockwise, calibration)
+"""Modules that decide which codes the same rows and weights get: with other sources, kept codes are others'."""
 
 
 def codes_key(settings: dict[str, Any], batch: Batch) -> str:
@@ -46,7 +47,8 @@ def codes_key(settings: dict[str, Any], batch: Batch) -> str:
         digest.update(np.ascontiguousarray(array).tobytes())
     machine = [platform.machine(), torch.backends.cpu.get_cpu_capability(), has_bf16(torch.device("cpu"))]
     versions = [version(name) for name in ("torch", "numpy", "transformers")]
-    known = [METHOD, settings, digest.hexdigest(), machine, torch.get_num_threads(), versions]
+    method = [file_sha256(Path(str(module.__file__))) for module in _METHOD]
+    known = [method, settings, digest.hexdigest(), machine, torch.get_num_threads(), versions]
     return sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
 
 

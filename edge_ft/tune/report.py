@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from edge_ft.tune.prepare import Job, Prepared
     from edge_ft.tune.trainable_model import TrainableModel
 
-__all__ = ["answer_limit", "results"]
+__all__ = ["answer_limit", "complete_base", "results"]
 
 SAMPLES = 3
 SLICES = 4
@@ -55,6 +55,38 @@ OVERFITTING_GAP = 0.25
 
 Base = Callable[[], AbstractContextManager[Any]]
 """Gives a context in which the tuned model answers as the untuned base."""
+
+
+def complete_base(
+    job: "Job", model: "TrainableModel", fitted: Fit, progress: Progress, parts: ReportParts, timings: Timings
+) -> Fit:
+    """Score the validation rows that the loop did not score with the untuned base, as it did the watched ones.
+
+    Args:
+        job: The resolved settings and the rows.
+        model: With an adapter that can be disabled.
+        fitted: The loop's result.
+        progress: Gets the rows that are done.
+        parts: What an earlier process of the run has found already; gets what is found.
+        timings: Gets the seconds of `validation`.
+
+    Returns:
+        The same result, with the base's scores of all validation rows.
+
+    Raises:
+        UsageError: one is not a number.
+    """
+    validation, watched = job.prepared.examples["validation"], fitted.base.rows
+    if len(watched) == len(validation):
+        return fitted
+    others = sorted(set(range(len(validation))) - set(job.watched))
+    scorer = _KeptScorer(model.backend, parts, job.batching, progress)
+    with timings.stage("validation"), model.backend.unshared(), model.peft_model.disable_adapter():
+        rest = scorer.score([validation[row] for row in others], "validation rows, base")
+    rows = dict(zip(job.watched, watched, strict=True)) | dict(zip(others, rest.rows, strict=True))
+    scores = row_scores([rows[row] for row in range(len(validation))])
+    refuse_odd_base(scores, validation)
+    return replace(fitted, base=scores)
 
 
 def results(
@@ -90,9 +122,6 @@ def results(
     split = "test" if examples["test"] else "validation"
     answers: dict[str, Any] | None = None
     with model.backend.unshared():  # the processes have found different parts, and do not wait for each other
-        if len(fitted.base.nll) < len(examples["validation"]):
-            with timings.stage("validation"), base():
-                fitted = replace(fitted, base=_base_scores(job, scorer, fitted.base))
         with timings.stage("scores"):
             overfitting = _overfitting(job, scorer, fitted)
         with model.backend.in_float32():
@@ -184,24 +213,6 @@ class _KeptScorer:
             return score(self.scorer, examples, self.batching, self.progress, stage, poll, found)
 
         return self.parts.scores(stage, rest)
-
-
-def _base_scores(job: "Job", scorer: _KeptScorer, watched: RowScores) -> RowScores:
-    """Score the validation rows that the loop did not score with the untuned base, as it did the watched ones.
-
-    Returns:
-        The scores of all validation rows.
-
-    Raises:
-        UsageError: one is not a number.
-    """
-    validation = job.prepared.examples["validation"]
-    others = sorted(set(range(len(validation))) - set(job.watched))
-    rest = scorer.score([validation[row] for row in others], "validation rows, base")
-    rows = dict(zip(job.watched, watched.rows, strict=True)) | dict(zip(others, rest.rows, strict=True))
-    scores = row_scores([rows[row] for row in range(len(validation))])
-    refuse_odd_base(scores, validation)
-    return scores
 
 
 def _scores(job: "Job", scorer: _KeptScorer, base: Base, fitted: Fit) -> dict[str, RowScores]:

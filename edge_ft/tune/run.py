@@ -12,7 +12,7 @@ from edge_ft.tune.checkpoint import OpenedRun, explain_stop, finished_note, open
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.plan import estimate, measure_batches, refuse_large_base, resolve_memory, settle_memory
 from edge_ft.tune.prepare import prepare_job, refuse_other
-from edge_ft.tune.report import results
+from edge_ft.tune.report import complete_base, results
 from edge_ft.tune.report_parts import ReportParts, kept_parts
 from edge_ft.tune.run_files import begin, write_report
 from edge_ft.tune.stopwatch import Timings
@@ -78,6 +78,7 @@ def _train_and_report(opened: OpenedRun, processes: Processes, progress: Progres
     with timings.stage("train"):
         fitted = train(opened, job, model, processes, progress, timings)
     parts = kept_parts(run, job) if processes.is_main else ReportParts(None)
+    fitted = complete_base(job, model, fitted, progress, parts, timings)
     evaluated = results(job, model, fitted, progress, parts, timings)
     if processes.is_main:
         with heartbeat(progress, "writing the report"):

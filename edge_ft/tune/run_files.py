@@ -8,6 +8,7 @@ from typing import Any
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import as_plain
+from edge_ft.evaluate.kept_scores import write_scores
 from edge_ft.files import write_json, write_jsonl, write_text
 from edge_ft.quant.serialization import write_codes
 from edge_ft.system import device_memory, peak_rss_bytes
@@ -69,7 +70,7 @@ def write_report(
     evaluated: dict[str, Any],
     timings: dict[str, float],
 ) -> None:
-    """Write report.html, files.json and report.json, which makes the run a finished one, and remove the checkpoint.
+    """Write scores and report.html, files.json, and report.json, which ends the run; remove the checkpoint.
 
     Args:
         opened: The run folder.
@@ -115,6 +116,9 @@ def write_report(
     steps = [json.loads(line) for line in read_utf8(run.path / "metrics.jsonl").splitlines()]
     plan = read_json(run.path / "plan.json") if (run.path / "plan.json").is_file() else None
     write_text(run.page_path, page_of_run(report, steps, plan, with_samples=job.config.include_samples))
+    if job.config.compute == "fp32" and job.prepared.task != "feature-extraction":  # as the export computes
+        scores = {"base": fitted.base, "tuned": fitted.best}
+        write_scores(run.scores, job.prepared.examples["validation"], scores)
     run.seal_files(report)
     write_json(run.report_path, report)
     remove_checkpoint(run.path)

@@ -370,3 +370,19 @@ def test_an_export_scores_no_more_rows_than_the_interval_of_its_tax_needs(
     low, high = found["tax_interval"]
     assert low <= found["quantization_tax"] <= high
     assert verify(bundle.path, VerifyConfig(data=str(llama_run.split("validation"))))["same_rows"] is True
+
+
+def test_scores_that_the_run_computed_are_not_computed_again(
+    llama_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> Any:
+        raise AssertionError("the model as trained is loaded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("edge_ft.export.source.ExportSource.load_trained", refused)
+        known = export(str(llama_run.path), ExportConfig(out=tmp_path / "known", lane="adapter", **LOOSE))
+    monkeypatch.setattr("edge_ft.export.source.find_scores", lambda *_: None)
+    computed = export(str(llama_run.path), ExportConfig(out=tmp_path / "computed", lane="adapter", **LOOSE))
+    for name in ("base", "trained", "shipped"):
+        found, expected = (bundle.manifest["verification"]["nll"][name] for bundle in (known, computed))
+        assert found == pytest.approx(expected, abs=1e-5)
