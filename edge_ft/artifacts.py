@@ -6,6 +6,7 @@ Reports and manifests are read and written only here; `docs/bundle.md` describes
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,12 +19,19 @@ from edge_ft.files import cache_folder, file_sha256, is_as_sealed, is_rewritten,
 from edge_ft.manifest import find_misfit
 from edge_ft.utf8 import read_json, read_utf8
 
-__all__ = ["FORMAT_VERSION", "Bundle", "RunFolder", "kind_of"]
+__all__ = ["FORMAT_VERSION", "Bundle", "RunFolder", "is_added", "kind_of"]
 
 FORMAT_VERSION = 1
+_ADDED = re.compile(r"^onnx/[^/]+\.[0-9a-f]{8}\.(onnx|safetensors)$")
+_UNFINISHED = re.compile(r"(^|/)\.[^/]+\.\d+\.tmp$")
 _TICK_NS = 2 * 10**9
 """The coarsest clock of a file system in use, FAT's."""
 _RESTORE = "copy the run folder again, or remove files.json to use it as it is"
+
+
+def is_added(name: str) -> bool:
+    """Whether `edge-ft export --onto` wrote a file of a bundle; one that no manifest lists is left of a killed one."""
+    return bool(_ADDED.search(name) or _UNFINISHED.search(name))
 
 
 def kind_of(source: str) -> str:
@@ -254,7 +262,7 @@ class Bundle:
         found = {
             file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink()
         } - {"manifest.json"}
-        if unlisted := sorted(found - manifest["files"].keys()):
+        if unlisted := sorted(name for name in found - manifest["files"].keys() if not is_added(name)):
             raise BundleError(f"{path} holds a file that its manifest does not list: {unlisted[0]}")
         for name in manifest["files"]:
             if name not in found:
@@ -273,11 +281,35 @@ class Bundle:
     def seal(folder: Path, manifest: dict[str, Any]) -> None:
         """Write the manifest, with the size and the sha256 of every file in `folder`."""
         files = {
-            file.relative_to(folder).as_posix(): {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+            file.relative_to(folder).as_posix(): _entry(file)
             for file in sorted(folder.rglob("*"))
             if file.is_file() and file.name != "manifest.json"
         }
         write_json(folder / "manifest.json", seal({"format_version": FORMAT_VERSION, **manifest, "files": files}))
+
+    def change(self, manifest: dict[str, Any]) -> "Bundle":
+        """Replace the manifest by one with other files, all of which are written already, at one moment.
+
+        Args:
+            manifest: The new one; `files` lists what the bundle holds from now on, as do `files` of the old one.
+
+        Returns:
+            The bundle as it is then.
+        """
+        known: dict[str, Any] = self.manifest["files"]
+        files = {name: known.get(name) or _entry(self.path / name) for name in manifest["files"]}
+        changed = seal({**manifest, "files": files})
+        write_json(self.path / "manifest.json", changed)
+        found = Bundle(self.path, changed)
+        found.remove_leftovers()
+        return found
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed or refused change of the bundle left, and what it no longer holds."""
+        for file in (*self.path.iterdir(), *(self.path / "onnx").iterdir()):
+            name = file.relative_to(self.path).as_posix()
+            if is_added(name) and name not in self.manifest["files"]:
+                file.unlink(missing_ok=True)
 
     @property
     def task(self) -> str:
@@ -347,6 +379,11 @@ class Bundle:
         if encoder is None:
             raise BundleError(f"{self.path} names no encoder for {graph}: export it again")
         return self.path / str(encoder)
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    """Return what a manifest says of a file."""
+    return {"sha256": file_sha256(file), "bytes": file.stat().st_size}
 
 
 State = dict[str, list[int | str]]

@@ -200,7 +200,11 @@ def plan(
 
 @app.command
 def export(
-    source: str, /, *, settings: Annotated[ExportConfig, FLAT], output: Annotated[Output, FLAT] = Output()
+    source: str,
+    /,
+    *,
+    settings: Annotated[ExportConfig | None, FLAT] = None,
+    output: Annotated[Output, FLAT] = Output(),
 ) -> None:
     """Export a run, or a model with or without an adapter, to an ONNX bundle or GGUF, and check what the export lost.
 
@@ -210,6 +214,7 @@ def export(
     from edge_ft.export import GgufExport, export_gguf
     from edge_ft.export import export as run_export
 
+    settings = settings or ExportConfig()  # which says what is missing
     with _progress(output) as progress:
         bundle: Bundle | GgufExport
         if settings.format == "gguf":

@@ -47,6 +47,31 @@ class Tokenization(TypedDict):
     decoder_start: NotRequired[Annotated[int, Minimum(0)] | None]
 
 
+class NamedAdapter(TypedDict):
+    """An adapter in the bundle."""
+
+    file: str
+    rendering: NotRequired[dict[str, Any]]
+
+
+class BaseGraphs(TypedDict):
+    """What answers without an adapter, where the bundle has graphs without LoRA inputs."""
+
+    model: str
+    graphs: dict[Level, str]
+    encoder_graphs: NotRequired[dict[Level, str]]
+
+
+class Adapters(TypedDict):
+    """The graphs that take any adapter, and the adapters that the bundle holds."""
+
+    graphs: dict[Level, str]
+    encoder_graphs: NotRequired[dict[Level, str]]
+    default: str | None
+    names: dict[str, NamedAdapter]
+    base: NotRequired[BaseGraphs]
+
+
 class Manifest(TypedDict):
     """manifest.json, as far as commands read it."""
 
@@ -63,6 +88,7 @@ class Manifest(TypedDict):
     cache: NotRequired[dict[str, Any]]
     tokenization: NotRequired[Tokenization]
     verification: NotRequired[Verification]
+    adapters: NotRequired[Adapters]
 
 
 def find_misfit(manifest: Any) -> str | None:
@@ -70,6 +96,11 @@ def find_misfit(manifest: Any) -> str | None:
     if found := misfit(manifest, Manifest, "the manifest"):
         return found
     graphs = [manifest["model"], *manifest["graphs"].values(), *manifest.get("encoder_graphs", {}).values()]
+    adapters = manifest.get("adapters", {})
+    for part in (adapters, adapters.get("base", {})):
+        graphs += [*part.get("graphs", {}).values(), *part.get("encoder_graphs", {}).values()]
+    graphs += [adapters["base"]["model"]] if "base" in adapters else []
+    graphs += [adapter["file"] for adapter in adapters.get("names", {}).values()]
     if outside := [graph for graph in graphs if graph not in manifest["files"]]:
         return f"the manifest names the graph {outside[0]!r}, which is none of its files"
     if manifest["model"] not in manifest["graphs"].values():

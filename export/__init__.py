@@ -18,10 +18,11 @@ __all__ = ["GgufExport", "export", "export_gguf"]
 
 
 def export(source: str, config: ExportConfig, progress: Progress | None = None) -> Bundle:
-    """Export a run or a model to a bundle at `config.out`, and verify it.
+    """Export a run or a model to a bundle at `config.out`, or its adapter to the bundle `config.onto`; and verify it.
 
     Args:
-        source: A run folder; or a model (hub id, folder, GGUF), with `config.adapter` a PEFT adapter for it.
+        source: A run folder; or a model (hub id, folder, GGUF), with `config.adapter` a PEFT adapter for it; with
+            `config.onto` a run folder or a PEFT adapter.
         config: Format, lane and the limits of the gate.
         progress: Receives the steps; None is silent.
 
@@ -30,20 +31,26 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
 
     Raises:
         UsageError: a source or options that cannot be exported.
-        GateRefused: too much was lost, or nothing was learned; the bundle is kept as `NAME.rejected`.
+        GateRefused: too much was lost, or nothing was learned; the bundle is kept as `NAME.rejected`, that of
+            `config.onto` as it was.
         Interrupted: a signal came when the bundle was whole.
     """
     if config.format != "bundle":
         raise UsageError(f"format {config.format} is no bundle: call edge_ft.export.export_gguf")
     progress = progress or Silent()
-    with locked(config.out):
-        refuse_existing(config.out)
+    if config.onto is not None:
+        from edge_ft.export.onto import add_adapter
+
+        with locked(config.onto):
+            return add_adapter(Path(source), config.onto, config, progress)
+    with locked(config.target):
+        refuse_existing(config.target)
         _export(source, config, progress)
         try:
-            with heartbeat(progress, f"checking {config.out}"):
-                return Bundle.open(config.out)
+            with heartbeat(progress, f"checking {config.target}"):
+                return Bundle.open(config.target)
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped; {config.out} is whole, edge-ft verify {config.out} checks it") from None
+            raise Interrupted(f"stopped; {config.target} is whole, edge-ft verify {config.target} checks it") from None
 
 
 def _export(source: str, config: ExportConfig, progress: Progress) -> None:
@@ -53,7 +60,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
         GateRefused: too much was lost, or nothing was learned; the bundle is kept as `NAME.rejected`.
     """
     import_libraries(progress, "onnxscript", "peft", "optimum")
-    from edge_ft.export.bundle import graph_files, make_manifest, write_bundle, write_genai
+    from edge_ft.export.bundle import graph_files, lora_graph, make_manifest, write_bundle, write_genai
     from edge_ft.export.page import write_page
     from edge_ft.export.source import open_export_source
     from edge_ft.export.verification import genai_level, score_torch, verify_graphs, with_rows_needed
@@ -63,10 +70,10 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
         opened = open_export_source(source, config, progress)
     for note in opened.notes:
         progress.say(note)
-    rejected = config.out.with_name(config.out.name + ".rejected")
+    rejected = config.target.with_name(config.target.name + ".rejected")
     if not _is_rejected(rejected):
         refuse_existing(rejected)
-    with atomic_folder(config.out) as folder:
+    with atomic_folder(config.target) as folder:
         shipped_model = opened.load_shipped(progress)
         opened = with_rows_needed(opened, shipped_model, progress)
         scores = score_torch(opened, shipped_model, progress)
@@ -77,6 +84,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
         for level in graphs.keys() - kept.keys():
             for file in graph_files(graphs[level]):
                 (folder / file).unlink()
+                (folder / lora_graph(file)).unlink(missing_ok=True)
                 (folder / file).with_suffix(".onnx_data").unlink(missing_ok=True)  # its weights, if it has its own
         if opened.base.family.decoder:
             level = genai_level(verification, kept, main) if config.genai_graph == "fast" else main
@@ -85,7 +93,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
             write_genai(folder, opened.base.family.name, opened.dims, opened.special_ids, kept[level])
         with heartbeat(progress, "writing the manifest"):
             Bundle.seal(folder, {**make_manifest(opened, kept, main), "verification": verification})
-            write_page(source, config.out, read_json(folder / "manifest.json"))
+            write_page(source, config.target, read_json(folder / "manifest.json"))
         if reasons := verification["refused"]:
             shutil.rmtree(rejected, ignore_errors=True)
             folder.rename(rejected)
@@ -135,18 +143,18 @@ def export_gguf(source: str, config: ExportConfig, progress: Progress | None = N
         GateRefused: too much was lost, or nothing was learned; the file is kept as `NAME.rejected`.
     """
     progress = progress or Silent()
-    if config.out.suffix != ".gguf":
-        raise UsageError(f"--out {config.out}: the name of a GGUF file ends in .gguf")
-    with locked(config.out):
-        refuse_existing(config.out)
+    if config.target.suffix != ".gguf":
+        raise UsageError(f"--out {config.target}: the name of a GGUF file ends in .gguf")
+    with locked(config.target):
+        refuse_existing(config.target)
         require("gguf", "train")
         import_libraries(progress, "peft")
         from edge_ft.export.gguf_export import export_file
         from edge_ft.export.page import write_page
 
         use_threads(config.threads)
-        found = GgufExport(config.out, export_file(source, config, progress))
-        write_page(source, config.out, found.manifest)
+        found = GgufExport(config.target, export_file(source, config, progress))
+        write_page(source, config.target, found.manifest)
         return found
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
 from edge_ft.config import INT8_ACTIVATIONS, Weights
 from edge_ft.data import SpecialIds, collate, eval_batches
+from edge_ft.errors import ModelError
 from edge_ft.export.activations import Feed, quantize_activations
 from edge_ft.export.foreign import adapter_provenance
-from edge_ft.export.lowering import add_lora_inputs, lower, store_in_fp16
+from edge_ft.export.lora_defaults import adapter_name, write_default_graph, write_values
+from edge_ft.export.lora_graph import add_lora_inputs
+from edge_ft.export.lowering import lower, store_in_fp16
 from edge_ft.export.packing import write_graphs
 from edge_ft.export.source import ExportSource
 from edge_ft.export.trace import trace
@@ -26,9 +31,11 @@ from edge_ft.models.dims import ModelDims
 from edge_ft.models.loading import BITS
 from edge_ft.models.lora import lora_pairs, tied_layers
 from edge_ft.progress import Progress, heartbeat
+from edge_ft.quant.conversion import is_within
+from edge_ft.runtime.adapters import is_lora, neutral_shape
 from edge_ft.utf8 import read_json
 
-__all__ = ["graph_files", "make_manifest", "write_bundle", "write_genai"]
+__all__ = ["graph_files", "lora_graph", "make_manifest", "write_bundle", "write_genai"]
 
 NAMES: dict[Weights, tuple[str, str]] = {
     "int4": ("model_q4", "q4"),
@@ -39,6 +46,8 @@ NAMES: dict[Weights, tuple[str, str]] = {
     "fp32": ("model", "fp32"),
 }
 """Name of the graph's file and its `dtype`, both as in transformers.js."""
+LORA = "lora_"
+"""Prefix of that name for the graph with inputs for an adapter, before other prefixes."""
 ENCODER, FIRST, DECODER = "encoder_", "decoder_", "decoder_with_past_"
 """Prefixes of that name for the graphs of an encoder-decoder, as in optimum."""
 
@@ -46,6 +55,8 @@ ACTIVATION_RANGES: dict[Weights, str] = {"int8-dynamic": "dynamic", "int8-static
 """Where int8 activations get their ranges: from each batch, or from calibration rows."""
 LOCAL_PATHS = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file", "merges_file")
 """Keys of tokenizer_config.json that hold paths of the machine where it was saved."""
+Pair = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""A [rank, in_features] and B [out_features, rank] of a layer."""
 GENAI_FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 """Families that onnxruntime-genai supports under transformers' name."""
 
@@ -64,21 +75,24 @@ def write_bundle(folder: Path, source: ExportSource, model: Any, progress: Progr
     Returns:
         By accuracy level, the graph's path relative to `folder`.
     """
-    pairs, tied = {}, {}
+    pairs = {}
     if source.lane == "adapter":
         pairs = lora_pairs(model)
         model = model.unload()  # the base with its trained head: 2 x 210 LoRA inputs would triple the time of a trace
-        tied = tied_layers(model)
     with heartbeat(progress, f"tracing {source.base.name} ({source.weights}, {source.lane} lane)"):
         graphs = _trace(source, model)
     with heartbeat(progress, "converting to ONNX Runtime's operators"):
-        add_lora_inputs(list(graphs.values()), pairs, tied)
         for graph in graphs.values():
             lower(graph)
+        lora = _lora_graphs(source, model, graphs, pairs)
+        for graph in (*graphs.values(), *lora.values()):
             if source.weights == "fp16":
                 store_in_fp16(graph)
     with heartbeat(progress, "writing the graphs and their weights"):
-        paths = _write_graphs(folder, source, graphs)
+        if source.lane == "adapter":
+            paths = _write_defaults(folder, source, lora, _write_graphs(folder, source, lora), pairs)
+        else:
+            paths = _write_graphs(folder, source, lora | graphs)
         _write_model_files(folder, source, model, one_graph=len(graphs) == 1)
     return paths
 
@@ -90,6 +104,47 @@ def _trace(source: ExportSource, model: Any) -> dict[str, ir.Model]:
         encoder, decoder, first = trace_seq2seq(model)
         return {f"{ENCODER}{name}": encoder, f"{FIRST}{name}": first, f"{DECODER}{name}": decoder}
     return {name: trace(model, source.base.family, source.task)}
+
+
+def _lora_graphs(
+    source: ExportSource, model: Any, graphs: dict[str, ir.Model], pairs: Mapping[str, Pair]
+) -> dict[str, ir.Model]:
+    """Return the graphs once more, with inputs for an adapter, by the names of their files; none in the merged lane.
+
+    Raises:
+        ModelError: the adapter has a layer that no graph has.
+    """
+    if source.lane == "merged" or source.weights in INT8_ACTIVATIONS:
+        return {}
+    heads = source.base.family.heads[source.task]
+    sizes = {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not is_within(name, heads)
+    } | {name: (a.shape[1], b.shape[0]) for name, (a, b) in pairs.items()}
+    found = {f"{LORA}{name}": graph.clone() for name, graph in graphs.items()}
+    tied = tied_layers(model)
+    held = set().union(*(add_lora_inputs(graph, sizes, tied) for graph in found.values()))
+    if lost := [module for module in pairs if module not in held]:
+        raise ModelError(f"the adapter has {lost[0]}, but no graph has a linear layer of that name: use --lane merged")
+    return found
+
+
+def _write_defaults(
+    folder: Path, source: ExportSource, lora: dict[str, ir.Model], paths: dict[int, str], pairs: Mapping[str, Pair]
+) -> dict[int, str]:
+    """Write the graphs that answer with the adapter, beside those with inputs for any, and return the main ones."""
+    values = folder / _values_file(source)
+    sides = ((side, module, value) for module, pair in pairs.items() for side, value in zip("AB", pair, strict=True))
+    write_values(values, {f"lora_{side}.{module}": value for side, module, value in sides})
+    for level, path in paths.items():
+        for file in map(Path, graph_files(path)):
+            graph = lora[file.stem.removesuffix(f"_a{level}")].graph
+            found = {str(value.name): value.shape for value in graph.inputs if value.shape is not None}
+            inputs = {name: neutral_shape(list(shape)) for name, shape in found.items() if is_lora(name)}
+            target = folder / file.with_name(file.name.removeprefix(LORA))
+            write_default_graph(folder / file, target, inputs, values)
+    return {level: path.replace(LORA, "", 1) for level, path in paths.items()}
 
 
 def _write_graphs(folder: Path, source: ExportSource, graphs: dict[str, ir.Model]) -> dict[int, str]:
@@ -143,7 +198,7 @@ def _shipped_tokenizer_config(config: dict[str, Any], template: str | None) -> d
 
 def graph_files(graph: str) -> tuple[str, ...]:
     """Return the files that belong to a graph: itself, and before an encoder-decoder's main graph its other two."""
-    if not Path(graph).name.startswith(DECODER):
+    if DECODER not in graph:
         return (graph,)
     return tuple(graph.replace(DECODER, part) for part in (ENCODER, FIRST, DECODER))
 
@@ -191,6 +246,8 @@ def make_manifest(source: ExportSource, graphs: dict[int, str], main: int) -> di
             "versions": {name: version(name) for name in packages},
         },
     }
+    if source.lane != "merged" and source.weights not in INT8_ACTIVATIONS:
+        manifest["adapters"] = _adapters(source, manifest["graphs"])
     sizes = base.dims
     if base.family.kind == "encoder-decoder":
         manifest["encoder_graphs"] = {str(level): graph_files(path)[0] for level, path in graphs.items()}
@@ -200,6 +257,34 @@ def make_manifest(source: ExportSource, graphs: dict[int, str], main: int) -> di
         layers = int(getattr(sizes.config, "num_decoder_layers", sizes.layers))
         manifest["cache"] = {"layers": layers, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
     return manifest
+
+
+def _adapters(source: ExportSource, graphs: dict[str, str]) -> dict[str, Any]:
+    """Return the graphs that take any adapter, and the adapter that the bundle answers with, if it has one."""
+    lora = {level: lora_graph(path) for level, path in graphs.items()}
+    found: dict[str, Any] = {"graphs": lora, "default": None, "names": {}}
+    if source.lane == "adapter":
+        name = _adapter_name(source)
+        found |= {"default": name, "names": {name: {"file": _values_file(source)}}}
+    if source.base.family.kind == "encoder-decoder":
+        found["encoder_graphs"] = {level: graph_files(path)[0] for level, path in lora.items()}
+    return found
+
+
+def _adapter_name(source: ExportSource) -> str:
+    """Return the name of the adapter that the bundle answers with."""
+    assert source.adapter is not None
+    return adapter_name(source.adapter.path if source.run is None else source.run.path)
+
+
+def _values_file(source: ExportSource) -> str:
+    """Return the path of that adapter's values, relative to the bundle."""
+    return f"onnx/{_adapter_name(source)}.safetensors"
+
+
+def lora_graph(graph: str) -> str:
+    """Return the path of the graph with inputs for an adapter that belongs to a graph."""
+    return Path(graph).with_name(LORA + Path(graph).name).as_posix()
 
 
 def _quantization(source: ExportSource) -> dict[str, Any]:

@@ -1,17 +1,17 @@
 """An adapter that was trained elsewhere: whether it fits the model and the lane, and what it brings besides A and B."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from edge_ft.adapter import Adapter
 from edge_ft.config import Task
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import ModelError
-from edge_ft.models.adapter import Adapter
 from edge_ft.models.base_model import Base
 
-__all__ = ["adapter_provenance", "check_adapter"]
+__all__ = ["adapter_provenance", "check_adapter", "unknown_settings"]
 
 
 def open_tokenizer(adapter: Adapter, base: Base) -> TextTokenizer:
@@ -72,6 +72,14 @@ def check_adapter(adapter: Adapter, base: Base, task: Task, lane: str, tokenizer
     return tuple(_notes(adapter, base, tokenizer))
 
 
+def unknown_settings(adapter: Adapter) -> list[str]:
+    """Return the fields of the config, with a value, that the installed PEFT does not know: a newer one wrote them."""
+    from peft import LoraConfig
+
+    known = {field.name for field in fields(LoraConfig)} | {"auto_mapping", "peft_version"}
+    return sorted(name for name, value in adapter.config.items() if value and name not in known)
+
+
 def _notes(adapter: Adapter, base: Base, tokenizer: TextTokenizer) -> list[str]:
     brings = _brings(adapter, base, tokenizer)
     notes = [f"adapter {adapter.path}" + (f": its own {', '.join(brings)} win over the model's" if brings else "")]
@@ -80,7 +88,7 @@ def _notes(adapter: Adapter, base: Base, tokenizer: TextTokenizer) -> list[str]:
             f"the adapter was trained on {adapter.trained_on} and is put on {base.name}: if these are different "
             "models, the result is wrong"
         )
-    if unknown := adapter.unknown_settings:
+    if unknown := unknown_settings(adapter):
         notes.append(
             f"adapter_config.json has settings that this PEFT does not know ({', '.join(unknown)}): they are ignored, "
             "a newer PEFT may compute something else"

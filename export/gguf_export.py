@@ -13,20 +13,14 @@ from edge_ft.errors import GateRefused, ModelError, UsageError
 from edge_ft.evaluate.gate import Limits, evaluate_gate, task_metric_for
 from edge_ft.evaluate.scoring import RowScores, Scorer
 from edge_ft.evaluate.verify import largest_difference
+from edge_ft.export.figures import compared_figures, score_rows, test_scores
 from edge_ft.export.foreign import adapter_provenance
 from edge_ft.export.gguf_file import Blocks, file_tensors, write_gguf_file
 from edge_ft.export.gguf_metadata import architecture_for, lost_settings
 from edge_ft.export.gguf_model import GgufModel, write_gguf_model
 from edge_ft.export.gguf_vocabulary import PROBES
 from edge_ft.export.source import ExportSource, open_export_source
-from edge_ft.export.verification import (
-    TorchScores,
-    compared_figures,
-    score_rows,
-    score_torch,
-    test_scores,
-    with_rows_needed,
-)
+from edge_ft.export.verification import TorchScores, score_torch, with_rows_needed
 from edge_ft.files import atomic_file, refuse_existing
 from edge_ft.models.gguf import open_gguf, plan_conversion, write_checkpoint
 from edge_ft.models.gguf_names import Architecture, Heads
@@ -79,7 +73,7 @@ def _export(
     Raises:
         GateRefused: too much was lost, or nothing was learned.
     """
-    out, lora = config.out, config.out.with_name(config.out.name.removesuffix(".gguf") + LORA)
+    out, lora = config.target, config.target.with_name(config.target.name.removesuffix(".gguf") + LORA)
     if source.lane == "adapter":
         refuse_existing(lora)
     model = source.load_shipped(progress)

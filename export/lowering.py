@@ -6,7 +6,7 @@ hand. Weights move between operators; their values never change.
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, IdentityEliminationPass, RemoveUnusedNodesPass
 from onnxscript.optimizer import optimize
 
-__all__ = ["add_lora_inputs", "lower", "silence_exporters", "store_in_fp16"]
+__all__ = ["input_of", "lower", "silence_exporters", "store_in_fp16", "take_over", "transposed_matmul"]
 
 LINEARS = ("MatMulNBits", "Linear")
 
@@ -41,7 +41,7 @@ def lower(model: ir.Model) -> None:
     """Rewrite a traced graph in place into one that ONNX Runtime runs.
 
     The q, k and v layers of a decoder become one layer `BLOCK.qkv_proj`, whose tensors are theirs concatenated along
-    N, unless LoRA inputs stand between them and the attention.
+    N.
 
     Args:
         model: A graph of `edge_ft.export.trace.trace` or `trace_seq2seq`.
@@ -70,64 +70,6 @@ def lower(model: ir.Model) -> None:
                 value.shape = value.type = None
 
 
-def add_lora_inputs(
-    models: Sequence[ir.Model],
-    pairs: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
-    tied: dict[str, str] | None = None,
-) -> None:
-    """Add a low-rank term B A x to linear layers, with A and B as inputs that have defaults; call before `lower`.
-
-    The inputs are `lora_A.MODULE` and `lora_B.MODULE`, in each graph for the layers that it holds.
-
-    Args:
-        models: Traced graphs of one model, changed in place.
-        pairs: By module name, A [rank, in_features] and B [out_features, rank], float32, the scaling folded into B.
-            They are the defaults; values of another rank may be bound.
-        tied: By the name of a module whose weight is that of another one, the name of the other (a head and the
-            token embedding): a graph holds the weight once.
-
-    Raises:
-        ValueError: no graph holds a linear layer of that name.
-    """
-    found = [_find_linears(model.graph, pairs, tied or {}) for model in models]
-    if lost := [module for module in pairs if not any(module in layers for layers in found)]:
-        raise ValueError(f"the adapter has {lost[0]!r}, but no graph has a linear layer of that name")
-    for graph, linears in zip((model.graph for model in models), found, strict=True):
-        # ONNX Runtime requires dimensions of the same name to be equal: layers of another rank need another name.
-        ranks = {pairs[module][0].shape[0] for module in linears}
-        for module, layers in linears.items():
-            a, b = pairs[module]
-            rank = "rank" if len(ranks) == 1 else f"rank_{a.shape[0]}"
-            lora_a = _initializer(graph, f"lora_A.{module}", np.ascontiguousarray(a, dtype=np.float32))
-            lora_b = _initializer(graph, f"lora_B.{module}", np.ascontiguousarray(b, dtype=np.float32))
-            lora_a.shape, lora_b.shape = ir.Shape((rank, a.shape[1])), ir.Shape((b.shape[0], rank))
-            graph.inputs.extend((lora_a, lora_b))
-            for layer in layers:
-                down = _fused_matmul(_input(layer, 0), lora_a)
-                up = _fused_matmul(down.outputs[0], lora_b)
-                add = ir.node("Add", [layer.outputs[0], up.outputs[0]])
-                _take_over(layer.outputs[0], add.outputs[0])
-                add.replace_input_with(0, layer.outputs[0])
-                graph.insert_after(layer, [down, up, add])
-
-
-def _find_linears(graph: ir.Graph, modules: Iterable[str], tied: dict[str, str]) -> dict[str, list[ir.Node]]:
-    """Return the nodes of each linear layer that the graph holds; several if a model runs the same layers again."""
-    weights = {
-        module: next(filter(None, map(graph.initializers.get, _weight_names(module, tied.get(module, module)))), None)
-        for module in modules
-    }
-    return {
-        module: nodes
-        for module, weight in weights.items()
-        if weight is not None and (nodes := [use.node for use in weight.uses() if use.node.op_type in LINEARS])
-    }
-
-
-def _weight_names(*modules: str) -> list[str]:
-    return [f"{module}.{part}" for module in modules for part in ("qweight", "weight")]
-
-
 def store_in_fp16(model: ir.Model) -> None:
     """Store every matrix that float16 represents exactly as float16, with a Cast where it is read; call after `lower`.
 
@@ -150,7 +92,7 @@ def store_in_fp16(model: ir.Model) -> None:
         for node, index in uses:
             if node.op_type == "Gather":
                 rows = ir.node("Cast", [node.outputs[0]], {"to": ir.DataType.FLOAT})
-                _take_over(node.outputs[0], rows.outputs[0])
+                take_over(node.outputs[0], rows.outputs[0])
                 rows.replace_input_with(0, node.outputs[0])
                 graph.insert_after(node, rows)
             else:
@@ -170,15 +112,15 @@ def _bypass_reshapes(graph: ir.Graph) -> None:
             outer = next(iter(node.outputs[0].uses())).node
             perm = list(inner.attributes["perm"].as_ints())
             if outer.op_type == "Transpose" and list(outer.attributes["perm"].as_ints()) == perm == [0, 2, 1, 3]:
-                node.replace_input_with(0, _input(inner, 0))
+                node.replace_input_with(0, input_of(inner, 0))
                 node.outputs[0].shape = outer.outputs[0].shape
                 outer.outputs[0].replace_all_uses_with(node.outputs[0])
         elif node.op_type == inner.op_type == "Transpose":
             first, second = inner.attributes["perm"].as_ints(), node.attributes["perm"].as_ints()
             if [first[axis] for axis in second] == list(range(len(first))):
-                node.outputs[0].replace_all_uses_with(_input(inner, 0))
+                node.outputs[0].replace_all_uses_with(input_of(inner, 0))
         elif node.op_type == inner.op_type == "Reshape":
-            source = _input(inner, 0)
+            source = input_of(inner, 0)
             node.replace_input_with(0, source)
             if source.shape == node.outputs[0].shape:
                 node.outputs[0].replace_all_uses_with(source)
@@ -195,7 +137,7 @@ def _join_qkv(graph: ir.Graph) -> None:
         for index, operand in enumerate(first.inputs[1:], start=1):
             if operand is not None:
                 block, _, tensor = str(operand.name).rsplit(".", 2)
-                rows = np.concatenate([_array(_input(layer, index)) for layer in layers])
+                rows = np.concatenate([_array(input_of(layer, index)) for layer in layers])
                 operands[index] = _initializer(graph, f"{block}.qkv_proj.{tensor}", rows)
         attributes = dict(first.attributes)
         if "N" in attributes:
@@ -231,7 +173,7 @@ def _attentions(graph: ir.Graph) -> Iterator[tuple[ir.Node, list[ir.Node]]]:
 
 def _lower_linears(graph: ir.Graph) -> None:
     """Replace edge_ft::Linear by MatMul with a transposed weight, or FusedMatMul if an embedding shares the weight."""
-    weights = {_input(node, 1) for node in graph if node.op_type == "Linear"}
+    weights = {input_of(node, 1) for node in graph if node.op_type == "Linear"}
     alone = {weight for weight in weights if all(use.node.op_type == "Linear" for use in weight.uses())}
     for weight in alone:
         transposed = _array(weight).T
@@ -239,10 +181,10 @@ def _lower_linears(graph: ir.Graph) -> None:
     for node in graph:
         if node.op_type != "Linear":
             continue
-        x, weight, bias = _input(node, 0), _input(node, 1), (*node.inputs, None)[2]
-        product = ir.node("MatMul", [x, weight]) if weight in alone else _fused_matmul(x, weight)
+        x, weight, bias = input_of(node, 0), input_of(node, 1), (*node.inputs, None)[2]
+        product = ir.node("MatMul", [x, weight]) if weight in alone else transposed_matmul(x, weight)
         nodes = [product] if bias is None else [product, ir.node("Add", [product.outputs[0], bias])]
-        _take_over(node.outputs[0], nodes[-1].outputs[0])
+        take_over(node.outputs[0], nodes[-1].outputs[0])
         graph.insert_before(node, nodes)
         graph.remove(node, safe=True)
 
@@ -264,16 +206,16 @@ def _join_residuals(graph: ir.Graph) -> None:
         graph.insert_before(norm, joined)
         normed, mean, deviation, total = joined.outputs
         mean.name = deviation.name = ""  # an unused output that has a name is computed
-        _take_over(norm.outputs[0], normed)
-        _take_over(add.outputs[0], total)
+        take_over(norm.outputs[0], normed)
+        take_over(add.outputs[0], total)
 
 
-def _fused_matmul(x: ir.Value, weight: ir.Value) -> ir.Node:
+def transposed_matmul(x: ir.Value, weight: ir.Value) -> ir.Node:
     """Return x weightᵀ: [..., K] and [N, K] -> [..., N]."""
     return ir.node("FusedMatMul", [x, weight], {"transB": 1}, domain="com.microsoft", version=1)
 
 
-def _take_over(old: ir.Value, new: ir.Value) -> None:
+def take_over(old: ir.Value, new: ir.Value) -> None:
     """Replace `old` by `new` wherever it is read, also as an output of the graph."""
     new.shape, new.type = old.shape, old.type
     if old.is_graph_output():
@@ -287,7 +229,8 @@ def _initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.V
     return value
 
 
-def _input(node: ir.Node, index: int) -> ir.Value:
+def input_of(node: ir.Node, index: int) -> ir.Value:
+    """Return an input that the node must have."""
     value = node.inputs[index]
     assert value is not None
     return value

@@ -7,10 +7,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from edge_ft.adapter import Adapter, find_adapter
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.config import INT8_ACTIVATIONS, BaseFormat, ExportConfig, Task, Weights
 from edge_ft.data import (
-    Example,
     Rendering,
     Row,
     SpecialIds,
@@ -23,7 +23,6 @@ from edge_ft.data import (
     find_labels,
     find_problem,
     find_unused,
-    fingerprint,
     is_unnamed,
     plain_rendering,
     read_rows,
@@ -33,10 +32,10 @@ from edge_ft.evaluate.gate import MOST_ROWS
 from edge_ft.evaluate.kept_scores import find_scores
 from edge_ft.evaluate.loading import find_run_base, open_run_model
 from edge_ft.evaluate.scoring import RowScores, scorable
+from edge_ft.export.figures import ExportRows
 from edge_ft.export.foreign import check_adapter, open_tokenizer
 from edge_ft.families import CLASSIFIERS
 from edge_ft.models.adapted import load_adapter, merge_adapter, take_vocabulary
-from edge_ft.models.adapter import Adapter, find_adapter
 from edge_ft.models.base_model import Base, find_base
 from edge_ft.models.dims import ModelDims
 from edge_ft.models.loading import BITS, ModelSpec, load_model, quantize_calibrated
@@ -44,36 +43,10 @@ from edge_ft.progress import Progress, heartbeat
 from edge_ft.quant.calibration import make_calibration
 from edge_ft.quant.conversion import is_within, quantize_model, restore_conv1d
 
-__all__ = ["ExportRows", "ExportSource", "open_export_source"]
+__all__ = ["ExportSource", "open_export_source"]
 
 CALIBRATION_ROWS = 128
 """Training rows that int8-static reads; more rows hardly widen the ranges of activations."""
-
-
-@dataclass(frozen=True)
-class ExportRows:
-    """The rows that an export reads."""
-
-    validation: list[Example]
-    """Scored by verification, and decide whether the export is refused."""
-    test: list[Example]
-    calibration: list[Example]
-    """Training rows for the ranges of int8-static or the codes of int4; none for other weights."""
-    read: list[Row]
-    """The validation rows as they were given, with those that have no answer to score."""
-
-    @property
-    def sha256(self) -> str | None:
-        """Fingerprint of the validation rows."""
-        return fingerprint(self.read) if self.read else None
-
-    def first(self, count: int) -> "ExportRows":
-        """Return the same rows with the first validation rows alone."""
-        if count >= len(self.validation):
-            return self
-        last = self.validation[count - 1].row
-        read = [row for row in self.read if row.number <= last]
-        return replace(self, validation=self.validation[:count], read=read)
 
 
 @dataclass(frozen=True)

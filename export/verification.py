@@ -1,7 +1,7 @@
 """The verification that ends an export: base, trained and shipped model on the same rows, and the gate."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from edge_ft.evaluate.gate import (
     rows_needed,
     task_metric_for,
 )
-from edge_ft.evaluate.scoring import Batching, RowScores, Scorer, score, summary
+from edge_ft.evaluate.scoring import RowScores
 from edge_ft.evaluate.verify import largest_difference
 from edge_ft.export.bundle import make_manifest
+from edge_ft.export.figures import compared_figures, score_rows, test_scores
 from edge_ft.export.source import ExportSource
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Progress, heartbeat
@@ -30,16 +31,7 @@ from edge_ft.runtime import load
 from edge_ft.runtime.engine import MAX_LOSS
 from edge_ft.runtime.probes import SAME, probe_examples
 
-__all__ = [
-    "TorchScores",
-    "compared_figures",
-    "genai_level",
-    "score_rows",
-    "score_torch",
-    "test_scores",
-    "verify_graphs",
-    "with_rows_needed",
-]
+__all__ = ["TorchScores", "genai_level", "score_torch", "verify_graphs", "with_rows_needed"]
 
 
 @dataclass(frozen=True)
@@ -251,13 +243,6 @@ def _score_graph(
     return GraphScores(probe, score_rows(source, scorer, validation, progress, stage) if validation else None)
 
 
-def score_rows(
-    source: ExportSource, scorer: Scorer, examples: list[Example], progress: Progress, stage: str
-) -> RowScores:
-    """Return the scores of examples of the source's rows; `stage` names the work for `progress`."""
-    return score(scorer, examples, Batching(source.task, source.tokenizer.pad_id), progress, stage)
-
-
 def _check_level(
     source: ExportSource,
     scores: GraphScores,
@@ -290,33 +275,6 @@ def _check_level(
     return LevelResult(figures, verdict.figures, "; ".join(verdict.reasons))
 
 
-def compared_figures(source: ExportSource, compared: dict[str, RowScores | None], limits: Limits) -> dict[str, Any]:
-    """Return what every `verification` has of the models that are compared; the gate's figures are None until known."""
-    return {
-        "rows": len(source.rows.validation),
-        "rows_sha256": source.rows.sha256,
-        "rows_read": len(source.rows.read),
-        "nll": {name: None if found is None else found.mean_nll for name, found in compared.items()},
-        "quantization_tax": None,
-        "tax_interval": None,
-        "retained_gain": None,
-        "argmax_agreement": None,
-        "metrics": _compared_metrics(source, compared),
-        "limits": asdict(limits),
-    }
-
-
-def _compared_metrics(source: ExportSource, compared: dict[str, RowScores | None]) -> dict[str, dict[str, Any]]:
-    """Return each task metric on the validation rows, of all that is compared."""
-    metrics = {
-        column: summary(scores, source.rows.validation, source.task, source.rendering.labels)["metrics"]
-        for column, scores in compared.items()
-        if scores is not None
-    }
-    names = dict.fromkeys(name for found in metrics.values() for name in found)
-    return {name: {column: found[name] for column, found in metrics.items() if name in found} for name in names}
-
-
 def _test(
     bundle: Bundle, source: ExportSource, level: int, threads: int | None, progress: Progress
 ) -> dict[str, Any] | None:
@@ -324,35 +282,3 @@ def _test(
     if source.run is None or not source.rows.test:
         return None
     return test_scores(source, load(bundle, accuracy_level=level, threads=threads), progress)
-
-
-def test_scores(source: ExportSource, scorer: Scorer, progress: Progress) -> dict[str, Any] | None:
-    """Return what ships on the run's test rows, beside the run's own scores of base and trained model.
-
-    Args:
-        source: What is exported.
-        scorer: What ships.
-        progress: Receives the rows that are done.
-
-    Returns:
-        The manifest's `test`; None without such rows.
-    """
-    test = source.rows.test
-    if source.run is None or not test:
-        return None
-    report = source.run.report()
-    scores = score_rows(source, scorer, test, progress, "test rows, as shipped")
-    shipped = summary(scores, test, source.task, source.rendering.labels)
-    return {
-        "rows": len(test),
-        "nll": {"base": report["nll"]["test_base"], "trained": report["nll"]["test"], "shipped": shipped["nll"]},
-        "metrics": {
-            name: {
-                # A metric that its rows left undefined is missing from reports of earlier versions.
-                "base": report["metrics"].get(name, {}).get("test_base"),
-                "trained": report["metrics"].get(name, {}).get("test"),
-                "shipped": value,
-            }
-            for name, value in shipped["metrics"].items()
-        },
-    }

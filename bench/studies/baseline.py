@@ -28,9 +28,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from edge_ft.adapter import PEFT_TASKS
 from edge_ft.bench.studies.baseline_curve import Clocks, HeldOutCurve, held_out_nll
 from edge_ft.data import Example, collate, train_batches
-from edge_ft.models.adapter import PEFT_TASKS
 from edge_ft.models.base_model import Base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora

@@ -17,7 +17,8 @@ class EvalConfig(RowsConfig):
     task: Annotated[Task | None, Group.INPUT] = None
     """Task of a plain model; a run or bundle has its own."""
     adapter: Annotated[str | None, Group.INPUT] = None
-    """none: score a run or bundle without its adapter."""
+    """none: score a run or bundle without its adapter; for a bundle also a run folder, an adapter in PEFT's format, or
+    the name of one in the bundle."""
     accuracy_level: Annotated[Literal[1, 4] | None, Group.INPUT] = None
     """Graph of a bundle to score: 1 computes in float, 4 with int8 activations; default: the manifest's choice."""
     base_format: Annotated[BaseFormat, Group.INPUT] = "fp32"

@@ -1,10 +1,11 @@
 """Settings of `edge-ft export` and `edge-ft verify`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from edge_ft.config.shared import Group, Minimum, RowsConfig, Task, Threads, Weights
+from edge_ft.config.shared import Group, Minimum, RowsConfig, Task, Threads, Weights, check
+from edge_ft.errors import UsageError
 
 __all__ = ["ExportConfig", "VerifyConfig"]
 
@@ -13,8 +14,14 @@ __all__ = ["ExportConfig", "VerifyConfig"]
 class ExportConfig(RowsConfig):
     """Settings of an export; the fields of `RowsConfig` need `data`."""
 
-    out: Annotated[Path, Group.INPUT]
+    out: Annotated[Path | None, Group.INPUT] = None
     """Bundle folder to write, or with --format gguf a FILE.gguf; it must not exist."""
+    onto: Annotated[Path | None, Group.INPUT] = None
+    """Instead of --out, a bundle of lane base or adapter that gets the adapter of SOURCE (a run folder, or a folder in
+    PEFT's format) and answers with it from then on; needs no torch."""
+    name: Annotated[str | None, Group.INPUT] = None
+    """Name of the adapter in the bundle of --onto, for edge-ft run --adapter NAME; an adapter of this name is replaced;
+    default: that of the folder."""
     adapter: Annotated[Path | None, Group.INPUT] = None
     """PEFT adapter to add to a plain model SOURCE; any tool may have trained it."""
     task: Annotated[Task | None, Group.INPUT] = None
@@ -44,6 +51,30 @@ class ExportConfig(RowsConfig):
     includes 0."""
     threads: Threads = None
     """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.out is not None or self.onto is not None, "--out is required: see edge-ft export --help")
+        check(self.name is None or self.onto is not None, "--name is for --onto: leave it out")
+        if self.onto is None:
+            return
+        check(self.out is None, "--onto changes a bundle where it is: leave --out out")
+        fixed = ("adapter", "task", "weights", "block_size", "format", "genai_graph", "pooling", "class_names")
+        for field in fields(self):
+            flag = f"--{field.name.replace('_', '-')}"
+            given = getattr(self, field.name) != field.default
+            check(not (given and field.name in fixed), f"{flag} was settled when the bundle was made: leave it out")
+
+    @property
+    def target(self) -> Path:
+        """What is written.
+
+        Raises:
+            UsageError: a bundle is changed instead, with `onto`.
+        """
+        if self.out is None:
+            raise UsageError("--out is required: see edge-ft export --help")
+        return self.out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ class RunConfig:
     """How a bundle answers."""
 
     adapter: Annotated[str | None, Group.INPUT] = None
-    """none: answer with the base of an adapter-lane bundle."""
+    """Answer with another adapter: a run folder, an adapter in PEFT's format, the name of one in the bundle, or none
+    for the base; default: the bundle's own."""
     engine: Annotated[Literal["auto", "exact"], Group.INPUT] = "auto"
     """auto: the fastest graphs here of those that the export's verification passed, measured for about two seconds at
     the first run and remembered; exact: the manifest's model, whose answers are the same each time."""

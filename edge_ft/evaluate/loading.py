@@ -70,9 +70,13 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
             tokenizer = TextTokenizer.load(run.tokenizer, base.known_ids)
             own = Rendering.from_dict(run.rendering())
             rendering = trained_rendering(own, config, rows, tokenizer, base.max_length)
-            model, _ = open_run_model(run, config.adapter != "none", base)
+            if config.adapter not in (None, "none"):
+                raise UsageError(f"--adapter {config.adapter} is for bundles: of a run only none is another choice")
+            model, _ = open_run_model(run, config.adapter is None, base)
         elif config.adapter is not None:
-            raise UsageError("--adapter none is for runs and bundles: a plain model has no adapter, leave it out")
+            raise UsageError(
+                f"--adapter {config.adapter} is for runs and bundles: score the adapter's run, leave it out"
+            )
         else:
             base = find_base(source, config.task, progress)
             tokenizer = base.open_tokenizer()
@@ -104,10 +108,11 @@ def torch_source(model: Any, rendering: Rendering, tokenizer: TextTokenizer, mod
 
 def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedSource:
     from edge_ft.runtime import load
+    from edge_ft.runtime.adapters import bind
 
     bundle = Bundle.open(path)
     tokenizer, limit = TextTokenizer.of_bundle(path), bundle.max_length
-    own = Rendering.from_dict(bundle.manifest["rendering"])
+    own = Rendering.from_dict(bind(bundle, config.adapter).bundle.manifest["rendering"])
     rendering = trained_rendering(own, config, rows, tokenizer, limit)
     return LoadedSource(
         load(

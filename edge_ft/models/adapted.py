@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from edge_ft.adapter import Adapter, find_adapter
 from edge_ft.errors import ModelError
 from edge_ft.families import Family, family_of
-from edge_ft.models.adapter import Adapter, find_adapter
 from edge_ft.models.dims import ModelDims
 from edge_ft.models.libraries import without_bitsandbytes
 from edge_ft.models.logging import silence_libraries

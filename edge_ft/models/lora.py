@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from edge_ft.adapter import PEFT_TASKS
 from edge_ft.config import Task, TuneConfig, last_layers
 from edge_ft.errors import ModelError, UsageError, did_you_mean
 from edge_ft.families import Family
-from edge_ft.models.adapter import PEFT_TASKS
 from edge_ft.models.dims import ModelDims
 from edge_ft.models.libraries import without_bitsandbytes
 from edge_ft.models.logging import silence_libraries

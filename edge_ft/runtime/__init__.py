@@ -6,7 +6,7 @@ from typing import Literal
 
 from edge_ft.artifacts import Bundle
 from edge_ft.errors import BundleError
-from edge_ft.runtime.adapters import adapter_inputs
+from edge_ft.runtime.adapters import Bound, adapter_inputs, bind
 from edge_ft.runtime.cache import KVCache
 from edge_ft.runtime.classify import Classification, TextClassifier
 from edge_ft.runtime.decode import Generation, Timings
@@ -58,7 +58,7 @@ def load(
     *,
     threads: int | None = None,
     accuracy_level: int | None = None,
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
     engine: Literal["auto", "exact"] = "auto",
 ) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
     """Open a bundle for inference.
@@ -67,7 +67,9 @@ def load(
         bundle: A bundle, or its folder; every file of a folder is hashed first.
         threads: CPU threads; default those that are fastest, at most `edge_ft.system.default_threads`.
         accuracy_level: 1 (exact) or 4 (activations in int8), if verification passed it; default as `engine` says.
-        adapter: "none" runs the base of an adapter-lane bundle, without its adapter.
+        adapter: What it answers with: None is the bundle's own adapter, "none" the base without an adapter; else the
+            name of an adapter in the bundle, or a folder: a run, or an adapter in PEFT's format. Of a folder only the
+            manifest's model runs, since nothing has verified the other graphs with it.
         engine: "auto": the fastest verified graphs here, measured for about two seconds at the first open and
             remembered in the user's cache; "exact": the manifest's model.
 
@@ -83,21 +85,21 @@ def load(
         bundle = Bundle.open(Path(bundle))
     if bundle.task not in ("text2text-generation", *_ONE_GRAPH):
         raise BundleError(f"{bundle.path} is for the task {bundle.task}, which this release cannot run: update edge-ft")
-    if engine == "exact" or accuracy_level is not None:
-        return _open(bundle, fixed_engine(bundle, accuracy_level, threads), accuracy_level, adapter)
+    bound = bind(bundle, adapter)
+    if engine == "exact" or accuracy_level is not None or bound.values:
+        return _open(bound, fixed_engine(bound.bundle, accuracy_level, threads), accuracy_level)
 
     def measure(ways: Sequence[Way], together: bool) -> list[Trial]:
-        return measure_ways(ways, together, lambda way: _open(bundle, Engine(way, way), way.accuracy_level, None))
+        own = Bound(bundle)
+        return measure_ways(ways, together, lambda way: _open(own, Engine(way, way), way.accuracy_level))
 
-    opened = _open(bundle, choose(bundle, threads, measure), None, adapter)
+    opened = _open(bound, choose(bundle, threads, measure), None)
     if isinstance(opened, TextGenerator):
         opened.exact = False
     return opened
 
 
-def _open(
-    bundle: Bundle, engine: Engine, accuracy_level: int | None, adapter: str | None
-) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
+def _open(bound: Bound, engine: Engine, accuracy_level: int | None) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
     """Open the graphs of an engine; `accuracy_level` is the one that was asked for, if one was.
 
     Returns:
@@ -107,6 +109,7 @@ def _open(
         BundleError: the bundle lacks a graph, or this onnxruntime cannot run it.
         UsageError: an adapter that the bundle does not have.
     """
+    bundle = bound.bundle
     exact = fixed_engine(bundle, None, None).prefill.accuracy_level
 
     def level(way: Way) -> int | None:
@@ -116,11 +119,11 @@ def _open(
         parts = ((bundle.encoder_graph, engine.prefill), (bundle.graph, engine.decode))
         sessions = [open_session(graph(level(way)), way.threads) for graph, way in parts]
         opened: TextGenerator | Seq2SeqGenerator | EncoderBundle = Seq2SeqGenerator(
-            bundle, *((each, adapter_inputs(bundle, each, adapter)) for each in sessions)
+            bundle, *zip(sessions, adapter_inputs(sessions, bound), strict=True)
         )
     else:
         session = open_session(bundle.graph(level(engine.decode)), engine.decode.threads)
-        inputs = adapter_inputs(bundle, session, adapter)
+        (inputs,) = adapter_inputs([session], bound)
         opened = _ONE_GRAPH[bundle.task](bundle, session, inputs)
         if isinstance(opened, TextGenerator) and engine.prefill != engine.decode:
             opened.prefill = open_session(bundle.graph(level(engine.prefill)), engine.prefill.threads)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from in_process import run_cli
 
+from edge_ft.adapter import find_adapter
 from edge_ft.config import RunConfig, TuneConfig
 from edge_ft.data import read_rows
 from edge_ft.data.tokenizer_settings import check_charsmaps
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.families import family_of
 from edge_ft.files import is_as_sealed, seal
-from edge_ft.models.adapter import find_adapter
 from edge_ft.models.base_model import Base
 from edge_ft.tune.checkpoint import SCORES, _misfit_of_counters
 from edge_ft.tune.loop import Fit

@@ -49,8 +49,14 @@ def test_the_adapter_lane_ships_the_trained_codes_byte_for_byte(
         name: module for name, module in model.named_modules() if isinstance(module, QuantLinear | QuantEmbedding)
     }
     assert len(layers) == 16
+    joined = ("q_proj", "k_proj", "v_proj")
     for name, layer in layers.items():
+        block, _, last = name.rpartition(".")
         for kind in ("qweight", "scales", "zero_points"):
+            if last in joined:  # one tensor holds the rows of all three
+                parts = [getattr(layers[f"{block}.{part}"].codes(), kind) for part in joined]
+                assert shipped[f"{block}.qkv_proj.{kind}"].tobytes() == b"".join(part.tobytes() for part in parts)
+                continue
             # A tied embedding has the head's scales and zero points, which are stored once.
             stored = shipped.get(f"{name}.{kind}", shipped[f"lm_head.{kind}"])
             assert stored.tobytes() == getattr(layer.codes(), kind).tobytes()

@@ -14,6 +14,7 @@ import torch
 from gguf import GGUFReader
 from tiny_models import write_decoder, write_llama
 
+from edge_ft.adapter import find_adapter
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import EvalConfig, ExportConfig
 from edge_ft.data import TextTokenizer
@@ -23,7 +24,6 @@ from edge_ft.export import GgufExport, export, export_gguf
 from edge_ft.export.bundle_weights import bundle_weights
 from edge_ft.export.gguf_file import file_tensors
 from edge_ft.models.adapted import load_adapter
-from edge_ft.models.adapter import find_adapter
 from edge_ft.models.base_model import find_base
 from edge_ft.models.gguf_names import Heads
 from edge_ft.models.loading import ModelSpec, load_model

@@ -14,7 +14,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from edge_ft.errors import ModelError
-from edge_ft.export.lowering import add_lora_inputs, lower
+from edge_ft.export.lora_defaults import write_default_graph, write_values
+from edge_ft.export.lora_graph import add_lora_inputs
+from edge_ft.export.lowering import lower
 from edge_ft.export.packing import write_graphs
 from edge_ft.export.trace import trace
 from edge_ft.families import family_of
@@ -104,12 +106,33 @@ class Graph:
         return dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
 
 
-def export(model: PreTrainedModel, folder: Path, pairs: dict[str, tuple[Array, Array]] | None = None) -> Graph:
+def export(model: PreTrainedModel, folder: Path) -> Graph:
     graph = trace(model, family_of(model.config.model_type))
-    if pairs is not None:
-        add_lora_inputs([graph], pairs)
     lower(graph)
     write_graphs({"model": graph}, folder, "model")
+    return Graph(folder / "onnx/model.onnx")
+
+
+def export_with_adapter(model: PreTrainedModel, folder: Path, pairs: dict[str, tuple[Array, Array]]) -> Graph:
+    """The graph with inputs for an adapter on all of its linear layers, and `pairs` as their defaults."""
+    graph = trace(model, family_of(model.config.model_type))
+    lower(graph)
+    sizes = {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+    assert add_lora_inputs(graph, sizes) == set(sizes)
+    write_graphs({"lora_model": graph}, folder, "model")
+    values = {
+        f"lora_{side}.{name}": part for name, pair in pairs.items() for side, part in zip("AB", pair, strict=True)
+    }
+    write_values(folder / "onnx/adapter.safetensors", values)
+    names = {f"lora_A.{name}": (0, size) for name, (size, _) in sizes.items()}
+    names |= {f"lora_B.{name}": (size, 0) for name, (_, size) in sizes.items()}
+    write_default_graph(
+        folder / "onnx/lora_model.onnx", folder / "onnx/model.onnx", names, folder / "onnx/adapter.safetensors"
+    )
     return Graph(folder / "onnx/model.onnx")
 
 
@@ -262,7 +285,7 @@ def test_lora_inputs_beside_the_base(make: Any, block_size: int | None, tmp_path
         )
         for name, layer in layers.items()
     }
-    graph = export(make(block_size), tmp_path, pairs)
+    graph = export_with_adapter(make(block_size), tmp_path, pairs)
     ids, mask = padded_rows((11,))
     feeds = {"input_ids": ids, "attention_mask": mask}
     if make is make_encoder:
@@ -275,7 +298,7 @@ def test_lora_inputs_beside_the_base(make: Any, block_size: int | None, tmp_path
     assert {value.name: value.shape for value in graph.session.get_overridable_initializers()} == {
         f"lora_{part}.{name}": shape
         for name, (a, b) in pairs.items()
-        for part, shape in (("A", ["rank", a.shape[1]]), ("B", [b.shape[0], "rank"]))
+        for part, shape in (("A", [f"rank.{name}", a.shape[1]]), ("B", [b.shape[0], f"rank.{name}"]))
     } | ({"num_logits_to_keep": []} if make is make_decoder else {})
 
     with tuned.disable_adapter():
@@ -287,11 +310,11 @@ def test_lora_inputs_beside_the_base(make: Any, block_size: int | None, tmp_path
         np.testing.assert_allclose(graph(**feeds, **zeros)["logits"], without, atol=TOLERANCE)
 
 
-def test_an_adapter_for_a_missing_layer_is_refused() -> None:
-    model = make_decoder(32)
-    graph = trace(model, family_of("llama"))
-    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj"):
-        add_lora_inputs([graph], {"model.layers.2.mlp.up_proj": (np.zeros((1, 64)), np.zeros((96, 1)))})
+def test_a_layer_that_the_graph_lacks_gets_no_input() -> None:
+    graph = trace(make_decoder(32), family_of("llama"))
+    lower(graph)
+    layer = "model.layers.1.mlp.up_proj"
+    assert add_lora_inputs(graph, {layer: (64, 96), "model.layers.2.mlp.up_proj": (64, 96)}) == {layer}
 
 
 def test_an_adapter_may_reach_the_head(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from foreign_adapters import save_foreign
 from safetensors.torch import load_file, save_file
 from tiny_models import write_decoder, write_llama
 
+from edge_ft.adapter import find_adapter
 from edge_ft.errors import ModelError
+from edge_ft.export.foreign import unknown_settings
 from edge_ft.models.adapted import load_adapter, merge_adapter
-from edge_ft.models.adapter import find_adapter
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 
@@ -142,7 +143,7 @@ def test_a_config_of_an_old_peft_is_enough(llama: Path, adapter: Path) -> None:
 
 def test_settings_of_a_newer_peft_are_named(llama: Path, adapter: Path) -> None:
     configure(adapter, use_something_new=True, something_unused=None)
-    assert find_adapter(adapter).unknown_settings == ["use_something_new"]
+    assert unknown_settings(find_adapter(adapter)) == ["use_something_new"]
     load_adapter(base_model(llama), adapter)
 
 

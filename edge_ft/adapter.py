@@ -1,12 +1,14 @@
 """The folder of a PEFT adapter: found, read and checked before any weights are loaded."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize, safe_open
 
 from edge_ft.config import Minimum, Task, misfit
 from edge_ft.errors import ModelError, did_you_mean
@@ -16,6 +18,7 @@ from edge_ft.utf8 import read_json
 __all__ = ["PEFT_TASKS", "Adapter", "find_adapter"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.", ".lora_B."
 
 PEFT_TASKS: dict[Task, str | None] = {
     "text-generation": "CAUSAL_LM",
@@ -105,14 +108,6 @@ class Adapter:
         return _json_object(file) if file.is_file() else {}
 
     @property
-    def unknown_settings(self) -> list[str]:
-        """Fields of the config, with a value, that the installed PEFT does not know: a newer one wrote them."""
-        from peft import LoraConfig
-
-        known = {field.name for field in fields(LoraConfig)} | {"auto_mapping", "peft_version"}
-        return sorted(name for name, value in self.config.items() if value and name not in known)
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         """Class names of its run, or in its config.json, in the order of the logits; () where it names none."""
         run = self.path.parent / "rendering.json"  # of an edge-ft run
@@ -150,6 +145,41 @@ class Adapter:
         tokens = self.config.get("trainable_token_indices") or {}
         return {"": tokens} if isinstance(tokens, list) else tokens
 
+    def pairs(self) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Read A and B of every adapted layer, without PEFT.
+
+        Returns:
+            A [rank, in] and B [out, rank] by the layer's name, B multiplied by PEFT's scaling: alpha / rank, with
+            rsLoRA alpha / sqrt(rank), both by layer.
+
+        Raises:
+            ModelError: a matrix is missing, of an unknown type, or not finite.
+        """
+        tensors = _read(self.weights)
+        found = {}
+        for name in sorted(tensors):
+            module, ending, _ = name.removeprefix(PREFIX).partition(LORA_A)
+            if not ending:
+                continue
+            a, b = tensors[name], tensors.get(name.replace(LORA_A, LORA_B))
+            if b is None or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+                raise ModelError(f"the adapter {self.path} lacks the other half of {name}: copy it again")
+            if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                raise ModelError(
+                    f"the adapter {self.path} is of no use: {name} or its B holds values that are not finite, its "
+                    "training diverged"
+                )
+            found[module] = a, b * np.float32(self._scaling(module, len(a)))
+        if not found:
+            raise ModelError(f"the adapter {self.path} has no A and B of any layer: save it again")
+        return found
+
+    def _scaling(self, module: str, rank: int) -> float:
+        """Return what PEFT multiplies B A x by in a layer."""
+        patterns = self.config.get("alpha_pattern") or {}
+        alpha = next((value for key, value in patterns.items() if _fits(key, module)), self.config.get("lora_alpha", 8))
+        return float(alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
+
     def beyond_lora_inputs(self, head: tuple[str, ...]) -> str | None:
         """Find what inputs A and B of linear layers cannot hold.
 
@@ -172,6 +202,11 @@ class Adapter:
         if self.config.get("bias", "none") != "none":
             return f"trained biases (bias={self.config['bias']!r})"
         return None
+
+
+def _fits(pattern: str, module: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern is for a layer, as PEFT decides."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def find_adapter(folder: Path) -> Adapter:
@@ -217,6 +252,25 @@ def find_adapter(folder: Path) -> Adapter:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path / WEIGHTS} cannot be read, it is damaged ({error}): copy it again") from error
     return Adapter(path, config, shapes)
+
+
+def _read(weights: Path) -> dict[str, NDArray[np.float32]]:
+    """Return the tensors of a file as float32; numpy itself knows no bfloat16.
+
+    Raises:
+        ModelError: a tensor is of another type.
+    """
+    found = {}
+    for name, tensor in deserialize(weights.read_bytes()):
+        kind, data = tensor["dtype"], tensor["data"]
+        if kind == "BF16":
+            values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        elif kind in ("F16", "F32", "F64"):
+            values = np.frombuffer(data, f"f{int(kind[1:]) // 8}").astype(np.float32)
+        else:
+            raise ModelError(f"{weights}: {name} is of type {kind}, not of float: save the adapter again in float32")
+        found[name] = values.reshape(tensor["shape"])
+    return found
 
 
 def _adapter_folder(folder: Path) -> Path:

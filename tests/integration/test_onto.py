@@ -1,0 +1,279 @@
+"""An adapter is added to a bundle where it is, and the bundle then answers with it; without torch or ONNX libraries."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from once import once
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from edge_ft.artifacts import Bundle, RunFolder
+from edge_ft.config import EvalConfig, ExportConfig, VerifyConfig
+from edge_ft.errors import GateRefused, UsageError
+from edge_ft.evaluate import evaluate
+from edge_ft.evaluate.verify import verify
+from edge_ft.export import export
+from edge_ft.runtime import TextGenerator, load
+
+LOOSE: dict[str, Any] = {"max_tax": 10.0, "min_retained": -10.0, "max_metric_drop": 1.0}
+
+
+@pytest.fixture(scope="module")
+def base_bundle(work: Path, llama: Path, sums: Path) -> Path:
+    """The tiny decoder as it is, in int4 over the codes that `llama_run` was trained over."""
+    return once(work / "onto-base", lambda out: export(str(llama), ExportConfig(out=out, data=str(sums))))
+
+
+@pytest.fixture
+def base(base_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def float_bundle(work: Path, llama: Path) -> Path:
+    return once(work / "onto-float", lambda out: export(str(llama), ExportConfig(out=out, weights="fp32")))
+
+
+def peft_adapter(llama: Path, folder: Path, seed: int = 0, **settings: Any) -> Path:
+    """An adapter whose A and B are random, as plain PEFT saves it."""
+    torch.manual_seed(seed)
+    config = LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "init_lora_weights": False, **settings})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied layers
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config)
+        model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+IDS = np.array([[5, 9, 3, 17, 42, 8, 1, 30]], np.int64)
+
+
+def logits(bundle: Path, adapter: Any = None) -> NDArray[np.float32]:
+    opened = load(bundle, adapter=adapter, engine="exact", threads=1)
+    assert isinstance(opened, TextGenerator)
+    return opened.logits(IDS, np.ones_like(IDS))
+
+
+def torch_logits(llama: Path, adapter: Path) -> NDArray[np.float32]:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), adapter).eval()
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(IDS)).logits.numpy()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "r": 16, "use_rslora": True},
+        {
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {"up_proj": 2},
+            "alpha_pattern": {"layers.1.*q_proj": 32},
+        },
+    ],
+    ids=["all layers", "rsLoRA, one layer, rank 16", "patterns"],
+)
+def test_an_adapter_of_peft_bound_to_a_base_gives_the_logits_of_torch(
+    llama: Path, float_bundle: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    adapter = peft_adapter(llama, tmp_path / "adapter", **settings)
+    np.testing.assert_allclose(logits(float_bundle, adapter), torch_logits(llama, adapter), atol=1e-4)
+    assert np.abs(logits(float_bundle, adapter) - logits(float_bundle)).max() > 1e-2
+
+
+def test_bfloat16_and_float16_adapters_are_read(llama: Path, float_bundle: Path, tmp_path: Path) -> None:
+    adapter = peft_adapter(llama, tmp_path / "adapter")
+    weights = adapter / "adapter_model.safetensors"
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    exact = logits(float_bundle, adapter)
+    for kind in (torch.bfloat16, torch.float16):
+        save_torch({name: tensor.to(kind) for name, tensor in load_torch(weights).items()}, weights)
+        np.testing.assert_allclose(logits(float_bundle, adapter), exact, atol=0.1)
+
+
+def test_each_swap_changes_the_answer_and_both_adapters_stay_exact(
+    llama: Path, float_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(float_bundle, tmp_path / "bundle"))
+    before = logits(bundle)
+    one, two = (peft_adapter(llama, tmp_path / name, seed, r=seed) for name, seed in (("one", 2), ("two", 5)))
+    export(str(one), ExportConfig(onto=bundle))
+    export(str(two), ExportConfig(onto=bundle, name="second"))
+    manifest = Bundle.open(bundle).manifest
+    assert manifest["lane"] == "adapter"
+    assert manifest["adapters"]["default"] == "second"
+    assert set(manifest["adapters"]["names"]) == {"one", "second"}
+    for adapter, folder in (("one", one), ("second", two), (None, two), (two, two)):
+        np.testing.assert_allclose(logits(bundle, adapter), torch_logits(llama, folder), atol=1e-4)
+    np.testing.assert_array_equal(logits(bundle, "none"), before)
+    assert np.abs(logits(bundle, "one") - logits(bundle, "second")).max() > 1e-2
+    verify(bundle, VerifyConfig())
+
+
+def test_plain_onnx_runtime_answers_with_the_default_adapter(llama: Path, float_bundle: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    bundle = Path(shutil.copytree(float_bundle, tmp_path / "bundle"))
+    adapter = peft_adapter(llama, tmp_path / "adapter")
+    export(str(adapter), ExportConfig(onto=bundle))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    session = onnxruntime.InferenceSession(bundle / manifest["model"])
+    feeds: dict[str, Any] = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "num_logits_to_keep": np.array(0)}
+    feeds |= {
+        value.name: np.zeros([1, value.shape[1], 0, value.shape[3]], np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past")
+    }
+    np.testing.assert_allclose(session.run(["logits"], feeds)[0], torch_logits(llama, adapter), atol=1e-4)
+
+
+def test_a_run_becomes_the_default_of_a_bundle_over_its_codes(
+    llama_run: RunFolder, llama_adapter_bundle: Bundle, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(llama_adapter_bundle.path, tmp_path / "bundle"))
+    name = llama_adapter_bundle.manifest["adapters"]["default"]
+    before = logits(bundle)
+    added = export(str(llama_run.path), ExportConfig(onto=bundle, name="again"))
+    np.testing.assert_allclose(logits(bundle), before, atol=1e-5)
+    np.testing.assert_array_equal(logits(bundle, name), logits(bundle))
+    found = added.manifest["verification"]
+    assert found["nll"]["shipped"] == pytest.approx(llama_run.report()["nll"]["best"], abs=1e-3)
+    assert found["test"]["rows"] > 0
+    assert set(added.manifest["graphs"]) == {"1", "4"}
+    data = str(llama_run.split("validation"))
+    verify(bundle, VerifyConfig(data=data))
+    scores = {
+        adapter: evaluate(str(bundle), EvalConfig(data=data, adapter=adapter, generate=False))["nll"]
+        for adapter in (None, "none", str(llama_run.path))
+    }
+    assert scores[None] == pytest.approx(scores[str(llama_run.path)], abs=1e-6)
+    assert scores["none"] > scores[None] + 0.1
+    assert isinstance(load(bundle), TextGenerator)  # the engine is chosen among the graphs that passed
+
+
+def test_an_adapter_that_learned_nothing_is_refused_and_the_bundle_stays(
+    llama: Path, base: Path, sums: Path, tmp_path: Path
+) -> None:
+    before = {file: file.read_bytes() for file in base.rglob("*") if file.is_file()}
+    adapter = peft_adapter(llama, tmp_path / "adapter")
+    with pytest.raises(GateRefused, match=r"is as before: .*nothing was learned") as refusal:
+        export(str(adapter), ExportConfig(onto=base, data=str(sums), **LOOSE))
+    assert refusal.value.exit_code == 3
+    assert {file: file.read_bytes() for file in base.rglob("*") if file.is_file()} == before
+    weights = adapter / "adapter_model.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(GateRefused, match="does not change the logits"):
+        export(str(adapter), ExportConfig(onto=base))
+
+
+def test_an_adapter_of_other_codes_is_refused(llama_run: RunFolder, base: Path) -> None:
+    """The run's base was rounded over its rows, this bundle's was not."""
+    report = llama_run.report()["nll"]
+    with pytest.raises(GateRefused, match="trained over other weights than this bundle's"):
+        export(str(llama_run.path), ExportConfig(onto=base, **{**LOOSE, "max_tax": 0.0}))
+    added = export(str(llama_run.path), ExportConfig(onto=base, **LOOSE))
+    assert added.manifest["verification"]["nll"]["shipped"] > report["best"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            "lm_head, which takes no adapter .* MODEL --adapter",
+        ),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "has DoRA"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, r"the whole of embed_tokens"),
+        ({"target_modules": ["embed_tokens"]}, "an adapted embedding"),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias"),
+    ],
+    ids=["head", "DoRA", "modules_to_save", "embedding", "biases"],
+)
+def test_an_adapter_that_does_not_fit_is_refused_by_name(
+    llama: Path, base: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    adapter = peft_adapter(llama, tmp_path / "adapter", **change)
+    for use in (lambda: load(base, adapter=adapter), lambda: export(str(adapter), ExportConfig(onto=base))):
+        with pytest.raises(UsageError, match=message):
+            use()
+
+
+def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path, llama: Path) -> None:
+    adapter = peft_adapter(llama, tmp_path / "adapter", target_modules=["q_proj"])
+    weights = adapter / "adapter_model.safetensors"
+    save_file({k: v[:, :32].copy() if "lora_A" in k else v for k, v in load_file(weights).items()}, weights)
+    with pytest.raises(UsageError, match=r"of shape \[4, 32\].*is of another model"):
+        load(base, adapter=adapter)
+
+
+def test_a_merged_bundle_takes_no_adapter(llama_bundle: Bundle, llama_run: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="merged into the weights, and its base is gone"):
+        export(str(llama_run.path), ExportConfig(onto=llama_bundle.path))
+    with pytest.raises(UsageError, match="merged into the weights"):
+        load(llama_bundle, adapter=llama_run.path)
+
+
+def test_a_name_that_is_taken_must_be_given_to_be_replaced(llama: Path, base: Path, tmp_path: Path) -> None:
+    one, two = (peft_adapter(llama, tmp_path / folder / "mine", seed) for folder, seed in (("a", 1), ("b", 2)))
+    export(str(one), ExportConfig(onto=base))
+    files = set(Bundle.open(base).manifest["files"])
+    with pytest.raises(UsageError, match="--name mine replaces it"):
+        export(str(two), ExportConfig(onto=base))
+    replaced = export(str(two), ExportConfig(onto=base, name="mine"))
+    np.testing.assert_array_equal(logits(base), logits(base, two))
+    assert len(replaced.manifest["files"]) == len(files)
+    assert set(replaced.manifest["files"]) == {
+        file.relative_to(base).as_posix() for file in base.rglob("*") if file.is_file()
+    } - {"manifest.json"}
+
+
+@pytest.mark.parametrize("name", ["none", "a/b", "", ".x"])
+def test_a_name_that_is_none_is_refused(llama: Path, base: Path, tmp_path: Path, name: str) -> None:
+    adapter = peft_adapter(llama, tmp_path / "adapter", target_modules=["q_proj"])
+    with pytest.raises(UsageError, match=f"--name {name}: a name has"):
+        export(str(adapter), ExportConfig(onto=base, name=name))
+
+
+def test_an_unknown_adapter_is_refused_with_the_names(base: Path) -> None:
+    with pytest.raises(UsageError, match=r"--adapter non: there is no such folder.*none"):
+        load(base, adapter="non")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out": Path("x")}, "leave --out out"),
+        ({"weights": "int8"}, "--weights was settled"),
+        ({"adapter": Path("x")}, "--adapter was settled"),
+        ({"format": "gguf"}, "--format was settled"),
+    ],
+)
+def test_options_of_a_new_bundle_do_not_go_with_onto(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ExportConfig(onto=Path("bundle"), **options)
+    with pytest.raises(UsageError, match="--name is for --onto"):
+        ExportConfig(out=Path("x"), name="x")
+
+
+def test_files_of_a_killed_change_are_ignored_and_removed_by_the_next_one(
+    llama: Path, base: Path, tmp_path: Path
+) -> None:
+    for name in ("onnx/adapter.0123abcd.safetensors", "onnx/model_q4.0123abcd.onnx", ".manifest.json.7.tmp"):
+        (base / name).write_bytes(b"half")
+    before = logits(base)
+    export(str(peft_adapter(llama, tmp_path / "adapter")), ExportConfig(onto=base))
+    np.testing.assert_array_equal(logits(base, "none"), before)
+    assert not list(base.rglob("*0123abcd*")) + list(base.glob(".*"))
+    (base / "onnx" / "other.onnx").write_bytes(b"")
+    with pytest.raises(UsageError, match="does not list"):
+        Bundle.open(base)
