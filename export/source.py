@@ -11,6 +11,7 @@ from edge_ft.adapter import Adapter, find_adapter
 from edge_ft.artifacts import RunFolder, kind_of
 from edge_ft.config import INT8_ACTIVATIONS, BaseFormat, ExportConfig, Task, Weights
 from edge_ft.data import (
+    Example,
     Rendering,
     Row,
     SpecialIds,
