@@ -9,6 +9,7 @@ from edge_ft.errors import BundleError
 from edge_ft.runtime.adapters import Bound, adapter_inputs, bind
 from edge_ft.runtime.cache import KVCache
 from edge_ft.runtime.classify import Classification, TextClassifier
+from edge_ft.runtime.conversation import Conversation
 from edge_ft.runtime.decode import Generation, Timings
 from edge_ft.runtime.embed import TextEmbedder
 from edge_ft.runtime.engine import choose, fixed_engine
@@ -16,7 +17,7 @@ from edge_ft.runtime.fill_mask import Fill, FilledText, MaskFiller
 from edge_ft.runtime.seq2seq import Seq2SeqGenerator
 from edge_ft.runtime.session import open_session
 from edge_ft.runtime.tag import TaggedText, TaggedWord, TextTagger
-from edge_ft.runtime.text_generator import Conversation, TextGenerator
+from edge_ft.runtime.text_generator import TextGenerator
 from edge_ft.runtime.trials import Trial, measure_ways
 from edge_ft.runtime.ways import Engine, Way
 

@@ -17,9 +17,9 @@ from edge_ft.config import Minimum, from_plain
 from edge_ft.errors import BundleError
 from edge_ft.runtime.session import output_size, running
 
-__all__ = ["CacheShape", "KVCache"]
+__all__ = ["STEP", "CacheShape", "KVCache"]
 
-_STEP = 256
+STEP = 256
 """Positions that the buffers grow by."""
 _SHORT = 8
 """Most tokens in one run of the graph for decoding."""
@@ -148,6 +148,11 @@ class KVCache:
         """Keep the first so many of the cached tokens."""
         del self.ids[length:]
 
+    def copy_to(self, buffers: Mapping[str, NDArray[np.float32]], text: int) -> None:
+        """Copy the keys and values to a text of other buffers [texts, kv_heads, positions, head_dim]."""
+        for name, buffer in self._buffers.items():
+            buffers[name][text, :, : len(self.ids)] = buffer[0, :, : len(self.ids)]
+
     def _graphs(self) -> list[tuple[ort.InferenceSession, ort.IOBinding]]:
         """The graphs in use and what is bound to their inputs and outputs."""
         return [self._short] if self._long is self._short else [self._short, self._long]
@@ -170,7 +175,7 @@ class KVCache:
     def _reserve(self, length: int) -> None:
         if length <= self.capacity:
             return
-        self.capacity = -(-length // _STEP) * _STEP
+        self.capacity = -(-length // STEP) * STEP
         self._mask = np.ones((1, self.capacity), np.int64)
         used = len(self.ids)
         size = (1, self._shape.kv_heads, self.capacity, self._shape.head_dim)

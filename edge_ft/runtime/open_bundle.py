@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, overload
 
 from edge_ft.artifacts import Bundle
 from edge_ft.config import RunConfig
@@ -69,11 +69,19 @@ class GenerativeBundle(OpenBundle):
         self.max_length = bundle.max_length
         self.stop_ids = stop_ids(self.rendering, self.tokenizer)
 
-    def generate(self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY) -> Generation:
-        """Answer a prompt.
+    @overload
+    def generate(self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[Message]] | list[Chat], config: RunConfig = GREEDY
+    ) -> list[Generation]: ...
+
+    def generate(self, prompt: Any, config: RunConfig = GREEDY) -> Generation | list[Generation]:
+        """Answer a prompt, or several.
 
         Args:
-            prompt: Text; or a chat or its messages, for a decoder.
+            prompt: Text; or a chat or its messages, for a decoder. Or a list of these, for as many results.
             config: Options of the answer; `engine`, `threads`, `accuracy_level` and `adapter` belong to `load`.
 
         Returns:
@@ -83,7 +91,32 @@ class GenerativeBundle(OpenBundle):
             TooLong: prompt or answer exceed the model's limit; for a decoder, both together.
             UsageError: an empty prompt or stop string, or options that do not fit the bundle.
         """
-        return read_to_end(self.stream(prompt, config))
+        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], dict):  # a list of messages is a chat
+            return read_to_end(self.stream(prompt, config))
+        answers = []
+        for answer in self.generate_each(prompt, config):
+            if isinstance(answer, UsageError):
+                raise answer
+            answers.append(answer)
+        return answers
+
+    def generate_each(
+        self, prompts: Sequence[str | list[Message] | Chat], config: RunConfig = GREEDY
+    ) -> Iterator[Generation | UsageError]:
+        """Answer prompts, where one that cannot be answered does not stop the others.
+
+        Args:
+            prompts: As for `generate`.
+            config: As for `generate`.
+
+        Yields:
+            The answer to each prompt, in order; the error of one that cannot be answered.
+        """
+        for prompt in prompts:
+            try:
+                yield read_to_end(self.stream(prompt, config))
+            except UsageError as error:
+                yield error
 
     def unread_by(self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY) -> tuple[str, ...]:
         """Return what a prompt says and the model does not read; an encoder-decoder reads all of a text."""

@@ -137,7 +137,7 @@ def _run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress
         for row, prompt in zip(rows, prompts, strict=True):
             with suppress(UsageError):  # a template that fails is the error of its row, below
                 left_out[row.number] = opened.unread_by(prompt, config)
-        results = (_result_or_error(opened, prompt, config) for prompt in prompts)
+        results = _results(opened, prompts, config)
     for message in _report_unused(rows, opened, left_out):
         progress.say(f"{source}: {message}")
     failed = 0
@@ -187,12 +187,19 @@ def _reply(conversation: Conversation, line: str, target: TextIO) -> None:
     print(file=target)
 
 
-def _result_or_error(opened: TextGenerator | Seq2SeqGenerator, prompt: str | Chat, config: RunConfig) -> dict[str, Any]:
-    """Return the answer to a row, or its error, so that one bad row does not stop the others."""
-    try:
-        return asdict(_classify(opened, [prompt], config)[0] if config.labels else opened.generate(prompt, config))
-    except UsageError as error:
-        return {"error": str(error)}
+def _results(
+    opened: TextGenerator | Seq2SeqGenerator, prompts: Sequence[str | Chat], config: RunConfig
+) -> Iterator[dict[str, Any]]:
+    """Yield the answer to each row, or its error, so that one bad row does not stop the others."""
+    if not config.labels:
+        answers = opened.generate_each(prompts, config)
+        yield from ({"error": str(found)} if isinstance(found, UsageError) else asdict(found) for found in answers)
+        return
+    for prompt in prompts:
+        try:
+            yield asdict(_classify(opened, [prompt], config)[0])
+        except UsageError as error:
+            yield {"error": str(error)}
 
 
 def _classify(

@@ -1,6 +1,7 @@
-"""An open text-generation bundle: answers, conversations, and scores of given tokens."""
+"""An open text-generation bundle: answers, alone and in batches, and scores of given tokens."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, overload
@@ -25,8 +26,11 @@ from edge_ft.data import (
     unread_by,
 )
 from edge_ft.errors import UsageError
+from edge_ft.runtime.batch import FEWEST, SLOTS, Pace, Request, answer_together
+from edge_ft.runtime.batch_cache import BatchCache
 from edge_ft.runtime.cache import CacheShape, KVCache
 from edge_ft.runtime.classify import Classification
+from edge_ft.runtime.conversation import Conversation
 from edge_ft.runtime.decode import (
     DEFAULT_NEW_TOKENS,
     GREEDY,
@@ -44,50 +48,13 @@ from edge_ft.runtime.sampling import Sampler
 from edge_ft.runtime.session import running
 from edge_ft.runtime.token_scores import answer_nll, score_targets
 from edge_ft.runtime.window import Window
+from edge_ft.system import free_memory_bytes
 
-__all__ = ["Conversation", "TextGenerator"]
-
-
-class Conversation:
-    """A chat in which only the tokens that are new since the last turn are read.
-
-    Each turn renders the whole chat and reuses the cached tokens that the rendered chat begins with. Except for
-    rounding in the kernels, an answer is the same as without the cache, even where the chat template rewrites earlier
-    turns.
-    """
-
-    def __init__(self, answer: Callable[[list[Message]], Generator[str, None, Generation]]) -> None:
-        """Start an empty conversation.
-
-        Args:
-            answer: Streams the answer to a list of messages; it owns the cache.
-        """
-        self.messages: list[Message] = []
-        self._answer = answer
-
-    def send(self, content: str) -> Generation:
-        """Return the answer to the user's next message."""
-        return read_to_end(self.stream(content))
-
-    def stream(self, content: str) -> Generator[str, None, Generation]:
-        """Stream the answer to the user's next message.
-
-        A turn whose stream is not read to its end is not added to the conversation.
-
-        Yields:
-            Pieces of text, as soon as later tokens cannot change them.
-
-        Returns:
-            The `Generation`.
-        """
-        messages = [*self.messages, {"role": "user", "content": content}]
-        generation = yield from self._answer(messages)
-        self.messages = [*messages, {"role": "assistant", "content": generation.text}]
-        return generation
+__all__ = ["TextGenerator"]
 
 
 class TextGenerator(GenerativeBundle):
-    """An open text-generation bundle; answers one prompt at a time, scores batches.
+    """An open text-generation bundle; answers prompts alone or in batches, scores batches.
 
     Attributes:
         prefill: A second graph of the bundle, which reads prompts; None where one graph does all.
@@ -111,6 +78,51 @@ class TextGenerator(GenerativeBundle):
     ) -> Generator[str, None, Generation]:
         """See `GenerativeBundle.stream`."""
         return self._stream(self._shared or self.open_cache(), prompt, config)
+
+    def generate_each(
+        self, prompts: Sequence[str | list[Message] | Chat], config: RunConfig = GREEDY
+    ) -> Iterator[Generation | UsageError]:
+        """See `GenerativeBundle.generate_each`: several prompts are answered together, where that is faster.
+
+        The answers are those of one prompt after the other, except for rounding in the kernels, and an exact generator
+        answers one after the other. The keys and values of a batch take at most a quarter of the free memory.
+
+        Yields:
+            The answer to each prompt, in order; the error of one that cannot be answered.
+        """
+        if self.exact or config.overflow == "shift" or len(prompts) <= FEWEST:
+            yield from super().generate_each(prompts, config)
+            return
+        ended: dict[int, Generation | UsageError] = {}
+        waiting: deque[tuple[int, Request]] = deque()
+        for number, prompt in enumerate(prompts):
+            try:
+                waiting.append((number, self._request(prompt, config)))
+            except UsageError as error:
+                ended[number] = error
+        following = 0
+        for number, answer in self._answer_all(waiting):
+            ended[number] = answer
+            while following in ended:
+                yield ended.pop(following)
+                following += 1
+        yield from (ended[number] for number in sorted(ended))
+
+    def _answer_all(self, waiting: deque[tuple[int, Request]]) -> Iterator[tuple[int, Generation]]:
+        """Answer numbered requests, alone until that speed is known, then together while that is faster."""
+        cache, pace = self._shared or self.open_cache(), Pace()
+        while waiting:
+            if pace.is_known and pace.pays() and len(waiting) >= FEWEST:
+                batch = BatchCache(self._session, self._shape, SLOTS, self._adapter_inputs)
+                room, decode = free_memory_bytes() // 4, self.tokenizer.decode_raw
+                for number, answer in answer_together(waiting, cache, batch, decode, room, pace):
+                    text = self._text(answer.request, iter(answer.tokens), answer.recorder, answer.cached_tokens)
+                    yield number, read_to_end(text)
+                continue
+            number, request = waiting.popleft()
+            generation = read_to_end(self._answer(cache, request, TimingsRecorder()))
+            pace.alone += generation.timings.decode_s
+            yield number, generation
 
     def unread_by(self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY) -> tuple[str, ...]:
         """See `GenerativeBundle.unread_by`."""
@@ -317,6 +329,29 @@ class TextGenerator(GenerativeBundle):
             UsageError: options that do not fit the bundle.
         """
         recorder = TimingsRecorder()
+        return (yield from self._answer(cache, self._request(prompt, config), recorder))
+
+    def _answer(self, cache: KVCache, request: Request, recorder: TimingsRecorder) -> Generator[str, None, Generation]:
+        """Answer a request alone; see `_stream`."""
+        config, prompt_ids, stops = request.config, request.prompt_ids, request.stops
+        max_new_tokens = request.max_new_tokens
+        cached = cache.rewind(prompt_ids)
+        sampler, rest = Sampler(config, prompt_ids, cache.vocabulary), prompt_ids[cached:]
+        if config.overflow == "shift":
+            tokens = decode_tokens(request.window.shifting(cache), rest, sampler, max_new_tokens, stops, recorder)
+        elif self.exact:
+            tokens = decode_tokens(cache.extend, rest, sampler, max_new_tokens, stops, recorder)
+        else:
+            tokens = decode_with_lookup(cache, rest, sampler, max_new_tokens, stops, recorder)
+        return (yield from self._text(request, tokens, recorder, cached))
+
+    def _request(self, prompt: str | list[Message] | Chat, config: RunConfig) -> Request:
+        """Return a prompt as it is read, and how it is answered.
+
+        Raises:
+            TooLong: the prompt and the longest answer together exceed the model's limit, and may not be cut.
+            UsageError: options that do not fit the bundle, or an empty prompt.
+        """
         if config.num_beams > 1:
             raise UsageError("--num-beams is for text2text-generation: this bundle answers greedily or by sampling")
         if config.system is not None:
@@ -329,18 +364,15 @@ class TextGenerator(GenerativeBundle):
         prompt_ids = self._encode(rendering, prompt)
         window = Window(self.max_length, int(prompt_ids[0] == self.tokenizer.named_bos_id))
         prompt_ids, max_new_tokens = self._fit(prompt_ids, config, window)
-        stops = stop_ids(rendering, self.tokenizer)
-        cached = cache.rewind(prompt_ids)
-        sampler, rest = Sampler(config, prompt_ids, cache.vocabulary), prompt_ids[cached:]
-        if config.overflow == "shift":
-            tokens = decode_tokens(window.shifting(cache), rest, sampler, max_new_tokens, stops, recorder)
-        elif self.exact:
-            tokens = decode_tokens(cache.extend, rest, sampler, max_new_tokens, stops, recorder)
-        else:
-            tokens = decode_with_lookup(cache, rest, sampler, max_new_tokens, stops, recorder)
-        detokenizer = StreamingDetokenizer(self.tokenizer.decode_raw, config.stop, self.tokenizer.clean)
-        answer = yield from stream_text(tokens, stops, detokenizer, recorder, len(prompt_ids), cached)
-        return replace(answer, dropped_tokens=window.dropped)
+        return Request(prompt_ids, max_new_tokens, stop_ids(rendering, self.tokenizer), config, window)
+
+    def _text(
+        self, request: Request, tokens: Iterator[int], recorder: TimingsRecorder, cached: int
+    ) -> Generator[str, None, Generation]:
+        """Stream the text of an answer's tokens; see `stream_text`."""
+        detokenizer = StreamingDetokenizer(self.tokenizer.decode_raw, request.config.stop, self.tokenizer.clean)
+        answer = yield from stream_text(tokens, request.stops, detokenizer, recorder, len(request.prompt_ids), cached)
+        return replace(answer, dropped_tokens=request.window.dropped)
 
     def _fit(self, prompt_ids: list[int], config: RunConfig, window: Window) -> tuple[list[int], int]:
         """Return the part of the prompt that is read, as --overflow says, and the longest answer in tokens.
