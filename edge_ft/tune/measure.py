@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_ft.config import TEXT_TASKS
-from edge_ft.data import batch_tokens, collate
+from edge_ft.data import Batch, batch_tokens, collate
 from edge_ft.system import Available, PeakMemory, release_memory, resident_bytes
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.trainable_model import TrainableModel
@@ -88,7 +88,10 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
     batches = sorted(job.batches, key=lambda batch: batch_tokens(batch, train, task))
     few, typical, longest = batches[0][: max(1, len(batches[0]) // 4)], batches[len(batches) // 2], batches[-1]
     between = [typical] if batch_tokens(longest, train, task) > 2 * batch_tokens(typical, train, task) else []
-    _measure_batch(few, job, model)  # the first pass also pays for what later ones find ready
+    # The report first: its float32 weights, where they are cached, would replace those of the steps.
+    more = batch_tokens(typical, train, task) / batch_tokens(few, train, task)
+    report_seconds, token, answering = _measure_report(few, job, model, more)
+    _step(few, job, model)  # the first pass also pays for what later ones find ready
     release_memory()
     idle = resident_bytes()
     points: list[_Point] = []
@@ -101,7 +104,7 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
             if not batch or batch_tokens(batch, train, task) <= last.tokens:
                 continue
         points.append(_measure_batch(batch, job, model))
-    report, token, answering = _measure_report(points, job, model)
+    report = report_seconds / points[0].evaluation_seconds if model.compute != "fp32" else 1.0
     sizes = [0, *(point.tokens for point in points)]
     steps = [0.0, *(point.step_seconds for point in points)]
     evaluations = [0.0, *(point.evaluation_seconds for point in points)]
@@ -120,33 +123,37 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
 
 
 def _measure_batch(batch: list[int], job: Job, model: TrainableModel) -> _Point:
-    """A forward and backward pass over a batch, whose gradients are discarded, and its scoring."""
-    train, task = job.prepared.examples["train"], job.prepared.task
-    collated = collate([train[index] for index in batch], job.tokenizer.pad_id, task)
+    """A step over a batch, whose gradients are discarded, and its scoring."""
     before = resident_bytes()
-    seconds, extra = _timed(lambda: model.backend.gradient(collated, 1))
-    model.backend.discard()
-    evaluation, _ = _timed(lambda: model.backend.token_nll(collated))
+    seconds, extra = _timed(lambda: _step(batch, job, model))
+    evaluation, _ = _timed(lambda: model.backend.token_nll(_collated(batch, job)))
+    train, task = job.prepared.examples["train"], job.prepared.task
     return _Point(batch, batch_tokens(batch, train, task), seconds, evaluation, before + extra)
 
 
-def _measure_report(points: list[_Point], job: Job, model: TrainableModel) -> tuple[float, float, int]:
-    """`report`, `token` and `answering` of `Measured`."""
-    train, task, pad_id = job.prepared.examples["train"], job.prepared.task, job.tokenizer.pad_id
-    middle = points[len(points) // 2]
-    smallest, batch = (collate([train[at] for at in point.rows], pad_id, task) for point in (points[0], middle))
-    report, token, answering = 1.0, 0.0, 0
+def _step(batch: list[int], job: Job, model: TrainableModel) -> None:
+    """A forward and backward pass over a batch, whose gradients are discarded."""
+    model.backend.gradient(_collated(batch, job), 1)
+    model.backend.discard()
+
+
+def _collated(batch: list[int], job: Job) -> Batch:
+    train = job.prepared.examples["train"]
+    return collate([train[index] for index in batch], job.tokenizer.pad_id, job.prepared.task)
+
+
+def _measure_report(batch: list[int], job: Job, model: TrainableModel, more: float) -> tuple[float, float, int]:
+    """Seconds to score a batch in float32, `token` of `Measured`, and its `answering` with `more` times the tokens."""
+    token, collated = 0.0, _collated(batch, job)
     with model.backend.in_float32():
-        if model.compute != "fp32":
-            model.backend.token_nll(smallest)  # the first pass also pays for what later ones find ready
-            seconds, answering = _timed(lambda: model.backend.token_nll(batch))
-            report = seconds / middle.evaluation_seconds
-        if task in TEXT_TASKS:
-            example = train[points[0].rows[0]]
+        model.backend.token_nll(collated)  # the first pass also pays for what later ones find ready
+        report, answering = _timed(lambda: model.backend.token_nll(collated))
+        if job.prepared.task in TEXT_TASKS:
+            example = job.prepared.examples["train"][batch[0]]
             answers: list[list[int]] = []
             prompt = example.input_ids[: example.prompt_length]
             seconds, extra = _timed(lambda: answers.append(model.backend.answer(prompt, 4)))
-            token, answering = seconds / (len(answers[0]) + 1), max(answering, extra)
+            token, answering = seconds / (len(answers[0]) + 1), max(round(more * answering), extra)
     return report, token, answering
 
 

@@ -21,6 +21,8 @@ from edge_ft.tune.torch_backend import TorchBackend
 
 __all__ = ["TrainableModel", "load_trainable_model"]
 
+COMPARED_ROWS = 4
+"""Validation rows by whose loss bfloat16 is compared with float32."""
 WORTH_KEEPING = 2.0
 """Seconds of choosing codes from which on they are kept in the cache."""
 
@@ -83,7 +85,7 @@ def load_trainable_model(
     peft_model = to_device(add_lora(model, base.family, task, config), processes.device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
     backend = TorchBackend(peft_model, base.family, task, config, processes, stop_ids(rendering, job.tokenizer))
-    compute = backend.resolve(collate(prepared.examples["validation"][: config.rows_at_once], pad_id, task))
+    compute = backend.resolve(collate(prepared.examples["validation"][:COMPARED_ROWS], pad_id, task))
     return TrainableModel(peft_model, backend, compute, calibration)
 
 
