@@ -282,9 +282,10 @@ def _adapter_folder(folder: Path) -> Path:
     folder = folder.expanduser()
     if not folder.is_dir():
         neighbours = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        what = "is a file, name its folder" if folder.is_file() else "does not exist"
+        if folder.is_file():
+            raise ModelError(f"the adapter {folder} is a file: name its folder, which holds {CONFIG}")
         raise ModelError(
-            f"the adapter {folder} {what}{did_you_mean(folder.name, neighbours)} (an adapter on a hub must be "
+            f"the adapter {folder} does not exist{did_you_mean(folder.name, neighbours)} (an adapter on a hub must be "
             "downloaded first)"
         )
     if (folder / CONFIG).is_file():

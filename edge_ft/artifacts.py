@@ -44,6 +44,10 @@ def kind_of(source: str) -> str:
     return "model"
 
 
+def _is_model(path: Path) -> bool:
+    return path.suffix == ".gguf" or (path / "config.json").is_file()
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder that `tune` writes: adapter, tokenizer, splits, report, and the identity of the base."""
@@ -244,6 +248,9 @@ class Bundle:
         if not path.exists():
             raise BundleError(f"{path} does not exist: give a bundle folder (edge-ft export makes one)")
         if not manifest_path.is_file():
+            what = "a run folder" if kind_of(str(path)) == "run" else "a model" if _is_model(path) else ""
+            if what:
+                raise BundleError(f"{path} is {what}, not a bundle: edge-ft export {path} --out BUNDLE makes one of it")
             raise BundleError(f"{path} is not a bundle: it has no manifest.json (edge-ft export makes one)")
         manifest = read_json(manifest_path, BundleError, "export it again")
         version = manifest.get("format_version", FORMAT_VERSION) if isinstance(manifest, dict) else FORMAT_VERSION

@@ -63,6 +63,16 @@ NO_MEMORY = (
     "--memory low, a smaller --batch-size or a smaller --max-length"
 )
 
+ELSEWHERE = {
+    **{"train": "tune", "finetune": "tune", "fine-tune": "tune", "sft": "tune", "generate": "run", "chat": "run"},
+    **{"infer": "run", "predict": "run", "convert": "export", "quantize": "export", "evaluate": "eval"},
+    **{"test": "eval", "benchmark": "bench", "lr": "--learning-rate", "output-dir": "--out", "output": "--out"},
+    **{"dataset": "--data", "model-name-or-path": "--model", "num-train-epochs": "--epochs", "lora-r": "--rank"},
+    **{"r": "--rank", "lora-alpha": "--alpha", "lora-rank": "--rank", "max-seq-length": "--max-length"},
+    **{"per-device-train-batch-size": "--batch-size", "max-tokens": "--max-new-tokens", "adapter-path": "--adapter"},
+}
+"""Commands and options by the names that they have in other tools."""
+
 LONGEST_MESSAGE = 400
 """Characters of a message about a command line."""
 HEADINGS = {group: cyclopts.Group(group.value, sort_key=at) for at, group in enumerate(Group)}
@@ -542,7 +552,11 @@ def _main(debug: bool) -> None:
             where = getattr(error, "filename", None) or error
             _fail(f"the disk is full: {where}; free some space and run again", WillNotFit.exit_code, debug)
         if isinstance(error, OSError):
-            _fail(str(error), UsageError.exit_code, debug)
+            why = (error.strerror or str(error)).lower()
+            where = (
+                f"{error.filename} cannot be read or written" if error.filename else "a file cannot be read or written"
+            )
+            _fail(f"{where}: {why}; name another place, or mend this one", UsageError.exit_code, debug)
         message = f"internal error: {type(error).__name__}: {error} (--debug shows the traceback)"
         _fail(message, EdgeFTError.exit_code, debug)
 
@@ -558,6 +572,11 @@ def _explain(error: cyclopts.CycloptsError) -> str:
         key = (error.token.keyword or error.token.value).strip("[]")
         known = [name[2:].replace("-", "_") for argument in error.argument_collection for name in argument.names]
         return f"{error.token.source}: unknown setting '{key}'{did_you_mean(key, known)}"
+    if isinstance(error, cyclopts.UnknownOptionError | cyclopts.UnknownCommandError):
+        typed = error.token.keyword if isinstance(error, cyclopts.UnknownOptionError) else error.unused_tokens[0]
+        if known := ELSEWHERE.get((typed or "").lstrip("-").replace("_", "-")):
+            command = " ".join(("edge-ft", *(error.command_chain or ())))
+            return f"{typed} is called {known} here: see {command} --help"
     text = str(error)  # with what was typed, which may be a whole document
     shown = text.encode("ascii", "backslashreplace").decode()
     return text if len(shown) <= LONGEST_MESSAGE else f"{shown[:LONGEST_MESSAGE]} ..."

@@ -175,5 +175,9 @@ def family_of(model_type: str, task: Task | None = None) -> Family:
         known = ", ".join(f"{name} ({', '.join(row.tasks)})" for name, row in FAMILIES.items())
         raise ModelError(f"models of type {model_type!r} are not supported; supported are: {known}")
     if task is not None and task not in family.tasks:
-        raise ModelError(f"a {model_type} model does {', '.join(family.tasks)} here, not {task}")
+        able = sorted({row.kind for row in FAMILIES.values() if task in row.tasks})
+        raise ModelError(
+            f"a {model_type} model does {', '.join(family.tasks)} here, not {task}: leave out --task, or take a model "
+            f"that does ({', '.join(f'an {kind}' if kind[0] == 'e' else f'a {kind}' for kind in able)})"
+        )
     return family

@@ -116,7 +116,7 @@ class TuneConfig(RowsConfig):
         super().__post_init__()
         check(
             len(self.split) == 3 and abs(sum(self.split) - 1) < 1e-6 and min(self.split) >= 0,
-            f"--split {' '.join(map(str, self.split))} must be three shares that sum to 1",
+            f"--split {' '.join(map(str, self.split))} must be three shares that sum to 1, as 0.8 0.1 0.1",
         )
         check(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
         check(0 <= self.warmup <= 1, "--warmup is a share of the steps: 0 to 1")

@@ -43,6 +43,7 @@ CODES = (
     "similar-classes",
     "missing-class",
     "joined-classes",
+    "few-rows",
 )
 """Every code; the first five refuse the rows."""
 

@@ -127,6 +127,11 @@ def _read_csv(path: Path) -> list[Row]:
             start, line = line, records.line_num + 1
             if not header:
                 header = record
+                if len(header) == 1 and delimiter == "," and (other := next((s for s in ";\t|" if s in header[0]), "")):
+                    raise DataError(
+                        f"{path} separates its columns by {other!r}, not by commas: save it with commas, or with tabs "
+                        "under a name that ends in .tsv"
+                    )
                 if twice := sorted({name for name in header if header.count(name) > 1}):
                     raise DataError(f"{path} names the column {twice[0]!r} twice: rename one")
             elif len(record) not in (0, len(header)):  # 0: a blank line

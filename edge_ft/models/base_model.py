@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from edge_ft.artifacts import kind_of
 from edge_ft.config import Pooling, ProblemType, Task
 from edge_ft.data import KnownIds, TextTokenizer, class_numbers
 from edge_ft.errors import ModelError, did_you_mean
@@ -233,6 +234,11 @@ def _find_folder(model: str, task: Task | None, progress: Progress | None) -> Pa
         return path
     if (path / "adapter_config.json").is_file():
         raise ModelError(f"{path} is a PEFT adapter: give the model that it was trained on, and --adapter {path}")
+    if kind_of(str(path)) == "run":
+        raise ModelError(
+            f"{path} is a run folder, not a model: name the model that it was trained on, or go on with "
+            f"edge-ft tune --config {path / 'config.yaml'} --resume"
+        )
     if path.is_dir():
         raise ModelError(
             f"{path} is not a model folder: it holds neither config.json nor a GGUF file; name the model file or its "

@@ -28,6 +28,9 @@ SPLITS = ("train", "validation", "test")
 FileFindings = list[tuple[str, Finding]]
 """Each with the file that its row numbers refer to."""
 
+FEW_ROWS = 4
+"""Fewer validation rows than these are a finding."""
+
 
 @dataclass(frozen=True)
 class GivenRows:
@@ -166,4 +169,10 @@ def split_given(
                 f"{given.files['train']}: {len(given.rows['train'])} row(s) leave none for {name}; give more rows or "
                 "another --split"
             )
+    if len(few := splits["validation"]) < FEW_ROWS:
+        message = (
+            f"validation has {len(few)} row(s), which chooses the best weights and measures what was learned by next "
+            "to nothing: give more rows, or more of them with --validation FILE or --split"
+        )
+        findings.append((given.files["train"], Finding("few-rows", "warning", [row.number for row in few], message)))
     return splits, findings

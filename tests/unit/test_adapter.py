@@ -89,7 +89,7 @@ def test_a_folder_without_weights_or_config_says_which(adapter: Path, tmp_path: 
         find_adapter(tmp_path / "empty")
     with pytest.raises(ModelError, match=r"does not exist \(did you mean 'adapter'\?\)"):
         find_adapter(tmp_path / "adaptor")
-    with pytest.raises(ModelError, match="is a file, name its folder"):
+    with pytest.raises(ModelError, match="is a file: name its folder"):
         find_adapter(adapter / "adapter_config.json")
 
 
