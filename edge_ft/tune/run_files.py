@@ -113,7 +113,8 @@ def write_report(
         "versions": {name: version(name) for name in ("edge-ft", "torch", "transformers", "peft")},
         "machine": platform.platform(),
     }
-    steps = [json.loads(line) for line in read_utf8(run.path / "metrics.jsonl").splitlines()]
+    log = run.path / "metrics.jsonl"
+    steps = [json.loads(line) for line in read_utf8(log).splitlines()] if log.is_file() else []
     plan = read_json(run.path / "plan.json") if (run.path / "plan.json").is_file() else None
     write_text(run.page_path, page_of_run(report, steps, plan, with_samples=job.config.include_samples))
     if job.config.compute == "fp32" and job.prepared.task != "feature-extraction":  # as the export computes

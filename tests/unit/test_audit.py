@@ -154,7 +154,7 @@ def test_findings_name_the_file_the_count_and_an_example(prepared: Any) -> None:
     # Line 1 of a CSV file is its header; a quoted field may have a line break in it.
     lines = ["prompt,completion", *(f"hello {n},seven" for n in range(10)), '"two\nlines",', "hello 3,seven"]
     found = {finding["code"]: finding for finding in prepared("\n".join(lines)).findings}
-    assert set(found) == {"empty-completion", "duplicated"}
+    assert set(found) == {"empty-completion", "duplicated", "few-rows"}
     assert (found["empty-completion"]["rows"], found["empty-completion"]["example"]) == ([12], "two lines")
     assert {key: value for key, value in found["duplicated"].items() if key not in ("file", "message")} == {
         "code": "duplicated",
@@ -187,7 +187,7 @@ def test_a_chat_without_an_answer_is_left_out(prepared: Any) -> None:
     asked = {"role": "user", "content": "hello"}
     chats = [{"messages": [asked, {"role": "assistant", "content": f"seven {n}"}]} for n in range(10)]
     result = prepared([*chats, {"messages": [asked]}])
-    assert {finding["code"] for finding in result.findings} == {"unlabelled", "contradicting"}
+    assert {finding["code"] for finding in result.findings} == {"unlabelled", "contradicting", "few-rows"}
 
 
 def test_a_class_that_is_missing_is_left_out(prepared: Any) -> None:

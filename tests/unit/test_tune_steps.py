@@ -318,6 +318,7 @@ def test_results_compare_the_tuned_model_with_its_base(job: Job) -> None:
 
 def test_a_report_ends_the_run(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.platform", lambda: "here")  # it starts a process
+    monkeypatch.setattr("edge_ft.tune.run_files.page_of_run", lambda *_, **__: "the page")
     run = RunFolder(tmp_path / "run")
     checkpoint = saved(run.path, job.config, job.identity)
     (run.path / "base.json").write_text('{"calibration": {"rows": 24}}')
@@ -329,6 +330,7 @@ def test_a_report_ends_the_run(job: Job, tmp_path: Path, monkeypatch: pytest.Mon
     assert (report["resumed_from_step"], report["seconds"], report["steps"]) == (4, 105.0, 8)
     assert report["timings"] == {"before resuming": 100.0, "load": 2.0, "train": 3.0}
     assert (report["trainable_parameters"], report["calibration"], report["nll"]) == (10, {"rows": 24}, {"best": 1.0})
+    assert run.page_path.read_text() == "the page"
     assert not find_checkpoint(run.path)
 
 
