@@ -573,10 +573,13 @@ def _explain(error: cyclopts.CycloptsError) -> str:
         known = [name[2:].replace("-", "_") for argument in error.argument_collection for name in argument.names]
         return f"{error.token.source}: unknown setting '{key}'{did_you_mean(key, known)}"
     if isinstance(error, cyclopts.UnknownOptionError | cyclopts.UnknownCommandError):
-        typed = error.token.keyword if isinstance(error, cyclopts.UnknownOptionError) else error.unused_tokens[0]
-        if known := ELSEWHERE.get((typed or "").lstrip("-").replace("_", "-")):
+        if isinstance(error, cyclopts.UnknownOptionError):
+            typed = error.token.keyword or ""
+        else:
+            typed = (error.unused_tokens or [""])[0]
+        if name := ELSEWHERE.get(typed.lstrip("-").replace("_", "-")):
             command = " ".join(("edge-ft", *(error.command_chain or ())))
-            return f"{typed} is called {known} here: see {command} --help"
+            return f"{typed} is called {name} here: see {command} --help"
     text = str(error)  # with what was typed, which may be a whole document
     shown = text.encode("ascii", "backslashreplace").decode()
     return text if len(shown) <= LONGEST_MESSAGE else f"{shown[:LONGEST_MESSAGE]} ..."
