@@ -12,6 +12,7 @@ from edge_ft.files import atomic_folder, locked, refuse_existing
 from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import use_threads
+from edge_ft.tune.stopwatch import Timings
 from edge_ft.utf8 import read_json
 
 __all__ = ["GgufExport", "export", "export_gguf"]
@@ -59,14 +60,16 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
     Raises:
         GateRefused: too much was lost, or nothing was learned; the bundle is kept as `NAME.rejected`.
     """
-    import_libraries(progress, "onnxscript", "peft", "optimum")
+    timings = Timings()
+    with timings.stage("import"):
+        import_libraries(progress, "onnxscript", "peft", "optimum")
     from edge_ft.export.bundle import graph_files, lora_graph, make_manifest, write_bundle, write_genai
     from edge_ft.export.page import write_page
     from edge_ft.export.source import open_export_source
     from edge_ft.export.verification import genai_level, score_torch, verify_graphs, with_rows_needed
 
     use_threads(config.threads)
-    with heartbeat(progress, f"opening {source}"):
+    with timings.stage("open"), heartbeat(progress, f"opening {source}"):
         opened = open_export_source(source, config, progress)
     for note in opened.notes:
         progress.say(note)
@@ -74,12 +77,17 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
     if not _is_rejected(rejected):
         refuse_existing(rejected)
     with atomic_folder(config.target) as folder:
-        shipped_model = opened.load_shipped(progress)
-        opened = with_rows_needed(opened, shipped_model, progress)
-        scores = score_torch(opened, shipped_model, progress)
-        graphs = write_bundle(folder, opened, shipped_model, progress)
+        with timings.stage("weights"):
+            shipped_model = opened.load_shipped(progress)
+        with timings.stage("scores"):
+            opened = with_rows_needed(opened, shipped_model, progress)
+            scores = score_torch(opened, shipped_model, progress)
+        with timings.stage("graphs"):
+            graphs = write_bundle(folder, opened, shipped_model, progress)
         del shipped_model
-        verification, passed, main = verify_graphs(folder, opened, graphs, scores, config, progress)
+        with timings.stage("verify"):
+            verification, passed, main = verify_graphs(folder, opened, graphs, scores, config, progress)
+        progress.say(f"seconds: {timings.text}")
         kept = {level: path for level, path in graphs.items() if level in passed}
         for level in graphs.keys() - kept.keys():
             for file in graph_files(graphs[level]):

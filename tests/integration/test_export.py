@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from recorded_progress import RecordedProgress
 from safetensors.numpy import load_file, save_file
 from tiny_models import write_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -386,7 +387,10 @@ def test_scores_that_the_run_computed_are_not_computed_again(
 
     with monkeypatch.context() as patched:
         patched.setattr("edge_ft.export.source.ExportSource.load_trained", refused)
-        known = export(str(llama_run.path), ExportConfig(out=tmp_path / "known", lane="adapter", **LOOSE))
+        told = RecordedProgress()
+        known = export(str(llama_run.path), ExportConfig(out=tmp_path / "known", lane="adapter", **LOOSE), told)
+    (seconds,) = (line for line in told.lines if line.startswith("seconds: "))
+    assert all(stage in seconds for stage in ("weights", "graphs", "verify", "in all"))
     monkeypatch.setattr("edge_ft.export.source.find_scores", lambda *_: None)
     computed = export(str(llama_run.path), ExportConfig(out=tmp_path / "computed", lane="adapter", **LOOSE))
     for name in ("base", "trained", "shipped"):
