@@ -145,34 +145,36 @@ class Adapter:
         tokens = self.config.get("trainable_token_indices") or {}
         return {"": tokens} if isinstance(tokens, list) else tokens
 
-    def pairs(self) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Read A and B of every adapted layer, without PEFT.
+    def read(
+        self,
+    ) -> tuple[dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]], dict[str, NDArray[np.float32]]]:
+        """Read the tensors, without PEFT.
 
         Returns:
-            A [rank, in] and B [out, rank] by the layer's name, B multiplied by PEFT's scaling: alpha / rank, with
-            rsLoRA alpha / sqrt(rank), both by layer.
+            By the layer's name, A [rank, in] and B [out, rank], B multiplied by PEFT's scaling: alpha / rank, with
+            rsLoRA alpha / sqrt(rank), both by layer. And by name the parameters that were trained as a whole.
 
         Raises:
             ModelError: a matrix is missing, of an unknown type, or not finite.
         """
-        tensors = _read(self.weights)
-        found = {}
-        for name in sorted(tensors):
-            module, ending, _ = name.removeprefix(PREFIX).partition(LORA_A)
-            if not ending:
-                continue
-            a, b = tensors[name], tensors.get(name.replace(LORA_A, LORA_B))
-            if b is None or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-                raise ModelError(f"the adapter {self.path} lacks the other half of {name}: copy it again")
-            if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in _read(self.weights).items()}
+        pairs = {}
+        for name, tensor in tensors.items():
+            if not np.isfinite(tensor).all():
                 raise ModelError(
-                    f"the adapter {self.path} is of no use: {name} or its B holds values that are not finite, its "
-                    "training diverged"
+                    f"the adapter {self.path} is of no use: {name} holds values that are not finite, its training "
+                    "diverged"
                 )
-            found[module] = a, b * np.float32(self._scaling(module, len(a)))
-        if not found:
+            module, is_a, _ = name.partition(LORA_A)
+            if not is_a:
+                continue
+            b = tensors.get(name.replace(LORA_A, LORA_B))
+            if b is None or tensor.ndim != 2 or b.ndim != 2 or len(tensor) != b.shape[1]:
+                raise ModelError(f"the adapter {self.path} lacks the other half of {name}: copy it again")
+            pairs[module] = tensor, b * np.float32(self._scaling(module, len(tensor)))
+        if not pairs:
             raise ModelError(f"the adapter {self.path} has no A and B of any layer: save it again")
-        return found
+        return pairs, {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
 
     def _scaling(self, module: str, rank: int) -> float:
         """Return what PEFT multiplies B A x by in a layer."""

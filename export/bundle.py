@@ -20,7 +20,7 @@ from edge_ft.errors import ModelError
 from edge_ft.export.activations import Feed, quantize_activations
 from edge_ft.export.foreign import adapter_provenance
 from edge_ft.export.lora_defaults import adapter_name, write_default_graph, write_values
-from edge_ft.export.lora_graph import add_lora_inputs
+from edge_ft.export.lora_graph import add_head_inputs, add_lora_inputs
 from edge_ft.export.lowering import lower, store_in_fp16
 from edge_ft.export.packing import write_graphs
 from edge_ft.export.source import ExportSource
@@ -32,7 +32,7 @@ from edge_ft.models.loading import BITS
 from edge_ft.models.lora import lora_pairs, tied_layers
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.quant.conversion import is_within
-from edge_ft.runtime.adapters import is_lora, neutral_shape
+from edge_ft.runtime.adapters import is_adapter_input, neutral_shape
 from edge_ft.utf8 import read_json
 
 __all__ = ["graph_files", "lora_graph", "make_manifest", "write_bundle", "write_genai"]
@@ -84,13 +84,15 @@ def write_bundle(folder: Path, source: ExportSource, model: Any, progress: Progr
     with heartbeat(progress, "converting to ONNX Runtime's operators"):
         for graph in graphs.values():
             lower(graph)
-        lora = _lora_graphs(source, model, graphs, pairs)
+        head = _head_layers(source, model, pairs)
+        lora = _lora_graphs(source, model, graphs, pairs, tuple(head))
         for graph in (*graphs.values(), *lora.values()):
             if source.weights == "fp16":
                 store_in_fp16(graph)
     with heartbeat(progress, "writing the graphs and their weights"):
         if source.lane == "adapter":
-            paths = _write_defaults(folder, source, lora, _write_graphs(folder, source, lora), pairs)
+            write_values(folder / _values_file(source), _adapter_values(pairs, head))
+            paths = _write_defaults(folder, source, lora, _write_graphs(folder, source, lora))
         else:
             paths = _write_graphs(folder, source, lora | graphs)
         _write_model_files(folder, source, model, one_graph=len(graphs) == 1)
@@ -106,8 +108,22 @@ def _trace(source: ExportSource, model: Any) -> dict[str, ir.Model]:
     return {name: trace(model, source.base.family, source.task)}
 
 
+def _head_layers(source: ExportSource, model: Any, pairs: Mapping[str, Pair]) -> dict[str, nn.Linear]:
+    """Return the linear layers of a head that is trained in full, by name; those with LoRA inputs are left out."""
+    head = source.base.family.trained_head(source.task)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and is_within(name, head) and name not in pairs
+    }
+
+
 def _lora_graphs(
-    source: ExportSource, model: Any, graphs: dict[str, ir.Model], pairs: Mapping[str, Pair]
+    source: ExportSource,
+    model: Any,
+    graphs: dict[str, ir.Model],
+    pairs: Mapping[str, Pair],
+    head: tuple[str, ...],
 ) -> dict[str, ir.Model]:
     """Return the graphs once more, with inputs for an adapter, by the names of their files; none in the merged lane.
 
@@ -127,21 +143,31 @@ def _lora_graphs(
     held = set().union(*(add_lora_inputs(graph, sizes, tied) for graph in found.values()))
     if lost := [module for module in pairs if module not in held]:
         raise ModelError(f"the adapter has {lost[0]}, but no graph has a linear layer of that name: use --lane merged")
+    for graph in found.values():
+        add_head_inputs(graph, head)
     return found
 
 
+def _adapter_values(pairs: Mapping[str, Pair], head: Mapping[str, nn.Linear]) -> dict[str, NDArray[np.float32]]:
+    """Return the values of an adapter's inputs by their names."""
+    values = {
+        f"lora_{side}.{name}": part for name, pair in pairs.items() for side, part in zip("AB", pair, strict=True)
+    }
+    for name, layer in head.items():
+        values |= {f"head.{name}.{kind}": each.detach().numpy() for kind, each in layer.named_parameters()}
+    return values
+
+
 def _write_defaults(
-    folder: Path, source: ExportSource, lora: dict[str, ir.Model], paths: dict[int, str], pairs: Mapping[str, Pair]
+    folder: Path, source: ExportSource, lora: dict[str, ir.Model], paths: dict[int, str]
 ) -> dict[int, str]:
     """Write the graphs that answer with the adapter, beside those with inputs for any, and return the main ones."""
     values = folder / _values_file(source)
-    sides = ((side, module, value) for module, pair in pairs.items() for side, value in zip("AB", pair, strict=True))
-    write_values(values, {f"lora_{side}.{module}": value for side, module, value in sides})
     for level, path in paths.items():
         for file in map(Path, graph_files(path)):
             graph = lora[file.stem.removesuffix(f"_a{level}")].graph
             found = {str(value.name): value.shape for value in graph.inputs if value.shape is not None}
-            inputs = {name: neutral_shape(list(shape)) for name, shape in found.items() if is_lora(name)}
+            inputs = {name: neutral_shape(list(shape)) for name, shape in found.items() if is_adapter_input(name)}
             target = folder / file.with_name(file.name.removeprefix(LORA))
             write_default_graph(folder / file, target, inputs, values)
     return {level: path.replace(LORA, "", 1) for level, path in paths.items()}

@@ -44,7 +44,7 @@ def write_default_graph(source: Path, target: Path, inputs: Mapping[str, tuple[i
         source: The graph without values.
         target: The graph to write, in the same folder.
         inputs: By the name of each input without a value, the shape of the value that changes nothing.
-        values: What `write_values` wrote, in the same folder; an input that it lacks gets the value that changes
+        values: What `write_values` wrote, in the same folder; a LoRA input that it lacks gets the value that changes
             nothing.
     """
     offsets = _offsets(values)

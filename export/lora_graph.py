@@ -4,14 +4,15 @@ It reads the same file of weights as the graph that it is made from. The rank is
 `edge_ft.export.lora_defaults` gives such a graph an adapter that it answers with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edge_ft.export.bundle_weights import JOINED
 from edge_ft.export.lowering import input_of, take_over, transposed_matmul
 
-__all__ = ["add_lora_inputs"]
+__all__ = ["add_head_inputs", "add_lora_inputs"]
 
 MATMULS = ("MatMulNBits", "MatMul", "FusedMatMul")
 Sizes = Mapping[str, tuple[int, int]]
@@ -46,6 +47,36 @@ def add_lora_inputs(model: ir.Model, sizes: Sizes, tied: Mapping[str, str] | Non
             add.replace_input_with(0, node.outputs[0])
             graph.insert_after(node, [*downs, *ups, *joined, add])
     return held
+
+
+def add_head_inputs(model: ir.Model, layers: Iterable[str]) -> None:
+    """Make the weights [out_features, in_features] and biases of linear layers inputs `head.MODULE.weight` and `.bias`.
+
+    Args:
+        model: A graph of `edge_ft.export.lowering.lower`, changed in place.
+        layers: Float layers of a head that is trained in full, as in the model that was traced.
+    """
+    graph = model.graph
+    for module in layers:
+        weight = graph.initializers.get(f"{module}.weight")
+        users = [] if weight is None else [use.node for use in weight.uses() if use.node.op_type == "MatMul"]
+        for node in users:
+            assert weight is not None and weight.shape is not None
+            shape = ir.Shape(reversed(weight.shape))
+            given = ir.val(f"head.{module}.weight", ir.DataType.FLOAT, shape)
+            product = transposed_matmul(input_of(node, 0), given)
+            take_over(node.outputs[0], product.outputs[0])
+            graph.insert_before(node, product)
+            graph.remove(node, safe=True)
+            graph.inputs.append(given)
+            # Of initializers with the same numbers the graph has one: a bias is found by its place, not by its name.
+            add = next(use.node for use in product.outputs[0].uses())
+            at = next((at for at, value in enumerate(add.inputs) if value is not None and value.is_initializer()), None)
+            if add.op_type == "Add" and at is not None:
+                bias = ir.val(f"head.{module}.bias", ir.DataType.FLOAT, ir.Shape((shape[0],)))
+                add.replace_input_with(at, bias)
+                graph.inputs.append(bias)
+    RemoveUnusedNodesPass()(model)
 
 
 def _find_layers(graph: ir.Graph, sizes: Sizes, tied: Mapping[str, str]) -> list[tuple[tuple[str, ...], list[ir.Node]]]:

@@ -23,7 +23,7 @@ from edge_ft.export.lora_defaults import adapter_name, write_default_graph, writ
 from edge_ft.files import file_sha256
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.runtime import load
-from edge_ft.runtime.adapters import Bound, adapter_inputs, bind, lora_inputs, neutral_shape
+from edge_ft.runtime.adapters import Bound, adapter_inputs, bind, given_inputs, neutral_shape
 from edge_ft.runtime.probes import SAME, probe_examples
 from edge_ft.runtime.session import open_session
 from edge_ft.system import use_threads
@@ -179,7 +179,7 @@ def _write(added: _Added) -> tuple[str, dict[str, Any]]:
         adapter_inputs(sessions, added.bound)  # refuses what does not fit
         for key, source, session in zip(keys, sources, sessions, strict=True):
             target = source.with_name(f"{source.stem.removeprefix('lora_')}.{mark}.onnx")
-            inputs = {name: neutral_shape(shape) for name, shape in lora_inputs(session).items()}
+            inputs = {name: neutral_shape(shape) for name, shape in given_inputs(session).items()}
             write_default_graph(source, target, inputs, values)
             changed[key][level] = f"onnx/{target.name}"
     changed["model"] = changed["graphs"][_main_level(view)]

@@ -17,9 +17,12 @@ from safetensors.numpy import load_file
 from edge_ft.adapter import Adapter, find_adapter
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.errors import UsageError, did_you_mean
+from edge_ft.families import family_of
 
-__all__ = ["Bound", "adapter_inputs", "bind", "is_lora", "lora_inputs", "neutral_shape"]
+__all__ = ["Bound", "adapter_inputs", "bind", "given_inputs", "is_adapter_input", "neutral_shape"]
 
+HEAD = "head."
+"""Before the name of a parameter of a classifier's head."""
 Values = Mapping[str, NDArray[np.float32]]
 
 
@@ -88,27 +91,25 @@ def _values(bundle: Bundle, adapter: str | Path, names: Mapping[str, Any]) -> tu
     found = find_adapter(RunFolder(folder).adapter if RunFolder(folder).adapter.is_dir() else folder)
     run = RunFolder(found.path.parent)
     rendering = run.rendering() if (run.path / "rendering.json").is_file() else own
-    return lora_values(found), rendering, f"the adapter {found.path}"
+    return _values_of(found, bundle), rendering, f"the adapter {found.path}"
 
 
-def lora_values(adapter: Adapter) -> Values:
-    """Return the values of LoRA inputs for an adapter.
+def _values_of(adapter: Adapter, bundle: Bundle) -> Values:
+    """Return the values of a graph's inputs for an adapter.
 
     Raises:
-        UsageError: it is more than A and B of linear layers.
+        UsageError: it is more than A and B of linear layers and a head.
     """
-    whole = [name for name in adapter.shapes if ".lora_A." not in name and ".lora_B." not in name]
-    beyond = adapter.beyond_lora_inputs(()) or (f"the whole of {whole[0]}" if whole else None)
-    if beyond:
+    head = family_of(str(bundle.manifest["family"])).trained_head(bundle.task)  # type: ignore[arg-type]
+    if beyond := adapter.beyond_lora_inputs(head):
         raise UsageError(
             f"the adapter {adapter.path} has {beyond}, which A and B beside the weights cannot hold: export it with "
             "its model, edge-ft export MODEL --adapter DIR"
         )
+    pairs, whole = adapter.read()
     return {
-        f"lora_{part}.{module}": value
-        for module, pair in adapter.pairs().items()
-        for part, value in zip("AB", pair, strict=True)
-    }
+        f"lora_{part}.{module}": value for module, pair in pairs.items() for part, value in zip("AB", pair, strict=True)
+    } | {f"{HEAD}{name}": value for name, value in whole.items()}
 
 
 def _with_inputs(bundle: Bundle) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def adapter_inputs(sessions: Sequence[ort.InferenceSession], bound: Bound) -> li
     """
     if bound.values is None:
         return [{} for _ in sessions]
-    shapes = [lora_inputs(session) for session in sessions]
+    shapes = [given_inputs(session) for session in sessions]
     known = {name: shape for each in shapes for name, shape in each.items()}
     for name, value in bound.values.items():
         if name not in known:
@@ -159,23 +160,35 @@ def adapter_inputs(sessions: Sequence[ort.InferenceSession], bound: Bound) -> li
                 f"one on {', '.join(last)}; export the model with this adapter, edge-ft export MODEL --adapter DIR"
             )
         wanted = known[name]
-        if any(isinstance(want, int) and want != size for want, size in zip(wanted, value.shape, strict=True)):
+        sizes = zip(wanted, value.shape, strict=False)
+        if len(wanted) != value.ndim or any(isinstance(want, int) and want != size for want, size in sizes):
             raise UsageError(
                 f"{bound.name} has {name} of shape {list(value.shape)}, {bound.bundle.path} "
                 f"{[size if isinstance(size, int) else 'rank' for size in wanted]}: it is of another model"
             )
-    return [{name: _padded(name, each, bound.values) for name in each} for each in shapes]
+    found = [
+        {name: _padded(name, each, bound.values) for name in each if name in bound.values or not name.startswith(HEAD)}
+        for each in shapes
+    ]
+    for session, given in zip(sessions, found, strict=True):
+        for node in session.get_inputs():
+            if node.name.startswith(HEAD) and node.name not in given:
+                raise UsageError(
+                    f"{bound.name} lacks {node.name.removeprefix(HEAD)}, a part of the head of {bound.bundle.path}: "
+                    "save it again with this module in modules_to_save"
+                )
+    return found
 
 
-def lora_inputs(session: ort.InferenceSession) -> dict[str, list[int | str]]:
-    """Return the shape of each LoRA input of a graph, with or without a default; the name of a free dimension."""
+def given_inputs(session: ort.InferenceSession) -> dict[str, list[int | str]]:
+    """Return the shape of each input of a graph that an adapter gives; a free dimension has a name."""
     nodes = (*session.get_inputs(), *session.get_overridable_initializers())
-    return {node.name: node.shape for node in nodes if is_lora(node.name)}
+    return {node.name: node.shape for node in nodes if is_adapter_input(node.name)}
 
 
-def is_lora(name: str) -> bool:
-    """Whether an input of a graph is A or B of an adapter."""
-    return name.startswith(("lora_A.", "lora_B."))
+def is_adapter_input(name: str) -> bool:
+    """Whether an input of a graph is A or B of an adapter, or a weight or bias of the head that comes with it."""
+    return name.startswith(("lora_A.", "lora_B.", HEAD))
 
 
 def neutral_shape(shape: Sequence[Any]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from once import once
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import EvalConfig, ExportConfig, VerifyConfig
@@ -135,6 +135,51 @@ def test_plain_onnx_runtime_answers_with_the_default_adapter(llama: Path, float_
         if value.name.startswith("past")
     }
     np.testing.assert_allclose(session.run(["logits"], feeds)[0], torch_logits(llama, adapter), atol=1e-4)
+
+
+def classifier(bert: Path, folder: Path, seed: int) -> Path:
+    """An adapter with a head, both random."""
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2),
+        LoraConfig(
+            task_type="SEQ_CLS",
+            target_modules=["query", "value"],
+            modules_to_save=["pooler", "classifier"],
+            init_lora_weights=False,
+        ),
+    )
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data = torch.randn_like(parameter) * 0.3
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_classifiers_adapter_brings_its_head(bert: Path, tmp_path: Path) -> None:
+    one, two = (classifier(bert, tmp_path / name, seed) for name, seed in (("one", 1), ("two", 2)))
+    bundle = tmp_path / "bundle"
+    export(str(bert), ExportConfig(out=bundle, adapter=one, lane="adapter", weights="fp32"))
+    ids = torch.tensor([[2, 7, 9, 11, 3]])
+
+    def scores(adapter: Any) -> NDArray[np.float32]:
+        return load(bundle, adapter=adapter).logits(ids.numpy(), np.ones_like(ids.numpy()))  # type: ignore[union-attr]
+
+    def in_torch(adapter: Path) -> NDArray[np.float32]:
+        model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+        with torch.no_grad():
+            return PeftModel.from_pretrained(model, adapter).eval()(input_ids=ids).logits.numpy()
+
+    np.testing.assert_allclose(scores(None), in_torch(one), atol=1e-4)
+    np.testing.assert_allclose(scores(two), in_torch(two), atol=1e-4)
+    assert np.abs(scores(one) - scores(two)).max() > 1e-2
+    export(str(two), ExportConfig(onto=bundle))
+    np.testing.assert_allclose(scores(None), in_torch(two), atol=1e-4)
+    np.testing.assert_allclose(scores("one"), in_torch(one), atol=1e-4)
+    weights = two / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(weights).items() if "classifier.bias" not in name}, weights)
+    with pytest.raises(UsageError, match=r"lacks classifier\.bias, a part of the head"):
+        scores(two)
 
 
 def test_a_run_becomes_the_default_of_a_bundle_over_its_codes(
