@@ -196,6 +196,8 @@ def plan(
         mark = "recommended" if choice == result["recommended"] else "" if choice["fits"] else "does not fit"
         figures = (duration(choice["seconds"]), megabytes(choice["peak_rss_bytes"]), megabytes(choice["disk_bytes"]))
         trained = f"{choice['trainable_parameters'] / 1e6:.2f} M"
+        if choice["peak_device_bytes"] is not None:
+            figures = (*figures[:1], f"{figures[1]}, GPU {megabytes(choice['peak_device_bytes'])}", figures[2])
         table.append((choice["layers"], choice["memory"], trained, *figures, mark))
     tokens, rows = result["tokens"], ", ".join(f"{count} {name}" for name, count in result["rows"].items())
     lines = [

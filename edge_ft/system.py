@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from edge_ft.errors import require
 __all__ = [
     "Available",
     "DeviceMemory",
+    "DevicePeak",
     "PeakMemory",
     "default_threads",
     "device_memory",
@@ -43,12 +44,50 @@ class Available:
     memory_bytes: int
     """Includes the memory that the process already holds."""
     disk_bytes: int
+    device_bytes: int | None = None
+    """Memory of the GPU, with what the process's tensors take already; None on a CPU."""
+
+    def on(self, device: Any) -> "Available":
+        """Add the memory of a `torch.device`, if it is not a CPU and not known yet.
+
+        Args:
+            device: Where the work runs.
+
+        Returns:
+            The memory and disk.
+        """
+        memory = device_memory(device) if self.device_bytes is None else None
+        if memory is None:
+            return self
+        held = require("torch", "train").cuda.memory_allocated(device)
+        return replace(self, device_bytes=memory.free_bytes + held)
 
     @classmethod
     def here(cls, out: Path) -> "Available":
         """Measure memory within the limits of the machine, the cgroup and the process, and disk where `out` will be."""
         parent = next(folder for folder in [*out.absolute().parents] if folder.is_dir())
         return cls(free_memory_bytes() + resident_bytes(), shutil.disk_usage(parent).free)
+
+
+class DevicePeak:
+    """Context manager that records in `bytes` the most memory of a GPU that tensors took while it is open.
+
+    On a CPU `bytes` stays None. The peak of the process in `device_memory` counts from here on.
+    """
+
+    def __init__(self, device: Any) -> None:
+        """Measure a `torch.device`."""
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> "DevicePeak":
+        if self.device.type == "cuda":
+            require("torch", "train").cuda.reset_peak_memory_stats(self.device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        memory = device_memory(self.device)
+        self.bytes = None if memory is None else memory.peak_bytes
 
 
 class PeakMemory:

@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Batch, batch_tokens, collate
-from edge_ft.system import Available, PeakMemory, release_memory, resident_bytes
+from edge_ft.system import Available, DevicePeak, PeakMemory, release_memory, resident_bytes
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.trainable_model import TrainableModel
 
@@ -59,6 +59,8 @@ class Measured:
     """Bytes that scoring and generating for the report need besides those before a step."""
     trainable: int
     """Number of trainable parameters."""
+    device: Curve | None = None
+    """Bytes of the GPU at the peak of a step, as `memory` has those of the host; None on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class _Point:
     step_seconds: float
     evaluation_seconds: float
     peak_bytes: int
+    device_bytes: int | None = None
 
 
 def measure(job: Job, model: TrainableModel, available: Available, loading: int) -> Measured:
@@ -94,12 +97,17 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
     _step(few, job, model)  # the first pass also pays for what later ones find ready
     release_memory()
     idle = resident_bytes()
+    with DevicePeak(model.backend.device) as card:
+        pass
     points: list[_Point] = []
     for batch in (few, *between, longest):
         if points:
             # The first rows that fit even if all memory of the last point was due to its tokens.
             last, tokens = points[-1], batch_tokens(batch, train, task)
             fitting = last.tokens * (available.memory_bytes - idle) / max(last.peak_bytes - idle, 1)
+            if available.device_bytes is not None and card.bytes is not None and last.device_bytes is not None:
+                room = available.device_bytes - card.bytes
+                fitting = min(fitting, last.tokens * room / max(last.device_bytes - card.bytes, 1))
             batch = batch[: max(int(fitting * len(batch) / tokens), 0)]
             if not batch or batch_tokens(batch, train, task) <= last.tokens:
                 continue
@@ -119,16 +127,24 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
         loading,
         answering,
         sum(array.size for name, array in model.backend.state().items() if name.startswith("parameters.")),
+        _card_curve(sizes, [card.bytes, *(point.device_bytes for point in points)]),
     )
+
+
+def _card_curve(sizes: list[int], found: list[int | None]) -> Curve | None:
+    """Bytes of the GPU by tokens; None where there is none."""
+    known = [float(one) for one in found if one is not None]
+    return Curve(sizes, known) if len(known) == len(sizes) else None
 
 
 def _measure_batch(batch: list[int], job: Job, model: TrainableModel) -> _Point:
     """A step over a batch, whose gradients are discarded, and its scoring."""
     before = resident_bytes()
-    seconds, extra = _timed(lambda: _step(batch, job, model))
+    with DevicePeak(model.backend.device) as card:
+        seconds, extra = _timed(lambda: _step(batch, job, model))
     evaluation, _ = _timed(lambda: model.backend.token_nll(_collated(batch, job)))
     train, task = job.prepared.examples["train"], job.prepared.task
-    return _Point(batch, batch_tokens(batch, train, task), seconds, evaluation, before + extra)
+    return _Point(batch, batch_tokens(batch, train, task), seconds, evaluation, before + extra, card.bytes)
 
 
 def _step(batch: list[int], job: Job, model: TrainableModel) -> None:

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +45,8 @@ CHECKPOINT_STATES = 4
 """What a checkpoint holds, in sizes of the trained weights: these, the best ones, and the two moments of AdamW."""
 FRAGMENTATION = 1.08
 """Resident memory over that in use, because batches have many sizes; 1.03 to 1.18 were measured."""
+DEVICE_FRAGMENTATION = 1.1
+"""Memory that a GPU's allocator holds over that of the tensors."""
 FINAL_SECONDS = 1.5
 """Seconds for the plot and the report."""
 
@@ -76,7 +78,7 @@ def plan(config: TuneConfig, progress: Progress | None = None, available: Availa
     with timings.stage("rows"):
         job = prepare_job(config, progress)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    job = resolve_memory(job, available, device)
+    job, available = resolve_memory(job, available, device), available.on(device)
     choices = _measure_choices(job, device, available, timings, progress, may_settle=config.memory is None)
     recommended = next((choice for choice in choices if choice["fits"]), None)
     if recommended is None:
@@ -127,6 +129,7 @@ def estimate(
         f"longest {tokens['max']}), {result['trainable_parameters'] / 1e6:.2f} M trainable parameters, "
         f"{result['steps']} steps; about {duration(choice['seconds'])}, {megabytes(choice['peak_rss_bytes'])} "
         f"of memory, {megabytes(choice['disk_bytes'])} of disk"
+        + ("" if choice["peak_device_bytes"] is None else f", {megabytes(choice['peak_device_bytes'])} of the GPU")
     )
     if not choice["fits"]:
         raise WillNotFit(_does_not_fit(choice, available))
@@ -205,6 +208,12 @@ def refuse_large_base(base: "Base", config: TuneConfig, available: Available) ->
         raise WillNotFit(
             f"{base.name} has {weights / 1e6:.0f} M weights, which take {megabytes(needed)} of memory as {held}: "
             f"{megabytes(available.memory_bytes)} are available; {advice}"
+        )
+    on_card = int(weights * size)
+    if available.device_bytes is not None and on_card > USABLE_SHARE * available.device_bytes:
+        raise WillNotFit(
+            f"{base.name} has {weights / 1e6:.0f} M weights, which take {megabytes(on_card)} of the GPU as {held}: "
+            f"{megabytes(available.device_bytes)} are available; {advice}"
         )
 
 
@@ -298,7 +307,14 @@ def _choice(
     stages = spent | _seconds(job, measured)
     stages["write"] = stages.get("write", 0.0) + FINAL_SECONDS
     peak, disk = _peak_bytes(job, measured), codes_bytes + _disk_bytes(job, measured)
+    card = _device_bytes(job, measured)
     fits = peak <= USABLE_SHARE * available.memory_bytes and disk <= USABLE_SHARE * available.disk_bytes
+    batch = job.config.rows_at_once
+    if card is not None and available.device_bytes is not None and measured.device is not None:
+        usable = USABLE_SHARE * available.device_bytes
+        fits = fits and card <= usable
+        fixed = _device_bytes(job, measured, 0) or 0
+        batch = max(int(batch * (usable - fixed) / max(card - fixed, 1)), 0)
     return {
         "layers": job.config.layers,
         "memory": job.config.memory,
@@ -307,6 +323,8 @@ def _choice(
         "stages": {stage: round(seconds, 1) for stage, seconds in stages.items()},
         "peak_rss_bytes": peak,
         "disk_bytes": disk,
+        "peak_device_bytes": card,
+        "largest_batch": batch if card is not None else None,
         "fits": fits,
     }
 
@@ -345,6 +363,21 @@ def _peak_bytes(job: Job, measured: Measured) -> int:
     return max(measured.loading, round((most + 3 * 4 * measured.trainable) * FRAGMENTATION))
 
 
+def _device_bytes(job: Job, measured: Measured, tokens: int | None = None) -> int | None:
+    """Peak of the GPU's memory in a step: what was measured, and the two moments of AdamW; None on a CPU.
+
+    The weights in their format, the activations and the head's peak are in what was measured; `tokens` are those of
+    the batch, by default of the longest one.
+
+    Returns:
+        Bytes.
+    """
+    if measured.device is None:
+        return None
+    step = measured.device.at(max(job.batch_tokens) if tokens is None else tokens)
+    return round((step + 2 * 4 * measured.trainable) * DEVICE_FRAGMENTATION)
+
+
 def _disk_bytes(job: Job, measured: Measured) -> int:
     """Size of the run folder without its codes."""
     rows = sum(len(json.dumps(row.fields, default=str)) for name in SPLITS for row in job.prepared.rows[name])
@@ -370,6 +403,11 @@ def _result(
         f"{megabytes(available.memory_bytes)} available memory, {disk} of {megabytes(available.disk_bytes)} available "
         f"disk and {duration(recommended['seconds'])}"
     )
+    if recommended.get("peak_device_bytes") is not None and available.device_bytes is not None:
+        reason += (
+            f"; {megabytes(recommended['peak_device_bytes'])} of {megabytes(available.device_bytes)} of the GPU, on "
+            f"which --batch-size {recommended['largest_batch']} is the most that fits"
+        )
     return {
         "rows": {name: len(prepared.examples[name]) for name in SPLITS},
         "tokens": {
@@ -383,7 +421,7 @@ def _result(
         "trainable_parameters": recommended["trainable_parameters"],
         "steps": job.steps,
         "findings": prepared.findings,
-        "available": {"memory_bytes": available.memory_bytes, "disk_bytes": available.disk_bytes},
+        "available": asdict(available),
         "choices": choices,
         "recommended": recommended,
         "reason": reason,
@@ -398,6 +436,11 @@ def _does_not_fit(choice: dict[str, Any], available: Available) -> str:
     if choice["disk_bytes"] > USABLE_SHARE * available.disk_bytes:
         return f"{what} takes {disk} of disk and {megabytes(available.disk_bytes)} are free: free some"
     less = {"high": ["--memory normal or low"], "normal": ["--memory low"], "low": []}
+    card, room = choice.get("peak_device_bytes"), available.device_bytes
+    if card is not None and room is not None and card > USABLE_SHARE * room:
+        batch = f"--batch-size {choice['largest_batch']}" if choice["largest_batch"] else "a smaller model"
+        others = [*less[choice["memory"]], f"{batch} or a smaller --max-length"]
+        return f"{what} takes {megabytes(card)} of the GPU and {megabytes(room)} are free: give {', or '.join(others)}"
     others = [*less[choice["memory"]], "a smaller --batch-size or --max-length"]
     return (
         f"{what} takes {memory} of memory and {megabytes(available.memory_bytes)} are free: give {', or '.join(others)}"

@@ -53,7 +53,7 @@ def _train_and_report(opened: OpenedRun, processes: Processes, progress: Progres
     with timings.stage("rows"), processes.main_first():  # it downloads and converts, the others find the result
         job = prepare_job(config, progress, opened.identity)
 
-    available = Available.here(run.path)
+    available = Available.here(run.path).on(processes.device)
     job = resolve_memory(job, available, processes.device, processes.count)
     refuse_large_base(job.base, job.config, available)
     loading = heartbeat(progress, f"loading {job.base.name} as {job.config.base_format} on {processes.device}")

@@ -1,5 +1,7 @@
 """Trainings and exports on a CUDA device; skipped where there is none."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from edge_ft.config import EvalConfig, ExportConfig, TuneConfig
+from edge_ft.errors import WillNotFit
 from edge_ft.evaluate import evaluate
 from edge_ft.export import export
 from edge_ft.models.base_model import find_base
@@ -84,3 +87,18 @@ def test_codes_dequantize_to_the_same_weights_on_both_devices(
     if base_format != "nf4":  # whose embedding and head stay float
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
         assert head.qweight.data_ptr() == embedding.qweight.data_ptr()
+
+
+@pytest.mark.parametrize("memory", ["normal", "low"])
+def test_the_plan_foresees_the_memory_of_the_card(memory: Any, llama: Path, sums: Path, tmp_path: Path) -> None:
+    run = tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", memory=memory, **SETTINGS))
+    foreseen = json.loads((run.path / "plan.json").read_text())["recommended"]["peak_device_bytes"]
+    assert 0.8 < foreseen / run.report()["peak_device_bytes"] < 1.5
+
+
+def test_a_training_that_a_card_cannot_hold_is_refused_before_its_first_step(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_ft.tune.run.Available.on", lambda self, device: replace(self, device_bytes=1_000_000))
+    with pytest.raises(WillNotFit, match="of the GPU"):
+        tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **SETTINGS))

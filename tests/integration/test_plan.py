@@ -2,21 +2,26 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 from tiny_models import write_t5
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import PlanConfig, TuneConfig
 from edge_ft.errors import WillNotFit
+from edge_ft.progress import Silent
 from edge_ft.system import Available
 from edge_ft.tune import measure as measuring
 from edge_ft.tune import trainable_model as loading
 from edge_ft.tune import tune
+from edge_ft.tune.distributed import Processes
 from edge_ft.tune.plan import plan
+from edge_ft.tune.prepare import prepare_job
 
 AMPLE = Available(memory_bytes=2**50, disk_bytes=2**50)
 
@@ -174,3 +179,77 @@ def test_a_tune_that_does_not_fit_is_refused_and_leaves_nothing(
     with pytest.raises(WillNotFit, match="free some"):
         tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path / "run", **FAST))
     assert list(tmp_path.iterdir()) == []
+
+
+class CountedTensors:
+    """Stands for the memory of a GPU on a CPU: the bytes of the model's tensors, and of what a step saves."""
+
+    model: Any = None
+
+    def __init__(self, device: Any) -> None:
+        self.bytes: int | None = None
+
+    def __enter__(self) -> "CountedTensors":
+        self.saved: dict[int, int] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.count, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def count(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        self.saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def __exit__(self, *_: object) -> None:
+        self.hooks.__exit__()
+        self.bytes = held(self.model) + sum(self.saved.values())
+
+
+def held(model: Any) -> int:
+    """Bytes of a model's weights, codes and adapters."""
+    tensors = [*model.peft_model.parameters(), *model.peft_model.buffers()]
+    return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("memory", ["normal", "low"])
+def test_the_memory_of_a_card_is_foreseen_as_its_tensors_are_counted(
+    llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch, memory: Any
+) -> None:
+    """Of the longest batch, which is not tried where it might not fit."""
+    settings = PlanConfig(model=str(llama), data=str(sums), memory=memory, compute="fp32", batch_size=16)
+    job = prepare_job(settings, Silent())
+    model = CountedTensors.model = loading.load_trainable_model(job, Processes(torch.device("cpu")), Silent())
+    monkeypatch.setattr(measuring, "DevicePeak", CountedTensors)
+    counted = measuring.measure(job, model, AMPLE, 0)
+    assert counted.device is not None
+    assert counted.device.values[0] == held(model)
+    longest = max(job.batch_tokens)
+    assert counted.device.tokens[-1] == longest
+    few = counted.device.tokens[1]
+    # Room for half of what the longest batch takes: fewer of its rows are measured, and the rest is foreseen.
+    room = held(model) + (counted.device.at(longest) - held(model)) / 2
+    foreseen = measuring.measure(job, model, replace(AMPLE, device_bytes=int(room)), 0)
+    assert foreseen.device is not None and few <= foreseen.device.tokens[-1] < longest
+    assert foreseen.device.at(longest) == pytest.approx(counted.device.at(longest), rel=0.1)
+
+
+def test_low_memory_is_recommended_where_only_that_fits_a_card(
+    llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = loading.load_trainable_model
+
+    def loaded(*given: Any) -> Any:
+        CountedTensors.model = load(*given)
+        return CountedTensors.model
+
+    monkeypatch.setattr(loading, "load_trainable_model", loaded)
+    monkeypatch.setattr(measuring, "DevicePeak", CountedTensors)
+    settings = PlanConfig(model=str(llama), data=str(sums), memory="normal", compute="fp32", split=(0.6, 0.2, 0.2))
+    normal, low = plan(settings, available=replace(AMPLE, device_bytes=2**50))["choices"][:2]
+    assert low["peak_device_bytes"] < normal["peak_device_bytes"]
+    between = int((low["peak_device_bytes"] + normal["peak_device_bytes"]) / 2 / 0.9)
+    tight = plan(settings, available=replace(AMPLE, device_bytes=between))
+    assert (tight["recommended"]["layers"], tight["recommended"]["memory"]) == ("all", "low")
+    assert "of the GPU, on which --batch-size" in tight["reason"]
+    with pytest.raises(WillNotFit, match="of the GPU"):
+        plan(settings, available=replace(AMPLE, device_bytes=held(CountedTensors.model)))

@@ -95,6 +95,27 @@ def test_the_peak_is_that_of_loading_or_of_the_longest_batch_or_of_the_report(jo
     assert planning._peak_bytes(job, replace(step, loading=5 * 10**9)) == 5 * 10**9
 
 
+def test_a_card_must_hold_what_a_step_takes_there(job: Job) -> None:
+    """Weights of 1 GB, and 1 GB of activations in a batch of 4 rows; AdamW keeps two moments of each trained weight."""
+    longest = max(job.batch_tokens)
+    card = measured(device=Curve([0, longest], [1e9, 2e9]))
+    needed = round((2e9 + 2 * 4 * 1000) * planning.DEVICE_FRAGMENTATION)
+    roomy, tight = (replace(AMPLE, device_bytes=size) for size in (10 * 10**9, 2 * 10**9))
+    fitting = planning._choice(job, card, {}, 0, roomy)
+    assert (fitting["peak_device_bytes"], fitting["fits"], fitting["largest_batch"]) == (needed, True, 28)
+    refused = planning._choice(job, card, {}, 0, tight)
+    assert (refused["fits"], refused["largest_batch"]) == (False, 2)
+    message = planning._does_not_fit(refused, tight)
+    assert "takes 2200 MB of the GPU and 2000 MB are free: give --memory low, or --batch-size 2 or a smaller" in message
+    assert planning._choice(job, measured(), {}, 0, AMPLE)["peak_device_bytes"] is None
+
+
+def test_a_base_that_a_card_cannot_hold_is_refused_before_it_is_loaded(job: Job) -> None:
+    refuse_large_base(job.base, job.config, replace(AMPLE, device_bytes=10**9))
+    with pytest.raises(WillNotFit, match=r"weights, which take \d+ MB of the GPU as int4: 0 MB are available"):
+        refuse_large_base(job.base, job.config, replace(AMPLE, device_bytes=10_000))
+
+
 def test_the_disk_holds_rows_tokenizer_adapter_and_checkpoint_each_twice(job: Job) -> None:
     fixed = planning._disk_bytes(job, measured(trainable=0))
     tokenizer = sum(file.stat().st_size for file in job.tokenizer.files())
