@@ -1,14 +1,12 @@
-"""The main job, twice: real rows through tune, export, eval and bench, and one table for each model.
+"""Both jobs in minutes: real rows through tune, export, eval and bench, sized to the speed of the machine.
 
-Every stage is the command that a user would give, in a process of its own; its JSON is kept in the output folder.
+The encoder comes first. What its fixed parts take (starting, quantizing, tracing, scoring) says what those of the
+decoder will take, and the decoder trains in the time that is left.
 """
 
 import json
-import shlex
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,170 +18,157 @@ from edge_ft.bench.studies.datasets import (
     transcript_rows,
     write_splits,
 )
-from edge_ft.errors import EdgeFTError
+from edge_ft.bench.studies.demo_full import Stage, Table, decoder, encoder, figures_by_metric, percent
 from edge_ft.files import write_text
+from edge_ft.page import NO_PLOTS, Plot, Section, html_page
+from edge_ft.page import Table as PageTable
+from edge_ft.plots import Curve, can_plot, curves
 
-__all__ = ["main"]
+__all__ = ["decoder_minutes", "main"]
 
-Table = list[tuple[str, ...]]
-
-
-@dataclass
-class Stage:
-    """Runs edge-ft commands and records their seconds."""
-
-    out: Path
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __call__(self, name: str, *arguments: str | Path) -> Any:
-        """Print and run one command, whose progress stays visible.
-
-        Returns:
-            Its JSON.
-
-        Raises:
-            EdgeFTError: it failed.
-        """
-        words = [str(argument) for argument in arguments]
-        print(f"\n$ edge-ft {shlex.join(words)}", flush=True)
-        started = time.monotonic()
-        result = self.out / f"{name}.json"
-        done = subprocess.run([sys.executable, "-m", "edge_ft", *words, "--json", str(result)], check=False)
-        self.seconds[name] = round(time.monotonic() - started, 1)
-        if done.returncode:
-            raise EdgeFTError(
-                f"edge-ft {words[0]} ended with exit code {done.returncode}; results so far are in {self.out}"
-            )
-        return json.loads(result.read_text(encoding="utf-8"))
+ENCODER_MINUTES = 0.6
+"""Of training and validation."""
+FIXED_RATIO = 2.5
+"""Seconds of the decoder's fixed parts over those of the encoder's, as measured on two cores."""
+SHORTEST, LONGEST = 0.6, 3.0
+"""Bounds of the decoder's minutes of training: below, little is learned; above, little is gained."""
+LIMIT = "0.05"
+"""--max-tax of both exports: after a short training, rounding costs a larger share of what was learned."""
 
 
-def decoder(out: Path) -> None:
-    """SmolLM2-135M learns to turn transcripts of speech into written sentences."""
-    stage = Stage(out)
-    rows = write_splits(transcript_rows(), out / "rows", train=1400, validation=100, test=200)
-    weights = decoder_weights()
-    columns = ("--prompt", r"Transcript: {transcript}\nWritten:", "--completion", " {written}")
-    stage(
-        *("tune", "tune", "--model", weights, "--data", rows["train"], "--validation", rows["validation"]),
-        *("--test", rows["test"], *columns, "--epochs", "1", "--out", out / "run"),
-    )
-    shipped = stage("export", "export", out / "run", "--out", out / "bundle")
-    stage("export-base", "export", weights, "--out", out / "base")
-    answers = ("--data", rows["test"], "--max-new-tokens", "32")
-    base = stage("eval-base", "eval", out / "base", *answers, *columns)
-    shots = stage(
-        "eval-base-shots", "eval", out / "base", *answers, *columns, "--shots", "3", "--shots-from", rows["train"]
-    )
-    tuned = stage("eval-shipped", "eval", out / "bundle", *answers)
-    report = json.loads((out / "run" / "report.json").read_text(encoding="utf-8"))
-    trained = {
-        "nll": report["nll"]["test"],
-        "metrics": {"token_accuracy": report["metrics"]["token_accuracy"]["test"]},
-    }
-    records = stage("bench", "bench", out / "base", out / "run", out / "bundle", "--repeats", "3")
-    trivial = _share(out / "rows" / "test.jsonl", lambda row: row["transcript"].capitalize() + "." == row["written"])
-    speed = {name: _speeds(records, name) for name in ("base", "run", "bundle")}
-    header = (
-        *("", "loss (nats/token)", "token accuracy", "exactly right sentences"),
-        *("size MB", "prefill tok/s", "decode tok/s", "peak RSS MB"),
-    )
-    table: Table = [header]
-    for name, found, figures in (
-        ("base, int4 (ONNX)", base, speed["base"]),
-        ("base, int4, 3 examples in the prompt", shots, speed["base"]),
-        ("tuned, as trained (torch)", trained, speed["run"]),
-        ("tuned, as shipped (ONNX, merged)", tuned, speed["bundle"]),
-    ):
-        metrics = found["metrics"]
-        right = _interval(metrics["verbatim_match"]) if "verbatim_match" in metrics else "-"
-        table.append((name, f"{found['nll']:.3f}", _interval(metrics["token_accuracy"]), right, *figures))
-    table.append(("rule: capital letter, full stop", "-", "-", f"{trivial:.1%}", "-", "-", "-", "-"))
-    tax = shipped["verification"]["quantization_tax"]
-    note = f"200 test rows; quantization tax on validation rows {tax:+.4f} nats/token"
-    _finish(stage, "SmolLM2-135M-Instruct, transcript to written sentence", table, note)
+@dataclass(frozen=True)
+class Job:
+    """What one model's job gave."""
+
+    title: str
+    table: Table
+    losses: dict[str, float]
+    """Test loss of `base`, `trained` and `shipped`."""
+    fixed_seconds: float
+    """All but the training."""
 
 
-def encoder(out: Path) -> None:
-    """MiniLM learns the department of a medical question."""
-    stage = Stage(out)
-    rows = write_splits(department_rows(), out / "rows", train=6000, validation=512, test=1500)
-    stage(
-        *("tune", "tune", "--model", encoder_weights(), "--data", rows["train"], "--validation", rows["validation"]),
-        *("--test", rows["test"], "--max-length", "128", "--batch-size", "16", "--epochs", "2", "--out", out / "run"),
-    )
-    report = json.loads((out / "run" / "report.json").read_text(encoding="utf-8"))
-    shipped = stage("export", "export", out / "run", "--out", out / "bundle")
-    stage("verify", "verify", out / "bundle", "--data", rows["validation"])
-    records = stage("bench", "bench", out / "run", out / "bundle", "--repeats", "3")
-    labels = [json.loads(line)["label"] for line in rows["test"].read_text(encoding="utf-8").splitlines()]
-    commonest = max(map(labels.count, set(labels))) / len(labels)
-    test = shipped["verification"]["test"]
-    header = ("", "loss (nats)", "accuracy", "macro-F1", "size MB", "latency ms (128 tokens)", "rows/s", "peak RSS MB")
-    table: Table = [header]
-    for name, column, subject in (
-        ("base, untrained head", "base", ""),
-        ("tuned, as trained (torch)", "trained", "run"),
-        ("tuned, as shipped (ONNX int4, merged)", "shipped", "bundle"),
-    ):
-        metrics = (_interval(test["metrics"][metric][column]) for metric in ("accuracy", "macro_f1"))
-        table.append((name, f"{test['nll'][column]:.3f}", *metrics, *_latencies(records, subject)))
-    table.append(("always the commonest department", "-", f"{commonest:.1%}", "-", "-", "-", "-", "-"))
-    tax = shipped["verification"]["quantization_tax"]
-    note = f"{report['rows']['test']} test rows, {len(report['findings'])} findings; tax on validation {tax:+.4f} nats"
-    _finish(stage, "MiniLM-L6, medical question to one of 16 departments", table, note)
-
-
-def main(*, out: Path = Path("out/demo"), only: str | None = None) -> None:
+def main(*, out: Path = Path("out/demo"), only: str | None = None, minutes: float = 6.0, full: bool = False) -> None:
     """Tune, export, run and score a decoder and an encoder on real rows.
 
     Args:
-        out: Folder for rows, runs, bundles and tables.
+        out: Folder for rows, runs, bundles, tables and demo.html.
         only: decoder or encoder.
+        minutes: Time in which all is to be done.
+        full: Train to the end instead, on all rows, and compare with examples in the prompt: about 20 minutes.
     """
     started = time.monotonic()
-    for name, job in (("encoder", encoder), ("decoder", decoder)):
-        if only in (None, name):
-            job(out / name)
-    tables = [file.read_text(encoding="utf-8") for file in sorted(out.glob("*/table.md"))]
-    print("\n" + "\n".join(tables))
+    if full:
+        for name, job in (("encoder", encoder), ("decoder", decoder)):
+            if only in (None, name):
+                job(out / name)
+        tables = [file.read_text(encoding="utf-8") for file in sorted(out.glob("*/table.md"))]
+        print("\n" + "\n".join(tables))
+    else:
+        jobs = []
+        if only in (None, "encoder"):
+            jobs.append(short_encoder(out / "encoder"))
+        if only in (None, "decoder"):
+            fixed = jobs[0].fixed_seconds if jobs else None
+            jobs.append(short_decoder(out / "decoder", decoder_minutes(minutes, time.monotonic() - started, fixed)))
+        _show(out, jobs)
     print(f"{time.monotonic() - started:.0f} s in all; rows, runs and bundles are in {out}")
 
 
-def _finish(stage: Stage, title: str, table: Table, note: str) -> None:
-    took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stage.seconds.items())
-    write_text(stage.out / "table.md", f"**{title}** ({note}; {took})\n\n{markdown_table(table[0], table[1:])}")
+def decoder_minutes(budget: float, spent_s: float, encoder_fixed_s: float | None) -> float:
+    """Minutes in which the decoder trains.
+
+    Args:
+        budget: Minutes of the whole demo.
+        spent_s: Seconds that have passed.
+        encoder_fixed_s: Seconds of the encoder's fixed parts on this machine; None if they were not measured.
+
+    Returns:
+        What the budget leaves, within bounds.
+    """
+    if encoder_fixed_s is None:
+        return SHORTEST
+    left = budget - spent_s / 60 - FIXED_RATIO * encoder_fixed_s / 60
+    return round(min(max(left, SHORTEST), LONGEST), 2)
 
 
-def _interval(value: dict[str, float]) -> str:
-    return f"{value['value']:.1%} [{value['low']:.1%}, {value['high']:.1%}]"
+def short_encoder(out: Path) -> Job:
+    """MiniLM learns the department of a medical question."""
+    stage, started = Stage(out), time.monotonic()
+    rows = write_splits(department_rows(), out / "rows", train=6000, validation=256, test=600)
+    given = ("--data", rows["train"], "--validation", rows["validation"], "--test", rows["test"])
+    settings = ("--max-length", "96", "--batch-size", "16", "--epochs", "2", "--max-minutes", f"{ENCODER_MINUTES}")
+    report = stage("tune", "tune", "--model", encoder_weights(), *given, *settings, "--out", out / "run")
+    shipped = stage("export", "export", out / "run", "--out", out / "bundle", "--max-tax", LIMIT)
+    records = stage("bench", "bench", out / "bundle", "--repeats", "2")
+    speed = figures_by_metric(records, "bundle")
+    test = shipped["verification"]["test"]
+    cost = (f"{speed['size_bytes'] / 1e6:.1f}", f"{speed['latency_s_128'] * 1e3:.1f}")
+    table: Table = [("", "loss (nats)", "accuracy", "size MB", "ms for 128 tokens", "peak RSS MB")]
+    for name, column in (
+        ("base, untrained head", "base"),
+        ("tuned, as trained", "trained"),
+        ("tuned, shipped", "shipped"),
+    ):
+        figures = (*cost, f"{speed['peak_rss_bytes'] / 1e6:.0f}") if column == "shipped" else ("-",) * 3
+        table.append((name, f"{test['nll'][column]:.3f}", percent(test["metrics"]["accuracy"][column]), *figures))
+    trained = f"{report['rows']['train']} rows, {report['steps']} steps, {test['rows']} test rows"
+    fixed = time.monotonic() - started - _loop_seconds(report)
+    return Job(f"MiniLM-L6 finds the department of a question, one of 16 ({trained})", table, test["nll"], fixed)
 
 
-def _values(records: list[dict[str, Any]], variant: str) -> dict[str, float]:
-    return {record["metric"]: record["value"] for record in records if record["variant"] == variant}
+def short_decoder(out: Path, minutes: float) -> Job:
+    """SmolLM2-135M learns to turn transcripts of speech into written sentences."""
+    stage, started = Stage(out), time.monotonic()
+    rows = write_splits(transcript_rows(), out / "rows", train=1400, validation=60, test=100)
+    given = ("--data", rows["train"], "--validation", rows["validation"], "--test", rows["test"])
+    columns = ("--prompt", r"Transcript: {transcript}\nWritten:", "--completion", " {written}")
+    settings = ("--epochs", "1", "--max-minutes", f"{minutes}")
+    report = stage("tune", "tune", "--model", decoder_weights(), *given, *columns, *settings, "--out", out / "run")
+    shipped = stage("export", "export", out / "run", "--out", out / "bundle", "--max-tax", LIMIT)
+    answers = stage("eval", "eval", out / "bundle", "--data", rows["test"], "--max-new-tokens", "32")
+    records = stage("bench", "bench", out / "bundle", "--repeats", "2")
+    speed = figures_by_metric(records, "bundle")
+    test = shipped["verification"]["test"]
+    cost = (f"{speed['size_bytes'] / 1e6:.0f}", f"{speed['decode_tps']:.0f}", f"{speed['peak_rss_bytes'] / 1e6:.0f}")
+    header = ("", "loss (nats/token)", "token accuracy", "exactly right", "size MB", "decode tok/s", "peak RSS MB")
+    table: Table = [header]
+    for name, column in (("base, int4", "base"), ("tuned, as trained", "trained"), ("tuned, shipped", "shipped")):
+        right = percent(answers["metrics"]["verbatim_match"]) if column == "shipped" else "-"
+        figures = (right, *cost) if column == "shipped" else ("-",) * 4
+        table.append((name, f"{test['nll'][column]:.3f}", percent(test["metrics"]["token_accuracy"][column]), *figures))
+    trained = f"{report['rows']['train']} rows, {report['steps']} steps, {test['rows']} test rows"
+    fixed = time.monotonic() - started - _loop_seconds(report)
+    return Job(f"SmolLM2-135M writes sentences from transcripts ({trained})", table, test["nll"], fixed)
 
 
-def _speeds(records: list[dict[str, Any]], variant: str) -> tuple[str, ...]:
-    found = _values(records, variant)
-    return (
-        f"{found['size_bytes'] / 1e6:.0f}",
-        f"{found['prefill_tps']:.0f}",
-        f"{found['decode_tps']:.0f}",
-        f"{found['peak_rss_bytes'] / 1e6:.0f}",
+def _loop_seconds(report: dict[str, Any]) -> float:
+    return float(report["timings"].get("train", 0.0) + report["timings"].get("validation", 0.0))
+
+
+def _show(out: Path, jobs: list[Job]) -> None:
+    """Print the tables and what to do next, and write the page."""
+    for job in jobs:
+        print(f"\n**{job.title}**\n\n{markdown_table(job.table[0], job.table[1:])}")
+    page = html_page(
+        "edge-ft demo",
+        "Two small models, tuned on this machine, exported to 4 bits, and scored before and after. Brackets are 95% "
+        "intervals over test rows.",
+        [_section(job) for job in jobs],
     )
+    write_text(out / "demo.html", page)
+    write_text(out / "fixed.json", json.dumps({job.title: round(job.fixed_seconds, 1) for job in jobs}))
+    asked = f'edge-ft run {out}/decoder/bundle "the roads are wet because it rained"'
+    print(f"Open {out}/demo.html for the plot, and {out}/*/run/report.html for the curves of each training.")
+    print(f"Try it:   {asked}\nYours:    edge-ft tune --model MODEL --data rows.jsonl --out run")
+    print("In full:  make demo-full trains on all rows to the end, and compares with examples in the prompt")
 
 
-def _latencies(records: list[dict[str, Any]], variant: str) -> tuple[str, ...]:
-    if not variant:
-        return ("-", "-", "-", "-")
-    found = _values(records, variant)
-    return (
-        f"{found['size_bytes'] / 1e6:.1f}",
-        f"{found['latency_s_128'] * 1e3:.1f}",
-        f"{found['rows_per_s_128']:.0f}",
-        f"{found['peak_rss_bytes'] / 1e6:.0f}",
-    )
-
-
-def _share(file: Path, holds: Any) -> float:
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return sum(map(holds, rows)) / len(rows)
+def _section(job: Job) -> Section:
+    stages = ("base", "trained", "shipped")
+    table = PageTable(job.table[0], job.table[1:])
+    if not can_plot():
+        return Section(job.title, texts=[NO_PLOTS], tables=[table])
+    curve = Curve([(at, job.losses[name]) for at, name in enumerate(stages)], "test rows", marked=True)
+    svg = curves([curve], "", "loss", ("base", "as trained", "as shipped"))
+    return Section(job.title, plots=[Plot(svg, "loss on the way from the base to what ships")], tables=[table])
