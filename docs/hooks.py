@@ -14,7 +14,12 @@ ROOT = DOCS.parent
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add every decision to the navigation."""
+    """Add to the navigation what it does not name: every decision, and pages of studies that were written later."""
+    named = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    later = sorted(file.name for file in DOCS.glob("*.md") if file.name not in named)
+    for section in config.nav or ():
+        if "Results" in section:
+            section["Results"] += later
     decisions: list[Any] = [f"decisions/{file.name}" for file in sorted((DOCS / "decisions").glob("*.md"))]
     assert config.nav is not None
     config.nav.append({"Decisions": decisions})

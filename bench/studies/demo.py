@@ -30,8 +30,10 @@ ENCODER_MINUTES = 0.6
 """Of training and validation."""
 FIXED_RATIO = 2.5
 """Seconds of the decoder's fixed parts over those of the encoder's, as measured on two cores."""
-SHORTEST, LONGEST = 0.6, 3.0
-"""Bounds of the decoder's minutes of training: below, little is learned; above, little is gained."""
+SHORTEST, LONGEST = 0.75, 3.0
+"""Bounds of the decoder's minutes of training: above, little is gained; below, it takes `FEWEST_STEPS` instead."""
+FEWEST_STEPS = 24
+"""Steps after which the tuned model is better than its base by more than the interval."""
 LIMIT = "0.05"
 """--max-tax of both exports: after a short training, rounding costs a larger share of what was learned."""
 
@@ -75,7 +77,7 @@ def main(*, out: Path = Path("out/demo"), only: str | None = None, minutes: floa
     print(f"{time.monotonic() - started:.0f} s in all; rows, runs and bundles are in {out}")
 
 
-def decoder_minutes(budget: float, spent_s: float, encoder_fixed_s: float | None) -> float:
+def decoder_minutes(budget: float, spent_s: float, encoder_fixed_s: float | None) -> float | None:
     """Minutes in which the decoder trains.
 
     Args:
@@ -84,18 +86,18 @@ def decoder_minutes(budget: float, spent_s: float, encoder_fixed_s: float | None
         encoder_fixed_s: Seconds of the encoder's fixed parts on this machine; None if they were not measured.
 
     Returns:
-        What the budget leaves, within bounds.
+        What the budget leaves, at most `LONGEST`; None where that is less than `SHORTEST`.
     """
     if encoder_fixed_s is None:
-        return SHORTEST
+        return None
     left = budget - spent_s / 60 - FIXED_RATIO * encoder_fixed_s / 60
-    return round(min(max(left, SHORTEST), LONGEST), 2)
+    return round(min(left, LONGEST), 2) if left >= SHORTEST else None
 
 
 def short_encoder(out: Path) -> Job:
     """MiniLM learns the department of a medical question."""
     stage, started = Stage(out), time.monotonic()
-    rows = write_splits(department_rows(), out / "rows", train=6000, validation=256, test=600)
+    rows = write_splits(department_rows(), out / "rows", train=6000, validation=128, test=600)
     given = ("--data", rows["train"], "--validation", rows["validation"], "--test", rows["test"])
     settings = ("--max-length", "96", "--batch-size", "16", "--epochs", "2", "--max-minutes", f"{ENCODER_MINUTES}")
     report = stage("tune", "tune", "--model", encoder_weights(), *given, *settings, "--out", out / "run")
@@ -117,13 +119,14 @@ def short_encoder(out: Path) -> Job:
     return Job(f"MiniLM-L6 finds the department of a question, one of 16 ({trained})", table, test["nll"], fixed)
 
 
-def short_decoder(out: Path, minutes: float) -> Job:
+def short_decoder(out: Path, minutes: float | None) -> Job:
     """SmolLM2-135M learns to turn transcripts of speech into written sentences."""
     stage, started = Stage(out), time.monotonic()
-    rows = write_splits(transcript_rows(), out / "rows", train=1400, validation=60, test=100)
+    rows = write_splits(transcript_rows(), out / "rows", train=1400, validation=48, test=100)
     given = ("--data", rows["train"], "--validation", rows["validation"], "--test", rows["test"])
     columns = ("--prompt", r"Transcript: {transcript}\nWritten:", "--completion", " {written}")
-    settings = ("--epochs", "1", "--max-minutes", f"{minutes}")
+    length = ("--max-steps", f"{FEWEST_STEPS}") if minutes is None else ("--max-minutes", f"{minutes}")
+    settings = ("--epochs", "1", *length)
     report = stage("tune", "tune", "--model", decoder_weights(), *given, *columns, *settings, "--out", out / "run")
     shipped = stage("export", "export", out / "run", "--out", out / "bundle", "--max-tax", LIMIT)
     answers = stage("eval", "eval", out / "bundle", "--data", rows["test"], "--max-new-tokens", "32")
