@@ -386,7 +386,8 @@ def _after(bench: Bench, stage: Stage, fault: Fault, done: Done, out: Path) -> s
         repeated = bench.command(*again)
         if repeated.code != 0:
             return f"FAULT cannot be given again ({repeated.last_line})"
-    left = [path.name for path in out.parent.iterdir() if path != out]
+    page = f"{out.name}.report.html"  # of an export, which the next one replaces
+    left = [path.name for path in out.parent.iterdir() if path != out and path.name != page]
     if left:
         return f"FAULT {left} is left beside the output"
     if stage.command == "export":
