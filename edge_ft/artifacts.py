@@ -164,6 +164,33 @@ class RunFolder:
         return self.path / "scores.safetensors"
 
     @property
+    def merged(self) -> Path:
+        """Folder with the codes of the merged model, if the run had a finishing phase."""
+        return self.path / "merged"
+
+    @property
+    def merged_codes(self) -> Path:
+        """Codes and scales of the merged model."""
+        return self.merged / "codes.safetensors"
+
+    def finished(self) -> dict[str, Any] | None:
+        """Read merged.json.
+
+        Returns:
+            `adapter_sha256`, `codes_sha256`, `block_size` and `figures`; None where the run has no merged model, or
+            one of another adapter, or the file is not the one that was written.
+        """
+        file, weights = self.merged / "merged.json", self.adapter / "adapter_model.safetensors"
+        if not (file.is_file() and self.merged_codes.is_file() and weights.is_file()):
+            return None
+        with suppress(UsageError):
+            document: dict[str, Any] = read_json(file)
+            whole = isinstance(document, dict) and is_as_sealed(file, document)
+            if whole and document.get("adapter_sha256") == file_sha256(weights):
+                return document
+        return None
+
+    @property
     def tokenizer(self) -> Path:
         """Folder with tokenizer.json and its settings."""
         return self.path / "tokenizer"

@@ -36,6 +36,7 @@ class Verification(TypedDict):
     limits: NotRequired[Limits]
     rows_sha256: NotRequired[str | None]
     rows_read: NotRequired[Annotated[int, Minimum(0)]]
+    rows_split: NotRequired[list[float] | None]
     nll: NotRequired[dict[str, float | None]]
     by_accuracy_level: NotRequired[dict[Level, LevelScores]]
     refused: NotRequired[list[str]]

@@ -64,6 +64,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
     with timings.stage("import"):
         import_libraries(progress, "onnxscript", "peft", "optimum")
     from edge_ft.export.bundle import graph_files, lora_graph, make_manifest, write_bundle, write_genai
+    from edge_ft.export.finishing import load_finished
     from edge_ft.export.page import write_page
     from edge_ft.export.source import open_export_source
     from edge_ft.export.verification import genai_level, score_torch, verify_graphs, with_rows_needed
@@ -78,7 +79,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
         refuse_existing(rejected)
     with atomic_folder(config.target) as folder:
         with timings.stage("weights"):
-            shipped_model = opened.load_shipped(progress)
+            shipped_model = load_finished(opened, config, progress)
         with timings.stage("scores"):
             opened = with_rows_needed(opened, shipped_model, progress)
             scores = score_torch(opened, shipped_model, progress)

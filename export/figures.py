@@ -1,6 +1,7 @@
 """What every verification says of the models that it compares, with torch and without."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from edge_ft.artifacts import RunFolder
@@ -21,9 +22,13 @@ class ExportRows:
     """Scored by verification, and decide whether the export is refused."""
     test: list[Example]
     calibration: list[Example]
-    """Training rows for the ranges of int8-static or the codes of int4; none for other weights."""
+    """Train rows for the ranges of int8-static or the codes of int4; none for other weights."""
     read: list[Row]
     """The validation rows as they were given, with those that have no answer to score."""
+    train: list[Example] = field(default_factory=list)
+    """What --finish trains on."""
+    split: tuple[float, float, float] | None = None
+    """Shares by which the rows were split here; None: the validation rows are those that were given, or the run's."""
 
     @property
     def sha256(self) -> str | None:
@@ -74,6 +79,7 @@ def compared_figures(source: Scored, compared: dict[str, RowScores | None], limi
         "rows": len(source.rows.validation),
         "rows_sha256": source.rows.sha256,
         "rows_read": len(source.rows.read),
+        "rows_split": source.rows.split and list(source.rows.split),
         "nll": {name: None if found is None else found.mean_nll for name, found in compared.items()},
         "quantization_tax": None,
         "tax_interval": None,
@@ -95,33 +101,37 @@ def _compared_metrics(source: Scored, compared: dict[str, RowScores | None]) -> 
     return {name: {column: found[name] for column, found in metrics.items() if name in found} for name in names}
 
 
-def test_scores(source: Scored, scorer: Scorer, progress: Progress) -> dict[str, Any] | None:
-    """Return what ships on the run's test rows, beside the run's own scores of base and trained model.
+def test_scores(
+    source: Scored, scorer: Scorer, compared: Mapping[str, RowScores], progress: Progress
+) -> dict[str, Any] | None:
+    """Return what ships on the test rows, beside the scores of base and trained model.
 
     Args:
         source: What is exported.
         scorer: What ships.
+        compared: Scores of `base` and `trained` on the test rows of a model; a run has them in its report.
         progress: Receives the rows that are done.
 
     Returns:
         The manifest's `test`; None without such rows.
     """
-    test = source.rows.test
-    if source.run is None or not test:
+    test, labels = source.rows.test, source.rendering.labels
+    if not test:
         return None
-    report = source.run.report()
-    scores = score_rows(source, scorer, test, progress, "test rows, as shipped")
-    shipped = summary(scores, test, source.task, source.rendering.labels)
+    nll: dict[str, float | None] = {name: scores.mean_nll for name, scores in compared.items()}
+    columns = {name: summary(scores, test, source.task, labels)["metrics"] for name, scores in compared.items()}
+    if source.run is not None:
+        report = source.run.report()
+        for name, column in (("base", "test_base"), ("trained", "test")):
+            nll[name] = report["nll"][column]
+            # A metric that its rows left undefined is missing from reports of earlier versions.
+            columns[name] = {metric: values.get(column) for metric, values in report["metrics"].items()}
+    shipped = summary(score_rows(source, scorer, test, progress, "test rows, as shipped"), test, source.task, labels)
     return {
         "rows": len(test),
-        "nll": {"base": report["nll"]["test_base"], "trained": report["nll"]["test"], "shipped": shipped["nll"]},
+        "nll": {"base": nll.get("base"), "trained": nll.get("trained"), "shipped": shipped["nll"]},
         "metrics": {
-            name: {
-                # A metric that its rows left undefined is missing from reports of earlier versions.
-                "base": report["metrics"].get(name, {}).get("test_base"),
-                "trained": report["metrics"].get(name, {}).get("test"),
-                "shipped": value,
-            }
+            name: {**{column: columns.get(column, {}).get(name) for column in ("base", "trained")}, "shipped": value}
             for name, value in shipped["metrics"].items()
         },
     }

@@ -14,6 +14,7 @@ from edge_ft.evaluate.gate import Limits, evaluate_gate, task_metric_for
 from edge_ft.evaluate.scoring import RowScores, Scorer
 from edge_ft.evaluate.verify import largest_difference
 from edge_ft.export.figures import compared_figures, score_rows, test_scores
+from edge_ft.export.finishing import load_finished
 from edge_ft.export.foreign import adapter_provenance
 from edge_ft.export.gguf_file import Blocks, file_tensors, write_gguf_file
 from edge_ft.export.gguf_metadata import architecture_for, lost_settings
@@ -76,7 +77,7 @@ def _export(
     out, lora = config.target, config.target.with_name(config.target.name.removesuffix(".gguf") + LORA)
     if source.lane == "adapter":
         refuse_existing(lora)
-    model = source.load_shipped(progress)
+    model = load_finished(source, config, progress)
     source = with_rows_needed(source, model, progress)
     scores = score_torch(source, model, progress)
     adapter = _lora_tensors(model, source, architecture) if source.lane == "adapter" else {}
@@ -222,7 +223,7 @@ def _verify(
         "adapter_changes_logits": changes,
         **figures,
         "shipped_minus_last_evaluated": difference,
-        "test": test_scores(source, scorer, progress),
+        "test": test_scores(source, scorer, torch_scores.test, progress),
         "refused": reasons,
     }
 

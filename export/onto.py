@@ -241,7 +241,7 @@ def _verify(
         "refused": reasons,
     }
     if not reasons and added.rows.test:
-        verification["test"] = test_scores(added, load(changed, engine="exact", threads=config.threads), progress)
+        verification["test"] = test_scores(added, load(changed, engine="exact", threads=config.threads), {}, progress)
     return verification, passed
 
 

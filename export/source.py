@@ -9,7 +9,7 @@ from torch import nn
 
 from edge_ft.adapter import Adapter, find_adapter
 from edge_ft.artifacts import RunFolder, kind_of
-from edge_ft.config import INT8_ACTIVATIONS, BaseFormat, ExportConfig, Task, Weights
+from edge_ft.config import INT8_ACTIVATIONS, TEXT_TASKS, BaseFormat, ExportConfig, Task, TuneConfig, Weights
 from edge_ft.data import (
     Example,
     Rendering,
@@ -27,6 +27,7 @@ from edge_ft.data import (
     is_unnamed,
     plain_rendering,
     read_rows,
+    split_rows,
 )
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.evaluate.gate import MOST_ROWS
@@ -43,11 +44,18 @@ from edge_ft.models.loading import BITS, ModelSpec, load_model, quantize_calibra
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.quant.calibration import make_calibration
 from edge_ft.quant.conversion import is_within, quantize_model, restore_conv1d
+from edge_ft.quant.serialization import codes_sha256
 
 __all__ = ["ExportSource", "open_export_source"]
 
 CALIBRATION_ROWS = 128
 """Training rows that int8-static reads; more rows hardly widen the ranges of activations."""
+CALIBRATED: dict[Weights, int] = {"int8-static": CALIBRATION_ROWS, "int4": TuneConfig.calibration_rows}
+"""Train rows on which ranges or codes are chosen."""
+FEWEST_SPLIT = 30
+"""Rows of --data that are split; fewer all gate, and choose no codes."""
+MOST_READ = 20480
+"""Rows of --data that are split."""
 
 
 @dataclass(frozen=True)
@@ -90,20 +98,23 @@ class ExportSource:
         """The tokens that begin, end and pad texts."""
         return SpecialIds.of(self.rendering, self.tokenizer)
 
-    def load(self, base_format: BaseFormat | Weights, progress: Progress | None = None) -> Any:
+    def load(
+        self, base_format: BaseFormat | Weights, progress: Progress | None = None, codes: Path | None = None
+    ) -> Any:
         """Load the base without its adapter.
 
         Args:
             base_format: A base format, or weights that ship: fp16 is float32 whose matrices float16 represents
                 exactly; int8-dynamic and int8-static are float32.
             progress: Receives what is not used of the checkpoint.
+            codes: File with int4 codes; None: those of the run's base, if they fit.
 
         Returns:
             The task model, in evaluation mode.
         """
-        codes = None
-        if self.run is not None and self.run.codes.is_file() and self.block_size == self.run.base()["block_size"]:
-            codes = self.run.codes
+        run = self.run
+        if codes is None and run is not None and run.codes.is_file() and self.block_size == run.base()["block_size"]:
+            codes = run.codes
         held = cast(BaseFormat, "fp32" if base_format in ("fp16", *INT8_ACTIVATIONS) else base_format)
         spec = ModelSpec.from_rendering(self.base, self.rendering, held, self.block_size, self.seed, codes)
         if self.adapter is None or self.dims.vocabulary == self.base.dims.vocabulary:
@@ -147,6 +158,8 @@ class ExportSource:
             The base in its shipped format, with the adapter merged in (lane merged) or beside it (lane adapter). If
             activations ship in int8, linear layers are still float here, and the embedding is int8 codes.
         """
+        if (finished := self._finished(progress)) is not None:
+            return finished
         with heartbeat(progress, f"loading {self.base.name}"):
             if self.lane != "merged" and self.weights not in INT8_ACTIVATIONS:
                 model = self.load(self.weights, progress)
@@ -163,6 +176,26 @@ class ExportSource:
         elif self.weights != "fp32":
             with heartbeat(progress, f"rounding the weights to {self.weights}"):
                 self._round(model, self.weights)
+        return model
+
+    def _finished(self, progress: Progress) -> Any | None:
+        """Return the merged model that the run ended on, if that is what ships.
+
+        Raises:
+            UsageError: its codes are not those that the run ended on.
+        """
+        run = self.run
+        if run is None or self.lane != "merged" or self.weights != "int4" or not run.merged.is_dir():
+            return None
+        known = run.finished()
+        if known is None or known["block_size"] != self.block_size:
+            why = "is of another adapter" if known is None else f"has blocks of {known['block_size']}"
+            progress.say(f"the merged model in {run.merged} {why}: codes are chosen again, without trained scales")
+            return None
+        with heartbeat(progress, f"loading the merged model of {run.path}"):
+            model = self.load("int4", progress, run.merged_codes)
+        if codes_sha256(model) != known["codes_sha256"]:
+            raise UsageError(f"{run.merged_codes} holds other codes than the run ended on: copy the run folder again")
         return model
 
     def _round(self, model: nn.Module, weights: BaseFormat | Weights) -> None:
@@ -229,6 +262,7 @@ def _from_run(run: RunFolder, config: ExportConfig, progress: Progress | None) -
         ("--task", config.task),
         ("--pooling", config.pooling),
         ("--class-names", config.class_names or None),
+        ("--finish", config.finish or None),
     ):
         if value is not None:
             raise UsageError(f"{flag} is for a model: the run folder {run.path} has its own")
@@ -296,7 +330,9 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
     notes = () if adapter is None else check_adapter(adapter, base, task, config.lane, tokenizer)
     if adapter is not None and config.problem_type is None:
         config = replace(config, problem_type=adapter.model_config.get("problem_type"))
-    rows = read_rows(config.data)[:MOST_ROWS] if config.data is not None else []
+    _refuse_finish(config, weights, task)
+    chooses = weights == "int8-static" or (weights == "int4" and adapter is not None and config.lane == "merged")
+    rows = read_rows(config.data)[: MOST_READ if chooses else MOST_ROWS] if config.data is not None else []
     if config.class_names and task not in CLASSIFIERS:
         raise UsageError(f"--class-names is for classes and tags, and the task is {task}: leave it out")
     labels = _labels(base, task, config, rows, adapter) if base.family.trained_head(task) else ()
@@ -306,10 +342,16 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
     encoded = encode_rows(rendering, tokenizer, rows)
     unused = find_unused(rows, rendering.columns, {example.row: example.unread for example in encoded})
     notes = (*notes, *(f"{config.data}: {finding.message} [{finding.code}]" for finding in unused))
-    examples = scorable(encoded)
     rendering = replace(rendering, labels=labels)  # rows may name classes by number; the bundle names them by name
-    if rows and not examples:
+    if rows and not scorable(encoded):
         raise DataError(f"{config.data}: no row has an answer to score")
+    given = ExportRows(scorable(encoded), [], [], rows)
+    if chooses and len(given.validation) >= FEWEST_SPLIT:
+        given = _split(rows, encoded, CALIBRATED[weights])
+    elif weights == "int8-static":
+        given = replace(given, calibration=given.validation)
+    if config.finish and not given.train:
+        raise UsageError(f"--finish trains on rows: {config.data} has fewer than {FEWEST_SPLIT} with an answer")
     return ExportSource(
         base=base,
         adapter=adapter,
@@ -319,17 +361,47 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
         block_size=config.block_size or 32,
         tokenizer=tokenizer,
         rendering=rendering,
-        rows=ExportRows(
-            validation=examples,
-            test=[],
-            calibration=examples[:CALIBRATION_ROWS] if weights == "int8-static" else [],
-            read=rows,
-        ),
+        rows=given,
         data_fingerprint=None,
         run=None,
         seed=0,
         notes=notes,
     )
+
+
+def _split(rows: list[Row], encoded: list[Example], calibrated: int) -> ExportRows:
+    """Split the rows of --data as `tune` does: what is chosen on train rows is not judged on them.
+
+    Args:
+        rows: As they were read.
+        encoded: The same rows.
+        calibrated: Number of train rows that ranges or codes are chosen on.
+
+    Returns:
+        The rows.
+    """
+    shares = TuneConfig.split
+    splits = split_rows(rows, shares, seed=0)
+    by_number = {example.row: example for example in encoded}
+    train, validation, test = (scorable([by_number[row.number] for row in splits[name]]) for name in splits)
+    calibration = evenly_spaced(train, calibrated)
+    return ExportRows(validation, test, calibration, splits["validation"], train, shares).first(MOST_ROWS)
+
+
+def _refuse_finish(config: ExportConfig, weights: Weights, task: Task) -> None:
+    """Refuse --finish where no merged int4 model that writes text is made.
+
+    Raises:
+        UsageError: one of these.
+    """
+    if not config.finish:
+        return
+    if config.adapter is None or config.data is None:
+        raise UsageError("--finish trains a merged model towards its adapter on rows: give --adapter and --data")
+    if weights != "int4" or config.lane != "merged":
+        raise UsageError(f"--finish is for --weights int4 and --lane merged, not {weights} and {config.lane}")
+    if task not in TEXT_TASKS:
+        raise UsageError(f"--finish is for models that write text, and the task is {task}: leave it out")
 
 
 def _refuse_int8_activations(weights: Weights, base: Base, lane: str) -> None:

@@ -1,7 +1,7 @@
 """The verification that ends an export: base, trained and shipped model on the same rows, and the gate."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class TorchScores:
     """The untuned base in the shipped format, on the validation rows."""
     trained: RowScores | None
     """The model as trained, on the validation rows."""
+    test: dict[str, RowScores] = field(default_factory=dict)
+    """`base` and `trained` on the test rows of a model; those of a run are in its report."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,10 @@ def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) ->
     base = source.known_scores("base", validation) if validation else None
     if validation and base is None:
         base = scored(base_model, validation, "validation, base")
+    own_test = source.rows.test if source.run is None else []
+    test = {"base": scored(base_model, own_test, "test rows, base")} if own_test else {}
     if source.adapter is None:
-        return TorchScores(shipped_probe, None, base, None)
+        return TorchScores(shipped_probe, None, base, None, test)
     if head := source.base.family.trained_head(source.task):
         whole = shipped_model.get_base_model() if hasattr(shipped_model, "get_base_model") else shipped_model
         for name in head:
@@ -137,7 +141,9 @@ def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) ->
     if not validation:
         return TorchScores(shipped_probe, untuned_probe, base, None)
     trained = _score_trained(source, validation, progress, "validation, as trained")
-    return TorchScores(shipped_probe, untuned_probe, base, trained)
+    if own_test:
+        test["trained"] = _score_trained(source, own_test, progress, "test rows, as trained")
+    return TorchScores(shipped_probe, untuned_probe, base, trained, test)
 
 
 def _score_trained(source: ExportSource, examples: list[Example], progress: Progress, stage: str) -> RowScores:
@@ -207,7 +213,7 @@ def verify_graphs(
         "by_accuracy_level": {
             str(level): {**result.figures, "passed": level in passed} for level, result in results.items()
         },
-        "test": _test(bundle, source, main, config.threads, progress),
+        "test": _test(bundle, source, main, torch_scores, config.threads, progress),
         "refused": reasons,
     }
     return verification, passed, main
@@ -276,9 +282,14 @@ def _check_level(
 
 
 def _test(
-    bundle: Bundle, source: ExportSource, level: int, threads: int | None, progress: Progress
+    bundle: Bundle,
+    source: ExportSource,
+    level: int,
+    torch_scores: TorchScores,
+    threads: int | None,
+    progress: Progress,
 ) -> dict[str, Any] | None:
-    """Return the scores of one graph on the run's test rows, beside the run's own scores of base and trained model."""
-    if source.run is None or not source.rows.test:
+    """Return the scores of one graph on the test rows, beside those of base and trained model."""
+    if not source.rows.test:
         return None
-    return test_scores(source, load(bundle, accuracy_level=level, threads=threads), progress)
+    return test_scores(source, load(bundle, accuracy_level=level, threads=threads), torch_scores.test, progress)

@@ -39,6 +39,9 @@ class ExportConfig(RowsConfig):
     float beside them."""
     block_size: Annotated[Literal[16, 32, 64, 128] | None, Group.BUNDLE] = None
     """Weights that share one scale in int4 and int8; default: that of the run, else 32."""
+    finish: Annotated[int, Group.BUNDLE, Minimum(0)] = 0
+    """Steps that train the scales of a merged int4 model after its codes are chosen, for --adapter over a plain model
+    SOURCE with --data; a run has its own from edge-ft tune --finish-steps."""
     genai_graph: Annotated[Literal["exact", "fast"], Group.BUNDLE] = "exact"
     """Graph that genai_config.json names for onnxruntime-genai: exact is the manifest's model, fast the one with int8
     activations if it passed with nearly the same loss."""

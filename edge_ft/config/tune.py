@@ -81,6 +81,9 @@ class TuneConfig(RowsConfig):
     """Passes over the training rows; default: 2 for decoders, 3 for others."""
     max_steps: Annotated[int | None, Group.TRAINING, Minimum(1)] = None
     """Number of optimizer steps; overrides --epochs."""
+    finish_steps: Annotated[int | None, Group.TRAINING, Minimum(0)] = None
+    """Steps that train the scales of the merged int4 model after the adapter; 0: none; default: a fifth of the
+    training's steps."""
     max_minutes: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
     """Stop after this many minutes of training and validation."""
     batch_size: Annotated[int | None, Group.TRAINING, Minimum(1)] = None
@@ -117,6 +120,10 @@ class TuneConfig(RowsConfig):
         check(
             len(self.split) == 3 and abs(sum(self.split) - 1) < 1e-6 and min(self.split) >= 0,
             f"--split {' '.join(map(str, self.split))} must be three shares that sum to 1, as 0.8 0.1 0.1",
+        )
+        check(
+            not self.finish_steps or self.base_format == "int4",
+            f"--finish-steps {self.finish_steps} is for --base-format int4, and the base is {self.base_format}",
         )
         check(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
         check(0 <= self.warmup <= 1, "--warmup is a share of the steps: 0 to 1")

@@ -19,6 +19,7 @@ from edge_ft.data import (
     fingerprint,
     read_rows,
     reads_clock,
+    split_rows,
     trained_rendering,
 )
 from edge_ft.errors import BundleError, GateRefused
@@ -144,14 +145,16 @@ def _verify_rows(graphs: _Graphs, data: str, config: VerifyConfig) -> tuple[dict
     # The same rows, rendered differently, have other scores.
     exported = graphs.bundle.verification["rows_sha256"]
     count = graphs.bundle.verification.get("rows_read", VERIFY_ROWS)
-    same = rendering == graphs.rendering and fingerprint(rows[:count]) == exported
+    split = graphs.bundle.verification.get("rows_split")
+    validation = split_rows(rows, tuple(split), seed=0)["validation"] if split else rows
+    same = rendering == graphs.rendering and fingerprint(validation[:count]) == exported
     if same and rendering.rendered_at is None and reads_clock(rendering.chat_template):
         same = False
         graphs.progress.say(
             f"{graphs.bundle.path}: its chat template prints today's date, and this bundle of an earlier version does "
             "not say which one its scores are of: the rows are scored and not compared; export it again to compare them"
         )
-    encoded = encode_rows(rendering, graphs.tokenizer, rows := rows[:count] if same else rows)
+    encoded = encode_rows(rendering, graphs.tokenizer, rows := validation[:count] if same else rows)
     findings = find_unused(rows, rendering.columns, {example.row: example.unread for example in encoded})
     for finding in findings:
         graphs.progress.say(f"{data}: {finding.message} [{finding.code}]")

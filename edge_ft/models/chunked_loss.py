@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edge_ft.quant.layers import FrozenLinear, transposed_weight
 
-__all__ = ["TargetScores", "logit_softcap", "score_targets", "target_loss"]
+__all__ = ["TargetScores", "logit_softcap", "logit_tiles", "score_targets", "target_loss"]
 
 MAX_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 """Logits in memory at a time, by device: 16 MiB in float32; on a GPU 256 MiB, since small pieces cost launches."""
@@ -63,7 +63,7 @@ def score_targets(
     others = torch.zeros_like(largest)  # sum of exp(logit - largest) over all entries but the target
     grad = torch.zeros_like(hidden) if with_grad else None
     predicted = torch.zeros_like(labels)
-    for rows, start, logits, weight in _logit_tiles(hidden, head, dtype):
+    for rows, start, logits, weight in logit_tiles(hidden, head, dtype):
         tanh_slope: Tensor | None = None
         if softcap is not None:
             logits = logits.div_(softcap).tanh_()
@@ -93,7 +93,7 @@ def score_targets(
     return TargetScores((largest + total.log() - target)[:, 0], predicted, grad)
 
 
-def _logit_tiles(hidden: Tensor, head: Any, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+def logit_tiles(hidden: Tensor, head: Any, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
     """Compute the logits in tiles.
 
     A head that is not one linear layer computes the whole vocabulary at once; no weights are yielded then.

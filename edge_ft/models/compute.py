@@ -34,6 +34,7 @@ from edge_ft.models.fused_ops import (
     swiglu,
 )
 from edge_ft.models.lora import layer_stacks
+from edge_ft.models.scorer import task_model_of
 from edge_ft.models.short_attention import use_short_attention
 from edge_ft.quant.layers import FrozenLinear
 
@@ -44,7 +45,7 @@ class Compute:
     """A context in which a PEFT model computes in `dtype`, fused, and recomputes its layers with memory `low`."""
 
     def __init__(self, model: Any, family: Family, dtype: torch.dtype, memory: Memory) -> None:
-        """Wrap the layers of `model`, in place: outside of the context they compute as before."""
+        """Wrap the layers of `model`, with or without PEFT, in place: outside of the context they compute as before."""
         self.dtype = dtype
         self.active = False
         self._last_norm: tuple[Tensor, Recomputable] | None = None
@@ -54,7 +55,7 @@ class Compute:
         self._frozen = [m for m in model.modules() if isinstance(m, FrozenLinear)] if memory == "high" else []
         self.cache_weights(dtype)
         set_malloc_thresholds(memory == "low")
-        task_model = model.get_base_model()
+        task_model = task_model_of(model)
         use_short_attention(task_model)
         for name in layer_stacks(task_model, family):
             layers = task_model.get_submodule(name)

@@ -1,12 +1,14 @@
 """Load the task model of a base, in float32 or quantized."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -36,6 +38,7 @@ from edge_ft.quant.serialization import read_codes
 __all__ = ["BITS", "ModelSpec", "load_model", "quantize_calibrated"]
 
 BITS: dict[BaseFormat, Bits] = {"int4": 4, "int8": 8}
+Changes = Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class ModelSpec:
     codes: Path | Calibration | None = None
     """The file that int4 codes are read from, or the rows that they are calibrated on; None: each weight is rounded
     by itself."""
+    changes: Changes = field(default_factory=dict)
+    """A [rank, in] and B [out, rank] by a layer's name: B A is added to its weight before that is rounded."""
 
     @classmethod
     def from_rendering(
@@ -69,6 +74,7 @@ class ModelSpec:
         block_size: int = 32,
         seed: int = 0,
         codes: Path | Calibration | None = None,
+        changes: Changes | None = None,
     ) -> "ModelSpec":
         """Return the specification of a model for rows of this rendering: its task, classes and pooling."""
         return cls(
@@ -81,6 +87,7 @@ class ModelSpec:
             rendering.problem_type,
             rendering.pooling,
             codes,
+            changes or {},
         )
 
     @property
@@ -226,7 +233,11 @@ def _load(spec: ModelSpec, progress: Progress) -> tuple[Any, ReadWeight]:
     transposed = transpose_conv1d(model) if spec.base.family.fan_in_fan_out else set()
 
     def read(name: str, rows: slice) -> Tensor:
-        return checkpoint.read(names.keys[tied[name]], rows, name in transposed)
+        weight = checkpoint.read(names.keys[tied[name]], rows, name in transposed)
+        if change := spec.changes.get(name.removesuffix(".weight")):
+            a, b = change
+            weight = weight + torch.from_numpy(b[rows] @ a)
+        return weight
 
     if spec.base_format != "fp32":
         _quantize(model, spec, read)

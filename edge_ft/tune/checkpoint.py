@@ -37,6 +37,7 @@ from edge_ft.tune.loop import Fit
 from edge_ft.utf8 import read_json
 
 __all__ = [
+    "FINISH",
     "REPORT_PARTS",
     "Checkpoint",
     "OpenedRun",
@@ -52,6 +53,8 @@ __all__ = [
 FORMAT = 1
 REPORT_PARTS = ".report"
 """Folder in the run folder for the parts of the report that are done, until all are."""
+FINISH = ".finish"
+"""Folder in the run folder for the finishing phase, until it is done."""
 SCORES = ("base", "best")
 """Fields of `Fit` that state.safetensors holds."""
 STORED_NAMES = {"evaluations_without_gain": "bad_looks", "evaluation_due": "look_due"}
@@ -212,7 +215,7 @@ def _misfit_of_counters(loop: dict[str, Any]) -> str | None:
 
 def remove_checkpoint(run: Path) -> None:
     """Remove all that `write_checkpoint` may have left in a run folder."""
-    for folder in (*_places(run), run / REPORT_PARTS):
+    for folder in (*_places(run), run / REPORT_PARTS, run / FINISH):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_ft.config import TuneConfig
+from edge_ft.config import TEXT_TASKS, TuneConfig
 from edge_ft.data import Batch, Example, collate, target_mask, train_batches
 from edge_ft.errors import UsageError
 from edge_ft.evaluate.scoring import Batching, RowScores, Scorer, score
@@ -28,6 +28,7 @@ __all__ = [
     "Callbacks",
     "Fit",
     "TrainingRows",
+    "finishing_steps",
     "fit",
     "learning_rate_at",
     "planned_steps",
@@ -36,6 +37,11 @@ __all__ = [
 
 EVALUATIONS = 5
 """Evaluations of the validation rows in a run, unless --eval-steps says otherwise."""
+FINISHING_SHARE = 0.2
+"""Steps of the finishing phase, as a share of those of the training, unless --finish-steps says otherwise."""
+FINISHING_STEP = 1.6
+"""Time of a finishing step, in steps of the training: it computes a gradient of the weights, and the model as trained
+beside."""
 MAX_SKIPPED = 5
 MAX_SKIPPED_IN_A_ROW = 3
 """A run ends after this many skipped updates: more would only hide what is wrong."""
@@ -114,6 +120,11 @@ class Fit:
 class Callbacks:
     """What a run does while the loop trains: nothing, but for the methods that a subclass overrides."""
 
+    stage = "train"
+    """Name of the steps for `Progress`."""
+    untuned = "untuned"
+    """What the model is before the first step, for messages."""
+
     def on_plan(self, steps: int) -> None:
         """Receive the number of steps, before the first one of a new run."""
 
@@ -187,6 +198,20 @@ def planned_steps(rows: int, config: TuneConfig) -> int:
     return max(1, round(config.epochs * rows / (config.rows_at_once * config.passes)))
 
 
+def finishing_steps(config: TuneConfig, steps: int) -> int:
+    """Return the steps of the finishing phase after a training of so many `steps`; 0 where it has none."""
+    if config.base_format != "int4" or config.task not in TEXT_TASKS:
+        return 0
+    return math.ceil(FINISHING_SHARE * steps) if config.finish_steps is None else config.finish_steps
+
+
+def training_minutes(config: TuneConfig) -> float | None:
+    """Return what the training may take of --max-minutes: the finishing phase takes the rest."""
+    if config.max_minutes is None or finishing_steps(config, 1) == 0:
+        return config.max_minutes
+    return config.max_minutes / (1 + FINISHING_STEP * FINISHING_SHARE)
+
+
 def fit(
     backend: Backend,
     rows: TrainingRows,
@@ -226,7 +251,8 @@ def fit(
     every = config.eval_steps or max(1, math.ceil(state.planned / EVALUATIONS))
     some = f" on {len(rows.watched)} of {len(rows.validation)} rows" if rows.watched else ""
     progress.say(
-        f"{state.planned} steps, validation every {every}{some}; untuned validation loss {state.base.mean_nll:.4f}"
+        f"{state.planned} steps, validation every {every}{some}; "
+        f"{callbacks.untuned} validation loss {state.base.mean_nll:.4f}"
         + (f"; resuming from step {state.steps}" if state.steps else "")
     )
     batches = _endless_batches(rows, config, skip=state.steps * config.passes)
@@ -279,8 +305,8 @@ class _Loop:
         refuse_odd_base(base, [validation[row] for row in self.rows.watched] or validation)
         self.backend.keep_best()
         steps = planned_steps(len(self.rows.train), self.config)
-        if self.config.max_minutes is not None:
-            steps = int(self.callbacks.agree(self._steps_in_time(steps, self.config.max_minutes)))
+        if (minutes := training_minutes(self.config)) is not None:
+            steps = int(self.callbacks.agree(self._steps_in_time(steps, minutes)))
         return Fit(steps, base, base, base.mean_nll)
 
     def step(self, state: Fit, batches: Iterator[Batch], every: int) -> None:
@@ -303,7 +329,7 @@ class _Loop:
             self.backend.discard()
         read = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         state.steps, state.tokens = step, state.tokens + read
-        minutes = config.max_minutes
+        minutes = training_minutes(config)
         out_of_time = minutes is not None and bool(self.callbacks.agree(self.watch.elapsed > minutes * 60))
         state.evaluation_due = step % every == 0 or step == state.planned or out_of_time
         if out_of_time:
@@ -317,7 +343,7 @@ class _Loop:
             {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": read, "seconds": seconds}
         )
         speed = state.tokens / self.watch.seconds if self.watch.seconds > 0 else 0.0
-        self.progress.advance("train", step, state.planned, f"loss {loss:.3f}, {speed:.0f} tok/s")
+        self.progress.advance(self.callbacks.stage, step, state.planned, f"loss {loss:.3f}, {speed:.0f} tok/s")
 
     def _skip(self, state: Fit, what: str, rows: list[int], rate: float) -> None:
         """Count a skipped update and halve the rate from then on; too many end the run."""
@@ -412,8 +438,8 @@ class _Loop:
         left = minutes * 60 - self.watch.elapsed - evaluations
         if left < step_seconds:
             raise UsageError(
-                f"--max-minutes {minutes:g} leaves no time to train: {1 + EVALUATIONS} evaluations of the validation "
-                f"rows take {evaluation_seconds + evaluations:.0f} s and a step {step_seconds:.1f} s"
+                f"--max-minutes {self.config.max_minutes:g} leaves no time to train: {1 + EVALUATIONS} evaluations of "
+                f"the validation rows take {evaluation_seconds + evaluations:.0f} s and a step {step_seconds:.1f} s"
             )
         return max(1, min(steps, int(left / step_seconds)))
 

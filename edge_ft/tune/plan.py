@@ -18,7 +18,7 @@ from edge_ft.files import write_json
 from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory, resident_bytes, use_threads
-from edge_ft.tune.loop import EVALUATIONS
+from edge_ft.tune.loop import EVALUATIONS, FINISHING_STEP, finishing_steps
 from edge_ft.tune.measure import Measured, measure
 from edge_ft.tune.prepare import Job, prepare_job
 from edge_ft.tune.report import ANSWERS, BATCH_COST, OVERFITTING_ROWS, answer_limit
@@ -305,6 +305,9 @@ def _choice(
 ) -> dict[str, Any]:
     """One of the `choices` of a plan, after these seconds of the stages before training and with codes of this size."""
     stages = spent | _seconds(job, measured)
+    if "finish" in stages:  # the codes of the merged model are chosen as those of the base were
+        stages["finish"] += spent.get("load", 0.0) + spent.get("calibrate", 0.0)
+        codes_bytes *= 2
     stages["write"] = stages.get("write", 0.0) + FINAL_SECONDS
     peak, disk = _peak_bytes(job, measured), codes_bytes + _disk_bytes(job, measured)
     card = _device_bytes(job, measured)
@@ -345,6 +348,8 @@ def _seconds(job: Job, measured: Measured) -> dict[str, float]:
     if config.max_minutes is not None and training + validating > config.max_minutes * 60:
         training = max(0.0, config.max_minutes * 60 - validating)
     seconds = {"train": training, "validation": validating}
+    if steps := 0 if job.base.dims.shares_layers else finishing_steps(config, job.steps):
+        seconds["finish"] = FINISHING_STEP * steps * training / job.steps + 2 * evaluation(watched)
     seconds["scores"] = 2 * measured.report * evaluation(examples["test"]) + evaluation(train[:OVERFITTING_ROWS])
     if task in TEXT_TASKS:
         answered = (examples["test"] or validation)[:ANSWERS]

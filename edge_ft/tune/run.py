@@ -10,6 +10,7 @@ from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, use_threads
 from edge_ft.tune.checkpoint import OpenedRun, explain_stop, finished_note, open_run
 from edge_ft.tune.distributed import Processes
+from edge_ft.tune.finish import finish
 from edge_ft.tune.plan import estimate, measure_batches, refuse_large_base, resolve_memory, settle_memory
 from edge_ft.tune.prepare import prepare_job, refuse_other
 from edge_ft.tune.report import complete_base, results
@@ -77,11 +78,15 @@ def _train_and_report(opened: OpenedRun, processes: Processes, progress: Progres
             estimate(run, job, measured, available, progress, dict(timings.seconds))
     with timings.stage("train"):
         fitted = train(opened, job, model, processes, progress, timings)
+    finished = None
+    if processes.is_main:
+        with timings.stage("finish"):
+            finished = finish(run, job, model, fitted, progress)
     parts = kept_parts(run, job) if processes.is_main else ReportParts(None)
     fitted = complete_base(job, model, fitted, progress, parts, timings)
     evaluated = results(job, model, fitted, progress, parts, timings)
     if processes.is_main:
         with heartbeat(progress, "writing the report"):
-            write_report(opened, job, model, processes, fitted, evaluated, timings.seconds)
+            write_report(opened, job, model, processes, fitted, evaluated | {"finish": finished}, timings.seconds)
         progress.say(f"seconds: {timings.text}")
     processes.wait()

@@ -47,6 +47,8 @@ def test_the_run_folder_holds_what_the_documentation_lists(plain_run: RunFolder)
         "codes.safetensors",
         "config.yaml",
         "files.json",
+        "merged/codes.safetensors",
+        "merged/merged.json",
         "metrics.jsonl",
         "plan.json",
         "rendering.json",

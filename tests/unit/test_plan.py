@@ -17,6 +17,7 @@ from edge_ft.models.base_model import find_base
 from edge_ft.progress import Silent
 from edge_ft.system import Available
 from edge_ft.tune import plan as planning
+from edge_ft.tune.loop import FINISHING_STEP, finishing_steps
 from edge_ft.tune.measure import Curve, Measured
 from edge_ft.tune.plan import duration, plan, refuse_large_base, resolve_memory, settle_memory
 from edge_ft.tune.prepare import Job, prepare_job
@@ -58,9 +59,12 @@ def test_the_time_is_that_of_all_steps_evaluations_and_the_report(job: Job) -> N
     # 12 steps; five evaluations of one batch, before the first step and every third; the test rows twice, and the
     # prompts of the answers, in float32; train rows.
     found = planning._seconds(job, measured())
-    assert found == {"train": 24.0, "validation": 2.5, "scores": 3 * 2 * 0.5 + 0.5, "answers": 3 * 2 * 0.5}
+    finishing = finishing_steps(job.config, 12) * FINISHING_STEP * 2.0 + 2 * 0.5  # validation rows before and after
+    report = {"scores": 3 * 2 * 0.5 + 0.5, "answers": 3 * 2 * 0.5}
+    assert found == {"train": 24.0, "validation": 2.5, "finish": finishing, **report}
     accumulated = with_settings(job, gradient_accumulation=2, max_steps=12)
-    assert planning._seconds(accumulated, measured()) == {**found, "train": 48.0}
+    twice = {"train": 48.0, "finish": 2 * finishing - 2 * 0.5}
+    assert planning._seconds(accumulated, measured()) == {**found, **twice}
     frequent = with_settings(job, eval_steps=1)
     assert planning._seconds(frequent, measured()) == {**found, "validation": 13 * 0.5}
     generating = planning._seconds(job, measured(token=0.1))["answers"] - found["answers"]
@@ -132,8 +136,9 @@ def test_a_choice_fits_into_memory_and_disk(job: Job, available: Available, fits
     assert choice["fits"] is fits
     assert (choice["layers"], choice["memory"], choice["trainable_parameters"]) == ("all", "normal", 1000)
     stages = {"load": 7.0, **planning._seconds(job, measured()), "write": planning.FINAL_SECONDS}
+    stages["finish"] += 7.0  # the merged model is loaded as the base was
     assert choice["stages"] == stages and choice["seconds"] == pytest.approx(sum(stages.values()))
-    assert choice["disk_bytes"] == 5000 + planning._disk_bytes(job, measured())
+    assert choice["disk_bytes"] == 2 * 5000 + planning._disk_bytes(job, measured())
 
 
 def options(llama: Path, **settings: Any) -> list[tuple[str, str | None]]:
