@@ -244,7 +244,9 @@ def export(
                 for metric, values in part["metrics"].items()
             ]
     lines = f"{bundle.path}: {bundle.size_bytes / 1e6:.1f} MB, lane {bundle.manifest['lane']}"
-    if found["quantization_tax"] is not None:
+    if "cosine" in found:
+        lines += ", cosine of the vectors with those as trained " + _interval(found["cosine"])
+    elif found["quantization_tax"] is not None:
         low, high = found["tax_interval"]
         known = f"[{low:+.4f}, {high:+.4f}] on {found['rows']} rows"
         lines += f", quantization tax {found['quantization_tax']:+.4f} {_unit(bundle.task)} {known}"

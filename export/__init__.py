@@ -1,7 +1,7 @@
 """Turn a run, or a model with or without a PEFT adapter, into a bundle that a device can open, or into a GGUF file."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,14 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
             return add_adapter(Path(source), config.onto, config, progress)
     with locked(config.target):
         refuse_existing(config.target)
-        _export(source, config, progress)
+        try:
+            _export(source, config, progress)
+        except GateRefused as refused:
+            if config.weights is not None or not _needs_more_bits(config.target):
+                raise
+            progress.say(f"{refused}. Trying 8 bits")
+            _export(source, replace(config, weights="int8"), progress)
+            shutil.rmtree(_rejected(config.target))  # of 4 bits
         try:
             with heartbeat(progress, f"checking {config.target}"):
                 return Bundle.open(config.target)
@@ -74,7 +81,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
         opened = open_export_source(source, config, progress)
     for note in opened.notes:
         progress.say(note)
-    rejected = config.target.with_name(config.target.name + ".rejected")
+    rejected = _rejected(config.target)
     if not _is_rejected(rejected):
         refuse_existing(rejected)
     with atomic_folder(config.target) as folder:
@@ -111,6 +118,8 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
             fix, gain = "", verification.get("gain")
             if gain is not None and gain["low"] <= 0:
                 fix = ". Train with more rows, more --epochs or another --learning-rate, then export again"
+            elif "cosine" in verification and opened.weights == "int4":
+                fix = ". --weights int8 keeps embeddings closer to those of the training"
             elif lost and codes_are_held:
                 fix = f". --lane adapter ships the {opened.weights} weights of the training unchanged"
             raise GateRefused(f"export refused, bundle kept as {rejected}: {'; '.join(reasons)}{fix}")
@@ -165,6 +174,21 @@ def export_gguf(source: str, config: ExportConfig, progress: Progress | None = N
         found = GgufExport(config.target, export_file(source, config, progress))
         write_page(source, config.target, found.manifest)
         return found
+
+
+def _rejected(out: Path) -> Path:
+    """Return where a bundle is kept that the gate refused."""
+    return out.with_name(out.name + ".rejected")
+
+
+def _needs_more_bits(out: Path) -> bool:
+    """Return whether the gate refused an embedding model in int4 that has learned something."""
+    manifest = Bundle.open(_rejected(out)).manifest
+    found, gain = manifest["verification"], manifest["verification"].get("gain")
+    learned = gain is not None and gain["low"] > 0 and found["adapter_changes_logits"]
+    return bool(
+        learned and "cosine" in found and manifest["quantization"]["bits"] == 4 and manifest["lane"] == "merged"
+    )
 
 
 def _is_rejected(folder: Path) -> bool:

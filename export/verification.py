@@ -16,9 +16,11 @@ from edge_ft.evaluate.gate import (
     PILOT_ROWS,
     TAX_PRECISION,
     Limits,
+    cosine_reasons,
     evaluate_gate,
     rows_needed,
     task_metric_for,
+    vector_cosine,
 )
 from edge_ft.evaluate.scoring import RowScores
 from edge_ft.evaluate.verify import largest_difference
@@ -84,8 +86,8 @@ def with_rows_needed(source: ExportSource, shipped_model: Any, progress: Progres
         The source; its rows are the first ones of those that were read.
     """
     available = len(source.rows.validation)
-    if source.adapter is None or available <= FEWEST_ROWS:
-        return source
+    if source.adapter is None or available <= FEWEST_ROWS or source.task == "feature-extraction":
+        return source  # recall is among all rows, and embedding them takes little
     pilot = source.rows.validation[:PILOT_ROWS]
     trained = _score_trained(source, pilot, progress, "a few validation rows")
     shipped = score_rows(source, TorchScorer(shipped_model, source.task), pilot, progress, "a few validation rows")
@@ -270,6 +272,9 @@ def _check_level(
         "argmax_agreement": scores.validation.agreement(exact.validation),
     }
     if torch_scores.trained is None or torch_scores.base is None:
+        cosine = vector_cosine(exact.validation, scores.validation)
+        if cosine is not None:
+            return LevelResult({**figures, "cosine": cosine}, {}, "; ".join(cosine_reasons(cosine, limits)))
         lost = scores.validation.mean_nll - exact.validation.mean_nll
         above = lost > limits.max_tax
         return LevelResult(figures, {}, f"{lost:+.4f} nats per token against level 1" if above else "")
@@ -277,7 +282,7 @@ def _check_level(
         *(torch_scores.base, torch_scores.trained, scores.validation, limits, adapter_changes_logits),
         task_metric_for(source.rows.validation, source.task, source.rendering.labels),
     )
-    figures["quantization_tax"] = verdict.figures["quantization_tax"]
+    figures |= {name: verdict.figures[name] for name in ("quantization_tax", "cosine") if name in verdict.figures}
     return LevelResult(figures, verdict.figures, "; ".join(verdict.reasons))
 
 

@@ -40,8 +40,8 @@ class Recipe:
     length: int = 64
     batch: int = 4
     steps: int = 200
-    learning_rate: float = 3e-4
-    """The middle step between two 4-bit values of this checkpoint is 0.05: most weights move by a tenth of it."""
+    learning_rate: float = 2e-4
+    """The middle step between two 4-bit values of this checkpoint is 0.05."""
     seed: int = 0
 
 
@@ -78,8 +78,8 @@ def _train(base: Base, folder: Path, recipe: Recipe, progress: Progress) -> None
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
     before, began = perplexity(model, held_out, recipe.length), time.monotonic()
     cpu = torch.device("cpu")
-    # The weights and AdamW's moments stay float32.
-    with torch.autocast("cpu", torch.bfloat16) if has_bf16(cpu) else nullcontext():
+    # The weights and AdamW's moments stay float32. No cache: it would hold the first step's weights to the end.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if has_bf16(cpu) else nullcontext():
         fit(
             model,
             windows(stream, recipe.length, (recipe.steps, recipe.batch), recipe.seed),

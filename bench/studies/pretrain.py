@@ -158,7 +158,7 @@ def fit(model: Any, batches: NDArray[np.int64], learning_rate: float, progress: 
     """Train all weights of a causal model on token windows [steps, batch, length + 1], at a rate that falls to 5%."""
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95), fused=True)
     model.train()
     steps = len(batches)
     warmup = max(1, steps // 20)

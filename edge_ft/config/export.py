@@ -51,7 +51,7 @@ class ExportConfig(RowsConfig):
     """Refuse a bundle that keeps less than this share of the improvement in loss over the base."""
     max_metric_drop: Annotated[float, Group.GATE, Minimum(0)] = 0.02
     """Refuse a bundle whose task metric (0 to 1) is lower by more than this, unless the 95% interval of the drop
-    includes 0."""
+    includes 0; embeddings also if their mean cosine with those as trained is further below 1."""
     threads: Threads = None
     """CPU threads; default: OMP_NUM_THREADS, or all CPUs that the process may use."""
 

@@ -21,6 +21,7 @@ from edge_ft.evaluate.metrics import (
     estimate,
     mean,
     micro_f1,
+    ranks,
     ratio,
     span_counts,
 )
@@ -35,10 +36,12 @@ __all__ = [
     "Limits",
     "TaskMetric",
     "Verdict",
+    "cosine_reasons",
     "evaluate_gate",
     "rows_needed",
     "task_metric_for",
     "tax_interval",
+    "vector_cosine",
 ]
 
 TAX_PRECISION = 0.005
@@ -60,7 +63,7 @@ class Limits:
     min_retained: float
     """Share of the learned gain (base - trained) that must be retained; usually 0 to 1."""
     max_metric_drop: float
-    """Largest drop of the task metric (0 to 1)."""
+    """Largest drop of the task metric (0 to 1), and of the mean cosine of embeddings below 1."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,9 @@ def evaluate_gate(
     paired bootstrap over rows, is above 0. A drop of the task metric refuses only if its paired interval is above 0
     too, since a difference on a few rows can be chance.
 
+    An embedding model is judged by recall, its task metric, and by the cosine of its vectors with those as trained: its
+    loss depends on which texts share a batch, and few rows hardly know it. The cosine does not need many.
+
     Args:
         base: Scores of the base without the adapter.
         trained: Scores of the model as trained, on the same rows.
@@ -124,6 +130,7 @@ def evaluate_gate(
     before, after = metric.value(trained), metric.value(shipped)
     before_of, after_of = metric.of(trained), metric.of(shipped)
     drop = estimate(lambda rows: before_of(rows) - after_of(rows), len(trained.nll))
+    cosine = vector_cosine(trained, shipped)
     reasons = []
     if not adapter_changes_logits:
         reasons.append("the adapter does not change the logits of the graph, which answers as the base")
@@ -132,11 +139,10 @@ def evaluate_gate(
             f"nothing was learned (loss of the base - loss as trained: {gain:+.4f} nats per token, 95% interval "
             f"[{gained['low']:+.4f}, {gained['high']:+.4f}] on {len(base.nll)} validation rows)"
         )
-    if tax > limits.max_tax:
-        known = f"95% interval [{lost['low']:+.4f}, {lost['high']:+.4f}]"
-        reasons.append(f"quantization tax {tax:+.4f} nats per token ({known}) is above --max-tax {limits.max_tax:g}")
-    if retained is not None and retained < limits.min_retained:
-        reasons.append(f"retained gain {retained:.1%} is under --min-retained {limits.min_retained:.0%}")
+    if cosine is None:
+        reasons += _loss_reasons(tax, lost, retained, limits)
+    else:
+        reasons += cosine_reasons(cosine, limits)
     if metric.defined and drop["value"] > limits.max_metric_drop and drop["low"] > 0:
         reasons.append(
             f"{metric.name} fell from {before:.4f} to {after:.4f} (95% interval of the drop "
@@ -152,8 +158,38 @@ def evaluate_gate(
         "metric_drop": {"metric": metric.name, **(drop if metric.defined else UNDEFINED)},
         "argmax_agreement": shipped.agreement(trained),
         "adapter_changes_logits": adapter_changes_logits,
+        **({} if cosine is None else {"cosine": cosine}),
     }
     return Verdict(figures, tuple(reasons))
+
+
+def vector_cosine(trained: RowScores, shipped: RowScores) -> Metric | None:
+    """Return the mean cosine of the embeddings of two models over both texts of each row; None of other models."""
+    if trained.vectors is None or shipped.vectors is None:
+        return None
+    pairs = zip(trained.vectors, shipped.vectors, strict=True)
+    return mean(np.mean([(one * other).sum(1, dtype=np.float64) for one, other in pairs], axis=0))
+
+
+def cosine_reasons(cosine: Metric, limits: Limits) -> list[str]:
+    """Return the reasons to refuse vectors with this cosine to those that they should be."""
+    if 1 - cosine["value"] <= limits.max_metric_drop:
+        return []
+    return [
+        f"the embeddings have a mean cosine of {cosine['value']:.4f} (95% interval [{cosine['low']:.4f}, "
+        f"{cosine['high']:.4f}]) with those before the rounding: more than --max-metric-drop "
+        f"{limits.max_metric_drop:g} below 1"
+    ]
+
+
+def _loss_reasons(tax: float, lost: Metric, retained: float | None, limits: Limits) -> list[str]:
+    reasons = []
+    if tax > limits.max_tax:
+        known = f"95% interval [{lost['low']:+.4f}, {lost['high']:+.4f}]"
+        reasons.append(f"quantization tax {tax:+.4f} nats per token ({known}) is above --max-tax {limits.max_tax:g}")
+    if retained is not None and retained < limits.min_retained:
+        reasons.append(f"retained gain {retained:.1%} is under --min-retained {limits.min_retained:.0%}")
+    return reasons
 
 
 def tax_interval(trained: RowScores, shipped: RowScores) -> Metric:
@@ -181,9 +217,12 @@ def task_metric_for(examples: Sequence[Example], task: str, labels: tuple[str, .
     """Return the metric of a task for scores of `examples`.
 
     One class per row: accuracy. Several classes: micro F1. Regression: Spearman's correlation, without scipy Pearson's.
-    Tags: span F1 where they mark spans and seqeval is installed, else accuracy. Generated text: token accuracy. Any
-    other task: accuracy.
+    Tags: span F1 where they mark spans and seqeval is installed, else accuracy. Generated text: token accuracy.
+    Embeddings: recall at 1 among all rows. Any other task: accuracy.
     """
+    if task == "feature-extraction":
+        texts = [tuple(example.pair_ids) for example in examples]
+        return TaskMetric("recall_at_1", lambda scores: _recall(scores, texts))
     spans = any(label[:2] in ("B-", "I-") for label in labels) and find_spec("seqeval") is not None
     if task == "token-classification" and spans:
         return TaskMetric("span_f1", lambda scores: _span_f1(scores, examples, labels))
@@ -204,3 +243,8 @@ def task_metric_for(examples: Sequence[Example], task: str, labels: tuple[str, .
 def _span_f1(scores: RowScores, examples: Sequence[Example], labels: tuple[str, ...]) -> Statistic:
     counts = span_counts(*tag_names(scores, examples, labels))
     return ACCURACY.of(scores) if counts is None else ratio(*counts)  # no row has a span
+
+
+def _recall(scores: RowScores, texts: list[tuple[int, ...]]) -> Statistic:
+    assert scores.vectors is not None
+    return ratio((ranks(*scores.vectors, texts) == 0).astype(np.int64), np.ones(len(texts), np.int64))

@@ -31,6 +31,7 @@ __all__ = [
     "number_metrics",
     "perplexity",
     "proportion",
+    "ranks",
     "ratio",
     "recall",
     "span_counts",
@@ -164,12 +165,18 @@ def recall(first: NDArray[np.float32], second: NDArray[np.float32], texts: Seque
         second: Embeddings of the second texts [rows, hidden], of length 1; equal texts are one candidate.
         texts: Identifies the second texts [rows].
     """
+    found = ranks(first, second, texts)
+    return {f"recall_at_{count}": proportion(found < count) for count in (1, 10)}
+
+
+def ranks(first: NDArray[np.float32], second: NDArray[np.float32], texts: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Return for each row how many second texts are nearer than its own; arguments as of `recall`."""
     places = {text: row for row, text in reversed(list(enumerate(texts)))}  # the first row of each text
     scores = first @ second[list(places.values())].T  # [rows, different texts]
     column = {text: index for index, text in enumerate(places)}
     own = scores[np.arange(len(texts)), [column[text] for text in texts]]
-    ranks = (scores > own[:, None]).sum(1)
-    return {f"recall_at_{count}": proportion(ranks < count) for count in (1, 10)}
+    found: NDArray[np.int64] = (scores > own[:, None]).sum(1)
+    return found
 
 
 def span_metrics(predicted: list[list[str]], gold: list[list[str]]) -> dict[str, Metric]:

@@ -129,8 +129,9 @@ def test_static_ranges_come_from_the_calibration_rows(bert_run: RunFolder, bert_
                 if tensor.name.endswith("_scale") and not tensor.dims
             }
         )
-    assert scales[0].keys() == scales[1].keys()
-    assert sum(scales[1][name] > scales[0][name] for name in scales[0]) > len(scales[0]) / 2
+    same = [name for name in scales[0].keys() & scales[1].keys() if scales[0][name] == scales[1][name]]
+    assert len(scales[1]) >= 8
+    assert not same, "each input has a range of its rows, and a divisor or none"
 
 
 def test_models_and_lanes_without_int8_activations_are_refused(

@@ -12,11 +12,12 @@ import torch
 from transformers import BertModel
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.config import EvalConfig, ExportConfig, RunConfig, TuneConfig
+from edge_ft.config import EvalConfig, ExportConfig, RunConfig, TuneConfig, VerifyConfig
 from edge_ft.data.contrastive import duplicate_texts, in_batch_loss
-from edge_ft.errors import DataError, ModelError, UsageError
-from edge_ft.evaluate import evaluate
+from edge_ft.errors import DataError, GateRefused, ModelError, UsageError
+from edge_ft.evaluate import evaluate, gate
 from edge_ft.evaluate.metrics import recall
+from edge_ft.evaluate.verify import verify
 from edge_ft.export import export
 from edge_ft.models.base_model import find_base
 from edge_ft.progress import Silent
@@ -71,6 +72,36 @@ def test_an_embedder_is_trained_and_exported(run: RunFolder, bundle: Bundle) -> 
     scored = evaluate(str(bundle.path), EvalConfig(data=str(run.split("test"))))
     assert scored["perplexity"] is None
     assert scored["metrics"]["recall_at_1"] == found["test"]["metrics"]["recall_at_1"]["shipped"]
+
+
+def test_the_gate_judges_vectors_and_so_does_verify(run: RunFolder, bundle: Bundle, tmp_path: Path) -> None:
+    """A limit of the loss refuses no embedder; vectors that turned away do, and the message says what keeps them."""
+    found = bundle.manifest["verification"]
+    assert 0.5 < found["cosine"]["low"] < found["cosine"]["value"] <= 1
+    assert found["metric_drop"]["metric"] == "recall_at_1"
+    assert found["by_accuracy_level"]["1"]["cosine"] == found["cosine"]
+    allowed = ExportConfig(out=tmp_path / "allowed", max_tax=0, min_retained=1e9, max_metric_drop=1)
+    assert export(str(run.path), allowed).manifest["verification"]["refused"] == []
+    verified = verify(tmp_path / "allowed", VerifyConfig(data=str(run.split("validation"))))
+    assert verified["same_rows"]
+    with pytest.raises(GateRefused, match=r"mean cosine of .*more than --max-metric-drop .*--weights int8"):
+        export(str(run.path), ExportConfig(out=tmp_path / "refused", weights="int4", max_metric_drop=1e-9))
+
+
+def test_an_embedder_gets_8_bits_where_nobody_chose_4_and_4_are_too_few(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+
+    def reasons(cosine: Any, _: Any) -> list[str]:
+        limits.append(cosine["value"])
+        return ["too far"] if len(limits) == 1 else []
+
+    monkeypatch.setattr(gate, "cosine_reasons", reasons)
+    out = tmp_path / "bundle"
+    found = export(str(run.path), ExportConfig(out=out, min_retained=0, max_metric_drop=1))
+    assert found.manifest["quantization"]["bits"] == 8
+    assert not out.with_name("bundle.rejected").exists()
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(

@@ -14,15 +14,17 @@ from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.progress import Silent
 
-SMALL = Recipe(length=8, batch=2, steps=3)
+SMALL = Recipe(length=8, batch=2, steps=40, learning_rate=3e-3)
 
 
 def test_every_matrix_moves_and_the_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_FT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(off_grid, "encyclopedia_passages", lambda: [f"a few words of text, {n}" for n in range(60)])
+    monkeypatch.setattr(off_grid, "encyclopedia_passages", lambda: [f"a few words of text, {n}" for n in range(200)])
     source = write_llama(tmp_path / "base")
     folder = off_grid_model(Silent(), SMALL, str(source))
-    assert json.loads((folder / "off-grid.json").read_text())["tokens"] == 3 * 2 * 8
+    figures = json.loads((folder / "off-grid.json").read_text())
+    assert figures["held_out_perplexity"] < figures["held_out_perplexity_before"]
+    assert figures["tokens"] == 40 * 2 * 8
     before, after = (load_file(str(path / "model.safetensors")) for path in (source, folder))
     assert before.keys() == after.keys()
     assert all(np.abs(after[name] - before[name]).max() > 0 for name in before if before[name].ndim == 2)

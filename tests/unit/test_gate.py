@@ -169,3 +169,45 @@ def test_a_metric_without_a_value_does_not_drop(row: list[float], labels: tuple[
     metric = task_metric_for([example(row) for _ in range(ROWS)], "text-classification", labels)
     found = replace(scores(1.0), predicted=[np.array(row)] * ROWS)
     assert evaluate_gate(scores(3.0), found, found, LIMITS, True, metric).figures["metric_drop"]["value"] == value
+
+
+def embedded(noise: float, swapped: int = 0, nll: float = 1.0) -> RowScores:
+    """Rows whose first text is their second one turned a little; `swapped` rows have a neighbour's first vector."""
+    random = np.random.default_rng(0)
+    second = random.standard_normal((ROWS, 16))
+    first = second + 0.1 * random.standard_normal(second.shape)
+    first[:swapped] = np.roll(first[:swapped], 1, axis=0)
+    sides = [
+        side + noise * np.random.default_rng(seed).standard_normal(side.shape)
+        for seed, side in enumerate((first, second))
+    ]
+    a, b = ((side / np.linalg.norm(side, axis=1, keepdims=True)).astype(np.float32) for side in sides)
+    ranks = [np.zeros(1, np.int64)] * ROWS
+    return RowScores(np.full(ROWS, nll), np.ones(ROWS, np.int64), np.ones(ROWS, np.int64), ranks, (a, b))
+
+
+def judged(shipped: RowScores) -> Any:
+    pairs = [Example(row, [1], [0], 0, "", 0, pair_ids=[row]) for row in range(ROWS)]
+    metric = task_metric_for(pairs, "feature-extraction", ())
+    return evaluate_gate(embedded(0, nll=3.0), embedded(0), shipped, LIMITS, True, metric)
+
+
+def test_an_embedder_is_judged_by_its_vectors_and_not_by_a_loss_that_depends_on_the_batch() -> None:
+    verdict = judged(embedded(0.05, nll=1.5))
+    assert verdict.figures["quantization_tax"] == pytest.approx(0.5)
+    assert verdict.figures["metric_drop"]["metric"] == "recall_at_1"
+    cosine = verdict.figures["cosine"]
+    assert 0.98 < cosine["low"] < cosine["value"] < cosine["high"] < 1
+    assert verdict.reasons == ()
+
+
+def test_vectors_that_turned_away_are_refused_though_every_text_is_still_found() -> None:
+    verdict = judged(embedded(0.3))
+    assert verdict.figures["metric_drop"]["value"] == 0
+    assert len(verdict.reasons) == 1
+    assert "mean cosine of 0.9" in verdict.reasons[0]
+
+
+def test_a_recall_that_fell_is_refused() -> None:
+    reasons = judged(embedded(0, swapped=10)).reasons
+    assert any("recall_at_1 fell from 1.0000 to 0.8000" in reason for reason in reasons)
