@@ -235,8 +235,8 @@ class RunFolder:
         """Read the identity of the base.
 
         Returns:
-            `model`, `path`, `content_sha256`, `format`, `block_size`, `calibration_rows`, `calibration` (figures of
-            choosing int4 codes, or null) and `codes_sha256`.
+            `model`, `path`, `content_sha256`, `format`, `block_size`, `scales`, `calibration_rows`, `calibration`
+            (figures of choosing int4 codes, or null) and `codes_sha256`.
         """
         base: dict[str, Any] = read_json(self.path / "base.json")
         return base

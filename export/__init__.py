@@ -73,8 +73,10 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
     from edge_ft.export.bundle import graph_files, lora_graph, make_manifest, write_bundle, write_genai
     from edge_ft.export.finishing import load_finished
     from edge_ft.export.page import write_page
+    from edge_ft.export.size import refuse_larger
     from edge_ft.export.source import open_export_source
     from edge_ft.export.verification import genai_level, score_torch, verify_graphs, with_rows_needed
+    from edge_ft.quant.sensitivity import finer_layers
 
     use_threads(config.threads)
     with timings.stage("open"), heartbeat(progress, f"opening {source}"):
@@ -89,7 +91,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
             shipped_model = load_finished(opened, config, progress)
         with timings.stage("scores"):
             opened = with_rows_needed(opened, shipped_model, progress)
-            scores = score_torch(opened, shipped_model, progress)
+            scores, finer = score_torch(opened, shipped_model, progress), finer_layers(shipped_model)
         with timings.stage("graphs"):
             graphs = write_bundle(folder, opened, shipped_model, progress)
         del shipped_model
@@ -108,7 +110,8 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
                 progress.say("no other graph passed with nearly the same loss: genai_config.json names the exact one")
             write_genai(folder, opened.base.family.name, opened.dims, opened.special_ids, kept[level])
         with heartbeat(progress, "writing the manifest"):
-            Bundle.seal(folder, {**make_manifest(opened, kept, main), "verification": verification})
+            Bundle.seal(folder, {**make_manifest(opened, kept, main, finer), "verification": verification})
+            refuse_larger(folder, config.size_mb)
             write_page(source, config.target, read_json(folder / "manifest.json"))
         if reasons := verification["refused"]:
             shutil.rmtree(rejected, ignore_errors=True)

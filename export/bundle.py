@@ -87,7 +87,7 @@ def write_bundle(folder: Path, source: ExportSource, model: Any, progress: Progr
         head = _head_layers(source, model, pairs)
         lora = _lora_graphs(source, model, graphs, pairs, tuple(head))
         for graph in (*graphs.values(), *lora.values()):
-            if source.weights == "fp16":
+            if source.weights not in ("fp32", *INT8_ACTIVATIONS):
                 store_in_fp16(graph)
     with heartbeat(progress, "writing the graphs and their weights"):
         if source.lane == "adapter":
@@ -242,13 +242,16 @@ def _calibration(source: ExportSource, graph: ir.Model) -> list[Feed] | None:
     return [{name: batch.get(name, np.zeros_like(batch["input_ids"])) for name in names} for batch in batches]
 
 
-def make_manifest(source: ExportSource, graphs: dict[int, str], main: int) -> dict[str, Any]:
+def make_manifest(
+    source: ExportSource, graphs: dict[int, str], main: int, finer: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Describe a bundle, without its files and its verification.
 
     Args:
         source: What is exported.
         graphs: By accuracy level, the graph's path relative to the bundle.
         main: Accuracy level that runs by default.
+        finer: Rows with 8 bits by layer.
 
     Returns:
         The manifest's other keys.
@@ -260,7 +263,7 @@ def make_manifest(source: ExportSource, graphs: dict[int, str], main: int) -> di
         "family": base.family.name,
         "model": graphs[main],
         "graphs": {str(level): path for level, path in graphs.items()},
-        "quantization": _quantization(source),
+        "quantization": _quantization(source, finer or {}),
         "lane": source.lane,
         "max_length": base.max_length,
         "tokenization": {"bos": rendering.bos, "appended_eos": rendering.appended_eos},
@@ -313,8 +316,9 @@ def lora_graph(graph: str) -> str:
     return Path(graph).with_name(LORA + Path(graph).name).as_posix()
 
 
-def _quantization(source: ExportSource) -> dict[str, Any]:
+def _quantization(source: ExportSource, finer: Mapping[str, int]) -> dict[str, Any]:
     """Return the format of the weights; `method` is how codes were chosen, where int8 ranges come from, or None."""
+    overrides = {name: {"bits": 8, "rows": rows} for name, rows in finer.items()}
     weights, codes = source.weights, source.weights in BITS
     method = ACTIVATION_RANGES.get(weights)
     if codes:
@@ -322,8 +326,9 @@ def _quantization(source: ExportSource) -> dict[str, Any]:
     return {
         "method": method,
         "bits": {"int4": 4, "fp16": 16, "fp32": 32}.get(weights, 8),
-        "block_size": source.block_size if codes else None,
+        "block_size": source.grid.block_size if codes else None,
         "symmetric": weights in ACTIVATION_RANGES,
+        **({"overrides": overrides} if overrides else {}),
     }
 
 

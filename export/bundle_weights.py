@@ -1,5 +1,6 @@
 """The weights in the graph of a decoder's bundle, by the names of the model that it was exported from."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,22 @@ def bundle_weights(graph: Path, dims: ModelDims) -> dict[str, Codes | NDArray[An
     }
 
     def array(value: Any) -> NDArray[Any]:
-        return held[value.name].numpy()
+        cast = value.producer()  # of scales in float16
+        return held[(value if cast is None else cast.inputs[0]).name].numpy()
 
     found: dict[str, Codes | NDArray[Any]] = {}
+    fine: dict[str, NDArray[np.uint8]] = {}
     for node in model.graph:
         if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
             continue
         first = 1 if node.op_type == "MatMulNBits" else 0
-        weight, scales = node.inputs[first], array(node.inputs[first + 1 if first else 2])
+        weight = node.inputs[first]
+        assert weight is not None
+        module, _, part = str(weight.name).rpartition(".")
+        if part == "fine":
+            fine[module] = array(weight).reshape(len(array(weight)), -1, node.attributes["block_size"].as_int() // 2)
+            continue
+        scales = array(node.inputs[first + 1 if first else 2])
         zeros = node.inputs[3] if len(node.inputs) > 3 else None
         bits, block = (node.attributes[name].as_int() for name in ("bits", "block_size"))
         rows, blocks = len(array(weight)), scales.size // len(array(weight))
@@ -55,8 +64,9 @@ def bundle_weights(graph: Path, dims: ModelDims) -> dict[str, Codes | NDArray[An
             columns,
             4 if bits == 4 else 8,
         )
-        assert weight is not None
-        found[f"{str(weight.name).removesuffix('.qweight')}.weight"] = codes
+        found[f"{module}.weight"] = codes
+    for module, further in fine.items():
+        found[f"{module}.weight"] = replace(found[f"{module}.weight"], fine=further)  # type: ignore[type-var]
     for name, tensor in held.items():
         if name.endswith((".weight", ".bias")):
             values = tensor.numpy().astype(np.float32)

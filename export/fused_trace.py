@@ -125,12 +125,13 @@ def _name_embedding(graph: ir.Graph, model: PreTrainedModel) -> None:
         if codes is None or codes.const_value is None:
             continue
         rows = codes.const_value.numpy()
-        tensor = ir.tensor(rows.reshape(len(rows), -1), name=f"{embedding}.qweight")
+        part = str(codes.name).rpartition(".")[2]  # qweight, or the further bits of some rows
+        tensor = ir.tensor(rows.reshape(len(rows), -1), name=f"{embedding}.{part}")
         table = ir.val(tensor.name, const_value=tensor)
         node.replace_input_with(0, table)
         del graph.initializers[str(codes.name)]
         if codes.uses():  # by a head that is tied to the embedding, whose name it may have
-            codes.name = f"{head}.qweight" if codes.name == table.name else codes.name
+            codes.name = f"{head}.{part}" if codes.name == table.name else codes.name
             graph.register_initializer(codes)
         graph.register_initializer(table)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edge_ft.errors import UsageError, require
 from edge_ft.models.gguf_names import Heads, architecture_of, gguf_names, to_file
-from edge_ft.quant.blockwise import Codes, unpack_nibbles
+from edge_ft.quant.blockwise import Codes, dequantize, unpack_nibbles
 
 __all__ = ["BLOCK", "Blocks", "file_tensors", "pack_blocks", "write_gguf_file"]
 
@@ -34,14 +34,14 @@ class Blocks:
 
 
 def pack_blocks(codes: Codes, name: str = "the weight") -> Blocks:
-    """Write 4-bit codes as Q4_1 blocks, or as Q4_0 blocks if every zero point is 8.
+    """Write 4-bit codes as Q4_1 blocks, or as Q4_0 blocks if every zero point is 8; with further bits as Q8_0 blocks.
 
     Args:
         codes: Of 4 bits, in blocks of 32 or a multiple of it; rows are a multiple of 32 long.
         name: Of the weight, for an error.
 
     Returns:
-        The blocks, with the same codes; scales are rounded to float16, as the format has them.
+        The blocks, of 4 bits with the same codes; scales are rounded to float16, as the format has them.
 
     Raises:
         UsageError: the codes do not fit into such blocks.
@@ -55,6 +55,8 @@ def pack_blocks(codes: Codes, name: str = "the weight") -> Blocks:
             f"{name} has {codes.in_features} columns in blocks of {codes.block_size}, and GGUF's 4-bit blocks hold "
             f"{BLOCK} weights: use --block-size {BLOCK}, or --weights fp16"
         )
+    if codes.fine is not None:
+        return _eight_bit_blocks(dequantize(codes))
     rows, blocks = codes.scales.shape
     repeat, count = codes.block_size // BLOCK, codes.in_features // BLOCK
     values = unpack_nibbles(codes.qweight, codes.block_size).reshape(rows, -1, BLOCK)[:, :count]
@@ -70,6 +72,16 @@ def pack_blocks(codes: Codes, name: str = "the weight") -> Blocks:
     low, high = values[..., : BLOCK // 2], values[..., BLOCK // 2 :]
     parts = [np.ascontiguousarray(number).view(np.uint8).reshape(rows, count, 2) for number in numbers]
     return Blocks(np.concatenate([*parts, low | (high << np.uint8(4))], axis=2).reshape(rows, -1), kind)
+
+
+def _eight_bit_blocks(weight: NDArray[np.float32]) -> Blocks:
+    """Round a weight to Q8_0 blocks: int8 numbers with one scale, the largest of a block is 127."""
+    blocks = weight.reshape(len(weight), -1, BLOCK)
+    d = (np.abs(blocks).max(axis=2, keepdims=True) / 127).astype("<f2")
+    step = d.astype(np.float32)
+    numbers = np.clip(np.rint(np.divide(blocks, step, out=np.zeros_like(blocks), where=step > 0)), -127, 127)
+    parts = [np.ascontiguousarray(part).view(np.uint8) for part in (d, numbers.astype(np.int8))]
+    return Blocks(np.concatenate(parts, axis=2).reshape(len(weight), -1), "Q8_0")
 
 
 def file_tensors(

@@ -17,7 +17,7 @@ from edge_ft.quant.blockwise import Codes
 
 __all__ = ["GgufModel", "write_gguf_model"]
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
 """`general.file_type` by the type of most matrices."""
 
 

@@ -73,7 +73,8 @@ def lower(model: ir.Model) -> None:
 def store_in_fp16(model: ir.Model) -> None:
     """Store every matrix that float16 represents exactly as float16, with a Cast where it is read; call after `lower`.
 
-    Embedding rows are cast after the lookup, so that the table itself stays memory-mapped.
+    Matrices are weights and the scales of blocks; ONNX Runtime folds such a Cast when it opens the graph. Embedding
+    rows are cast after the lookup, so that the table itself stays memory-mapped.
 
     Args:
         model: A lowered graph, changed in place.
@@ -127,25 +128,54 @@ def _bypass_reshapes(graph: ir.Graph) -> None:
 
 
 def _join_qkv(graph: ir.Graph) -> None:
-    """Merge three layers over one input that only GroupQueryAttention reads into one layer with all their rows."""
+    """Merge three layers over one input that only GroupQueryAttention reads into one layer with all their rows.
+
+    Layers with further bits are two products each, of which the first and the second ones are merged.
+    """
     for attention, layers in _attentions(graph):
-        kinds = {(layer.op_type, layer.inputs[0], *(operand is None for operand in layer.inputs)) for layer in layers}
-        if len(kinds) > 1 or layers[0].op_type not in LINEARS:
-            continue
-        first = layers[0]
-        operands = list(first.inputs)
-        for index, operand in enumerate(first.inputs[1:], start=1):
-            if operand is not None:
-                block, _, tensor = str(operand.name).rsplit(".", 2)
-                rows = np.concatenate([_array(input_of(layer, index)) for layer in layers])
-                operands[index] = _initializer(graph, f"{block}.qkv_proj.{tensor}", rows)
-        attributes = dict(first.attributes)
-        if "N" in attributes:
-            attributes["N"] = ir.AttrInt64("N", sum(layer.attributes["N"].as_int() for layer in layers))
-        joined = ir.Node(first.domain, first.op_type, operands, attributes.values(), version=first.version)
-        graph.insert_before(attention, joined)
-        for index, value in enumerate((joined.outputs[0], None, None)):
-            attention.replace_input_with(index, value)
+        finer = [found for layer in layers if (found := _further_bits(layer)) is not None]
+        if len(finer) < len(layers):
+            joined = _join(graph, attention, layers)
+        elif joined := _join(graph, attention, [_producing(layer, 0) for layer in layers]):
+            further = _join(graph, attention, [_producing(divide, 0) for divide in finer])
+            assert further is not None  # over the same input as the first products
+            divide = ir.node("Div", [further.outputs[0], finer[0].inputs[1]])
+            joined = ir.node("Add", [joined.outputs[0], divide.outputs[0]])
+            graph.insert_before(attention, [divide, joined])
+        if joined is not None:
+            for index, value in enumerate((joined.outputs[0], None, None)):
+                attention.replace_input_with(index, value)
+
+
+def _further_bits(layer: ir.Node) -> ir.Node | None:
+    """Return the Div of the further bits' product, where a layer is the sum of two products; else None."""
+    first, second = (_producer(layer, index) for index in (0, 1)) if len(layer.inputs) == 2 else (None, None)
+    if layer.op_type != "Add" or first is None or second is None or second.op_type != "Div":
+        return None
+    product = _producer(second)
+    return second if first.op_type in LINEARS and product is not None and product.op_type in LINEARS else None
+
+
+def _join(graph: ir.Graph, before: ir.Node, layers: list[ir.Node]) -> ir.Node | None:
+    """Return one layer with the rows of several over one input, inserted into the graph; None if they differ more."""
+    kinds = {(layer.op_type, layer.inputs[0], *(operand is None for operand in layer.inputs)) for layer in layers}
+    if len(kinds) > 1 or layers[0].op_type not in LINEARS:
+        return None
+    first = layers[0]
+    operands = list(first.inputs)
+    for index, operand in enumerate(first.inputs[1:], start=1):
+        if operand is not None:
+            block, _, tensor = str(operand.name).rsplit(".", 2)
+            name = f"{block}.qkv_proj.{tensor}"
+            if (known := graph.initializers.get(name)) is None:
+                known = _initializer(graph, name, np.concatenate([_array(input_of(layer, index)) for layer in layers]))
+            operands[index] = known
+    attributes = dict(first.attributes)
+    if "N" in attributes:
+        attributes["N"] = ir.AttrInt64("N", sum(layer.attributes["N"].as_int() for layer in layers))
+    joined = ir.Node(first.domain, first.op_type, operands, attributes.values(), version=first.version)
+    graph.insert_before(before, joined)
+    return joined
 
 
 def _take_packed_qkv(graph: ir.Graph) -> None:
@@ -239,6 +269,12 @@ def input_of(node: ir.Node, index: int) -> ir.Value:
 def _producer(node: ir.Node, index: int = 0) -> ir.Node | None:
     value = node.inputs[index] if node.inputs else None
     return None if value is None else value.producer()
+
+
+def _producing(node: ir.Node, index: int) -> ir.Node:
+    found = _producer(node, index)
+    assert found is not None
+    return found
 
 
 def _number(value: ir.Value | None) -> int | None:

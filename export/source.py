@@ -36,15 +36,17 @@ from edge_ft.evaluate.loading import find_run_base, open_run_model
 from edge_ft.evaluate.scoring import RowScores, scorable
 from edge_ft.export.figures import ExportRows
 from edge_ft.export.foreign import check_adapter, open_tokenizer
+from edge_ft.export.size import fit
 from edge_ft.families import CLASSIFIERS
 from edge_ft.models.adapted import load_adapter, merge_adapter, take_vocabulary
 from edge_ft.models.base_model import Base, find_base
 from edge_ft.models.dims import ModelDims
-from edge_ft.models.loading import BITS, ModelSpec, load_model, quantize_calibrated
+from edge_ft.models.loading import BITS, Finer, ModelSpec, load_model, quantize_calibrated
 from edge_ft.progress import Progress, heartbeat
+from edge_ft.quant.blockwise import Grid
 from edge_ft.quant.calibration import make_calibration
 from edge_ft.quant.conversion import is_within, quantize_model, restore_conv1d
-from edge_ft.quant.serialization import codes_sha256
+from edge_ft.quant.serialization import codes_sha256, stored_finer
 
 __all__ = ["ExportSource", "open_export_source"]
 
@@ -70,8 +72,8 @@ class ExportSource:
     """Format of the weights that ship."""
     lane: Literal["base", "merged", "adapter"]
     """base: there is no adapter."""
-    block_size: int
-    """Weights per scale of int4 and int8."""
+    grid: Grid
+    """How int4 and int8 weights are rounded."""
     tokenizer: TextTokenizer
     rendering: Rendering
     rows: ExportRows
@@ -79,6 +81,8 @@ class ExportSource:
     run: RunFolder | None
     seed: int
     """Initialises a classification head that the checkpoint lacks."""
+    size_mb: float | None = None
+    """Megabytes that the bundle may take, where the user says so."""
     notes: tuple[str, ...] = ()
     """What the user should know about an adapter that was trained elsewhere: what it brings, and doubts."""
 
@@ -92,6 +96,13 @@ class ExportSource:
         """Dimensions of the model that ships."""
         dims = self.base.dims
         return dims if self.adapter is None else dims.with_vocabulary(self.adapter.vocabulary(dims.vocabulary))
+
+    @property
+    def codes(self) -> Path | None:
+        """The file with the base's codes, where it ships as the run rounded it."""
+        if self.run is None or not self.run.codes.is_file() or self.grid != Grid.recorded(self.run.base()):
+            return None
+        return self.run.codes
 
     @property
     def special_ids(self) -> SpecialIds:
@@ -112,11 +123,9 @@ class ExportSource:
         Returns:
             The task model, in evaluation mode.
         """
-        run = self.run
-        if codes is None and run is not None and run.codes.is_file() and self.block_size == run.base()["block_size"]:
-            codes = run.codes
+        codes = codes or self.codes
         held = cast(BaseFormat, "fp32" if base_format in ("fp16", *INT8_ACTIVATIONS) else base_format)
-        spec = ModelSpec.from_rendering(self.base, self.rendering, held, self.block_size, self.seed, codes)
+        spec = ModelSpec.from_rendering(self.base, self.rendering, held, self.grid, self.seed, codes)
         if self.adapter is None or self.dims.vocabulary == self.base.dims.vocabulary:
             model = load_model(spec, progress)
             if base_format == "fp16":
@@ -133,8 +142,8 @@ class ExportSource:
         if self.run is None or not self.run.scores.is_file():
             return None
         identity = self.run.base()
-        trained = (identity["format"], int(identity["block_size"]), identity["content_sha256"])
-        if model == "base" and trained != (self.weights, self.block_size, self.base.content_sha256):
+        trained = (identity["format"], Grid.recorded(identity), identity["content_sha256"])
+        if model == "base" and trained != (self.weights, self.grid, self.base.content_sha256):
             return None
         return find_scores(self.run.scores, model, examples)
 
@@ -171,8 +180,12 @@ class ExportSource:
             examples = self.rows.calibration
             rows = make_calibration(examples, len(examples), self.tokenizer.pad_id, self.task, progress)
             assert rows is not None
+            grid, keep = self.grid, self._float_modules
+            finer: Finer = None if self.codes is None else stored_finer(self.codes)
+            if self.size_mb is not None:
+                grid, finer = fit(model, grid, keep, self.tokenizer.files(), self.size_mb * 1e6)
             with heartbeat(progress, "quantizing to int4 with GPTQ"):
-                quantize_calibrated(model, self.task, self.block_size, self._float_modules, rows)
+                quantize_calibrated(model, self.task, grid, keep, rows, finer)
         elif self.weights != "fp32":
             with heartbeat(progress, f"rounding the weights to {self.weights}"):
                 self._round(model, self.weights)
@@ -187,9 +200,12 @@ class ExportSource:
         run = self.run
         if run is None or self.lane != "merged" or self.weights != "int4" or not run.merged.is_dir():
             return None
+        if self.size_mb is not None:
+            progress.say("--size-mb: codes are chosen again, without trained scales")
+            return None
         known = run.finished()
-        if known is None or known["block_size"] != self.block_size:
-            why = "is of another adapter" if known is None else f"has blocks of {known['block_size']}"
+        if known is None or Grid.recorded(known) != self.grid:
+            why = "is of another adapter" if known is None else "was rounded in another way"
             progress.say(f"the merged model in {run.merged} {why}: codes are chosen again, without trained scales")
             return None
         with heartbeat(progress, f"loading the merged model of {run.path}"):
@@ -203,10 +219,10 @@ class ExportSource:
         if weights == "fp16":
             self._round_to_fp16(model)
         elif weights == "int4" or weights == "int8":
-            quantize_model(model, self.block_size, self._float_modules, BITS[weights])
+            quantize_model(model, self.grid, self._float_modules, BITS[weights])
         elif weights in INT8_ACTIVATIONS:
             layers = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-            quantize_model(model, self.block_size, layers, 8)
+            quantize_model(model, self.grid, layers, 8)
 
     @property
     def _float_modules(self) -> tuple[str, ...]:
@@ -269,6 +285,7 @@ def _from_run(run: RunFolder, config: ExportConfig, progress: Progress | None) -
     identity = run.base()
     trained_format: BaseFormat = identity["format"]
     weights = config.weights or "int4"
+    _check_size(config, weights, int(identity.get("calibration_rows") or 0), run.rendering()["task"])
     if config.lane == "adapter":
         if trained_format == "nf4" or trained_format == "bf16":
             raise UsageError(
@@ -278,21 +295,44 @@ def _from_run(run: RunFolder, config: ExportConfig, progress: Progress | None) -
     base = find_run_base(run, progress)
     _refuse_int8_activations(weights, base, config.lane)
     tokenizer = TextTokenizer.load(run.tokenizer, base.known_ids)
-    rendering = Rendering.from_dict(run.rendering())
+    rendering, recorded = Rendering.from_dict(run.rendering()), Grid.recorded(identity)
     return ExportSource(
         base=base,
         adapter=find_adapter(run.adapter),
         trained_format=trained_format,
         weights=weights,
         lane=config.lane,
-        block_size=config.block_size or int(identity["block_size"]),
+        grid=replace(recorded, block_size=config.block_size or recorded.block_size),
         tokenizer=tokenizer,
         rendering=rendering,
         rows=_rows_of_run(run, base, weights, rendering, tokenizer),
         data_fingerprint=identity["data_fingerprint"],
         run=run,
         seed=int(run.report()["seed"]),
+        size_mb=config.size_mb,
     )
+
+
+def _check_size(config: ExportConfig, weights: Weights, calibration_rows: int, task: Task) -> None:
+    """Refuse --size-mb where there is nothing to choose, or nothing to choose by.
+
+    Raises:
+        UsageError: the export is none of a merged int4 decoder whose codes are calibrated on rows.
+    """
+    if config.size_mb is None:
+        return
+    for is_so, why in (
+        (config.format != "bundle", "is for bundles: leave --format out"),
+        (
+            config.lane == "adapter",
+            "chooses the bits of merged weights, and the adapter lane ships those of the training",
+        ),
+        (weights != "int4", f"chooses between 4 and 8 bits, and --weights is {weights}"),
+        (task != "text-generation", f"is for text-generation, and this is {task}"),
+        (not calibration_rows, "measures on training rows what rounding costs: tune with --calibration-rows"),
+    ):
+        if is_so:
+            raise UsageError(f"--size-mb {why}")
 
 
 def _rows_of_run(
@@ -322,6 +362,8 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
     base = find_base(source, config.task, progress)
     adapter = find_adapter(config.adapter) if config.adapter is not None else None
     weights = config.weights or "int4"
+    if config.size_mb is not None:
+        raise UsageError("--size-mb measures on a run's training rows what rounding costs: it is for run folders")
     _refuse_int8_activations(weights, base, config.lane if adapter else "base")
     if weights == "int8-static" and config.data is None:
         raise UsageError("--weights int8-static measures ranges of activations on rows: give --data")
@@ -358,7 +400,7 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
         trained_format="fp32",
         weights=weights,
         lane=config.lane if adapter else "base",
-        block_size=config.block_size or 32,
+        grid=Grid(config.block_size or 32),
         tokenizer=tokenizer,
         rendering=rendering,
         rows=given,

@@ -264,9 +264,7 @@ def usual_model(job: Job) -> nn.Module:
 def _our_model(job: Job, weights: str | None) -> nn.Module:
     """The model with our LoRA layers, its float weights replaced by those of a file."""
     config, base, prepared = job.config, job.base, job.prepared
-    model: Any = load_model(
-        ModelSpec(base, prepared.task, "fp32", config.block_size, prepared.rendering.labels, config.seed)
-    )
+    model: Any = load_model(ModelSpec(base, prepared.task, "fp32", labels=prepared.rendering.labels, seed=config.seed))
     if weights is not None:
         with safe_open(weights, "pt") as file, torch.no_grad():
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping

@@ -18,7 +18,7 @@ from edge_ft.errors import UsageError
 from edge_ft.files import atomic_file, write_jsonl, write_text
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.progress import Silent
-from edge_ft.quant.blockwise import dequantize
+from edge_ft.quant.blockwise import Grid, dequantize
 from edge_ft.quant.conversion import is_within
 from edge_ft.quant.layers import QuantEmbedding, QuantLinear
 from edge_ft.tune.loop import planned_steps
@@ -149,7 +149,7 @@ def _write_weights(job: Job, file: Path) -> None:
     """Write the float weights that our codes stand for, so that the baseline trains over the very same function."""
     config, prepared = job.config, job.prepared
     model = load_model(
-        ModelSpec(job.base, prepared.task, config.base_format, config.block_size, prepared.rendering.labels, 0)
+        ModelSpec(job.base, prepared.task, config.base_format, Grid(config.block_size), prepared.rendering.labels, 0)
     )
     weights = {
         f"{name}.weight": dequantize(module.codes())

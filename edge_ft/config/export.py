@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from edge_ft.config.shared import Group, Minimum, RowsConfig, Task, Threads, Weights, check
+from edge_ft.config.shared import ABOVE_0, Group, Minimum, RowsConfig, Task, Threads, Weights, check
 from edge_ft.errors import UsageError
 
 __all__ = ["ExportConfig", "VerifyConfig"]
@@ -42,6 +42,9 @@ class ExportConfig(RowsConfig):
     finish: Annotated[int, Group.BUNDLE, Minimum(0)] = 0
     """Steps that train the scales of a merged int4 model after its codes are chosen, for --adapter over a plain model
     SOURCE with --data; a run has its own from edge-ft tune --finish-steps."""
+    size_mb: Annotated[float | None, Group.BUNDLE, ABOVE_0] = None
+    """Megabytes (10^6 bytes) that the bundle of an int4 run of a decoder may take: layers whose rounding costs the most
+    loss get 8 bits, as many as fit; default: those that have them in the training."""
     genai_graph: Annotated[Literal["exact", "fast"], Group.BUNDLE] = "exact"
     """Graph that genai_config.json names for onnxruntime-genai: exact is the manifest's model, fast the one with int8
     activations if it passed with nearly the same loss."""
@@ -62,7 +65,17 @@ class ExportConfig(RowsConfig):
         if self.onto is None:
             return
         check(self.out is None, "--onto changes a bundle where it is: leave --out out")
-        fixed = ("adapter", "task", "weights", "block_size", "format", "genai_graph", "pooling", "class_names")
+        fixed = (
+            "adapter",
+            "task",
+            "weights",
+            "block_size",
+            "size_mb",
+            "format",
+            "genai_graph",
+            "pooling",
+            "class_names",
+        )
         for field in fields(self):
             flag = f"--{field.name.replace('_', '-')}"
             given = getattr(self, field.name) != field.default

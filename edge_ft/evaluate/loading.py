@@ -176,6 +176,7 @@ def open_run_model(run: RunFolder, adapter: bool = True, base: "Base | None" = N
     """
     from edge_ft.models.adapted import load_adapter
     from edge_ft.models.loading import ModelSpec, load_model
+    from edge_ft.quant.blockwise import Grid
     from edge_ft.quant.serialization import codes_sha256
 
     identity = run.base()
@@ -185,7 +186,7 @@ def open_run_model(run: RunFolder, adapter: bool = True, base: "Base | None" = N
     if codes is None and identity["format"] == "int4" and identity.get("calibration_rows"):
         raise ModelError(f"{run.codes} is missing, which holds the int4 codes of the training: tune again")
     model = load_model(
-        ModelSpec.from_rendering(base, rendering, identity["format"], identity["block_size"], seed, codes)
+        ModelSpec.from_rendering(base, rendering, identity["format"], Grid.recorded(identity), seed, codes)
     )
     if identity["codes_sha256"] is not None and codes_sha256(model) != identity["codes_sha256"]:
         raise ModelError(

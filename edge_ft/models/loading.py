@@ -23,7 +23,7 @@ from edge_ft.models.mpnet import use_attention_interface
 from edge_ft.models.scorer import HEAD_INPUTS, LOSSES
 from edge_ft.models.weight_names import Names, match_names
 from edge_ft.progress import Progress, Silent
-from edge_ft.quant.blockwise import Bits
+from edge_ft.quant.blockwise import Bits, Grid
 from edge_ft.quant.calibration import Calibration, calibrate
 from edge_ft.quant.conversion import (
     ReadWeight,
@@ -33,10 +33,14 @@ from edge_ft.quant.conversion import (
     round_to_bf16,
     transpose_conv1d,
 )
+from edge_ft.quant.sensitivity import refine, saved_bytes, spend
 from edge_ft.quant.serialization import read_codes
 
-__all__ = ["BITS", "ModelSpec", "load_model", "quantize_calibrated"]
+__all__ = ["BITS", "Finer", "ModelSpec", "load_model", "quantize_calibrated"]
 
+GRID = Grid()
+Finer = Mapping[str, int] | int | None
+"""Rows with 8 bits by layer, the bytes for them, or None: see `quantize_calibrated`."""
 BITS: dict[BaseFormat, Bits] = {"int4": 4, "int8": 8}
 Changes = Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
 
@@ -49,8 +53,8 @@ class ModelSpec:
     task: Task
     base_format: BaseFormat = "fp32"
     """int4, int8 and bf16 include the token embedding; with nf4 it and the output layer stay float32."""
-    block_size: int = 32
-    """Weights per scale of int4 and int8."""
+    grid: Grid = GRID
+    """How int4 and int8 weights are rounded."""
     labels: tuple[str, ...] = ()
     """Classes of a classifier in the order of its logits; (): the checkpoint's own."""
     seed: int = 0
@@ -62,6 +66,8 @@ class ModelSpec:
     codes: Path | Calibration | None = None
     """The file that int4 codes are read from, or the rows that they are calibrated on; None: each weight is rounded
     by itself."""
+    finer: Finer = None
+    """Of codes that are calibrated, what `quantize_calibrated` takes."""
     changes: Changes = field(default_factory=dict)
     """A [rank, in] and B [out, rank] by a layer's name: B A is added to its weight before that is rounded."""
 
@@ -71,7 +77,7 @@ class ModelSpec:
         base: Base,
         rendering: Rendering,
         base_format: BaseFormat,
-        block_size: int = 32,
+        grid: Grid = GRID,
         seed: int = 0,
         codes: Path | Calibration | None = None,
         changes: Changes | None = None,
@@ -81,13 +87,13 @@ class ModelSpec:
             base,
             rendering.task,
             base_format,
-            block_size,
+            grid,
             rendering.labels,
             seed,
             rendering.problem_type,
             rendering.pooling,
             codes,
-            changes or {},
+            changes=changes or {},
         )
 
     @property
@@ -148,39 +154,62 @@ def load_model(spec: ModelSpec, progress: Progress | None = None) -> nn.Module:
     if spec.base.family.name == "mpnet":
         use_attention_interface(model)
     if isinstance(spec.codes, Calibration) and spec.base_format == "int4":
-        _calibrate(model.eval(), spec.task, read, spec.codes)
+        _calibrate(model.eval(), spec.task, read, spec.codes, spec.grid, spec.finer)
     return model.eval().requires_grad_(False)
 
 
 def quantize_calibrated(
-    model: Any, task: Task, block_size: int, keep: tuple[str, ...], calibration: Calibration
+    model: Any,
+    task: Task,
+    grid: Grid,
+    keep: tuple[str, ...],
+    calibration: Calibration,
+    finer: Finer = None,
 ) -> None:
     """Quantize a float model to 4 bits in place, with the codes of its linear layers calibrated on rows.
 
     Args:
         model: A task model.
         task: Of the model and the rows.
-        block_size: Weights per scale.
+        grid: How weights are rounded.
         keep: Names of modules that stay float with all that is in them.
         calibration: The rows.
+        finer: Rows with 8 bits by layer, as the run has them; or the bytes that they may take, chosen over the rows;
+            None: as many bytes as scales in float16 save. Only decoders have such rows.
 
     Raises:
         ModelError: an input of a layer is not finite.
     """
     read = retained_weights(model)
-    quantize_model(model, block_size, keep)
-    _calibrate(model, task, read, calibration)
+    quantize_model(model, grid, keep)
+    _calibrate(model, task, read, calibration, grid, finer)
 
 
-def _calibrate(model: Any, task: Task, read: ReadWeight, calibration: Calibration) -> None:
-    """Calibrate the int4 codes of a model, but for shared layers (ALBERT): each of their calls has other inputs."""
+def _calibrate(
+    model: Any,
+    task: Task,
+    read: ReadWeight,
+    calibration: Calibration,
+    grid: Grid,
+    finer: Finer = None,
+) -> None:
+    """Calibrate the int4 codes of a model, but for shared layers (ALBERT): each of their calls has other inputs.
+
+    In decoders, the bytes that scales in float16 save are spent on 8 bits where they save the most loss.
+    """
 
     def forward(model: Any, batch: Batch) -> Tensor | None:
         found, _ = (HEAD_INPUTS.get(task) or LOSSES[task])(model, batch, torch.device("cpu"))
         return found if task in HEAD_INPUTS else None
 
-    if not ModelDims(model.config).shares_layers:
+    if ModelDims(model.config).shares_layers:
+        return
+    with calibration.timed():
         calibrate(model, task, read, calibration, forward)
+        if task == "text-generation" and grid.half_scales:
+            budget = saved_bytes(model) if finer is None else finer
+            chosen = spend(model, calibration.batch, read, forward, budget) if isinstance(budget, int) else budget
+            refine(model, read, chosen)
 
 
 def _initialise_other_classes(model: Any, spec: ModelSpec) -> None:
@@ -306,4 +335,4 @@ def _quantize(model: nn.Module, spec: ModelSpec, read: ReadWeight) -> None:
     else:
         codes = spec.codes if spec.base_format == "int4" else None
         existing = {"existing": read_codes(codes)} if isinstance(codes, Path) else {}
-        quantize_model(model, spec.block_size, keep, BITS[spec.base_format], read, **existing)
+        quantize_model(model, spec.grid, keep, BITS[spec.base_format], read, **existing)

@@ -4,14 +4,25 @@ Layout and arithmetic are those of ONNX Runtime's `com.microsoft::MatMulNBits` (
 documentation), so that the bytes here are the bytes in the file: W ≈ scale · (code − zero_point).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Bits", "Codes", "dequantize", "pack_nibbles", "quantize", "unpack_nibbles"]
+__all__ = [
+    "FINE_STEPS",
+    "FINE_ZERO",
+    "Bits",
+    "Codes",
+    "Grid",
+    "dequantize",
+    "pack_nibbles",
+    "quantize",
+    "quantize_finely",
+    "unpack_nibbles",
+]
 
 Bits = Literal[4, 8]
 
@@ -19,6 +30,28 @@ _RANGE_FACTORS = (1.0, 1.05, 1.1, 0.95, 0.9, 0.85, 0.8)
 """Multiples of a block's range that are tried; of two with the same error the earlier is taken."""
 _CHUNK = 8192
 """Blocks that are rounded together: with fewer, threads wait for each other more often than the cache saves."""
+FINE_STEPS, FINE_ZERO = 16, 8
+"""Fine codes divide a step into 16, around their code 8: a 4-bit product without zero points takes 8 for them."""
+_HALF_RANGE = float(np.finfo(np.float16).smallest_subnormal), float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the weights of a model are rounded: a run records it, so that its export rounds in the same way."""
+
+    block_size: int = 32
+    """Weights per scale."""
+    half_scales: bool = True
+    """Scales are float16 numbers, and files store them so; runs of earlier releases have scales in all of float32."""
+
+    @classmethod
+    def recorded(cls, identity: Mapping[str, Any]) -> "Grid":
+        """Return what the base.json of a run says."""
+        return cls(int(identity["block_size"]), identity.get("scales") == "float16")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys of base.json."""
+        return {"block_size": self.block_size, "scales": "float16" if self.half_scales else "float32"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +67,9 @@ class Codes:
     in_features: int
     """K; the last block is padded when K is not a multiple of block_size."""
     bits: Bits = 4
+    fine: NDArray[np.uint8] | None = None
+    """[rows, K_blocks, block_size / 2]: of 4-bit codes, four further bits of the first rows, packed as qweight; such a
+    row is scale · (code − zero_point + (fine − 8) / 16). Two 4-bit products make one of 8 bits, in any runtime."""
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Codes]") -> "Codes":
@@ -41,11 +77,21 @@ class Codes:
         qweight, scales, zero_points = (
             np.concatenate([getattr(part, field) for part in parts]) for field in ("qweight", "scales", "zero_points")
         )
-        return cls(qweight, scales, zero_points, parts[0].in_features, parts[0].bits)
+        fine = [part.fine for part in parts if part.fine is not None]
+        return cls(
+            *(qweight, scales, zero_points, parts[0].in_features, parts[0].bits), np.concatenate(fine) if fine else None
+        )
 
     def rows(self, rows: slice) -> "Codes":
         """Return the codes of some rows of the weight."""
-        return replace(self, qweight=self.qweight[rows], scales=self.scales[rows], zero_points=self.zero_points[rows])
+        fine = None if self.fine is None or not len(self.fine[rows]) else self.fine[rows]
+        return replace(
+            self,
+            qweight=self.qweight[rows],
+            scales=self.scales[rows],
+            zero_points=self.zero_points[rows],
+            fine=fine,
+        )
 
     @property
     def block_size(self) -> int:
@@ -66,7 +112,7 @@ def unpack_nibbles(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     return values[..., :count]
 
 
-def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4) -> Codes:
+def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, half_scales: bool = True) -> Codes:
     """Round a weight to the grid: each block gets the scale and zero point of the smallest squared error.
 
     At 4 bits several multiples of the range from minimum to maximum are tried, each with the zero points below and
@@ -77,6 +123,7 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4) -> Co
         weight: [N, K].
         block_size: Weights per scale.
         bits: Of a code.
+        half_scales: Scales are numbers that float16 represents.
 
     Returns:
         The codes.
@@ -95,7 +142,7 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4) -> Co
 
     for start in range(0, len(blocks), _CHUNK):
         part = slice(start, start + _CHUNK)
-        scales[part], zero_points[part], codes[part] = _round_blocks(blocks[part], bits)
+        scales[part], zero_points[part], codes[part] = _round_blocks(blocks[part], bits, half_scales)
     qweight: NDArray[np.uint8] = codes.reshape(rows, -1, block_size)
     zeros: NDArray[np.uint8] = zero_points.reshape(rows, -1)
     if bits == 4:
@@ -103,8 +150,36 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4) -> Co
     return Codes(qweight, scales.reshape(rows, -1), zeros, columns, bits)
 
 
+def quantize_finely(weight: NDArray[np.float32], block_size: int) -> Codes:
+    """Round a weight [N, K] to 4-bit codes with four further bits for each row, over the whole range of each block.
+
+    Returns:
+        The codes.
+
+    Raises:
+        ValueError: the weight is not finite.
+    """
+    rows, columns = weight.shape
+    if not np.isfinite(weight).all():
+        raise ValueError("the weight contains NaN or infinity")
+    blocks = np.pad(weight, ((0, 0), (0, -columns % block_size))).reshape(rows, -1, block_size)
+    low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
+    scales = _as_half((high - low) / np.float32(15))
+    scales[high == low] = 1
+    zero_points = np.clip(np.rint(-low / scales), 0, 15)
+    steps = np.rint((blocks / scales[..., None] + zero_points[..., None]) * FINE_STEPS) + FINE_ZERO
+    codes = np.clip(steps, 0, 255).astype(np.uint8)
+    coarse, fine = pack_nibbles(codes >> np.uint8(4)), pack_nibbles(codes & np.uint8(15))
+    return Codes(coarse, scales, pack_nibbles(zero_points.astype(np.uint8)), columns, 4, fine)
+
+
+def _as_half(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the nearest positive numbers of float16."""
+    return np.clip(scales, *_HALF_RANGE).astype(np.float16).astype(np.float32)
+
+
 def _round_blocks(
-    blocks: NDArray[np.float32], bits: Bits
+    blocks: NDArray[np.float32], bits: Bits, half_scales: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """Return scale [blocks], zero point [blocks] and codes [blocks, block_size] of blocks, all of them floats."""
     largest = 2**bits - 1
@@ -125,6 +200,8 @@ def _round_blocks(
     def compare(scale: NDArray[np.float32], zero_point: NDArray[np.float32]) -> NDArray[np.float32]:
         """Take these where their error is smaller; return codes - zero point."""
         nonlocal scales, zero_points, least_error
+        if half_scales:
+            scale = _as_half(scale)
         round_to(scale, zero_point)
         step = np.subtract(code, zero_point, out=code)
         np.multiply(step, scale, out=difference)
@@ -156,5 +233,8 @@ def dequantize(codes: Codes) -> NDArray[np.float32]:
     if codes.bits == 4:
         values, zero_points = unpack_nibbles(values, codes.block_size), unpack_nibbles(zero_points, blocks)
     differences = values.astype(np.float32) - zero_points.astype(np.float32)[..., None]
+    if codes.fine is not None:
+        fine = unpack_nibbles(codes.fine, codes.block_size).astype(np.float32)
+        differences[: len(fine)] += (fine - FINE_ZERO) / FINE_STEPS
     weight = differences * codes.scales[..., None]
     return weight.reshape(rows, -1)[:, : codes.in_features]

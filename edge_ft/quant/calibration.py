@@ -8,7 +8,8 @@ already, so that it is fitted to the input that it will really get; and only its
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -57,6 +58,20 @@ class Calibration:
     progress: Progress
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the time that passes inside.
+
+        Yields:
+            Nothing.
+        """
+        began, cpu_began = time.monotonic(), time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - began
+            self.cpu_seconds += time.process_time() - cpu_began
 
     def to_dict(self) -> dict[str, float]:
         """Return the values of report.json."""
@@ -117,14 +132,14 @@ def calibrate(
         model: A task model with 4-bit codes, on the CPU, without an adapter.
         task: Of the model and the rows.
         read: Reads float weights.
-        calibration: Its batch is the model's input; its times are set.
+        calibration: Its batch is the model's input.
         forward: Runs the model over a batch; returns the inputs of the head over the vocabulary [targets, hidden],
             or None where the model has no such head.
 
     Raises:
         ModelError: an input of a layer is not finite.
     """
-    batch, began, cpu_began = calibration.batch, time.monotonic(), time.process_time()
+    batch = calibration.batch
     head = model.get_output_embeddings()
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, QuantLinear) and module is not head
@@ -134,8 +149,6 @@ def calibrate(
         hidden = forward(model, batch)
     if hidden is not None and isinstance(head, QuantLinear):
         _calibrate_head(model, head, _input_factor(hidden, dtype, "the head"), read)
-    calibration.seconds = time.monotonic() - began
-    calibration.cpu_seconds = time.process_time() - cpu_began
 
 
 class _FirstCalls:

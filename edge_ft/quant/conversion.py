@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from edge_ft.quant.blockwise import Bits, Codes, quantize
+from edge_ft.quant.blockwise import Bits, Codes, Grid, quantize
 from edge_ft.quant.layers import BUFFERS, BF16Embedding, BF16Linear, FrozenLinear, QuantEmbedding, QuantLinear
 
 __all__ = [
@@ -105,7 +105,7 @@ def replace_linear_layers(
 
 def quantize_model(
     model: nn.Module,
-    block_size: int,
+    grid: Grid,
     keep: tuple[str, ...] = (),
     bits: Bits = 4,
     read: ReadWeight | None = None,
@@ -113,11 +113,11 @@ def quantize_model(
 ) -> None:
     """Replace every linear layer and the token embedding of `model` by its blockwise form, in place.
 
-    An embedding whose width is no multiple of `block_size` stays float, and so does a head that is tied to it.
+    An embedding whose width is no multiple of the block size stays float, and so does a head that is tied to it.
 
     Args:
         model: A model with a word embedding as `get_input_embeddings()`.
-        block_size: Weights per scale.
+        grid: How weights are rounded.
         keep: Names of modules that stay float with all that is in them (a head that is trained in full).
         bits: Of a code.
         read: Reads the float weights, where those of `model` are on the meta device; None: the model's own.
@@ -134,15 +134,17 @@ def quantize_model(
         if isinstance(module, nn.Linear) and not is_within(name, keep) and module.weight is not embedding.weight
     }
     shapes = list(linear.items())
-    if embedding.embedding_dim % block_size == 0:  # GatherBlockQuantized supports no padded last block
+    if embedding.embedding_dim % grid.block_size == 0:  # GatherBlockQuantized supports no padded last block
         shapes.append((names[embedding], embedding.weight.shape))
-    codes = _codes_in_threads(shapes, read, existing, lambda rows: quantize(rows, block_size, bits))
+    codes = _codes_in_threads(
+        shapes, read, existing, lambda rows: quantize(rows, grid.block_size, bits, grid.half_scales)
+    )
 
     def replacement(name: str, _: nn.Linear, bias: Tensor | None) -> QuantLinear | None:
         return QuantLinear(next(codes), bias) if name in linear else None
 
     replace_linear_layers(model, keep, read, replacement)
-    if embedding.embedding_dim % block_size:
+    if embedding.embedding_dim % grid.block_size:
         return
     shared = next(codes)
     head = model.get_output_embeddings()  # type: ignore[operator]

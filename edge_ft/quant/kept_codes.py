@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from edge_ft.data import Batch
 from edge_ft.files import cache_folder, file_sha256, write_text
-from edge_ft.quant import blockwise, calibration
+from edge_ft.quant import blockwise, calibration, sensitivity
 from edge_ft.quant.layers import has_bf16
 from edge_ft.quant.serialization import write_codes
 
@@ -26,7 +26,7 @@ __all__ = ["codes_key", "find_codes", "keep_codes"]
 
 KEPT, KEPT_BYTES = 8, 4 * 2**30
 """Most entries, and most bytes of them together."""
-_METHOD = (blockwise, calibration)
+_METHOD = (blockwise, calibration, sensitivity)
 """Modules that decide which codes the same rows and weights get: with other sources, kept codes are others'."""
 
 

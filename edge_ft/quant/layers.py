@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_ft.quant.blockwise import Bits, Codes, pack_nibbles, unpack_nibbles
+from edge_ft.quant.blockwise import FINE_STEPS, FINE_ZERO, Bits, Codes, pack_nibbles, unpack_nibbles
 
 __all__ = [
     "BUFFERS",
@@ -40,8 +40,8 @@ _exporting = False
 _DEQUANTIZED = 2**20
 """Weights that are float32 at a time on the way to a narrower dtype: converting all of a large layer at once would
 allocate new memory each time, whose pages the system clears (2,048 x 5,632 to bfloat16: 37 ms at once, so 18)."""
-BUFFERS = ("qweight", "scales", "zero_points")
-"""Names of the buffers of a blockwise weight."""
+BUFFERS = ("qweight", "scales", "zero_points", "fine")
+"""Names of the buffers of a blockwise weight; `fine` is None where no row has further bits."""
 
 
 class _BlockwiseWeight(nn.Module):
@@ -53,6 +53,8 @@ class _BlockwiseWeight(nn.Module):
     """float32 [K_blocks, N]"""
     zero_points: Tensor
     """uint8 [K_blocks, N]"""
+    fine: Tensor | None
+    """uint8 [K_blocks * block_size / 2, rows]: further bits of the first rows of the weight."""
     bits: Bits
     block_size: int
     size: int
@@ -63,15 +65,17 @@ class _BlockwiseWeight(nn.Module):
         self.bits, self.block_size, self.size = codes.bits, codes.block_size, codes.in_features
         rows, blocks = codes.scales.shape
         zero_points = unpack_nibbles(codes.zero_points, blocks) if codes.bits == 4 else codes.zero_points
-        arrays: tuple[NDArray[Any], ...] = codes.qweight.reshape(rows, -1), codes.scales, zero_points
+        fine = None if codes.fine is None else codes.fine.reshape(len(codes.fine), -1)
+        arrays: tuple[NDArray[Any] | None, ...] = codes.qweight.reshape(rows, -1), codes.scales, zero_points, fine
         for name, array in zip(BUFFERS, arrays, strict=True):
-            self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array.T)))
+            self.register_buffer(name, None if array is None else torch.from_numpy(np.ascontiguousarray(array.T)))
 
     def codes(self) -> Codes:
         """Return the quantized weight in the file's layout."""
         qweight, scales, zero_points = (
             np.ascontiguousarray(buffer.cpu().numpy().T) for buffer in (self.qweight, self.scales, self.zero_points)
         )
+        fine = None if self.fine is None else np.ascontiguousarray(self.fine.cpu().numpy().T)
         rows, blocks = scales.shape
         return Codes(
             qweight.reshape(rows, blocks, -1),
@@ -79,31 +83,57 @@ class _BlockwiseWeight(nn.Module):
             pack_nibbles(zero_points) if self.bits == 4 else zero_points,
             self.size,
             self.bits,
+            None if fine is None else fine.reshape(len(fine), blocks, -1),
         )
 
     def weight_arrays(self) -> tuple[NDArray[np.generic], ...]:
-        """Return qweight, scales and zero points in the file's layout."""
+        """Return qweight, scales, zero points and, if some rows have further bits, those, in the file's layout."""
         codes = self.codes()
-        return codes.qweight, codes.scales, codes.zero_points
+        fine = () if codes.fine is None else (codes.fine,)
+        return codes.qweight, codes.scales, codes.zero_points, *fine
 
     def dequantize(self, dtype: torch.dtype = torch.float32, columns: slice | Tensor = slice(None)) -> Tensor:
         """Return the transposed weight [K, N], or some of its columns, computed in float32 and rounded to `dtype`."""
         qweight, scales, zero_points = (buffer[:, columns] for buffer in (self.qweight, self.scales, self.zero_points))
         blocks, width = scales.shape
         values = qweight.unflatten(0, (blocks, -1))
-        if values.is_cuda:  # the fewest kernel launches, which dominate a small layer's time there
+        fine = self._fine_of(columns)
+        if values.is_cuda and fine is None:  # the fewest kernel launches, which dominate a small layer's time there
             weight = torch.empty(blocks, self.block_size, width, dtype=dtype, device=values.device)
             torch.mul(self._centred(values, zero_points), scales[:, None], out=weight)
         elif dtype == torch.float32:
-            weight = self._centred(values, zero_points).to(dtype).mul_(scales[:, None])
+            weight = self._differences(values, zero_points, fine, slice(None)).mul_(scales[:, None])
         else:
-            weight = torch.empty(blocks, self.block_size, width, dtype=dtype)
+            weight = torch.empty(blocks, self.block_size, width, dtype=dtype, device=values.device)
             step = max(1, _DEQUANTIZED // max(1, self.block_size * width))
             for start in range(0, blocks, step):
                 part = slice(start, start + step)
-                wide = self._centred(values[part], zero_points[part]).to(torch.float32)
-                weight[part] = wide.mul_(scales[part, None])
+                weight[part] = self._differences(values, zero_points, fine, part).mul_(scales[part, None])
         return weight.flatten(0, 1)[: self.size]
+
+    def _fine_of(self, columns: slice | Tensor) -> tuple[slice | Tensor, Tensor] | None:
+        """Return which of some columns have further bits, and those; None where the weight has none."""
+        if self.fine is None:
+            return None
+        rows = self.fine.shape[1]
+        if isinstance(columns, Tensor):
+            found = columns < rows
+            return found, self.fine[:, columns[found]]
+        start, stop, _ = columns.indices(self.scales.shape[1])
+        count = max(0, min(stop, rows) - start)
+        return slice(0, count), self.fine[:, start : start + count]
+
+    def _differences(
+        self, values: Tensor, zero_points: Tensor, fine: tuple[slice | Tensor, Tensor] | None, blocks: slice
+    ) -> Tensor:
+        """Return codes - zero points of some blocks, float32, with the further bits of what `_fine_of` returned."""
+        wide = self._centred(values[blocks], zero_points[blocks]).to(torch.float32)
+        if fine is not None:
+            where, packed = fine
+            finer = packed.unflatten(0, (len(values), -1))[blocks]
+            zero = finer.new_full((len(finer), 1), FINE_ZERO)
+            wide[:, :, where] += self._centred(finer, zero).to(torch.float32) / FINE_STEPS
+        return wide
 
     def _centred(self, values: Tensor, zero_points: Tensor) -> Tensor:
         """Return codes - zero points [blocks, block_size, N] of bytes [blocks, block_size * bits / 8, N]."""
@@ -127,7 +157,8 @@ def exporting(model: nn.Module) -> Iterator[None]:
         at = layer.qweight.data_ptr()
         if at not in files:
             files[at] = tuple(map(torch.from_numpy, layer.weight_arrays()))
-        layer.qweight, layer.scales, layer.zero_points = files[at]
+        for name, tensor in zip(BUFFERS, files[at], strict=False):
+            layer._buffers[name] = tensor
     _exporting = True
     try:
         yield
@@ -185,21 +216,35 @@ class QuantLinear(_BlockwiseWeight, FrozenLinear):
         self.set_codes(codes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]; one `MatMulNBits` operator while exporting."""
+        """[..., in_features] -> [..., out_features]; while exporting, two `MatMulNBits` operators at most."""
         if not _exporting:
             return super().forward(x)
+        product = self._product(x, self.qweight, self.scales, self.zero_points, self.bias)
+        if self.fine is None:
+            return product
+        rows = len(self.fine)
+        # The product is divided, not its input: q, k and v with further bits still have one input.
+        if rows == self.out_features:
+            return product + self._product(x, self.fine, self.scales, None, None) / FINE_STEPS
+        finer = self._product(x, self.fine, self.scales[:rows], None, None) / FINE_STEPS
+        return product + nn.functional.pad(finer, (0, self.out_features - rows))
+
+    def _product(
+        self, x: Tensor, qweight: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """Return the operator for the product with some codes, while exporting."""
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
-            [x, self.qweight, self.scales, self.zero_points, None, self.bias],
+            [x, qweight, scales, zero_points, None, bias],
             {
                 "K": self.in_features,
-                "N": self.out_features,
+                "N": len(qweight),
                 "bits": self.bits,
                 "block_size": self.block_size,
                 "accuracy_level": 1,
             },
             dtype=x.dtype,
-            shape=(*x.shape[:-1], self.out_features),
+            shape=(*x.shape[:-1], len(qweight)),
             version=1,
         )
 
@@ -259,18 +304,32 @@ class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
     def forward(self, input_ids: Tensor) -> Tensor:
         """[...] -> float32 [..., embedding_dim]; one `GatherBlockQuantized` operator while exporting."""
         if _exporting:
-            embedded = torch.onnx.ops.symbolic(
-                "com.microsoft::GatherBlockQuantized",
-                # The operator's weight is [N, bytes]: edge_ft.export reshapes it.
-                [self.qweight, input_ids, self.scales, self.zero_points],
-                {"gather_axis": 0, "quantize_axis": 1, "block_size": self.block_size, "bits": self.bits},
-                dtype=torch.float32,
-                shape=(*input_ids.shape, self.embedding_dim),
-                version=1,
-            )
+            embedded = self._gathered(input_ids, self.qweight, self.scales, self.zero_points)
+            if self.fine is not None:
+                embedded = embedded + self._finer(input_ids, self.fine)
         else:
             embedded = self.dequantize(columns=input_ids.flatten()).T.unflatten(0, input_ids.shape)
         return embedded if self.scale == 1.0 else embedded * self.scale
+
+    def _finer(self, input_ids: Tensor, fine: Tensor) -> Tensor:
+        """Return what the further bits of the first rows add; other rows get 0 times those of the last such row."""
+        rows = len(fine)
+        if rows == self.num_embeddings:
+            return self._gathered(input_ids, fine, self.scales, None) / FINE_STEPS
+        share = torch.where(input_ids < rows, 1.0 / FINE_STEPS, 0.0).unsqueeze(-1)
+        return self._gathered(input_ids.clamp(max=rows - 1), fine, self.scales[:rows], None) * share
+
+    def _gathered(self, input_ids: Tensor, qweight: Tensor, scales: Tensor, zero_points: Tensor | None) -> Tensor:
+        """Return the operator for a look-up in some codes, while exporting."""
+        return torch.onnx.ops.symbolic(
+            "com.microsoft::GatherBlockQuantized",
+            # The operator's weight is [N, bytes]: edge_ft.export reshapes it.
+            [qweight, input_ids, scales, zero_points],
+            {"gather_axis": 0, "quantize_axis": 1, "block_size": self.block_size, "bits": self.bits},
+            dtype=torch.float32,
+            shape=(*input_ids.shape, self.embedding_dim),
+            version=1,
+        )
 
 
 class BF16Embedding(FrozenEmbedding):

@@ -15,7 +15,7 @@ from edge_ft.files import atomic_file
 from edge_ft.quant.blockwise import Codes
 from edge_ft.quant.layers import BUFFERS, FrozenLinear, QuantEmbedding
 
-__all__ = ["codes_sha256", "frozen_layers", "read_codes", "write_codes"]
+__all__ = ["codes_sha256", "frozen_layers", "read_codes", "stored_finer", "write_codes"]
 
 
 def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear | QuantEmbedding]:
@@ -41,16 +41,31 @@ def codes_sha256(model: nn.Module) -> str:
 def write_codes(file: Path, model: nn.Module) -> None:
     """Write the codes of every layer of `model` to a safetensors file, in the layout of `Codes`, atomically.
 
-    Tensors are NAME.qweight, NAME.scales and NAME.zero_points; a head that is tied to the embedding has none.
+    Tensors are NAME.qweight, NAME.scales, NAME.zero_points and, where rows have further bits, NAME.fine; a head that
+    is tied to the embedding has none.
     """
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     arrays: dict[str, NDArray[np.generic]] = {}
     for name, layer in frozen_layers(model).items():
         if layer is embedding or layer.qweight is not getattr(embedding, "qweight", None):
-            for part, array in zip(BUFFERS, layer.weight_arrays(), strict=True):
+            for part, array in zip(BUFFERS, layer.weight_arrays(), strict=False):
                 arrays[f"{name}.{part}"] = array
     with atomic_file(file) as temporary:
         save_file(arrays, temporary)
+
+
+def stored_finer(file: Path) -> dict[str, int]:
+    """Return the number of rows with further bits by layer, as a file of `write_codes` holds them.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    try:
+        with safe_open(file, "np") as arrays:
+            names = [name for name in arrays.keys() if name.endswith(".fine")]  # noqa: SIM118 - not a dict
+            return {name.removesuffix(".fine"): arrays.get_slice(name).get_shape()[0] for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
 
 
 def read_codes(file: Path) -> Callable[[str, int], Codes | None]:
@@ -66,9 +81,10 @@ def read_codes(file: Path) -> Callable[[str, int], Codes | None]:
             with safe_open(file, "np") as arrays:
                 if f"{name}.qweight" not in arrays.keys():  # noqa: SIM118 - not a dict
                     return None
-                qweight, scales, zero_points = (arrays.get_tensor(f"{name}.{part}") for part in BUFFERS)
+                held = [f"{name}.{part}" for part in BUFFERS if f"{name}.{part}" in arrays.keys()]  # noqa: SIM118
+                qweight, scales, zero_points, *fine = map(arrays.get_tensor, held)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file} cannot be read for {name}: {error}") from error
-        return Codes(qweight, scales, zero_points, columns)
+        return Codes(qweight, scales, zero_points, columns, 4, *fine)
 
     return codes

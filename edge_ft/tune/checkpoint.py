@@ -33,6 +33,7 @@ from edge_ft.files import (
     seal,
     write_json,
 )
+from edge_ft.quant.blockwise import Grid
 from edge_ft.tune.loop import Fit
 from edge_ft.utf8 import read_json
 
@@ -255,6 +256,11 @@ class OpenedRun:
     def codes(self) -> Path | None:
         """The file with the int4 codes, if the interrupted run has chosen them."""
         return self.folder.codes if self.folder.codes.is_file() else None
+
+    @property
+    def grid(self) -> Grid | None:
+        """How the interrupted run rounds weights, if it has begun."""
+        return Grid.recorded(self.folder.base()) if (self.folder.path / "base.json").is_file() else None
 
     @property
     def resumed_from(self) -> int | None:

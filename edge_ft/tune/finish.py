@@ -25,6 +25,7 @@ from edge_ft.models.lora import lora_pairs
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.quant.calibration import Calibration, make_calibration
 from edge_ft.quant.layers import to_device
+from edge_ft.quant.sensitivity import finer_layers
 from edge_ft.quant.serialization import codes_sha256, write_codes
 from edge_ft.stopping import held, requested
 from edge_ft.system import release_memory
@@ -122,7 +123,7 @@ def finish(run: RunFolder, job: "Job", model: TrainableModel, fitted: Fit, progr
         with atomic_folder(run.merged) as folder:
             write_codes(folder / run.merged_codes.name, merged)
             identity = {"adapter_sha256": adapter, "codes_sha256": codes_sha256(merged)}
-            write_json(folder / "merged.json", seal({**identity, "block_size": config.block_size, "figures": figures}))
+            write_json(folder / "merged.json", seal({**identity, **model.grid.to_dict(), "figures": figures}))
         shutil.rmtree(work, ignore_errors=True)
     release_memory()
     _report(figures, progress)
@@ -138,9 +139,8 @@ def _load_merged(work: Path, adapter: str, job: "Job", model: TrainableModel, pr
         count, pad_id = config.base_calibration_rows, job.tokenizer.pad_id
         chosen = make_calibration(prepared.examples["train"], count, pad_id, prepared.task, progress)
     changes = {} if known else lora_pairs(model.peft_model)
-    spec = ModelSpec.from_rendering(
-        *(job.base, prepared.rendering, "int4", config.block_size, config.seed, chosen, changes)
-    )
+    spec = ModelSpec.from_rendering(*(job.base, prepared.rendering, "int4", model.grid, config.seed, chosen, changes))
+    spec = replace(spec, finer=finer_layers(model.peft_model))
     with heartbeat(progress, "choosing the codes of the merged model"):
         merged = load_model(spec, progress)
     if not known:

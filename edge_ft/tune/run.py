@@ -59,7 +59,7 @@ def _train_and_report(opened: OpenedRun, processes: Processes, progress: Progres
     refuse_large_base(job.base, job.config, available)
     loading = heartbeat(progress, f"loading {job.base.name} as {job.config.base_format} on {processes.device}")
     with timings.stage("load"), loading:
-        model = load_trainable_model(job, processes, progress, opened.codes, keep=processes.is_main)
+        model = load_trainable_model(job, processes, progress, opened.codes, grid=opened.grid, keep=processes.is_main)
         refuse_other(opened.identity, {"codes_sha256": model.codes_sha256}, str(run.path))
     if model.calibration is not None:
         timings.move(model.calibration.seconds, "load", "calibrate")

@@ -47,7 +47,7 @@ def begin(run: RunFolder, job: Job, model: TrainableModel) -> None:
             "content_sha256": base.content_sha256,
             "class_names": config.class_names,
             "format": config.base_format,
-            "block_size": config.block_size,
+            **model.grid.to_dict(),
             "calibration_rows": config.calibration_rows,
             "calibration": calibration,
             "codes_sha256": model.codes_sha256,

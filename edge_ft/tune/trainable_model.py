@@ -11,6 +11,7 @@ from edge_ft.models.compute import set_malloc_thresholds
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.progress import Progress
+from edge_ft.quant.blockwise import Grid
 from edge_ft.quant.calibration import Calibration, make_calibration
 from edge_ft.quant.kept_codes import codes_key, find_codes, keep_codes
 from edge_ft.quant.layers import to_device
@@ -37,6 +38,8 @@ class TrainableModel:
     """Trains and scores it, and answers."""
     compute: Literal["fp32", "bf16"]
     """What the steps compute in."""
+    grid: Grid
+    """How int4 and int8 weights are rounded."""
     calibration: Calibration | None
     """Rows over which the int4 codes were chosen, now or by an earlier run; None where the run had its codes."""
 
@@ -47,7 +50,13 @@ class TrainableModel:
 
 
 def load_trainable_model(
-    job: Job, processes: Processes, progress: Progress, codes: Path | None = None, *, keep: bool = False
+    job: Job,
+    processes: Processes,
+    progress: Progress,
+    codes: Path | None = None,
+    *,
+    grid: Grid | None = None,
+    keep: bool = False,
 ) -> TrainableModel:
     """Load the base of a job with an adapter on top, on the device of this process.
 
@@ -57,6 +66,7 @@ def load_trainable_model(
         progress: Gets the choosing of the codes.
         codes: File with int4 codes that were chosen before; else they are chosen over train rows, unless the cache
             has those of the same rows and weights.
+        grid: How the weights were rounded before; None: as the settings say.
         keep: Keep codes that are chosen now in the cache.
 
     Returns:
@@ -73,12 +83,13 @@ def load_trainable_model(
     set_malloc_thresholds(config.memory == "low")  # before codes are chosen, which takes as much as a step
     rows_to_calibrate = 0 if codes else config.base_calibration_rows
     calibration = make_calibration(prepared.examples["train"], rows_to_calibrate, pad_id, task, progress)
-    key = "" if calibration is None else _codes_key(job, calibration)
+    grid = grid or Grid(config.block_size)
+    key = "" if calibration is None else _codes_key(job, grid, calibration)
     kept = find_codes(key) if key else None
     if kept is not None:
         progress.say("int4 codes of the same weights and rows were chosen before: they are read from the cache")
     found = codes or kept or calibration
-    spec = ModelSpec.from_rendering(base, rendering, config.base_format, config.block_size, config.seed, found)
+    spec = ModelSpec.from_rendering(base, rendering, config.base_format, grid, config.seed, found)
     model = load_model(spec, progress)
     if keep and calibration is not None and calibration.seconds >= WORTH_KEEPING:
         keep_codes(key, model)
@@ -86,10 +97,10 @@ def load_trainable_model(
     peft_model.peft_config["default"].base_model_name_or_path = base.name
     backend = TorchBackend(peft_model, base.family, task, config, processes, stop_ids(rendering, job.tokenizer))
     compute = backend.resolve(collate(prepared.examples["validation"][:COMPARED_ROWS], pad_id, task))
-    return TrainableModel(peft_model, backend, compute, calibration)
+    return TrainableModel(peft_model, backend, compute, grid, calibration)
 
 
-def _codes_key(job: Job, calibration: Calibration) -> str:
+def _codes_key(job: Job, grid: Grid, calibration: Calibration) -> str:
     """Name what the int4 codes of a job depend on."""
     rendering = job.prepared.rendering
     settings = {
@@ -98,6 +109,6 @@ def _codes_key(job: Job, calibration: Calibration) -> str:
         "labels": rendering.labels,
         "problem_type": rendering.problem_type,
         "pooling": rendering.pooling,
-        "block_size": job.config.block_size,
+        **grid.to_dict(),
     }
     return codes_key(settings, calibration.batch)

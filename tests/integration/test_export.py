@@ -30,6 +30,7 @@ from edge_ft.models.scorer import TorchScorer
 from edge_ft.quant import calibration as calibrating
 from edge_ft.quant.blockwise import Codes
 from edge_ft.quant.layers import QuantEmbedding, QuantLinear
+from edge_ft.quant.sensitivity import finer_layers
 from edge_ft.runtime import load
 from edge_ft.tune import tune
 
@@ -53,14 +54,17 @@ def test_the_adapter_lane_ships_the_trained_codes_byte_for_byte(
     joined = ("q_proj", "k_proj", "v_proj")
     for name, layer in layers.items():
         block, _, last = name.rpartition(".")
-        for kind in ("qweight", "scales", "zero_points"):
-            if last in joined:  # one tensor holds the rows of all three
-                parts = [getattr(layers[f"{block}.{part}"].codes(), kind) for part in joined]
-                assert shipped[f"{block}.qkv_proj.{kind}"].tobytes() == b"".join(part.tobytes() for part in parts)
+        for kind in ("qweight", "scales", "zero_points", "fine"):
+            if (trained := getattr(layer.codes(), kind)) is None:
                 continue
-            # A tied embedding has the head's scales and zero points, which are stored once.
-            stored = shipped.get(f"{name}.{kind}", shipped[f"lm_head.{kind}"])
-            assert stored.tobytes() == getattr(layer.codes(), kind).tobytes()
+            if last in joined:  # one tensor holds the rows of all three
+                trained = np.concatenate([getattr(layers[f"{block}.{part}"].codes(), kind) for part in joined])
+                stored = shipped[f"{block}.qkv_proj.{kind}"]
+            else:  # a tied embedding has the head's scales and zero points, which are stored once
+                stored = shipped.get(f"{name}.{kind}", shipped.get(f"lm_head.{kind}"))
+            assert stored is not None
+            assert stored.dtype == (np.float16 if kind == "scales" else np.uint8)
+            assert stored.astype(trained.dtype).tobytes() == trained.tobytes()
 
 
 @pytest.mark.parametrize("bundle_name", ["llama_adapter_bundle", "bert_adapter_bundle"])
@@ -124,6 +128,45 @@ def test_greedy_answers_equal_torch(llama_run: RunFolder, llama_adapter_bundle: 
     for example in encode_rows(rendering, tokenizer, read_rows(str(llama_run.split("test")))):
         prompt = example.input_ids[: example.prompt_length]
         assert generator.answer(prompt, 12) == scorer.answer(prompt, 12)
+
+
+def test_what_has_8_bits_in_the_training_has_them_in_the_bundle(llama_run: RunFolder, llama_bundle: Bundle) -> None:
+    trained, _ = open_run_model(llama_run, adapter=False)
+    rows = finer_layers(trained)
+    assert rows
+    assert llama_bundle.manifest["quantization"]["overrides"] == {
+        name: {"bits": 8, "rows": count} for name, count in rows.items()
+    }
+
+
+@pytest.mark.parametrize(("size_mb", "layers"), [(3.0, 15), (1.05, 0)])
+def test_a_size_decides_how_many_layers_have_8_bits(
+    llama_run: RunFolder, tmp_path: Path, size_mb: float, layers: int
+) -> None:
+    bundle = export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle", size_mb=size_mb, **LOOSE))
+    assert bundle_size(bundle) <= size_mb * 1e6
+    found = bundle.manifest["quantization"].get("overrides", {})
+    assert len(found) == layers if layers else len(found) < 15
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"size_mb": 0.5}, "with 4 bits for every weight, in blocks of 128, the bundle takes 1 MB"),
+        ({"size_mb": 9.0, "lane": "adapter"}, "the adapter lane ships those of the training"),
+        ({"size_mb": 9.0, "weights": "fp16"}, "chooses between 4 and 8 bits, and --weights is fp16"),
+    ],
+)
+def test_a_size_that_nothing_fits_or_that_chooses_nothing_is_refused(
+    llama_run: RunFolder, tmp_path: Path, settings: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(UsageError, match=expected):
+        export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle", **settings))
+    assert not (tmp_path / "bundle").exists()
+
+
+def bundle_size(bundle: Bundle) -> int:
+    return sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file())
 
 
 def test_an_untied_head_and_another_block_size_can_be_exported(sums: Path, tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ from edge_ft.export.lowering import lower
 from edge_ft.export.packing import write_graphs
 from edge_ft.export.trace import trace
 from edge_ft.families import family_of
-from edge_ft.quant.conversion import quantize_model
+from edge_ft.quant.blockwise import Grid
+from edge_ft.quant.conversion import quantize_model, retained_weights
 from edge_ft.quant.layers import QuantLinear
+from edge_ft.quant.sensitivity import refine
 
 Array = NDArray[Any]
 
@@ -38,15 +40,20 @@ SCALED_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
+FURTHER = {"lm_head": 40, **{f"model.layers.0.self_attn.{name}_proj": 64 if name == "q" else 32 for name in "qkv"}}
+"""Rows with further bits by layer."""
 DECODERS: dict[str, dict[str, Any]] = {
     "int4 tied, scaled rope": {"block_size": 16, "tie_word_embeddings": True, "rope_parameters": SCALED_ROPE},
     "int4 biased, padded block": {"block_size": 32, "hidden_size": 48, "head_dim": 16, "attention_bias": True},
+    "int4 tied, further bits": {"block_size": 16, "tie_word_embeddings": True, "further": FURTHER},
     "fp32": {},
     "fp32 tied, biased": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
 }
 
 
-def make_decoder(block_size: int | None = None, **config: Any) -> PreTrainedModel:
+def make_decoder(
+    block_size: int | None = None, further: dict[str, int] | None = None, **config: Any
+) -> PreTrainedModel:
     """A Llama of two layers with two query heads for each key head."""
     torch.manual_seed(0)
     sizes = {
@@ -59,7 +66,7 @@ def make_decoder(block_size: int | None = None, **config: Any) -> PreTrainedMode
         "max_position_embeddings": 64,
         "tie_word_embeddings": False,
     }
-    return finish(LlamaForCausalLM(LlamaConfig(**(sizes | config))), block_size)
+    return finish(LlamaForCausalLM(LlamaConfig(**(sizes | config))), block_size, further)
 
 
 def make_encoder(block_size: int | None = None) -> PreTrainedModel:
@@ -76,7 +83,7 @@ def make_encoder(block_size: int | None = None) -> PreTrainedModel:
     return finish(BertForSequenceClassification(config), block_size)
 
 
-def finish(model: PreTrainedModel, block_size: int | None) -> PreTrainedModel:
+def finish(model: PreTrainedModel, block_size: int | None, further: dict[str, int] | None = None) -> PreTrainedModel:
     # Weights far from their initial values, so that a wrong operator shows.
     for parameter in model.parameters():
         parameter.data = (
@@ -84,7 +91,9 @@ def finish(model: PreTrainedModel, block_size: int | None) -> PreTrainedModel:
         )
     model.eval().requires_grad_(False)
     if block_size is not None:
-        quantize_model(model, block_size)
+        read = retained_weights(model)
+        quantize_model(model, Grid(block_size))
+        refine(model, read, further or {})
     return model
 
 

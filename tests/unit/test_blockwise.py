@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edge_ft.quant.blockwise import Bits, Codes, dequantize, pack_nibbles, quantize, unpack_nibbles
+from edge_ft.quant.blockwise import (
+    Bits,
+    Codes,
+    Grid,
+    dequantize,
+    pack_nibbles,
+    quantize,
+    quantize_finely,
+    unpack_nibbles,
+)
 
 WEIGHTS = hnp.arrays(
     np.float32,
@@ -45,7 +54,24 @@ def test_no_block_is_worse_than_with_its_whole_range(weight: np.ndarray, block_s
     rounded = (np.clip(np.rint(blocks / scale + zero_point), 0, 15) - zero_point) * scale
     found = np.pad(dequantize(quantize(weight, block_size)), padding).reshape(blocks.shape)
     error, whole_range_error = (((values - blocks) ** 2).sum(axis=2) for values in (found, rounded))
-    assert (error <= whole_range_error * 1.001 + 1e-6).all()
+    rounding = 5e-4 * np.sqrt((blocks**2).sum(axis=2))  # of the scale to float16
+    assert (np.sqrt(error) <= np.sqrt(whole_range_error) * 1.001 + rounding + 1e-3).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@given(weight=WEIGHTS)
+def test_scales_are_float16_numbers_unless_a_run_has_others(bits: Bits, weight: np.ndarray) -> None:
+    scales = quantize(weight, 16, bits).scales
+    assert (scales.astype(np.float16) == scales).all()
+    assert (scales > 0).all()
+
+
+def test_earlier_runs_get_the_scales_that_they_were_trained_with() -> None:
+    weight = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    scales = quantize(weight, 32, half_scales=False).scales
+    assert (scales.astype(np.float16) != scales).any()
+    assert Grid.recorded({"block_size": 32}) == Grid(32, half_scales=False)
+    assert Grid.recorded(Grid(64).to_dict()) == Grid(64)
 
 
 def test_an_outlier_is_clipped_if_that_lowers_the_error() -> None:
@@ -64,6 +90,15 @@ def test_weights_on_the_grid_come_back_exactly() -> None:
     codes = np.arange(32, dtype=np.float32) % 16
     weight = ((codes - 5) * 0.25)[None, :]
     assert (dequantize(quantize(weight, 32)) == weight).all()
+
+
+@given(WEIGHTS, st.sampled_from([16, 32]))
+def test_further_bits_are_an_eighth_bit_code(weight: np.ndarray, block_size: int) -> None:
+    codes = quantize_finely(weight, block_size)
+    steps = np.repeat(codes.scales, block_size, axis=1)[:, : weight.shape[1]] / 16
+    # The zero point is rounded to a whole 4-bit step, which moves the ends of the range by up to half of one.
+    assert (np.abs(dequantize(codes) - weight) <= steps * 1.6 + 1e-6).all()
+    assert (codes.scales.astype(np.float16) == codes.scales).all()
 
 
 def test_the_layout_is_that_of_matmulnbits() -> None:

@@ -18,6 +18,7 @@ from edge_ft.models.compute import Compute
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.models.scorer import TorchScorer
+from edge_ft.quant.blockwise import Grid
 from edge_ft.quant.conversion import quantize_model
 from edge_ft.quant.layers import QuantLinear
 from edge_ft.tune import torch_backend
@@ -254,7 +255,7 @@ def test_a_norm_of_another_form_computes_as_before() -> None:
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     )
-    quantize_model(model, 32)
+    quantize_model(model, Grid(32))
     model.requires_grad_(False)
 
     class ResidualRMSNorm(type(model.model.layers[0].input_layernorm)):  # type: ignore[misc]

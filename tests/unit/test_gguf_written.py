@@ -24,7 +24,7 @@ from edge_ft.models.gguf_header import read_header
 from edge_ft.models.gguf_names import ARCHITECTURES, Heads
 from edge_ft.models.gguf_tokenizer import write_tokenizer
 from edge_ft.models.loading import ModelSpec, load_model
-from edge_ft.quant.blockwise import Codes, dequantize, pack_nibbles, quantize, unpack_nibbles
+from edge_ft.quant.blockwise import Codes, dequantize, pack_nibbles, quantize, quantize_finely, unpack_nibbles
 
 FAMILIES = tuple(name for name in SETTINGS if name not in ("gpt2", "gpt_neox"))
 ROPES: dict[str, dict[str, Any]] = {
@@ -85,6 +85,15 @@ def test_a_block_holds_the_same_codes_nibble_for_nibble(symmetric: bool, block_s
     # float16 has 11 bits: of a scale that 15 steps multiply, and of -s·z
     largest = float(np.abs(codes.scales).max())
     assert np.abs(found - dequantize(codes)).max() < 30 * largest * 2**-11
+
+
+def test_rows_with_further_bits_make_a_tensor_of_q8_0() -> None:
+    weight = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
+    codes = Codes.concatenate([quantize_finely(weight[:2], BLOCK), quantize(weight[2:], BLOCK)])
+    found = pack_blocks(codes)
+    assert found.type == "Q8_0"
+    read = quants.dequantize(found.data, GGMLQuantizationType.Q8_0)
+    assert np.abs(read - dequantize(codes)).max() <= 0.501 * np.abs(weight).max() / 127 + 1e-3
 
 
 def test_a_tensor_is_q4_0_only_if_every_zero_point_is_8() -> None:

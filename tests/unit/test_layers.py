@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from edge_ft.quant.blockwise import Bits, dequantize, quantize
+from edge_ft.quant.blockwise import Bits, Codes, Grid, dequantize, quantize, quantize_finely
 from edge_ft.quant.conversion import quantize_model
 from edge_ft.quant.layers import QuantEmbedding, QuantLinear
 from edge_ft.quant.serialization import codes_sha256
@@ -37,6 +37,20 @@ def test_a_layer_returns_the_codes_it_was_created_from(columns: int, bits: Bits)
     assert (back.bits, back.block_size, back.in_features) == (bits, 32, columns)
 
 
+@pytest.mark.parametrize("columns", [64, 80])
+def test_rows_with_further_bits_are_dequantized_and_kept(columns: int) -> None:
+    weight = np.random.default_rng(0).normal(size=(24, columns)).astype(np.float32)
+    codes = Codes.concatenate([quantize_finely(weight[:10], 32), quantize(weight[10:], 32)])
+    layer, expected = QuantLinear(codes), torch.from_numpy(dequantize(codes)).T
+    torch.testing.assert_close(layer.dequantize(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(layer.dequantize(torch.bfloat16), expected.bfloat16(), rtol=0, atol=0)
+    for part in (slice(4, 16), slice(10, 24), slice(2, 9), torch.tensor([1, 23, 9, 10])):
+        torch.testing.assert_close(layer.dequantize(columns=part), expected[:, part], rtol=0, atol=0)
+    np.testing.assert_array_equal(layer.codes().fine, codes.fine)
+    assert codes.rows(slice(8, 12)).fine.shape[0] == 2  # type: ignore[union-attr]
+    assert codes.rows(slice(10, 12)).fine is None
+
+
 def test_a_quantized_embedding_looks_up_the_dequantized_rows() -> None:
     table = np.random.default_rng(0).normal(size=(10, 64)).astype(np.float32)
     codes = quantize(table, 32)
@@ -47,7 +61,7 @@ def test_a_quantized_embedding_looks_up_the_dequantized_rows() -> None:
 
 def test_quantizing_a_model_replaces_every_linear_layer_and_shares_a_tied_head(llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
-    quantize_model(model, 32)
+    quantize_model(model, Grid(32))
     assert not [name for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)]
     assert model.lm_head.qweight.data_ptr() == model.model.embed_tokens.qweight.data_ptr()
     assert sum(parameter.numel() for parameter in model.parameters()) == 5 * 64  # the norms
@@ -57,6 +71,6 @@ def test_the_hash_changes_with_the_codes(llama: Path) -> None:
     hashes = []
     for block_size in (32, 32, 16):
         model = AutoModelForCausalLM.from_pretrained(llama)
-        quantize_model(model, block_size)
+        quantize_model(model, Grid(block_size))
         hashes.append(codes_sha256(model))
     assert hashes[0] == hashes[1] != hashes[2]

@@ -14,6 +14,7 @@ from transformers import AutoConfig, BertForSequenceClassification
 from edge_ft.errors import ModelError
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import BITS, ModelSpec, load_model
+from edge_ft.quant.blockwise import Grid
 from edge_ft.quant.conversion import quantize_model, round_to_bf16
 from edge_ft.quant.nf4 import round_to_nf4
 
@@ -109,7 +110,7 @@ def test_loading_by_tensor_gives_the_codes_of_the_whole_model(
     read = load_model(ModelSpec(base, task, bits, labels=labels))
     whole, keep = load_model(ModelSpec(base, task, labels=labels)), base.family.trained_head(task)
     if bits in BITS:
-        quantize_model(whole, 32, keep, BITS[bits])
+        quantize_model(whole, Grid(32), keep, BITS[bits])
     else:
         {"nf4": round_to_nf4, "bf16": round_to_bf16}[bits](whole, keep)
     found, expected = read.state_dict(), whole.state_dict()

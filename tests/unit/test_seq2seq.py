@@ -17,6 +17,7 @@ from edge_ft.models.compute import Compute
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
 from edge_ft.progress import Silent
+from edge_ft.quant.blockwise import Grid
 from edge_ft.tune.prepare import prepare
 
 TASK = "text2text-generation"
@@ -85,7 +86,7 @@ def test_a_model_without_a_decoder_start_token_is_refused(tmp_path: Path) -> Non
 def test_both_stacks_are_rounded_and_share_one_embedding(
     shape: str, block_size: int, t5: Callable[[str], Path]
 ) -> None:
-    model: Any = load_model(ModelSpec(find_base(str(t5(shape))), TASK, "int4", block_size))
+    model: Any = load_model(ModelSpec(find_base(str(t5(shape))), TASK, "int4", Grid(block_size)))
     linear = [module for module in model.modules() if type(module).__name__ == "QuantLinear"]
     head_is_tied = shape.startswith("t5")
     rounded = block_size == 32

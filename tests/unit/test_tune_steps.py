@@ -21,6 +21,7 @@ from edge_ft.errors import Interrupted, UsageError, WillNotFit
 from edge_ft.evaluate.scoring import RowScores
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
+from edge_ft.quant.blockwise import Grid
 from edge_ft.system import Available
 from edge_ft.tune.checkpoint import (
     Checkpoint,
@@ -187,7 +188,7 @@ def test_vectors_of_a_batch_cannot_be_shared_out(job: Job) -> None:
 
 def test_a_begun_run_holds_all_but_what_is_learned(job: Job, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    begin(run, job, SimpleNamespace(calibration=None, codes_sha256="abc"))  # type: ignore[arg-type]
+    begin(run, job, SimpleNamespace(grid=Grid(16), calibration=None, codes_sha256="abc"))  # type: ignore[arg-type]
     assert run.is_begun()
     assert {path.name for path in run.path.iterdir()} == {
         *("base.json", "config.yaml", "rendering.json", "splits", "tokenizer")

@@ -1,0 +1,236 @@
+"""Give 8 bits to the 4-bit weights whose rounding costs the most loss, as far as a number of bytes goes.
+
+The cost of a layer is estimated to second order: half the mean square of the product of what rounding changes in the
+layer's output with the gradient of the log-likelihood, whose tokens are drawn from the model itself (Fisher
+information). Of SmolLM2 the sum over all layers is 0.165 nats, where the divergence from the float model is 0.173.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from edge_ft.data import Batch
+from edge_ft.quant.blockwise import Codes, quantize_finely
+from edge_ft.quant.conversion import ReadWeight
+from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear, has_bf16
+from edge_ft.quant.serialization import frozen_layers
+
+__all__ = ["finer_layers", "refine", "saved_bytes", "spend"]
+
+TOKENS = 1024
+"""Tokens of the rows that costs are estimated on, with padding."""
+LOGITS = 2**25
+"""Logits in memory at a time: they bound the number of targets."""
+FIRST_ROWS = 1024
+"""Rows of the head that are considered together first; twice as many after them, and so on."""
+_ROWS = 4096
+"""Rows of a head's weight that are float at a time."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that get further bits together: layers of one input, or some rows of the head."""
+
+    layers: tuple[str, ...]
+    rows: int
+    """Of the head: the first rows up to and with these; 0 for whole layers."""
+    cost: float
+    """Nats per target that rounding costs."""
+    size: int
+    """Bytes of the further bits."""
+
+
+def saved_bytes(model: Any) -> int:
+    """Return the bytes by which scales in float16 are smaller than those in float32."""
+    seen = {layer.scales.data_ptr(): layer.scales.numel() for _, layer in _four_bit(model)}
+    return 2 * sum(seen.values())
+
+
+def finer_layers(model: Any) -> dict[str, int]:
+    """Return the number of rows with further bits of each linear layer that has any."""
+    return {
+        name: layer.fine.shape[1]
+        for name, layer in frozen_layers(model).items()
+        if isinstance(layer, QuantLinear) and layer.fine is not None
+    }
+
+
+def refine(model: Any, read: ReadWeight, finer: Mapping[str, int]) -> None:
+    """Give further bits to the first rows of some linear layers, in place; a tied embedding shares them.
+
+    Args:
+        model: A model with 4-bit codes.
+        read: Reads float weights.
+        finer: Number of rows by the layer's name; that of a tied embedding is the head's.
+    """
+    layers = dict(_four_bit(model))
+    embedding = model.get_input_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    for name, rows in finer.items():
+        layer = layers.get(name) or model.get_output_embeddings()
+        tied = isinstance(embedding, QuantEmbedding) and embedding.qweight is layer.qweight
+        weight, codes = f"{names[embedding] if tied else name}.weight", layer.codes()
+        parts = [slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
+        fine = [quantize_finely(read(weight, part).detach().float().numpy(), codes.block_size) for part in parts]
+        layer.set_codes(Codes.concatenate([*fine, codes.rows(slice(rows, None))] if rows < len(codes.scales) else fine))
+        if tied:
+            for buffer in BUFFERS:
+                setattr(embedding, buffer, getattr(layer, buffer))
+
+
+def spend(
+    model: Any,
+    batch: Batch,
+    read: ReadWeight,
+    forward: Callable[[Any, Batch], Tensor | None],
+    budget: int,
+) -> dict[str, int]:
+    """Choose what gets further bits: again and again the unit that saves the most loss a byte, until none fits.
+
+    Args:
+        model: A decoder with 4-bit codes, on the CPU, without an adapter.
+        batch: Rows; the first `TOKENS` tokens count.
+        read: Reads float weights.
+        forward: Runs the model over a batch; returns the inputs of the head [targets, hidden], with their gradient.
+        budget: Bytes.
+
+    Returns:
+        The number of rows by layer, as `refine` takes it.
+    """
+    layers, head = _units(model, batch, read, forward)
+    finer: dict[str, int] = {}
+    while units := [unit for unit in (*layers, *head[:1]) if unit.size <= budget and unit.cost > 0]:
+        best = max(units, key=lambda unit: unit.cost / unit.size)
+        (head if best.rows else layers).remove(best)
+        budget -= best.size
+        finer |= {name: best.rows or model.get_submodule(name).out_features for name in best.layers}
+    return finer
+
+
+def _four_bit(model: Any) -> list[tuple[str, QuantLinear]]:
+    return [
+        (name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear) and module.bits == 4
+    ]
+
+
+def _units(
+    model: Any, batch: Batch, read: ReadWeight, forward: Callable[[Any, Batch], Tensor | None]
+) -> tuple[list[Unit], list[Unit]]:
+    """Return what can get further bits: layers of one input, and parts of the head in their order."""
+    rows = max(1, TOKENS // batch["input_ids"].shape[1])
+    arrays: Any = batch
+    few: Any = {name: arrays[name][:rows] for name in arrays}
+    head = model.get_output_embeddings()
+    layers = {name: layer for name, layer in _four_bit(model) if layer is not head}
+    embedding = model.get_input_embeddings()
+    dtype = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
+    embedded: list[Tensor] = []
+    with torch.enable_grad(), _Costs(layers, read, dtype) as costs:
+        handle = embedding.register_forward_hook(lambda _, __, y: _leaf(y, embedded))
+        try:
+            hidden = forward(model, few)
+        finally:
+            handle.remove()
+        assert hidden is not None
+        chosen = torch.linspace(0, len(hidden) - 1, min(len(hidden), max(64, LOGITS // head.out_features))).long()
+        gradient, of_rows = _head_costs(model, head, hidden.detach()[chosen], read, dtype)
+        hidden[chosen].backward(gradient, inputs=embedded)
+    units = []
+    for names in costs.together():
+        size = sum(layers[name].qweight.numel() for name in names)
+        units.append(Unit(names, 0, sum(costs.found[name] for name in names) / len(chosen), size))
+    parts: list[Unit] = []
+    if of_rows is not None:
+        name = next(name for name, module in model.named_modules() if module is head)
+        start, end, each = 0, FIRST_ROWS, len(head.qweight)
+        while start < head.out_features:
+            end = min(end, head.out_features)
+            parts.append(Unit((name,), end, float(of_rows[start:end].sum()), (end - start) * each))
+            start, end = end, 2 * end
+    return units, parts
+
+
+def _leaf(tensor: Tensor, kept: list[Tensor]) -> Tensor:
+    kept.append(tensor.detach().requires_grad_())
+    return kept[-1]
+
+
+@torch.no_grad()
+def _head_costs(
+    model: Any, head: Any, hidden: Tensor, read: ReadWeight, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradient [targets, hidden] of a drawn token's log-likelihood, and the cost of each row of the head."""
+    rounded = isinstance(head, QuantLinear) and head.bits == 4
+    embedding = model.get_input_embeddings()
+    tied = rounded and getattr(embedding, "qweight", None) is head.qweight
+    name = next(name for name, module in model.named_modules() if module is (embedding if tied else head))
+    narrow, size = hidden.to(dtype), head.out_features
+    logits, changes = torch.empty(len(hidden), size), torch.zeros(len(hidden), size) if rounded else None
+    weights = []
+    for start in range(0, size, _ROWS):
+        part = slice(start, min(start + _ROWS, size))
+        weight = head.dequantize(dtype, part).T if rounded else head.weight[part].to(dtype)
+        weights.append(weight)
+        logits[:, part] = (narrow @ weight.T).float()
+        if changes is not None:
+            changes[:, part] = (narrow @ (weight - read(f"{name}.weight", part).to(dtype)).T).float()
+    shares = torch.softmax(logits, dim=1, out=logits)
+    drawn = torch.multinomial(shares, 1, generator=torch.Generator().manual_seed(0))
+    of_rows = None
+    if changes is not None:
+        changes -= (shares * changes).sum(1, keepdim=True)
+        of_rows = (shares * changes.square_()).mean(0) / 2
+    shares.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=shares.dtype))
+    parts = shares.to(dtype).split(_ROWS, dim=1)
+    return sum(part @ weight for part, weight in zip(parts, weights, strict=True)).float(), of_rows  # type: ignore[union-attr]
+
+
+class _Costs:
+    """Hooks that estimate what the rounding of each layer costs while inside, in the backward pass."""
+
+    def __init__(self, layers: Mapping[str, QuantLinear], read: ReadWeight, dtype: torch.dtype) -> None:
+        self.found = dict.fromkeys(layers, 0.0)
+        """Nats by layer, the sum over all targets."""
+        self._read, self._dtype = read, dtype
+        self._groups: dict[tuple[int, str], list[str]] = {}
+        self._inputs = 0
+        self._last: tuple[Tensor, Tensor] | None = None
+        """Input of the last layer, and the same in `dtype`: several projections have one input."""
+        self._handles: list[RemovableHandle] = []
+        for name, layer in layers.items():
+            self._handles += [
+                layer.register_forward_pre_hook(lambda _, x, name=name: self._before(name, x[0])),
+                layer.register_forward_hook(lambda layer, x, y, name=name: self._after(name, layer, x[0], y)),
+            ]
+
+    def __enter__(self) -> "_Costs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def together(self) -> list[tuple[str, ...]]:
+        """Return the names of layers by their input and the module that they are in: q, k and v; gate and up."""
+        return [tuple(names) for names in self._groups.values()]
+
+    def _before(self, name: str, x: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not x:
+            self._last = x, x.to(self._dtype)
+            self._inputs += 1
+        self._groups.setdefault((self._inputs, name.rpartition(".")[0]), []).append(name)
+        return self._last[1]
+
+    def _after(self, name: str, layer: QuantLinear, x: Tensor, y: Tensor) -> Tensor:
+        y.register_hook(lambda gradient: self._add(name, layer, x.detach(), gradient))
+        return y.float()
+
+    def _add(self, name: str, layer: QuantLinear, x: Tensor, gradient: Tensor) -> None:
+        with torch.no_grad():
+            error = layer.dequantize() - self._read(f"{name}.weight", slice(None)).float().T
+            change = x @ error.to(x.dtype)
+            self.found[name] += float((change.float() * gradient.float()).sum(-1).square().sum()) / 2
