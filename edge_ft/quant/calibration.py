@@ -321,18 +321,14 @@ def gptq_quantize(weight: Tensor, factor: Tensor, nearest: Codes) -> Codes:
             wanted[last:].addmm_(later.T, errors[first:last])
         errors.mul_(scale)
 
-    def round_blocks(first: int, last: int) -> None:
-        """Round the columns of some blocks, the earlier half first: its errors reach the later one in one product."""
-        if last - first == 1:
-            round_block(first)
-            return
-        middle = (first + last) // 2
-        round_blocks(first, middle)
-        left, right = slice(first * block_size, middle * block_size), slice(middle * block_size, last * block_size)
-        compensated[right].addmm_(relative[left, right].T, lost[left])
-        round_blocks(middle, last)
-
-    round_blocks(0, blocks)
+    for block in range(blocks):
+        round_block(block)
+        # Each pair of columns meets in one product, of as many blocks before it as after it: few and large products.
+        done, together = block + 1, (block + 1) & -(block + 1)
+        before = slice((done - together) * block_size, done * block_size)
+        after = slice(done * block_size, (done + together) * block_size)
+        if done < blocks:
+            compensated[after].addmm_(relative[before, after].T, lost[before])
     qweight = np.ascontiguousarray(codes.T).reshape(rows, blocks, block_size)
     return replace(nearest, qweight=pack_nibbles(qweight))
 

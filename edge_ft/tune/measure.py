@@ -169,7 +169,9 @@ def _measure_report(batch: list[int], job: Job, model: TrainableModel, more: flo
             answers: list[list[int]] = []
             prompt = example.input_ids[: example.prompt_length]
             seconds, extra = _timed(lambda: answers.append(model.backend.answer(prompt, 4)))
-            token, answering = seconds / (len(answers[0]) + 1), max(round(more * answering), extra)
+            reading = report * len(prompt) / batch_tokens(batch, job.prepared.examples["train"], job.prepared.task)
+            steps = len(answers[0]) + 1  # the first one reads the prompt, too
+            token, answering = max(seconds - reading, seconds / 10) / steps, max(round(more * answering), extra)
     return report, token, answering
 
 

@@ -1,5 +1,7 @@
 """Codes chosen over a layer's inputs keep what the layer gives better than codes of the weight alone."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,19 @@ def test_the_output_error_is_lower_than_with_rounding_to_nearest(
     assert lost(over, weight, inputs) < lost(nearest, weight, inputs)
     np.testing.assert_array_equal(over.scales, nearest.scales)
     np.testing.assert_array_equal(over.zero_points, nearest.zero_points)
+
+
+def test_nothing_waits_for_the_garbage_collector() -> None:
+    """Buffers of the size of the weights, of all layers together, would be the peak of a tune's memory."""
+    weight, inputs = a_layer(8, 96)
+    nearest = quantize(weight.numpy(), 32)
+    gc.collect()
+    gc.disable()
+    try:
+        gptq_quantize(weight, hessian_factor(inputs.T @ inputs), nearest)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 @settings(max_examples=20, deadline=None)
