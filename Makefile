@@ -49,7 +49,7 @@ shipping: install
 
 # Measures the bundles that `make claims` exported; tables and pages in out/bench, and a bundle measured before is not again.
 bench: install
-	$(BIN)/python -m edge_ft.bench.studies suite --bundles out/claims --out out/bench
+	$(BIN)/python -m edge_ft.bench.studies suite --bundles out/claims --out out/bench --into docs/results.md
 
 # All that guards a change, the short main job on real weights included.
 test: install

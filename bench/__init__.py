@@ -76,7 +76,7 @@ def bench(subjects: Sequence[str], config: BenchConfig, progress: Progress | Non
     depths = tuple(sorted({int(depth) for depth in config.depths}))
     workload = Workload(config.prompt_tokens, config.new_tokens, threads, depths)
     limit = _limit(config, profile)
-    measured = _open_subjects(subjects, config, workload)
+    measured = _open_subjects(subjects, config, workload, limit)
     # Before and after: other work on the machine would make its limits too low.
     before = _machine_limits(threads, limit)
     samples, notes = _measure(measured, config.repeats, limit, progress)
@@ -143,7 +143,9 @@ def _profile_conditions(name: str | None, profile: DeviceProfile | None, limit: 
     }
 
 
-def _open_subjects(sources: Sequence[str], config: BenchConfig, workload: Workload) -> list[Subject]:
+def _open_subjects(
+    sources: Sequence[str], config: BenchConfig, workload: Workload, limit: MemoryLimit | None
+) -> list[Subject]:
     """The subjects in the order in which they were named, then the peers that are not among them."""
     bundles = {
         source: bundle_subject(source, config.accuracy_level, workload)
@@ -152,8 +154,7 @@ def _open_subjects(sources: Sequence[str], config: BenchConfig, workload: Worklo
     }
     for source, subject in bundles.items():
         if subject.job["engine"] == "auto":  # chosen before the first measurement, which it would lengthen
-            job = {"do": "choose", "bundle": source, "threads": workload.threads}
-            subject.job["engine"] = run_worker(job, f"choosing how {source} runs", workload.threads)["engine"]
+            subject.job["engine"] = _choose(source, workload.threads, limit)
     requests = [{"source": source} for source in sources if source not in bundles]
     requests += peer_requests(config.peers, list(bundles.values()))
     # One process finds all models, since importing torch takes seconds.
@@ -169,6 +170,21 @@ def _open_subjects(sources: Sequence[str], config: BenchConfig, workload: Worklo
     ours = [subject for subject in subjects if subject.engine == "edge-ft"]
     peers = [peer for engine in GRAPH_ENGINES if engine in config.peers for peer in graph_peers(engine, ours)]
     return [*subjects, *peers, *(_llama_cpp(ours, workload) if LLAMA_CPP in config.peers else ())]
+
+
+def _choose(bundle: str, threads: int, limit: MemoryLimit | None) -> dict[str, Any] | None:
+    """How a bundle runs with the cores, the CPU time and the memory of the measured processes.
+
+    On other cores it would be chosen again, within the first measurement.
+
+    Returns:
+        `Engine.plain`.
+    """
+    job, doing = {"do": "choose", "bundle": bundle, "threads": threads}, f"choosing how {bundle} runs"
+    try:
+        return run_worker(job, doing, threads, limit)["engine"]  # type: ignore[no-any-return]
+    except WillNotFit:
+        return run_worker(job, doing, threads)["engine"]  # type: ignore[no-any-return]
 
 
 def _llama_cpp(bundles: Sequence[Subject], workload: Workload) -> list[Subject]:
@@ -202,7 +218,7 @@ def _measure(
         try:
             samples[subject].append(
                 run_worker(
-                    subject.job | {"max_length": subject.max_length},
+                    subject.job | {"max_length": subject.max_length, "batches": limit is None},
                     f"measuring {subject.name}",
                     subject.job["threads"],
                     limit,

@@ -9,6 +9,8 @@ from edge_ft.bench.subjects import Subject
 from edge_ft.config import TEXT_TASKS, BenchConfig
 
 __all__ = [
+    "BATCHES",
+    "BATCH_UNITS",
     "DECODER_UNITS",
     "budget_failures",
     "classifier_lengths",
@@ -20,6 +22,8 @@ __all__ = [
     "units_of",
 ]
 
+BATCHES = (1, 4, 8)
+"""Texts in a batch, at which a decoder's throughput is measured where an engine answers batches."""
 DECODER_UNITS = {
     "load_s": "s",
     "cold_start_s": "s",
@@ -32,6 +36,8 @@ DECODER_UNITS = {
     "peak_rss_bytes": "bytes",
     "size_bytes": "bytes",
 }
+BATCH_UNITS = {f"batch_tps_{texts}": "tok/s" for texts in BATCHES}
+"""Generated tokens of all texts of a batch; only of engines that were asked for them."""
 
 
 def classifier_lengths(prompt_tokens: int) -> list[int]:
@@ -51,10 +57,13 @@ def units_of(task: str, prompt_tokens: int, depths: Sequence[int] = ()) -> dict[
         Units by metric.
     """
     if task in TEXT_TASKS:
-        deep = [
-            f"{kind}_tps_d{depth}" for depth in depths for kind in ("prefill", "decode") if depth or kind == "decode"
-        ]
-        return DECODER_UNITS | dict.fromkeys(deep if task == "text-generation" else (), "tok/s")
+        if task != "text-generation":
+            return DECODER_UNITS
+        deep: dict[str, str] = {}
+        for depth in depths:
+            deep |= {f"prefill_tps_d{depth}": "tok/s"} if depth else {}
+            deep |= {f"decode_tps_d{depth}": "tok/s", f"peak_rss_d{depth}_bytes": "bytes"}
+        return DECODER_UNITS | deep
     per_length = {"latency_s": "s", "latency_s_p99": "s", "rows_per_s": "rows/s"}
     lengths = classifier_lengths(prompt_tokens)
     timed = {f"{metric}_{length}": unit for length in lengths for metric, unit in per_length.items()}
@@ -104,13 +113,15 @@ def records_of(
         Records as `edge_ft.bench.bench` documents them, in the order of `units_of`.
     """
     records = []
-    for metric, unit in units_of(subject.task, environment["prompt_tokens"], environment.get("depths", ())).items():
+    units = units_of(subject.task, environment["prompt_tokens"], environment.get("depths", ()))
+    units |= {metric: unit for metric, unit in BATCH_UNITS.items() if any(metric in result for result in results)}
+    for metric, unit in units.items():
         if metric == "size_bytes":
             samples: list[float] = [subject.size_bytes] * max(1, len(results))
         elif note is not None:
             samples = []
         else:
-            samples = [result[metric] for result in results if result[metric] is not None]
+            samples = [result[metric] for result in results if result.get(metric) is not None]
         record: dict[str, Any] = {
             "subject": subject.engine,
             "variant": subject.variant,
@@ -125,11 +136,16 @@ def records_of(
         if note is None and any(metric in result.get("times", {}) for result in results):
             record["times"] = [result["times"][metric] for result in results]
         if not samples:
-            deep = "_tps_d" in metric
-            unknown = "the context is too long for this model" if deep else "cannot be measured on this system"
-            record["note"] = note or unknown
+            record["note"] = note or _unknown(metric)
         records.append(record)
     return records
+
+
+def _unknown(metric: str) -> str:
+    """Why nothing was measured."""
+    if "_tps_d" in metric or "_rss_d" in metric:
+        return "the context is too long for this model"
+    return "memory is too short for this batch" if metric in BATCH_UNITS else "cannot be measured on this system"
 
 
 def _known_as(task: str, metric: str, environment: dict[str, Any]) -> str | None:
@@ -141,7 +157,7 @@ def _known_as(task: str, metric: str, environment: dict[str, Any]) -> str | None
         The name; None for what llama-bench does not measure.
     """
     prompt, new = environment["prompt_tokens"], environment.get("new_tokens")
-    if task != "text-generation" or "_tps" not in metric or new is None:
+    if task != "text-generation" or "_tps" not in metric or metric in BATCH_UNITS or new is None:
         return None
     kind, _, depth = metric.partition("_tps")
     # The new tokens of `decode_tps` follow the prompt.

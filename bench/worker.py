@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_ft.bench.report import classifier_lengths
+from edge_ft.bench.report import BATCHES, classifier_lengths
 from edge_ft.config import TEXT_TASKS
 from edge_ft.errors import EdgeFTError, UsageError, require
 from edge_ft.system import peak_rss_bytes
@@ -224,7 +224,11 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
     if job["do"] == "llama.cpp":
         found["settings"] |= {name: job[name] for name in ("weights", "rounded_from")}
     # After the peak was read: memory is that of the prompt, not of a longer context.
-    return found | (at_depths(engine, job) if job["task"] == "text-generation" else {})
+    if job["task"] != "text-generation":
+        return found
+    # A limit on memory is for one text, and a process that exceeds it would be reported as not fitting.
+    with_batches = job["do"] == "bundle" and job["batches"]
+    return found | at_depths(engine, job) | (_in_batches(engine, job) if with_batches else {})
 
 
 def measure_decoder(
@@ -270,14 +274,15 @@ def at_depths(engine: Any, job: dict[str, Any]) -> dict[str, float | None]:
         job: The measuring job, with `depths`.
 
     Returns:
-        Metrics; None where the model cannot read so much, or where the difference is lost in the noise.
+        Metrics, and the process's peak memory by then; None where the model cannot read so much, or where the
+        difference is lost in the noise.
     """
     found: dict[str, float | None] = {}
     prompt, new = job["prompt_tokens"], job["new_tokens"]
     for depth in job.get("depths", ()):
-        decode, prefill = f"decode_tps_d{depth}", f"prefill_tps_d{depth}"
+        decode, prefill, memory = f"decode_tps_d{depth}", f"prefill_tps_d{depth}", f"peak_rss_d{depth}_bytes"
         if depth + prompt + new > job["max_length"]:
-            found |= {decode: None, prefill: None}
+            found |= {decode: None, prefill: None, memory: None}
             continue
         context = engine.time_decode(prompt_ids(engine.tokenizer, max(depth, 1)), new)
         found[decode] = len(context.decode_s) / sum(context.decode_s)
@@ -285,6 +290,25 @@ def at_depths(engine: Any, job: dict[str, Any]) -> dict[str, float | None]:
             whole = engine.time_decode(prompt_ids(engine.tokenizer, depth + prompt), 2)
             seconds = whole.prefill_s - context.prefill_s
             found[prefill] = prompt / seconds if seconds > 0 else None
+        found[memory] = peak_rss_bytes()
+    return found
+
+
+def _in_batches(engine: "TextGenerator", job: dict[str, Any]) -> dict[str, float | None]:
+    """Tokens per second of all texts of a batch, each with the prompt of the job.
+
+    Args:
+        engine: An open bundle.
+        job: The measuring job.
+
+    Returns:
+        Metrics; None where memory is too short.
+    """
+    found: dict[str, float | None] = {}
+    ids, new = prompt_ids(engine.tokenizer, job["prompt_tokens"]), job["new_tokens"]
+    for texts in BATCHES:
+        seconds = engine.time_batch(ids, texts, new)
+        found[f"batch_tps_{texts}"] = texts * (new - 1) / seconds if seconds else None
     return found
 
 

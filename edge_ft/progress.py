@@ -14,7 +14,7 @@ from edge_ft.stopping import stop_if_requested
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["Lines", "Progress", "ProgressBars", "Silent", "heartbeat", "track"]
+__all__ = ["Lines", "Progress", "ProgressBars", "Silent", "heartbeat", "say_if_slow", "track"]
 
 T = TypeVar("T")
 
@@ -174,4 +174,33 @@ def heartbeat(progress: Progress, step: str, seconds: float = 1.0) -> Iterator[N
         yield
     finally:
         with reporting:  # nothing is reported after the end of the step
+            ended.set()
+
+
+@contextmanager
+def say_if_slow(progress: Progress, step: str, seconds: float = 2.0) -> Iterator[None]:
+    """Report a step once, if it is not over after some seconds.
+
+    Args:
+        progress: Receives the message.
+        step: What the block does.
+        seconds: How long it may be silent.
+
+    Yields:
+        Nothing.
+    """
+    ended, reporting = threading.Event(), threading.Lock()
+
+    def wait() -> None:
+        if not ended.wait(seconds):
+            with reporting:
+                if not ended.is_set():
+                    progress.say(step)
+
+    with suppress(RuntimeError, MemoryError):  # no memory for a thread: no message
+        _thread.start_new_thread(wait, ())
+    try:
+        yield
+    finally:
+        with reporting:
             ended.set()

@@ -111,8 +111,8 @@ def render_clients(rows: list[dict[str, Any]]) -> str:
     return markdown_table(["task", "models", "weights", "client", "what is tested", "test"], cells)
 
 
-def replace_between(page: str, part: str, name: str) -> str:
-    """Replace what stands between the lines `BEGIN` and `END` of `page` by `part`.
+def replace_between(page: str, part: str, name: str, begins: str = BEGIN, ends: str = END) -> str:
+    """Replace what stands between the lines `begins` and `ends` of `page` by `part`.
 
     Returns:
         The new page.
@@ -120,12 +120,10 @@ def replace_between(page: str, part: str, name: str) -> str:
     Raises:
         UsageError: `page`, called `name`, lacks one of them.
     """
-    before, begin, rest = page.partition(f"{BEGIN}\n")
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.partition(f"{begins}\n")
+    _, end, after = rest.partition(ends)
     if not begin or not end:
-        raise UsageError(
-            f"{name} lacks the line {END if begin else BEGIN!r}: put it where the table of clients belongs"
-        )
+        raise UsageError(f"{name} lacks the line {ends if begin else begins!r}: put it where the table belongs")
     return f"{before}{begin}\n{part}\n{end}{after}"
 
 

@@ -23,7 +23,7 @@ from edge_ft.data import (
 )
 from edge_ft.errors import DataError, UsageError
 from edge_ft.files import atomic_file, locked, refuse_existing
-from edge_ft.progress import Progress, track
+from edge_ft.progress import Lines, Progress, say_if_slow, track
 from edge_ft.runtime import (
     Classification,
     Conversation,
@@ -128,7 +128,7 @@ def _run_file(bundle: Path, source: Path, out: Path, config: RunConfig, progress
     """
     started = time.monotonic()
     rows = read_rows(str(source))
-    opened, left_out = _open(bundle, config), dict[int, tuple[str, ...]]()
+    opened, left_out = _open(bundle, config, progress), dict[int, tuple[str, ...]]()
     if not isinstance(opened, GenerativeBundle):
         inputs = [_input_of_row(row, opened.rendering) for row in rows]
         results: Iterator[dict[str, Any]] = iter(_predict(opened, inputs, config.top_k))
@@ -209,19 +209,23 @@ def _classify(
     return opened.classify(prompts, None if config.labels == ("auto",) else config.labels)
 
 
-def _open(bundle: Path, config: RunConfig) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
-    """Return the open bundle.
+def _open(
+    bundle: Path, config: RunConfig, progress: Progress | None = None
+) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
+    """Return the open bundle; `progress` (default: stderr) is told what happens if that takes seconds.
 
     Raises:
         UsageError: --labels or --overflow for a model that is not a decoder.
     """
-    opened = load(
-        bundle,
-        threads=config.threads,
-        accuracy_level=config.accuracy_level,
-        adapter=config.adapter,
-        engine=config.engine,
-    )
+    first = "the first time, all files are checked and the fastest of its graphs is found"
+    with say_if_slow(progress or Lines(), f"opening {bundle}: {first}"):
+        opened = load(
+            bundle,
+            threads=config.threads,
+            accuracy_level=config.accuracy_level,
+            adapter=config.adapter,
+            engine=config.engine,
+        )
     if config.overflow != "error" and not isinstance(opened, TextGenerator):
         raise UsageError("--overflow is for decoders: other models read texts up to their limit")
     if config.labels and isinstance(opened, Seq2SeqGenerator):

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, overload
 
 import numpy as np
@@ -123,6 +124,28 @@ class TextGenerator(GenerativeBundle):
             generation = read_to_end(self._answer(cache, request, TimingsRecorder()))
             pace.alone += generation.timings.decode_s
             yield number, generation
+
+    def time_batch(self, prompt_ids: list[int], texts: int, new_tokens: int) -> float | None:
+        """Generate `new_tokens` greedily for each of some texts with the same prompt, past any stop token.
+
+        Args:
+            prompt_ids: Token ids, at least one.
+            texts: How many, at least one.
+            new_tokens: At least 2.
+
+        Returns:
+            Seconds of the tokens after the first; None where a quarter of the free memory is too little.
+        """
+        batch, cache = BatchCache(self._session, self._shape, texts, self._adapter_inputs), self.open_cache()
+        if batch.nbytes(texts, len(prompt_ids) + new_tokens) * 4 > free_memory_bytes():
+            return None
+        tokens = [int(cache.extend(prompt_ids).argmax())] * texts
+        for _ in range(texts):
+            batch.add(cache)
+        started = perf_counter()
+        for _ in range(new_tokens - 1):
+            tokens = batch.step(tokens).argmax(axis=-1).tolist()
+        return perf_counter() - started
 
     def unread_by(self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY) -> tuple[str, ...]:
         """See `GenerativeBundle.unread_by`."""

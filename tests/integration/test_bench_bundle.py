@@ -26,7 +26,7 @@ from edge_ft.bench.divergence import reference_of
 from edge_ft.bench.limits import weight_reads
 from edge_ft.bench.meters import machine
 from edge_ft.bench.page import page_of
-from edge_ft.bench.report import DECODER_UNITS, table, units_of
+from edge_ft.bench.report import BATCH_UNITS, DECODER_UNITS, table, units_of
 from edge_ft.bench.subjects import Subject, Workload, bundle_subject, torch_subject
 from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.bench.torch_peer import TorchDecoder, find, find_bundle_base
@@ -58,7 +58,8 @@ def check_engine(found: dict[str, Any]) -> dict[str, Any]:
 
 def check_decoder(found: dict[str, Any], repeats: int) -> None:
     found = check_engine(found)
-    assert list(found) == list(DECODER_UNITS)
+    ours = next(iter(found.values()))["subject"] == "edge-ft"
+    assert list(found) == [*DECODER_UNITS, *(BATCH_UNITS if ours else ())]
     for record in found.values():
         assert len(record["samples"]) == repeats
         assert record["value"] == median(record["samples"]) > 0
@@ -97,6 +98,7 @@ def test_a_decoder_is_measured_after_a_context_too(tmp_path: Path) -> None:
     settings = replace(SHORT, repeats=1, depths=("0", "64", "100000"))
     found = by_metric(bench([str(bundle)], settings), "edge-ft", "b")
     assert found["decode_tps_d0"]["value"] > 0 < found["decode_tps_d64"]["value"]
+    assert found["peak_rss_d64_bytes"]["value"] >= found["peak_rss_d0_bytes"]["value"] > 0
     assert found["decode_tps_d100000"]["value"] is None
     assert found["decode_tps_d100000"]["note"] == "the context is too long for this model"
 

@@ -215,14 +215,30 @@ def test_speeds_carry_the_names_of_llama_bench() -> None:
         "decode_tps_d2048": "tg64 @ d2048",
     }
     assert ("prefill_tps_d2048 = pp128 @ d2048 (tok/s)", "1.00") in table(records)
+    assert [row[0] for row in table(records)][-3:-1] == [
+        "prefill_tps_d2048 = pp128 @ d2048 (tok/s)",
+        "decode_tps_d2048 = tg64 @ d2048 (tok/s)",
+    ]
+    assert table(records)[-1][0] == "peak_rss_d2048 (MB)"  # and so the page, which shows this table, has it too
+
+
+def test_throughput_in_batches_is_shown_of_engines_that_have_it() -> None:
+    subject = Subject("edge-ft", "b", "text-generation", 4096, 1, {}, "b")
+    results: dict[str, Any] = dict.fromkeys(DECODER_UNITS, 1.0)
+    batches = {"batch_tps_1": 1.0, "batch_tps_4": 3.0, "batch_tps_8": None}
+    assert not any("batch" in record["metric"] for record in records_of(subject, [results], ENVIRONMENT, None))
+    records = {record["metric"]: record for record in records_of(subject, [results | batches], ENVIRONMENT, None)}
+    assert records["batch_tps_4"]["value"] == 3 and "known_as" not in records["batch_tps_4"]
+    assert records["batch_tps_8"]["note"] == "memory is too short for this batch"
 
 
 def test_a_context_that_the_model_cannot_read_is_a_note() -> None:
-    results = dict.fromkeys(units_of("text-generation", 128), 1.0) | {"decode_tps_d9": None, "prefill_tps_d9": None}
+    deep = ("decode_tps_d9", "prefill_tps_d9", "peak_rss_d9_bytes")
+    results: dict[str, Any] = dict.fromkeys(units_of("text-generation", 128), 1.0) | dict.fromkeys(deep)
     subject = Subject("edge-ft", "b", "text-generation", 4096, 1, {}, "b")
     records = records_of(subject, [results], ENVIRONMENT | {"depths": (9,)}, None)
     notes = {record["metric"]: record["note"] for record in records if "note" in record}
-    assert notes == dict.fromkeys(("decode_tps_d9", "prefill_tps_d9"), "the context is too long for this model")
+    assert notes == dict.fromkeys(deep, "the context is too long for this model")
 
 
 @pytest.mark.parametrize("depth", ["-1", "x", "1.5"])
@@ -263,13 +279,13 @@ def test_a_known_sleep_is_what_the_meter_shows(tmp_path: Path) -> None:
     assert timed == pytest.approx(sleeper.slept, rel=1e-3)  # the sleeper's own clock, of the same run
     assert found["cold_start_s"] >= found["ttft_s"]
     deep = at_depths(sleeper, job)
-    assert deep.keys() == {"decode_tps_d0", "decode_tps_d30", "prefill_tps_d30"}
-    assert 0 < (deep["decode_tps_d30"] or 0) <= 100
-    assert at_depths(sleeper, job | {"max_length": 75}) | {"decode_tps_d0": 0} == {
-        "decode_tps_d0": 0,
-        "decode_tps_d30": None,
-        "prefill_tps_d30": None,
+    assert deep.keys() == {
+        *("decode_tps_d0", "decode_tps_d30", "prefill_tps_d30"),
+        *("peak_rss_d0_bytes", "peak_rss_d30_bytes"),
     }
+    assert 0 < (deep["decode_tps_d30"] or 0) <= 100
+    cut = at_depths(sleeper, job | {"max_length": 75})
+    assert {name for name, value in cut.items() if value is None} == {name for name in deep if "d30" in name}
 
 
 def test_a_speed_is_given_as_a_share_of_the_machines_limit() -> None:

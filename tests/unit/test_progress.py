@@ -7,7 +7,7 @@ from contextlib import redirect_stderr
 
 import pytest
 
-from edge_ft.progress import Lines, ProgressBars, Silent, eta, heartbeat, track
+from edge_ft.progress import Lines, ProgressBars, Silent, eta, heartbeat, say_if_slow, track
 
 
 def test_the_remaining_time_is_extrapolated() -> None:
@@ -105,3 +105,19 @@ def test_bars_are_shown_while_the_output_of_libraries_is_silenced(capsys: pytest
         bars.say("loading the model")
     assert silenced.getvalue() == ""
     assert capsys.readouterr().err == "loading the model\n"
+
+
+def test_a_step_is_named_if_it_takes_long() -> None:
+    said: list[str] = []
+    named = threading.Event()
+
+    class Recorded(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+            named.set()
+
+    with say_if_slow(Recorded(), "quick", seconds=60):
+        pass
+    with say_if_slow(Recorded(), "opening", seconds=0.01):
+        assert named.wait(10)
+    assert said == ["opening"]

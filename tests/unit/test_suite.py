@@ -30,14 +30,29 @@ def test_a_bundle_is_measured_once_and_one_that_is_missing_is_left_out(
     monkeypatch.setattr(suite, "bench", bench)
     for name in ("smollm2-main", "minilm-main"):
         write_bundle(tmp_path / "claims", name)
+    into = tmp_path / "results.md"
+    into.write_text(f"before\n{suite.BEGIN}\nold\n{suite.END}\nafter\n")
+    options: dict[str, Any] = {"bundles": tmp_path / "claims", "out": tmp_path / "out", "write": tmp_path / "suite.md"}
+    suite.main(**options, minutes=0)
+    assert measured == []  # the time is over before the first one
     for _ in range(2):
-        suite.main(bundles=tmp_path / "claims", out=tmp_path / "out", write=tmp_path / "suite.md")
+        suite.main(**options, into=into)
     assert [Path(folder).parent.name for folder in measured] == ["smollm2-main", "minilm-main"]
     assert json.loads((tmp_path / "out" / "minilm-main.json").read_text()) == classifiers()
     assert "<!doctype html>" in (tmp_path / "out" / "smollm2-main.html").read_text(encoding="utf-8")
     page = (tmp_path / "suite.md").read_text(encoding="utf-8")
     assert page.index("## smollm2") < page.index("decode_tps = tg16 @ d64 (tok/s)") < page.index("## minilm")
     assert "## t5" not in page
+    short = into.read_text(encoding="utf-8")
+    assert short.startswith("before\n") and short.endswith("after\n") and "old" not in short
+    assert "| model | engine | size MB |" in short and "| minilm | edge-ft" in short and "decode tok/s" in short
+
+
+def test_a_file_without_a_place_for_the_table_is_refused_before_measuring(tmp_path: Path) -> None:
+    write_bundle(tmp_path, "smollm2-main")
+    (tmp_path / "page.md").write_text("text\n")
+    with pytest.raises(UsageError, match=r"page\.md lacks the line"):
+        suite.main(bundles=tmp_path, out=tmp_path / "out", into=tmp_path / "page.md")
 
 
 def test_without_bundles_the_way_out_is_named(tmp_path: Path) -> None:
