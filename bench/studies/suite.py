@@ -13,7 +13,7 @@ from edge_ft.bench.report import format_value, markdown_table, table
 from edge_ft.bench.studies.claim_cases import CASES
 from edge_ft.bench.studies.models import replace_between
 from edge_ft.config import BenchConfig
-from edge_ft.errors import UsageError
+from edge_ft.errors import EdgeFTError, UsageError
 from edge_ft.files import write_json, write_text
 from edge_ft.progress import Lines
 
@@ -84,6 +84,7 @@ def main(
     if into is not None:
         replace_between(into.read_text(encoding="utf-8"), "", into.name, BEGIN, END)  # a place for the table
     measured: dict[str, list[dict[str, Any]]] = {}
+    # Pages are written after each case, and one that cannot be measured does not stop the others.
     for name, folder in found.items():
         kept, passed = out / f"{name}.json", (time.monotonic() - started) / 60
         if not kept.is_file():
@@ -93,13 +94,17 @@ def main(
             print(f"\n== {name}, {passed:.0f} min so far", flush=True)
             settings = {"repeats": repeats, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
             config = BenchConfig(peers=_peers(name), html=out / f"{name}.html", **settings)
-            write_json(kept, bench([str(folder)], config, Lines()))
+            try:
+                write_json(kept, bench([str(folder)], config, Lines()))
+            except EdgeFTError as error:
+                print(f"{name} is left out: {error}", flush=True)
+                continue
         measured[name] = json.loads(kept.read_text(encoding="utf-8"))
         write_text(out / f"{name}.html", page_of(measured[name]))
         write_text(write or out / "suite.md", HEAD + "".join(_whole(*pair) for pair in measured.items()))
+        if into is not None:
+            write_text(into, replace_between(into.read_text(encoding="utf-8"), _short(measured), into.name, BEGIN, END))
     print(_short(measured))
-    if into is not None:
-        write_text(into, replace_between(into.read_text(encoding="utf-8"), _short(measured), into.name, BEGIN, END))
 
 
 def _peers(name: str) -> tuple[str, ...]:

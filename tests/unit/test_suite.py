@@ -19,16 +19,18 @@ def write_bundle(folder: Path, name: str) -> None:
 
 
 def test_a_bundle_is_measured_once_and_one_that_is_missing_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured: list[str] = []
 
     def bench(subjects: list[str], config: Any, progress: Any) -> list[dict[str, Any]]:
+        if "gpt2" in subjects[0]:
+            raise UsageError("its base is gone")
         measured.extend(subjects)
         return classifiers() if "minilm" in subjects[0] else decoders()
 
     monkeypatch.setattr(suite, "bench", bench)
-    for name in ("smollm2-main", "minilm-main"):
+    for name in ("smollm2-main", "gpt2-main", "minilm-main"):
         write_bundle(tmp_path / "claims", name)
     into = tmp_path / "results.md"
     into.write_text(f"before\n{suite.BEGIN}\nold\n{suite.END}\nafter\n")
@@ -43,6 +45,7 @@ def test_a_bundle_is_measured_once_and_one_that_is_missing_is_left_out(
     page = (tmp_path / "suite.md").read_text(encoding="utf-8")
     assert page.index("## smollm2") < page.index("decode_tps = tg16 @ d64 (tok/s)") < page.index("## minilm")
     assert "## t5" not in page
+    assert "gpt2-main is left out: its base is gone" in capsys.readouterr().out
     short = into.read_text(encoding="utf-8")
     assert short.startswith("before\n") and short.endswith("after\n") and "old" not in short
     assert "| model | engine | size MB |" in short and "| minilm | edge-ft" in short and "decode tok/s" in short
