@@ -21,6 +21,8 @@ __all__ = ["main"]
 
 SUITE = ("smollm2-main", "gpt2-main", "t5-main", "minilm-main")
 """Cases of `claim_cases`, whose bundles are measured."""
+MINUTES = 20
+"""After so many no further bundle is begun; the next call goes on."""
 PEERS = {
     "torch": ("torch", tuple(SUITE)),
     "openvino": ("openvino", ("smollm2-main", "minilm-main")),
@@ -54,11 +56,9 @@ def main(
     out: Path = Path("out/bench"),
     write: Path | None = None,
     into: Path | None = None,
-    only: tuple[str, ...] = SUITE,
     repeats: int = 3,
     prompt_tokens: int = 128,
     new_tokens: int = 32,
-    minutes: float = 20,
 ) -> None:
     """Measure the bundles of the standard suite that are there; those that were measured before are not again.
 
@@ -67,17 +67,15 @@ def main(
         out: Folder for records and pages; remove a record to measure its bundle again.
         write: File for the whole tables; default suite.md in --out.
         into: A Markdown file whose lines `make bench` are put around the short table, which is replaced.
-        only: Cases to measure.
         repeats: Fresh processes for each subject.
         prompt_tokens: Length of the prompt, or of the text to classify.
         new_tokens: Tokens to generate.
-        minutes: After so many no further bundle is begun; the next call goes on.
 
     Raises:
         UsageError: none of the bundles is there, or --into has no place for the table.
     """
     started = time.monotonic()
-    found = {name: bundles / name / CASES[name].weights[0] for name in SUITE if name in only}
+    found = {name: bundles / name / CASES[name].weights[0] for name in SUITE}
     found = {name: folder for name, folder in found.items() if (folder / "manifest.json").is_file()}
     if not found:
         raise UsageError(f"{bundles} has no bundle of {', '.join(SUITE)}: run make claims first, or give --bundles")
@@ -88,12 +86,17 @@ def main(
     for name, folder in found.items():
         kept, passed = out / f"{name}.json", (time.monotonic() - started) / 60
         if not kept.is_file():
-            if passed >= minutes:
+            if passed >= MINUTES:
                 print(f"{passed:.0f} minutes have passed: {name} is left to the next call", flush=True)
                 continue
             print(f"\n== {name}, {passed:.0f} min so far", flush=True)
-            settings = {"repeats": repeats, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-            config = BenchConfig(peers=_peers(name), html=out / f"{name}.html", **settings)
+            config = BenchConfig(
+                peers=_peers(name),
+                repeats=repeats,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                html=out / f"{name}.html",
+            )
             try:
                 write_json(kept, bench([str(folder)], config, Lines()))
             except EdgeFTError as error:
