@@ -25,7 +25,7 @@ def main(
     kind: Literal["support", "transcripts", "departments"],
     *,
     out: Path = Path("rows"),
-    train: int = 400,
+    train: int = 380,
     validation: int = 40,
     test: int = 60,
 ) -> None:
