@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from edge_ft.files import atomic_file
 
@@ -34,7 +34,7 @@ def adapter_name(folder: Path) -> str:
 def write_values(path: Path, values: Mapping[str, NDArray[np.float32]]) -> None:
     """Write an adapter's values, by the name of the input, as a safetensors file."""
     with atomic_file(path) as file:
-        save_file({name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}, file)
+        file.write_bytes(save({name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}))
 
 
 def write_default_graph(source: Path, target: Path, inputs: Mapping[str, tuple[int, ...]], values: Path) -> None:
