@@ -3,25 +3,31 @@
 import json
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from foreign_adapters import save_foreign
 from numpy.typing import NDArray
 from once import once
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from tiny_models import write_decoder, write_t5
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import EvalConfig, ExportConfig, VerifyConfig
+from edge_ft.data import collate, target_mask
 from edge_ft.errors import GateRefused, UsageError
 from edge_ft.evaluate import evaluate
 from edge_ft.evaluate.verify import verify
 from edge_ft.export import export
+from edge_ft.models.scorer import TorchScorer
 from edge_ft.runtime import TextGenerator, load
+from edge_ft.runtime.probes import probe_examples
 
 LOOSE: dict[str, Any] = {"max_tax": 10.0, "min_retained": -10.0, "max_metric_drop": 1.0}
 
@@ -180,6 +186,45 @@ def test_a_classifiers_adapter_brings_its_head(bert: Path, tmp_path: Path) -> No
     save_file({name: value for name, value in load_file(weights).items() if "classifier.bias" not in name}, weights)
     with pytest.raises(UsageError, match=r"lacks classifier\.bias, a part of the head"):
         scores(two)
+
+
+@pytest.mark.parametrize(
+    ("write", "task", "model_class", "settings"),
+    [
+        (write_t5, "SEQ_2_SEQ_LM", AutoModelForSeq2SeqLM, {"target_modules": ["q", "v", "wo"]}),
+        (
+            partial(write_decoder, name="gpt2"),
+            "CAUSAL_LM",
+            AutoModelForCausalLM,
+            {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+        ),
+    ],
+    ids=["t5", "gpt2"],
+)
+def test_other_kinds_of_models_take_adapters_too(
+    tmp_path: Path, write: Any, task: str, model_class: Any, settings: dict[str, Any]
+) -> None:
+    model, bundle = write(tmp_path / "model"), tmp_path / "bundle"
+    export(str(model), ExportConfig(out=bundle, weights="fp32"))
+    one, two = (save_foreign(model, tmp_path / f"rank {r}", task, r=r, **settings) for r in (3, 7))
+
+    def nll(adapter: Any) -> NDArray[np.float32]:
+        opened: Any = load(bundle, adapter=adapter, engine="exact")
+        batch = collate(probe_examples(opened.tokenizer, opened.rendering), opened.tokenizer.pad_id, opened.bundle.task)
+        targets = target_mask(batch["labels"], opened.bundle.task)
+        found: NDArray[np.float32] = opened.token_nll(batch)[0] * targets
+        if isinstance(adapter, Path):
+            peft = PeftModel.from_pretrained(model_class.from_pretrained(model), adapter).eval()
+            expected = TorchScorer(peft, opened.bundle.task).token_nll(batch)[0] * targets
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+        return found
+
+    before = nll(None)
+    assert np.abs(nll(one) - before).max() > 0.1
+    export(str(one), ExportConfig(onto=bundle, name="one"))
+    np.testing.assert_array_equal(nll(None), nll(one))
+    np.testing.assert_array_equal(nll("none"), before)
+    assert np.abs(nll(two) - nll("one")).max() > 0.1
 
 
 def test_a_run_becomes_the_default_of_a_bundle_over_its_codes(
