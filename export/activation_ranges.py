@@ -62,7 +62,7 @@ def read_inputs(model: ir.Model, names: Sequence[str], feeds: Sequence[Feed], th
         read.graph.outputs.extend(value for value in node.outputs if value.name in wanted and value.name not in known)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    session = ort.InferenceSession(ir.to_proto(read).SerializeToString(), options, ["CPUExecutionProvider"])
+    session = ort.InferenceSession(ir.to_proto(read).SerializeToString(), options, providers=["CPUExecutionProvider"])
     asked = [name for name in (output.name for output in session.get_outputs()) if name in wanted]
     found: dict[str, list[Floats]] = {name: [] for name in asked}
     for feed in feeds:

@@ -41,7 +41,7 @@ and writes this page; [studies.md](studies.md#shipping) describes the method.
 - *Minutes* and *CPU minutes* are of the training that ships, and of rounding or `edge-ft export`; the usual way's
   sweep is not in it. Other work was on the machine.
 - *On-grid* is the checkpoint of the package, which was rounded to 4 bits when it was published; *off-grid* is that
-  after 200 steps in float on other text (`off_grid`).
+  after 200 steps in float on other text and with scaled channels (`off_grid`).
 - Brackets are 95% intervals: of a difference by a bootstrap of rows in pairs (losses averaged over the seeds), of a
   mean over seeds by Student's t.
 - Not measured here: Olive's GPTQ, NNCF and AutoRound, which are not installed with this project, and llama.cpp's

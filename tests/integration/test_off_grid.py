@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from tiny_models import write_llama
+from transformers import LlamaForCausalLM
 
 from edge_ft.bench.studies import off_grid
-from edge_ft.bench.studies.off_grid import Recipe, off_grid_model
+from edge_ft.bench.studies.off_grid import Recipe, off_grid_model, scale_channels
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.progress import Silent
@@ -31,3 +33,14 @@ def test_every_matrix_moves_and_the_model_is_made_once(tmp_path: Path, monkeypat
     load_model(ModelSpec(find_base(str(folder)), "text-generation", "int4"))
     monkeypatch.setattr(off_grid, "fit", None)  # not called again
     assert off_grid_model(Silent(), SMALL, str(source)) == folder
+
+
+def test_scaled_channels_change_the_weights_and_no_output(tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(write_llama(tmp_path))
+    ids, before = torch.arange(12)[None], {name: weight.clone() for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        logits = model(ids).logits
+        scale_channels(model, 0.1, 0)
+        torch.testing.assert_close(model(ids).logits, logits, atol=1e-4, rtol=1e-4)
+    changed = [name for name, weight in model.named_parameters() if (weight / before[name] - 1).abs().max() > 0.05]
+    assert len(changed) == 2 * 9, "every matrix and norm of a layer"
