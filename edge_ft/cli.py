@@ -186,8 +186,8 @@ def plan(
     output: Annotated[Output, FLAT] = Output(),
 ) -> None:
     """Estimate the time, memory and disk of a training, and check its rows; writes nothing."""
-    from edge_ft.tune.plan import duration, megabytes
     from edge_ft.tune.plan import plan as run_plan
+    from edge_ft.tune.units import duration, megabytes
 
     with _progress(output) as progress:
         result = run_plan(settings, progress)

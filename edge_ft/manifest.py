@@ -73,6 +73,13 @@ class Adapters(TypedDict):
     base: NotRequired[BaseGraphs]
 
 
+class Train(TypedDict):
+    """How the bundle learns, or why it cannot."""
+
+    index: NotRequired[str]
+    reason: NotRequired[str]
+
+
 class Manifest(TypedDict):
     """manifest.json, as far as commands read it."""
 
@@ -90,6 +97,7 @@ class Manifest(TypedDict):
     tokenization: NotRequired[Tokenization]
     verification: NotRequired[Verification]
     adapters: NotRequired[Adapters]
+    train: NotRequired[Train]
 
 
 def find_misfit(manifest: Any) -> str | None:
@@ -102,6 +110,7 @@ def find_misfit(manifest: Any) -> str | None:
         graphs += [*part.get("graphs", {}).values(), *part.get("encoder_graphs", {}).values()]
     graphs += [adapters["base"]["model"]] if "base" in adapters else []
     graphs += [adapter["file"] for adapter in adapters.get("names", {}).values()]
+    graphs += [index] if (index := manifest.get("train", {}).get("index")) else []
     if outside := [graph for graph in graphs if graph not in manifest["files"]]:
         return f"the manifest names the graph {outside[0]!r}, which is none of its files"
     if manifest["model"] not in manifest["graphs"].values():

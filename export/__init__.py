@@ -75,6 +75,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
     from edge_ft.export.page import write_page
     from edge_ft.export.size import refuse_larger
     from edge_ft.export.source import open_export_source
+    from edge_ft.export.train_graphs import add_training
     from edge_ft.export.verification import genai_level, score_torch, verify_graphs, with_rows_needed
     from edge_ft.quant.sensitivity import finer_layers
 
@@ -110,7 +111,9 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
                 progress.say("no other graph passed with nearly the same loss: genai_config.json names the exact one")
             write_genai(folder, opened.base.family.name, opened.dims, opened.special_ids, kept[level])
         with heartbeat(progress, "writing the manifest"):
-            Bundle.seal(folder, {**make_manifest(opened, kept, main, finer), "verification": verification})
+            train = add_training(folder, opened, kept.get(1, kept[main]), config.trainable)
+            manifest = {**make_manifest(opened, kept, main, finer), "train": train, "verification": verification}
+            Bundle.seal(folder, manifest)
             refuse_larger(folder, config.size_mb)
             write_page(source, config.target, read_json(folder / "manifest.json"))
         if reasons := verification["refused"]:

@@ -45,6 +45,9 @@ class ExportConfig(RowsConfig):
     size_mb: Annotated[float | None, Group.BUNDLE, ABOVE_0] = None
     """Megabytes (10^6 bytes) that the bundle of an int4 run of a decoder may take: layers whose rounding costs the most
     loss get 8 bits, as many as fit; default: those that have them in the training."""
+    trainable: Annotated[bool | None, Group.BUNDLE] = None
+    """Whether the bundle can be tuned where it runs (edge-ft tune --model BUNDLE); default: if its model can be, in
+    less than 2 MB; a bundle of the merged lane cannot."""
     genai_graph: Annotated[Literal["exact", "fast"], Group.BUNDLE] = "exact"
     """Graph that genai_config.json names for onnxruntime-genai: exact is the manifest's model, fast the one with int8
     activations if it passed with nearly the same loss."""

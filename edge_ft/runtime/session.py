@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import onnxruntime as ort
@@ -21,12 +22,13 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
 """What ONNX Runtime raises: a class for each of its status codes, and what pybind makes of C++ exceptions."""
 
 
-def open_session(graph: Path, threads: int | None = None) -> ort.InferenceSession:
+def open_session(graph: Path, threads: int | None = None, *, shares_memory: bool = False) -> ort.InferenceSession:
     """Open an ONNX file; its external data is memory-mapped.
 
     Args:
         graph: The `.onnx` file.
         threads: CPU threads of one run; by default `edge_ft.system.default_threads`.
+        shares_memory: Reuse what other such sessions of this process have freed.
 
     Returns:
         A session of the CPU execution provider.
@@ -42,6 +44,9 @@ def open_session(graph: Path, threads: int | None = None) -> ort.InferenceSessio
     # Long enough for a thread to be awake for the next operator. The default spins far longer, which slows decoding
     # when another process uses the core (SmolLM2, two threads, one of two cores busy: 76 instead of 122 tokens/s).
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+    if shares_memory:
+        _make_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     try:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except _ORT_ERRORS as error:
@@ -49,6 +54,13 @@ def open_session(graph: Path, threads: int | None = None) -> ort.InferenceSessio
             f"onnxruntime {ort.__version__} cannot open {graph} ({error}): install a newer onnxruntime, or export the "
             "model again"
         ) from error
+
+
+@cache
+def _make_arena() -> None:
+    """Make the allocator of sessions that share memory, once in a process; it grows by what is asked for."""
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
 
 
 @contextmanager

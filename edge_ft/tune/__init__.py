@@ -2,7 +2,6 @@
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
-from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent
 from edge_ft.stopping import watched
 from edge_ft.tune.stopwatch import Timings
@@ -23,7 +22,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
         The finished run folder at `config.out`.
 
     Raises:
-        MissingExtra: torch, transformers or PEFT is not installed.
+        MissingExtra: torch, transformers or PEFT is not installed, and the model is no bundle.
         UsageError: a model, rows or options that cannot be used, or that are not those of the run to resume.
         AuditRefused: the rows would train nothing, or overlap between splits.
         WillNotFit: it takes more memory or disk than is available, or the disk is full; saved files are whole.
@@ -33,7 +32,9 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> RunFolder:
     timings = Timings()
     with watched():
         with timings.stage("import"):
-            import_libraries(progress, "peft")
+            from edge_ft.tune.engine import engine_of
             from edge_ft.tune.run import run_steps
 
-        return run_steps(config, progress, timings)
+            engine = engine_of(config.model, progress)
+
+        return run_steps(config, engine, progress, timings)

@@ -8,6 +8,7 @@ older or the newer one is whole.
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -362,14 +363,12 @@ def explain_stop(opened: OpenedRun, is_main: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        from torch import OutOfMemoryError
-
         if opened.is_new and is_main and not (run.adapter.is_dir() or find_checkpoint(run.path)):
             shutil.rmtree(run.path, ignore_errors=True)
         again = f"run {resume}" if run.config_path.is_file() else "run the same command again"
         if disk_full(error):
             raise WillNotFit(f"the disk is full and training stopped: free some space, then {again}") from error
-        if isinstance(error, OutOfMemoryError):
+        if _gpu_is_full(error):
             raise WillNotFit(
                 "the GPU's memory is too small for this run: give a smaller --batch-size or --max-length, or "
                 "--memory low"
@@ -382,6 +381,12 @@ def explain_stop(opened: OpenedRun, is_main: bool) -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         raise Interrupted(_stopped(run, resume) if is_main else "stopped") from None
+
+
+def _gpu_is_full(error: Exception) -> bool:
+    """Return whether torch says so; without torch there is no GPU."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _stopped(run: RunFolder, resume: str) -> str:

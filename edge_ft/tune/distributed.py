@@ -5,29 +5,22 @@ writes files and messages.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, distributed
 
-from edge_ft.data import Batch
 from edge_ft.progress import Progress
+from edge_ft.tune import processes
 
 __all__ = ["Processes"]
 
 
 @dataclass(frozen=True)
-class Processes:
-    """The processes of a training, seen from one of them."""
+class Processes(processes.Processes):
+    """Processes that sum tensors over torch's collectives."""
 
     device: torch.device
-    """Of this process."""
-    rank: int = 0
-    """Its number; 0 is the main process."""
-    count: int = 1
 
     @classmethod
     def from_environment(cls, progress: Progress) -> "Processes":
@@ -53,35 +46,6 @@ class Processes:
         state = PartialState(cpu=device.type == "cpu")
         return cls(state.device, state.process_index, state.num_processes)
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and messages."""
-        return self.rank == 0
-
-    @property
-    def share(self) -> slice:
-        """The rows of a batch that this process computes."""
-        return slice(self.rank, None, self.count)
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Run this block in the main process before it runs in the others."""
-        if not self.is_main:
-            self.wait()
-        try:
-            yield
-        finally:
-            if self.is_main:
-                self.wait()
-
-    def wait(self) -> None:
-        """Wait until all processes are here."""
-        self.sum(0.0)
-
-    def any(self, flag: bool) -> bool:
-        """Return whether `flag` is set in any process."""
-        return self.sum(float(flag)) > 0
-
     def sum(self, value: float) -> float:
         """Return the sum over all processes."""
         return float(self.sum_tensor(torch.tensor(value, dtype=torch.float64)))
@@ -92,7 +56,3 @@ class Processes:
             tensor = tensor.to(self.device)
             distributed.all_reduce(tensor)
         return tensor
-
-    def own(self, batch: Batch) -> Batch:
-        """Return the rows of a batch that are in `share`."""
-        return cast(Batch, {name: values[self.share] for name, values in batch.items()})  # type: ignore[index]

@@ -28,6 +28,7 @@ __all__ = [
     "Callbacks",
     "Fit",
     "TrainingRows",
+    "count_trained",
     "finishing_steps",
     "fit",
     "learning_rate_at",
@@ -82,6 +83,11 @@ class Backend(Scorer, Protocol):
 
     def restore(self, state: dict[str, NDArray[Any]]) -> None:
         """Return to the moment at which `state` was taken."""
+
+
+def count_trained(backend: Backend) -> int:
+    """Return how many numbers are trained."""
+    return sum(array.size for name, array in backend.state().items() if name.startswith("parameters."))
 
 
 @dataclass

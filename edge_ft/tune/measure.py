@@ -16,8 +16,9 @@ import numpy as np
 from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Batch, batch_tokens, collate
 from edge_ft.system import Available, DevicePeak, PeakMemory, release_memory, resident_bytes
+from edge_ft.tune.engine import TrainableModel
+from edge_ft.tune.loop import count_trained
 from edge_ft.tune.prepare import Job
-from edge_ft.tune.trainable_model import TrainableModel
 
 __all__ = ["Curve", "Measured", "measure"]
 
@@ -126,7 +127,7 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
         Curve(sizes, memory),
         loading,
         answering,
-        sum(array.size for name, array in model.backend.state().items() if name.startswith("parameters.")),
+        count_trained(model.backend),
         _card_curve(sizes, [card.bytes, *(point.device_bytes for point in points)]),
     )
 

@@ -3,7 +3,6 @@
 import json
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -12,35 +11,27 @@ import numpy as np
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import TEXT_TASKS, Memory, TuneConfig, last_layers
-from edge_ft.data import Example, batch_tokens, collate, eval_batches
+from edge_ft.data import Example, batch_tokens, eval_batches
 from edge_ft.errors import UsageError, WillNotFit
 from edge_ft.files import write_json
-from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress, Silent, heartbeat
-from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory, resident_bytes, use_threads
+from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory
+from edge_ft.tune.engine import Engine, TrainableModel, engine_of
 from edge_ft.tune.loop import EVALUATIONS, FINISHING_STEP, finishing_steps
 from edge_ft.tune.measure import Measured, measure
+from edge_ft.tune.memory_mode import BYTES_PER_WEIGHT, USABLE_SHARE, count_weights
 from edge_ft.tune.prepare import Job, prepare_job
+from edge_ft.tune.processes import Processes
 from edge_ft.tune.report import ANSWERS, BATCH_COST, OVERFITTING_ROWS, answer_limit
 from edge_ft.tune.splits import SPLITS
 from edge_ft.tune.stopwatch import Timings
+from edge_ft.tune.units import duration, megabytes
 
 if TYPE_CHECKING:
-    import torch
-
     from edge_ft.models.base_model import Base
-    from edge_ft.tune.trainable_model import TrainableModel
 
-__all__ = ["estimate", "measure_batches", "plan", "refuse_large_base", "resolve_memory", "settle_memory"]
+__all__ = ["estimate", "measure_batches", "plan"]
 
-WORTH_CACHING = 0.05
-"""Share of a step's time that cached weights must save."""
-HIGH_MEMORY_SHARE = 1 / 8
-"""Share of the available memory that cached weights may take, in float32, unless --memory high is given."""
-USABLE_SHARE = 0.9
-"""Share of the available memory and disk that a run may take."""
-BYTES_PER_WEIGHT = {"int4": 0.65, "nf4": 1.3, "int8": 1.15, "bf16": 2.05, "fp32": 4.0}
-"""Memory of a frozen weight, with its scale and zero point at a block size of 32."""
 CHECKPOINT_STATES = 4
 """What a checkpoint holds, in sizes of the trained weights: these, the best ones, and the two moments of AdamW."""
 FRAGMENTATION = 1.08
@@ -71,22 +62,23 @@ def plan(config: TuneConfig, progress: Progress | None = None, available: Availa
         WillNotFit: no choice fits into memory and disk.
     """
     progress = progress or Silent()
-    torch = import_libraries(progress, "peft")
+    engine = engine_of(config.model, progress)
+    config = engine.resolve(config)
     available = available or Available.here(config.out)
     timings = Timings()
-    use_threads(config.threads)
+    config = replace(config, threads=engine.use_threads(config.threads))
     with timings.stage("rows"):
         job = prepare_job(config, progress)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    job, available = resolve_memory(job, available, device), available.on(device)
-    choices = _measure_choices(job, device, available, timings, progress, may_settle=config.memory is None)
+    alone = engine.alone()
+    job, available = engine.choose_memory(job, available, alone), available.on(alone.device)
+    choices = _measure_choices(job, (engine, alone), available, timings, progress, may_settle=config.memory is None)
     recommended = next((choice for choice in choices if choice["fits"]), None)
     if recommended is None:
         raise WillNotFit(_does_not_fit(min(choices, key=lambda choice: choice["peak_rss_bytes"]), available))
     return _result(job, available, choices, recommended)
 
 
-def measure_batches(job: Job, model: "TrainableModel", available: Available, progress: Progress) -> Measured:
+def measure_batches(job: Job, model: TrainableModel, available: Available, progress: Progress) -> Measured:
     """Measure a few batches of the training that `tune` is about to begin.
 
     Args:
@@ -136,104 +128,6 @@ def estimate(
     write_json(run.path / "plan.json", result)
 
 
-def resolve_memory(job: Job, available: Available, device: "torch.device", processes: int = 1) -> Job:
-    """The job with --memory chosen if the user left it open: high if the dequantized weights take little memory.
-
-    `settle_memory` then finds out whether that saves time.
-
-    Args:
-        job: Its settings leave nothing else open.
-        available: Shared by the processes.
-        device: Where the training runs.
-        processes: How many train together; each holds all weights.
-
-    Returns:
-        The job.
-    """
-    config = job.config
-    if config.memory is not None:
-        return job
-    quantized = device.type == "cpu" and config.base_format in ("int4", "int8", "nf4")
-    fits = 4 * _count_weights(job.base) * processes <= HIGH_MEMORY_SHARE * available.memory_bytes
-    return job.with_settings(memory="high" if quantized and fits else "normal")
-
-
-def settle_memory(job: Job, model: "TrainableModel") -> Job:
-    """The job with --memory normal in place of high if cached weights would save little of a step's time.
-
-    A batch of median size is trained on without them, and each weight is dequantized once: a step does that twice.
-
-    Args:
-        job: The training; `resolve_memory` chose its memory mode.
-        model: Its weights and optimizer stay as they are.
-
-    Returns:
-        The job.
-    """
-    if job.config.memory != "high":
-        return job
-    compute, examples = model.backend.compute, job.prepared.examples["train"]
-    order = sorted(range(len(job.batches)), key=job.batch_tokens.__getitem__)
-    typical = job.batches[order[len(order) // 2]]
-    compute.cache_weights(None)
-    with model.backend.unshared():
-        for rows in (typical[:1], typical):  # the first pass pays for what later ones find ready
-            batch = collate([examples[index] for index in rows], job.tokenizer.pad_id, job.prepared.task)
-            began = time.perf_counter()
-            model.backend.gradient(batch, 1)
-            step = time.perf_counter() - began
-    model.backend.discard()
-    began = time.perf_counter()
-    compute.dequantize()
-    if 2 * (time.perf_counter() - began) < WORTH_CACHING * step:
-        compute.stop_caching()
-        return job.with_settings(memory="normal")
-    compute.cache_weights(model.backend.dtype)
-    return job
-
-
-def refuse_large_base(base: "Base", config: TuneConfig, available: Available) -> None:
-    """Refuse a base whose weights alone exceed the available memory, before they are loaded.
-
-    Raises:
-        WillNotFit: they do.
-    """
-    weights = _count_weights(base)
-    size, held, advice = BYTES_PER_WEIGHT[config.base_format], str(config.base_format), "take a smaller model"
-    if config.memory == "high":
-        size += BYTES_PER_WEIGHT["fp32" if config.compute == "fp32" else "bf16"]
-        held, advice = f"{held} and dequantized", f"give --memory normal, or {advice}"
-    needed = int(weights * size) + resident_bytes()
-    if needed > USABLE_SHARE * available.memory_bytes:
-        raise WillNotFit(
-            f"{base.name} has {weights / 1e6:.0f} M weights, which take {megabytes(needed)} of memory as {held}: "
-            f"{megabytes(available.memory_bytes)} are available; {advice}"
-        )
-    on_card = int(weights * size)
-    if available.device_bytes is not None and on_card > USABLE_SHARE * available.device_bytes:
-        raise WillNotFit(
-            f"{base.name} has {weights / 1e6:.0f} M weights, which take {megabytes(on_card)} of the GPU as {held}: "
-            f"{megabytes(available.device_bytes)} are available; {advice}"
-        )
-
-
-def _count_weights(base: "Base") -> int:
-    """Number of weights in the files of a base."""
-    return sum(math.prod(stored.shape) for stored in base.checkpoint.tensors.values())
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min` or `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def megabytes(size: float) -> str:
-    """Bytes as `1234 MB`."""
-    return f"{size / 1e6:.0f} MB"
-
-
 def _options(config: TuneConfig, base: "Base") -> list[TuneConfig]:
     """The settings to choose from, the best first: fewer layers learn less, less memory only takes more time."""
     layers = base.dims.layers
@@ -245,13 +139,19 @@ def _options(config: TuneConfig, base: "Base") -> list[TuneConfig]:
 
 
 def _measure_choices(
-    job: Job, device: "torch.device", available: Available, timings: Timings, progress: Progress, *, may_settle: bool
+    job: Job,
+    engine: tuple[Engine, Processes],
+    available: Available,
+    timings: Timings,
+    progress: Progress,
+    *,
+    may_settle: bool,
 ) -> list[dict[str, Any]]:
     """Load and measure each of `_options`.
 
     Args:
         job: The training.
-        device: Where it would run.
+        engine: What trains, and this process as it sees it.
         available: Memory and disk to plan for.
         timings: Has the seconds of the stages that a tune goes through until it loads the model.
         progress: Receives the steps.
@@ -264,21 +164,19 @@ def _measure_choices(
         WillNotFit: the weights alone exceed the available memory.
         UsageError: --target-modules names no layer.
     """
-    from edge_ft.tune.distributed import Processes
-    from edge_ft.tune.trainable_model import load_trainable_model
-
+    trainer, alone = engine
     choices: list[dict[str, Any]] = []
     first: dict[str, float] = {}  # loading, which imports libraries and chooses the codes as that of a tune does
     peaks: dict[Memory | None, int] = {}
     for option in _options(job.config, job.base):
-        refuse_large_base(job.base, option, available)
+        trainer.refuse_large(replace(job, config=option), available)
         name = f"layers {option.layers}, memory {option.memory}"
         stages = Timings()
         # GPTQ does not change what a step takes; it runs once in each memory mode, for its own time and memory.
         loaded = option if option.memory not in peaks else replace(option, calibration_rows=0)
         with PeakMemory() as loading, stages.stage("load"), heartbeat(progress, f"loading {name}"):
             try:
-                model = load_trainable_model(replace(job, config=loaded), Processes(device), progress)
+                model = trainer.load(replace(job, config=loaded), alone, progress)
             except UsageError:
                 if option.layers == job.config.layers:
                     raise
@@ -290,10 +188,10 @@ def _measure_choices(
         measured_job, measuring = replace(job, config=replace(option, compute=model.compute)), Timings()
         with measuring.stage("measure"), heartbeat(progress, f"measuring {name}"):
             if may_settle and option.memory == "high":
-                measured_job = settle_memory(measured_job, model)
+                measured_job = trainer.settle_memory(measured_job, model)
             measured = measure(measured_job, model, available, peaks[option.memory])
         seconds = timings.seconds | first | measuring.seconds
-        codes = int(_count_weights(job.base) * BYTES_PER_WEIGHT["int4"]) if option.base_calibration_rows else 0
+        codes = int(count_weights(job.base) * BYTES_PER_WEIGHT["int4"]) if option.base_calibration_rows else 0
         choices.append(_choice(measured_job, measured, seconds, codes, available))
         del model
         release_memory()

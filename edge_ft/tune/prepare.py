@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edge_ft.artifacts import kind_of
 from edge_ft.config import ProblemType, Task, TuneConfig
 from edge_ft.data import (
     CODES,
@@ -212,6 +213,10 @@ def _find_base(config: TuneConfig, progress: Progress, saved: Mapping[str, Any] 
     Raises:
         ModelError: there is no such model, or that conversion is not the whole of it.
     """
+    if kind_of(config.model) == "bundle":
+        from edge_ft.tune.bundle_base import find_bundle_base
+
+        return find_bundle_base(config.model, config.task)  # type: ignore[return-value]
     from edge_ft.models.base_model import find_base
     from edge_ft.models.gguf_first import check_first_conversion, first_conversion
 

@@ -31,8 +31,8 @@ from edge_ft.tune.report_parts import ReportParts
 from edge_ft.tune.stopwatch import Timings
 
 if TYPE_CHECKING:
+    from edge_ft.tune.engine import TrainableModel
     from edge_ft.tune.prepare import Job, Prepared
-    from edge_ft.tune.trainable_model import TrainableModel
 
 __all__ = ["answer_limit", "complete_base", "results"]
 
@@ -81,7 +81,7 @@ def complete_base(
         return fitted
     others = sorted(set(range(len(validation))) - set(job.watched))
     scorer = _KeptScorer(model.backend, parts, job.batching, progress)
-    with timings.stage("validation"), model.backend.unshared(), model.peft_model.disable_adapter():
+    with timings.stage("validation"), model.backend.unshared(), model.untuned():
         rest = scorer.score([validation[row] for row in others], "validation rows, base")
     rows = dict(zip(job.watched, watched, strict=True)) | dict(zip(others, rest.rows, strict=True))
     scores = row_scores([rows[row] for row in range(len(validation))])
@@ -117,7 +117,7 @@ def results(
     """
     timings = timings or Timings()
     release_memory()  # what is scored here would come on top of what the steps took
-    scorer, base = _KeptScorer(model.backend, parts, job.batching, progress), model.peft_model.disable_adapter
+    scorer, base = _KeptScorer(model.backend, parts, job.batching, progress), model.untuned
     prepared, examples = job.prepared, job.prepared.examples
     split = "test" if examples["test"] else "validation"
     answers: dict[str, Any] | None = None

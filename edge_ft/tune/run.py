@@ -7,34 +7,35 @@ from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
 from edge_ft.files import locked
 from edge_ft.progress import Progress, Silent, heartbeat
-from edge_ft.system import Available, use_threads
+from edge_ft.system import Available
 from edge_ft.tune.checkpoint import OpenedRun, explain_stop, finished_note, open_run
-from edge_ft.tune.distributed import Processes
-from edge_ft.tune.finish import finish
-from edge_ft.tune.plan import estimate, measure_batches, refuse_large_base, resolve_memory, settle_memory
+from edge_ft.tune.engine import Engine
+from edge_ft.tune.plan import estimate, measure_batches
 from edge_ft.tune.prepare import prepare_job, refuse_other
+from edge_ft.tune.processes import Processes
 from edge_ft.tune.report import complete_base, results
 from edge_ft.tune.report_parts import ReportParts, kept_parts
 from edge_ft.tune.run_files import begin, write_report
 from edge_ft.tune.stopwatch import Timings
 from edge_ft.tune.train import train
-from edge_ft.tune.trainable_model import load_trainable_model
 
 __all__ = ["run_steps"]
 
 
-def run_steps(config: TuneConfig, progress: Progress, timings: Timings) -> RunFolder:
+def run_steps(config: TuneConfig, engine: Engine, progress: Progress, timings: Timings) -> RunFolder:
     """Do what `edge_ft.tune.tune` documents; the libraries of training are imported.
 
     Args:
         config: The settings.
+        engine: What trains.
         progress: Gets messages and the state of long steps.
         timings: Has the seconds of the import; gets those of the other stages.
 
     Returns:
         The finished run folder.
     """
-    processes = Processes.from_environment(progress)
+    config = engine.resolve(config)
+    processes = engine.join(progress)
     if not processes.is_main:
         progress = Silent()
 
@@ -44,29 +45,31 @@ def run_steps(config: TuneConfig, progress: Progress, timings: Timings) -> RunFo
             progress.say(finished_note(config))
         else:
             with explain_stop(opened, processes.is_main):
-                _train_and_report(opened, processes, progress, timings)
+                _train_and_report(opened, engine, processes, progress, timings)
     return opened.folder
 
 
-def _train_and_report(opened: OpenedRun, processes: Processes, progress: Progress, timings: Timings) -> None:
+def _train_and_report(
+    opened: OpenedRun, engine: Engine, processes: Processes, progress: Progress, timings: Timings
+) -> None:
     """Do the rest of a run that is not finished."""
-    run, config = opened.folder, replace(opened.config, threads=use_threads(opened.config.threads))
+    run, config = opened.folder, replace(opened.config, threads=engine.use_threads(opened.config.threads))
     with timings.stage("rows"), processes.main_first():  # it downloads and converts, the others find the result
         job = prepare_job(config, progress, opened.identity)
 
     available = Available.here(run.path).on(processes.device)
-    job = resolve_memory(job, available, processes.device, processes.count)
-    refuse_large_base(job.base, job.config, available)
+    job = engine.choose_memory(job, available, processes)
+    engine.refuse_large(job, available)
     loading = heartbeat(progress, f"loading {job.base.name} as {job.config.base_format} on {processes.device}")
     with timings.stage("load"), loading:
-        model = load_trainable_model(job, processes, progress, opened.codes, grid=opened.grid, keep=processes.is_main)
+        model = engine.load(job, processes, progress, opened, keep=processes.is_main)
         refuse_other(opened.identity, {"codes_sha256": model.codes_sha256}, str(run.path))
     if model.calibration is not None:
         timings.move(model.calibration.seconds, "load", "calibrate")
     job = job.with_settings(compute=model.compute)
     if config.memory is None:
         with timings.stage("measure"), heartbeat(progress, "measuring a batch"):
-            job = settle_memory(job, model)
+            job = engine.settle_memory(job, model)
     processes.wait()  # the main process is about to write: all have seen what was there
 
     if processes.is_main:
@@ -81,12 +84,13 @@ def _train_and_report(opened: OpenedRun, processes: Processes, progress: Progres
     finished = None
     if processes.is_main:
         with timings.stage("finish"):
-            finished = finish(run, job, model, fitted, progress)
+            finished = engine.finish(run, job, model, fitted, progress)
     parts = kept_parts(run, job) if processes.is_main else ReportParts(None)
     fitted = complete_base(job, model, fitted, progress, parts, timings)
     evaluated = results(job, model, fitted, progress, parts, timings)
     if processes.is_main:
         with heartbeat(progress, "writing the report"):
-            write_report(opened, job, model, processes, fitted, evaluated | {"finish": finished}, timings.seconds)
+            evaluated |= {"finish": finished}
+            write_report(opened, job, model, processes, fitted, evaluated, timings.seconds, engine.packages)
         progress.say(f"seconds: {timings.text}")
     processes.wait()

@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -10,15 +11,14 @@ from edge_ft.artifacts import RunFolder
 from edge_ft.config import as_plain
 from edge_ft.evaluate.kept_scores import write_scores
 from edge_ft.files import write_json, write_jsonl, write_text
-from edge_ft.quant.serialization import write_codes
 from edge_ft.system import device_memory, peak_rss_bytes
 from edge_ft.tune.checkpoint import OpenedRun, remove_checkpoint
 from edge_ft.tune.command import reproducing_command
-from edge_ft.tune.distributed import Processes
-from edge_ft.tune.loop import Fit
+from edge_ft.tune.engine import TrainableModel
+from edge_ft.tune.loop import Fit, count_trained
 from edge_ft.tune.page import page_of_run
 from edge_ft.tune.prepare import Job
-from edge_ft.tune.trainable_model import TrainableModel
+from edge_ft.tune.processes import Processes
 from edge_ft.utf8 import read_json, read_utf8
 
 __all__ = ["begin", "write_report"]
@@ -58,7 +58,7 @@ def begin(run: RunFolder, job: Job, model: TrainableModel) -> None:
         write_text(run.tokenizer / file.name, read_utf8(file))
     run.write_settings(as_plain(config))
     if model.calibration is not None:
-        write_codes(run.codes, model.peft_model.get_base_model())
+        model.write_codes(run.codes)
 
 
 def write_report(
@@ -69,6 +69,7 @@ def write_report(
     fitted: Fit,
     evaluated: dict[str, Any],
     timings: dict[str, float],
+    packages: Sequence[str],
 ) -> None:
     """Write scores and report.html, files.json, and report.json, which ends the run; remove the checkpoint.
 
@@ -80,6 +81,7 @@ def write_report(
         fitted: The loop's result.
         evaluated: What `evaluate` returned.
         timings: Seconds of each stage of this process; those of the interrupted run are added.
+        packages: Libraries whose versions the report names.
     """
     run, device = opened.folder, processes.device
     if opened.checkpoint is not None:
@@ -92,7 +94,7 @@ def write_report(
         "rows": job.prepared.counts,
         "calibration": run.base()["calibration"],
         "findings": [*job.prepared.findings, *evaluated.get("findings", ())],
-        "trainable_parameters": sum(parameter.numel() for parameter in model.backend.parameters),
+        "trainable_parameters": count_trained(model.backend),
         "seconds": round(sum(timings.values()), 2),
         "timings": {stage: round(seconds, 2) for stage, seconds in timings.items()},
         "eval_rows": job.config.eval_rows,
@@ -110,7 +112,7 @@ def write_report(
         "device": str(device),
         "threads": job.config.threads,
         "processes": processes.count,
-        "versions": {name: version(name) for name in ("edge-ft", "torch", "transformers", "peft")},
+        "versions": {name: version(name) for name in ("edge-ft", *packages)},
         "machine": platform.platform(),
     }
     log = run.path / "metrics.jsonl"

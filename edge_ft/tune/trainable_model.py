@@ -1,5 +1,6 @@
-"""The model that a tune trains: the frozen base, an adapter on top, and what trains and scores the two."""
+"""The torch model that a tune trains: the frozen base, an adapter on top, and what trains and scores the two."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from edge_ft.quant.blockwise import Grid
 from edge_ft.quant.calibration import Calibration, make_calibration
 from edge_ft.quant.kept_codes import codes_key, find_codes, keep_codes
 from edge_ft.quant.layers import to_device
-from edge_ft.quant.serialization import codes_sha256, frozen_layers
+from edge_ft.quant.serialization import codes_sha256, frozen_layers, write_codes
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.torch_backend import TorchBackend
@@ -47,6 +48,15 @@ class TrainableModel:
     def codes_sha256(self) -> str | None:
         """Hex sha256 of the rounded weights; None of a base in float32."""
         return codes_sha256(self.peft_model) if frozen_layers(self.peft_model) else None
+
+    def untuned(self) -> AbstractContextManager[Any]:
+        """Answer and score as the base without the adapter, inside this block."""
+        context: AbstractContextManager[Any] = self.peft_model.disable_adapter()
+        return context
+
+    def write_codes(self, file: Path) -> None:
+        """Write the codes of every layer."""
+        write_codes(file, self.peft_model.get_base_model())
 
 
 def load_trainable_model(

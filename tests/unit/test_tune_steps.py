@@ -303,7 +303,7 @@ class Scripted:
 
 def test_results_compare_the_tuned_model_with_its_base(job: Job) -> None:
     scripted = Scripted(job)
-    model: Any = SimpleNamespace(backend=scripted, peft_model=SimpleNamespace(disable_adapter=scripted.base))
+    model: Any = SimpleNamespace(backend=scripted, untuned=scripted.base)
     outcome = fitted()
     outcome.base, outcome.best = scores(2.0, 8), scores(1.0, 8)
     found = results(job, model, outcome, Silent(), timings=(timings := Timings()))
@@ -325,8 +325,10 @@ def test_a_report_ends_the_run(job: Job, tmp_path: Path, monkeypatch: pytest.Mon
     (run.path / "base.json").write_text('{"calibration": {"rows": 24}}')
     checkpoint.state.elapsed = 100.0
     opened = OpenedRun(run, job.config, checkpoint)
-    model: Any = SimpleNamespace(backend=SimpleNamespace(parameters=[torch.zeros(3, 2), torch.zeros(4)]))
-    write_report(opened, job, model, ONE, fitted(steps=8), {"nll": {"best": 1.0}}, {"load": 2.0, "train": 3.0})
+    state = {"parameters.0": np.zeros((3, 2)), "parameters.1": np.zeros(4), "best.0": np.zeros((3, 2))}
+    model: Any = SimpleNamespace(backend=SimpleNamespace(state=lambda: state))
+    seconds = {"load": 2.0, "train": 3.0}
+    write_report(opened, job, model, ONE, fitted(steps=8), {"nll": {"best": 1.0}}, seconds, ("torch",))
     report = run.report()
     assert (report["resumed_from_step"], report["seconds"], report["steps"]) == (4, 105.0, 8)
     assert report["timings"] == {"before resuming": 100.0, "load": 2.0, "train": 3.0}

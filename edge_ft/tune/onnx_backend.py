@@ -1,0 +1,255 @@
+"""The arithmetic of a training step in ONNX Runtime and numpy, over a bundle that can learn. No torch."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from edge_ft.config import TuneConfig
+from edge_ft.data import IGNORED, Batch, pad, target_mask
+from edge_ft.files import write_json
+from edge_ft.tune.block_model import BlockModel, Pair, Targets
+from edge_ft.tune.processes import Cpu
+
+__all__ = ["OnnxBackend", "fresh_adapter"]
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+"""Of AdamW, as in torch."""
+ANSWER_ROWS = 8
+"""Sequences that are scored together while answers are chosen."""
+
+
+class OnnxBackend:
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over A and B of a bundle's linear layers.
+
+    The methods are those of `edge_ft.tune.engine.TrainingBackend`.
+    """
+
+    def __init__(
+        self,
+        model: BlockModel,
+        adapter: Mapping[str, Pair],
+        config: TuneConfig,
+        adapter_config: Mapping[str, Any],
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """Prepare the optimizer.
+
+        Args:
+            model: The frozen base.
+            adapter: A and B by the name of a linear layer; trained in place.
+            config: Its rank, alpha, memory and weight decay count.
+            adapter_config: The content of adapter_config.json.
+            stop_ids: The tokens that end an answer.
+        """
+        self.model, self.adapter, self.stop_ids = model, dict(adapter), stop_ids
+        self.device = Cpu()
+        self._config, self._adapter_config = config, adapter_config
+        self._recompute, self._decay = config.memory == "low", config.weight_decay
+        names = [f"{module}.lora_{side}.weight" for module in self.adapter for side in "AB"]
+        self.names = names
+        """Of the parameters in the adapter's file, in the order of `parameters`."""
+        self.parameters = [array for pair in self.adapter.values() for array in pair]
+        self._moments = [(np.zeros_like(array), np.zeros_like(array)) for array in self.parameters]
+        self._updates = 0
+        self._best: list[NDArray[np.float32]] = []
+        self._gradients: dict[str, Pair] | None = None
+        scaling = config.alpha / config.rank
+        self._tuned, self._untuned = model.adapter_values(self.adapter, scaling), model.adapter_values({}, 0.0)
+        self._values = self._tuned
+
+    @contextmanager
+    def unshared(self) -> Iterator[None]:
+        """Work as ever: there is one process.
+
+        Yields:
+            Nothing.
+        """
+        yield
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Work as ever: everything is float32.
+
+        Yields:
+            Nothing.
+        """
+        yield
+
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """Score and answer without the adapter inside this block.
+
+        Yields:
+            Nothing.
+        """
+        before, self._values = self._values, self._untuned
+        try:
+            yield
+        finally:
+            self._values = before
+
+    def seed(self, seed: int) -> None:
+        """Do nothing: no step draws random numbers."""
+
+    def gradient(self, batch: Batch, targets: int) -> float:
+        """Accumulate the gradient of the batch's summed loss / `targets`; return that loss (nats)."""
+        if self._gradients is None:
+            self._gradients = {name: (np.zeros_like(a), np.zeros_like(b)) for name, (a, b) in self.adapter.items()}
+        at, labels = _targets(batch)
+        if not len(labels):
+            return 0.0
+        tokens = batch["input_ids"], batch["attention_mask"]
+        wanted = Targets(at, labels, 1.0 / targets)
+        return self.model.gradient(tokens, wanted, self._values, self._gradients, recompute=self._recompute)
+
+    def update(self, learning_rate: float, max_grad_norm: float) -> float:
+        """Clip (0: not) and take an AdamW step if the gradient is finite; return its norm before clipping."""
+        assert self._gradients is not None
+        gradients = [array for pair in self._gradients.values() for array in pair]
+        norm = float(np.sqrt(sum(float(np.vdot(gradient, gradient)) for gradient in gradients)))
+        if np.isfinite(norm):
+            factor = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
+            self._updates += 1
+            corrections = [1 - beta**self._updates for beta in BETAS]
+            for parameter, (mean, square), gradient in zip(self.parameters, self._moments, gradients, strict=True):
+                gradient *= np.float32(factor)
+                parameter *= np.float32(1 - learning_rate * self._decay)
+                mean += (gradient - mean) * np.float32(1 - BETAS[0])
+                square *= np.float32(BETAS[1])
+                square += gradient * gradient * np.float32(1 - BETAS[1])
+                divisor = np.sqrt(square) / np.float32(corrections[1] ** 0.5) + np.float32(EPSILON)
+                parameter -= np.float32(learning_rate / corrections[0]) * (mean / divisor)
+        self.discard()
+        return norm
+
+    def discard(self) -> None:
+        """Drop the accumulated gradient."""
+        self._gradients = None
+
+    def keep_best(self) -> None:
+        """Store the current weights as the best so far."""
+        self._best = [parameter.copy() for parameter in self.parameters]
+
+    def restore_best(self) -> None:
+        """Set the weights to the best so far."""
+        for parameter, best in zip(self.parameters, self._best, strict=True):
+            parameter[...] = best
+
+    def swap_best(self) -> None:
+        """Exchange the weights and the best so far."""
+        current = [parameter.copy() for parameter in self.parameters]
+        self.restore_best()
+        self._best = current
+
+    def repair(self) -> bool:
+        """If a weight or a moment is not finite, restore the best weights and clear the moments; return whether."""
+        moments = [array for pair in self._moments for array in pair]
+        if all(bool(np.isfinite(array).all()) for array in (*self.parameters, *moments)):
+            return False
+        self.restore_best()
+        for array in moments:
+            array[...] = 0
+        self._updates = 0
+        return True
+
+    def save(self, folder: Path) -> None:
+        """Write the current weights in PEFT's format beside `folder`, which they then replace."""
+        neighbour = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(neighbour, ignore_errors=True)
+        neighbour.mkdir()
+        arrays = {f"base_model.model.{name}": array for name, array in zip(self.names, self.parameters, strict=True)}
+        save_file(arrays, neighbour / "adapter_model.safetensors", {"format": "pt"})
+        write_json(neighbour / "adapter_config.json", dict(self._adapter_config))
+        shutil.rmtree(folder, ignore_errors=True)
+        neighbour.rename(folder)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return `parameters.N`, `best.N`, `optimizer.N.NAME` and `updates`; the arrays share memory."""
+        arrays: dict[str, NDArray[Any]] = {"updates": np.array(self._updates, np.int64)}
+        for index, (parameter, (mean, square)) in enumerate(zip(self.parameters, self._moments, strict=True)):
+            arrays[f"parameters.{index}"] = parameter
+            arrays[f"optimizer.{index}.exp_avg"], arrays[f"optimizer.{index}.exp_avg_sq"] = mean, square
+        return arrays | {f"best.{index}": best for index, best in enumerate(self._best)}
+
+    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        """Return to the moment at which `state` was taken."""
+        for index, (parameter, (mean, square)) in enumerate(zip(self.parameters, self._moments, strict=True)):
+            parameter[...] = state[f"parameters.{index}"]
+            mean[...] = state[f"optimizer.{index}.exp_avg"]
+            square[...] = state[f"optimizer.{index}.exp_avg_sq"]
+        self._best = [state[f"best.{index}"].copy() for index in range(len(self.parameters))]
+        self._updates = int(state["updates"])
+
+    def token_nll(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Score the labels of a batch.
+
+        Returns:
+            Negative log-likelihood (nats) and likeliest token, shaped as the labels; 0 and -100 where there is no
+            target.
+        """
+        at, labels = _targets(batch)
+        hidden = self.model.hidden(batch["input_ids"], batch["attention_mask"], self._values)
+        nll, predicted = np.zeros(at.shape, np.float32), np.full(at.shape, IGNORED, np.int64)
+        where = target_mask(batch["labels"], "text-generation")
+        nll[where], predicted[where] = self.model.score(hidden[at], labels)
+        return nll, predicted
+
+    def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        """Return the greedy answer to one prompt, without the stop token that ends it; an empty one to no prompt."""
+        return self.answer_batch([prompt_ids], max_new_tokens)[0] if prompt_ids else []
+
+    def answer_batch(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Return `answer` to each of the prompts, none of them empty; they are computed together."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        unfinished = set(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            rows = sorted(unfinished)
+            texts = [prompts[row] + answers[row] for row in rows]
+            ids, mask = pad(texts, 0)
+            hidden = self.model.hidden(ids, mask, self._values)
+            last = hidden[np.arange(len(rows)), mask.sum(1) - 1]
+            _, predicted = self.model.score(last, np.zeros(len(rows), np.int64))
+            for row, token in zip(rows, predicted.tolist(), strict=True):
+                if token in self.stop_ids:
+                    unfinished.discard(row)
+                else:
+                    answers[row].append(token)
+            if not unfinished:
+                break
+        return answers
+
+    def answer_nll(self, prompt_ids: list[int], answers: Sequence[list[int]]) -> NDArray[np.float64]:
+        """Return the negative log-likelihood (nats) of each answer to one prompt."""
+        found: list[float] = []
+        for start in range(0, len(answers), ANSWER_ROWS):
+            some = answers[start : start + ANSWER_ROWS]
+            ids, mask = pad([prompt_ids + answer for answer in some], 0)
+            labels = pad([[IGNORED] * len(prompt_ids) + answer for answer in some], IGNORED)[0]
+            batch: Batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "rows": []}
+            found += self.token_nll(batch)[0].sum(1, dtype=np.float64).tolist()
+        return np.array(found)
+
+
+def fresh_adapter(linears: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Pair]:
+    """Return A as PEFT initialises it (uniform, Kaiming's bound with a = √5) and B of zeros, for each linear layer."""
+    random = np.random.default_rng(seed)
+    adapter = {}
+    for module, (inputs, outputs) in linears.items():
+        bound = 1 / np.sqrt(inputs)
+        a = random.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
+        adapter[module] = a, np.zeros((outputs, rank), np.float32)
+    return adapter
+
+
+def _targets(batch: Batch) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Return the positions whose next token is a target [batch, seq], and these targets."""
+    labels = batch["labels"]
+    at = np.zeros(labels.shape, np.bool_)
+    at[:, :-1] = labels[:, 1:] != IGNORED
+    return at, labels[:, 1:][at[:, :-1]]

@@ -1,0 +1,61 @@
+"""Tiny bundles that can learn, their frozen models, and the torch models over the same codes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, get_peft_model
+
+from edge_ft.artifacts import Bundle
+from edge_ft.config import ExportConfig
+from edge_ft.export import export
+from edge_ft.models.base_model import find_base
+from edge_ft.models.loading import ModelSpec, load_model
+from edge_ft.tune.block_model import BlockModel, Pair
+
+RANK, SCALING = 4, 2.0
+
+
+def trainable_bundle(model: Path, out: Path, **settings: Any) -> Bundle:
+    """The bundle of a base as it is."""
+    return export(str(model), ExportConfig(out=out, trainable=True, threads=1, **settings))
+
+
+def random_adapter(model: BlockModel) -> dict[str, Pair]:
+    """A and B of every linear layer, neither of them zero."""
+    random = np.random.default_rng(0)
+    return {
+        module: (
+            random.normal(0, 0.3, (RANK, inputs)).astype(np.float32),
+            random.normal(0, 0.3, (outputs, RANK)).astype(np.float32),
+        )
+        for module, (inputs, outputs) in model.linears.items()
+    }
+
+
+def torch_model(folder: Path, adapter: dict[str, Pair]) -> Any:
+    """The PEFT model with this adapter over the int4 codes of a checkpoint."""
+    model = load_model(ModelSpec(find_base(str(folder)), "text-generation", "int4"))
+    lora = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules=list(adapter))
+    tuned = get_peft_model(model, lora)  # type: ignore[arg-type]
+    for module, pair in adapter.items():
+        for side, array in zip("AB", pair, strict=True):
+            torch_parameter(tuned, module, side).data.copy_(torch.from_numpy(array))
+    return tuned
+
+
+def torch_parameter(tuned: Any, module: str, side: str) -> Any:
+    return tuned.get_parameter(f"base_model.model.{module}.lora_{side}.default.weight")
+
+
+def tokens(rows: int, length: int, vocabulary: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Ids, mask and labels [rows, length]; the second of several rows is padded, and prompts carry no loss."""
+    ids = np.random.default_rng(1).integers(3, vocabulary, (rows, length))
+    mask, labels = np.ones_like(ids), ids.copy()
+    labels[:, : length // 3] = -100
+    if rows > 1:
+        end = length // 2 + 1
+        ids[1, end:], mask[1, end:], labels[1, end:] = 0, 0, -100
+    return ids, mask, labels
