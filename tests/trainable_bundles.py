@@ -28,8 +28,8 @@ def random_adapter(model: BlockModel) -> dict[str, Pair]:
     random = np.random.default_rng(0)
     return {
         module: (
-            random.normal(0, 0.3, (RANK, inputs)).astype(np.float32),
-            random.normal(0, 0.3, (outputs, RANK)).astype(np.float32),
+            random.normal(0, 0.1, (RANK, inputs)).astype(np.float32),
+            random.normal(0, 0.1, (outputs, RANK)).astype(np.float32),
         )
         for module, (inputs, outputs) in model.linears.items()
     }

@@ -16,6 +16,7 @@ from edge_ft.errors import AuditRefused, WillNotFit
 from edge_ft.models.base_model import find_base
 from edge_ft.progress import Silent
 from edge_ft.system import Available
+from edge_ft.tune import memory_mode
 from edge_ft.tune import plan as planning
 from edge_ft.tune.loop import FINISHING_STEP, finishing_steps
 from edge_ft.tune.measure import Curve, Measured
@@ -206,7 +207,7 @@ def test_a_training_that_fits_with_no_choice_is_refused(
 
 
 def test_a_base_whose_weights_exceed_the_memory_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(memory_mode, "resident_bytes", lambda: 0)
     base, config = find_base(str(llama)), PlanConfig(model=str(llama), data="rows", memory="normal")
     weights = sum(array.size for file in llama.glob("*.safetensors") for array in load_file(file).values())
     high = replace(config, memory="high", compute="bf16")  # 0.65 and 2.05 bytes a weight
@@ -263,7 +264,7 @@ def test_weights_stay_cached_only_if_that_saves_a_twentieth_of_a_step(
     backend = SimpleNamespace(
         compute=compute, dtype="bf16", gradient=taking(10.0), discard=lambda: None, unshared=nullcontext
     )
-    monkeypatch.setattr(planning.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(memory_mode.time, "perf_counter", lambda: now[0])
     model: Any = SimpleNamespace(backend=backend)
     assert settle_memory(with_settings(job, memory="high"), model).config.memory == expected
     assert calls == ["cache None", "cache bf16" if expected == "high" else "stop"]
