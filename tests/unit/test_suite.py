@@ -51,6 +51,7 @@ def test_a_bundle_is_measured_once_and_one_that_is_missing_is_left_out(
     short = into.read_text(encoding="utf-8")
     assert short.startswith("before\n") and short.endswith("after\n") and "old" not in short
     assert "| model | engine | size MB |" in short and "| minilm | edge-ft" in short and "decode tok/s" in short
+    assert "one text ms" in short
 
 
 def test_a_file_without_a_place_for_the_table_is_refused_before_measuring(tmp_path: Path) -> None:
