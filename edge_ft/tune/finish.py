@@ -141,7 +141,7 @@ def _load_merged(work: Path, adapter: str, job: "Job", model: TrainableModel, pr
     changes = {} if known else lora_pairs(model.peft_model)
     spec = ModelSpec.from_rendering(*(job.base, prepared.rendering, "int4", model.grid, config.seed, chosen, changes))
     spec = replace(spec, finer=finer_layers(model.peft_model))
-    with heartbeat(progress, "choosing the codes of the merged model"):
+    with heartbeat(progress, f"{'loading' if known else 'choosing the codes of'} the merged model"):
         merged = load_model(spec, progress)
     if not known:
         shutil.rmtree(work, ignore_errors=True)
