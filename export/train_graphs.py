@@ -239,8 +239,11 @@ def _simplify(graph: ir.Graph) -> None:
     """Take LoRA terms out, and cut a sum that is joined with the norm after it."""
     for node in list(graph):
         if node.op_type == "Add" and (up := node.inputs[1]) is not None and (producer := up.producer()) is not None:
-            read = [str(value.name) for value in producer.inputs if value is not None]
-            if producer.op_type == "FusedMatMul" and any(name.startswith("lora_B.") for name in read):
+            # Of q, k and v that are one layer, the terms are joined before they are added.
+            terms = [value.producer() for value in producer.inputs if value is not None]
+            term = terms[0] if producer.op_type == "Concat" and terms[0] is not None else producer
+            read = [str(value.name) for value in term.inputs if value is not None]
+            if term.op_type == "FusedMatMul" and any(name.startswith("lora_B.") for name in read):
                 node.outputs[0].replace_all_uses_with(_given(node, 0), replace_graph_outputs=True)
                 graph.remove(node, safe=True)
         elif node.op_type == "SkipSimplifiedLayerNormalization":
