@@ -22,7 +22,8 @@ def reproducing_command(settings: Mapping[str, Any], processes: int = 1) -> str:
     Returns:
         The command; files and folders have absolute paths.
     """
-    known = {name: value for name, value in settings.items() if value is not None and name not in ("resume", "show")}
+    left_out = ("resume", "show", "include_samples")  # they change nothing of what is learned
+    known = {name: value for name, value in settings.items() if value is not None and name not in left_out}
     if known.get("max_steps") is not None:
         known.pop("max_minutes", None)
     known["out"] = f"{Path(settings['out']).absolute()}-again"

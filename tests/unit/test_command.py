@@ -44,7 +44,7 @@ def test_every_setting_is_in_the_command() -> None:
     command = reproducing_command(as_plain(RESOLVED))
     unset = {name for name, value in as_plain(RESOLVED).items() if value in (None, [])}
     named = {word[2:].partition("=")[0].replace("-", "_") for word in shlex.split(command) if word.startswith("--")}
-    assert named == {field.name for field in fields(TuneConfig)} - unset - {"resume", "show"}
+    assert named == {field.name for field in fields(TuneConfig)} - unset - {"resume", "show", "include_samples"}
 
 
 @settings(max_examples=25, deadline=None)
