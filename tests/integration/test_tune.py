@@ -54,6 +54,7 @@ def test_the_run_folder_holds_what_the_documentation_lists(plain_run: RunFolder)
         "rendering.json",
         "report.html",
         "report.json",
+        "scores.safetensors",
         "splits/test.jsonl",
         "splits/train.jsonl",
         "splits/validation.jsonl",
