@@ -255,6 +255,9 @@ def _simplify(graph: ir.Graph) -> None:
             node.outputs[0].replace_all_uses_with(norm.outputs[0])
             node.outputs[3].replace_all_uses_with(total.outputs[0])
             graph.remove(node, safe=True)
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
 
 
 @dataclass

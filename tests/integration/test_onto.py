@@ -19,7 +19,7 @@ from tiny_models import write_decoder, write_t5
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.config import EvalConfig, ExportConfig, VerifyConfig
+from edge_ft.config import EvalConfig, ExportConfig, TuneConfig, VerifyConfig
 from edge_ft.data import collate, target_mask
 from edge_ft.errors import GateRefused, UsageError
 from edge_ft.evaluate import evaluate
@@ -28,6 +28,7 @@ from edge_ft.export import export
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.runtime import TextGenerator, load
 from edge_ft.runtime.probes import probe_examples
+from edge_ft.tune import tune
 
 LOOSE: dict[str, Any] = {"max_tax": 10.0, "min_retained": -10.0, "max_metric_drop": 1.0}
 
@@ -367,3 +368,19 @@ def test_files_of_a_killed_change_are_ignored_and_removed_by_the_next_one(
     (base / "onnx" / "other.onnx").write_bytes(b"")
     with pytest.raises(UsageError, match="does not list"):
         Bundle.open(base)
+
+
+def test_a_bundle_of_the_adapter_lane_learns_from_its_base_and_keeps_what_it_learned(
+    llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    first = peft_adapter(llama, tmp_path / "first", target_modules="all-linear")
+    export(str(llama), ExportConfig(out=bundle, adapter=first, lane="adapter"))
+    settings: dict[str, Any] = {"epochs": 10, "batch_size": 4, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2)}
+    run = tune(TuneConfig(model=str(bundle), data=str(sums), out=tmp_path / "run", **settings))
+    added = export(str(run.path), ExportConfig(onto=bundle, name="learned"))
+    found, report = added.manifest["verification"]["nll"], run.report()["nll"]
+    assert found["base"] == pytest.approx(report["base"], abs=1e-4)
+    assert found["shipped"] == pytest.approx(report["best"], abs=1e-4)
+    assert set(added.manifest["adapters"]["names"]) == {"first", "learned"}
+    verify(bundle, VerifyConfig(data=str(run.split("validation"))))
