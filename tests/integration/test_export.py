@@ -139,14 +139,11 @@ def test_what_has_8_bits_in_the_training_has_them_in_the_bundle(llama_run: RunFo
     }
 
 
-@pytest.mark.parametrize(("size_mb", "layers"), [(3.0, 15), (1.05, 0)])
-def test_a_size_decides_how_many_layers_have_8_bits(
-    llama_run: RunFolder, tmp_path: Path, size_mb: float, layers: int
-) -> None:
-    bundle = export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle", size_mb=size_mb, **LOOSE))
-    assert bundle_size(bundle) <= size_mb * 1e6
-    found = bundle.manifest["quantization"].get("overrides", {})
-    assert len(found) == layers if layers else len(found) < 15
+def test_a_larger_size_gives_more_layers_8_bits(llama_run: RunFolder, llama_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = export(str(llama_run.path), ExportConfig(out=tmp_path / "bundle", size_mb=3.0, **LOOSE))
+    assert bundle_size(bundle) <= 3e6
+    found, default = (each.manifest["quantization"]["overrides"] for each in (bundle, llama_bundle))
+    assert len(found) == 15 > len(default)
 
 
 @pytest.mark.parametrize(
