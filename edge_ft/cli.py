@@ -16,7 +16,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from edge_ft import __version__
-from edge_ft.artifacts import Bundle, RunFolder
+from edge_ft.artifacts import Bundle, RunFolder, kind_of
 from edge_ft.config import (
     TEXT_TASKS,
     BenchConfig,
@@ -163,7 +163,8 @@ def tune(
             (name, _interval(found["base"]), _interval(found["tuned"])) for name, found in answers["metrics"].items()
         )
         table += [(heading, "", ""), *figures]
-    advice = f"{run.page_path} shows the curves; next: edge-ft export {run.path} --out BUNDLE"
+    ships = f"--onto {settings.model}" if kind_of(settings.model) == "bundle" else "--out BUNDLE"
+    advice = f"{run.page_path} shows the curves; next: edge-ft export {run.path} {ships}"
     if report["best_step"] == 0:
         advice = (
             "nothing was learned: no step lowered the validation loss. Try more rows, more --epochs or another "

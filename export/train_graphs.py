@@ -7,7 +7,7 @@ again. Weights are inputs: a table names the bytes of the bundle's data file tha
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ LARGEST = 2_000_000
 VOCABULARY_CHUNK = 8192
 """Rows of the head's weight that are float at a time."""
 LINEARS = ("MatMulNBits", "MatMul", "FusedMatMul")
+FURTHER = "further"
+"""Where a layer's node keeps its `_FurtherBits`."""
 
 Parts = Callable[[str, int], list[tuple[str, int]]]
 
@@ -165,6 +167,16 @@ def write_train_graphs(folder: Path, graph: str, layers: str, parts: Parts, hidd
 
 
 @dataclass(frozen=True)
+class _FurtherBits:
+    """What more is known of the first rows of a layer's weight: codes around 8 in the same scales, divided."""
+
+    codes: ir.Value
+    scales: ir.Value
+    rows: int
+    divisor: float
+
+
+@dataclass(frozen=True)
 class _Piece:
     """A part of the graph that reads one activation and computes another."""
 
@@ -236,7 +248,7 @@ def _layer_of(piece: _Piece, layers: str) -> int | None:
 
 
 def _simplify(graph: ir.Graph) -> None:
-    """Take LoRA terms out, and cut a sum that is joined with the norm after it."""
+    """Take LoRA terms out, make one layer of its two products, and cut a sum that is joined with the norm after it."""
     for node in list(graph):
         if node.op_type == "Add" and (up := node.inputs[1]) is not None and (producer := up.producer()) is not None:
             # Of q, k and v that are one layer, the terms are joined before they are added.
@@ -246,6 +258,13 @@ def _simplify(graph: ir.Graph) -> None:
             if term.op_type == "FusedMatMul" and any(name.startswith("lora_B.") for name in read):
                 node.outputs[0].replace_all_uses_with(_given(node, 0), replace_graph_outputs=True)
                 graph.remove(node, safe=True)
+    for node in list(graph):
+        if node.op_type == "Add" and (further := _further_bits(node)) is not None:
+            product = _given(node, 0).producer()
+            assert product is not None
+            product.meta[FURTHER] = further
+            node.outputs[0].replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
+            graph.remove(node, safe=True)
         elif node.op_type == "SkipSimplifiedLayerNormalization":
             first, second, weight = node.inputs[:3]
             total = ir.node("Add", [first, second])
@@ -258,6 +277,20 @@ def _simplify(graph: ir.Graph) -> None:
     for node in reversed(list(graph)):
         if not any(output.uses() or output.is_graph_output() for output in node.outputs):
             graph.remove(node, safe=True)
+
+
+def _further_bits(total: ir.Node) -> _FurtherBits | None:
+    """Return the second summand, where it is the product with the further bits of the layer that is the first one."""
+    first, second = (None if value is None else value.producer() for value in total.inputs[:2])
+    if second is not None and second.op_type == "Pad":  # zeros for rows without further bits
+        second = _given(second, 0).producer()
+    if second is None or second.op_type != "Div" or first is None or first.op_type != "MatMulNBits":
+        return None
+    product, divisor = _given(second, 0).producer(), _given(second, 1).const_value
+    if product is None or product.op_type != "MatMulNBits" or divisor is None:
+        return None
+    codes, scales = _given(product, 1), _given(product, 2)
+    return _FurtherBits(codes, scales, product.attributes["N"].as_int(), float(divisor.numpy()))
 
 
 @dataclass
@@ -384,23 +417,51 @@ class _Builder:
         blocks = -(-inputs // block)
         if blocks * block != inputs:
             raise Undifferentiable(f"a layer has {inputs} inputs, which is no multiple of the block size {block}")
-        shapes = [(outputs, inputs * bits // 8), (outputs, blocks), (outputs, -(-blocks * bits // 8))]
-        operands = [
-            None if (value := node.inputs[index]) is None else self.copy(value, shape)
-            for index, shape in zip((1, 2, 3), shapes, strict=True)
-        ]
         start, end = rows or (0, outputs)
-        numbers = self.tape.op("Range", *(self.tape.constant(n, np.int64) for n in (start, end, 1)))
-        value = self.tape.op(
+        value = self._rows(node.inputs[1:4], (outputs, inputs), (start, end), (bits, block))
+        further: _FurtherBits | None = node.meta.get(FURTHER)
+        if further is not None and start < further.rows:
+            last = min(end, further.rows)
+            operands = further.codes, further.scales
+            finer = self._rows(operands, (further.rows, inputs), (start, last), (bits, block))
+            finer = self.tape.op("Div", finer, self.tape.constant(further.divisor))
+            if last < end:
+                finer = self.tape.op("Pad", finer, self.tape.constant([0, 0, end - last, 0], np.int64))
+            value = self.tape.op("Add", value, finer)
+        return Weight(value, inputs, end - start, True, module)
+
+    def _rows(
+        self,
+        operands: Sequence[ir.Value | None],
+        size: tuple[int, int],
+        rows: tuple[int, int],
+        grid: tuple[int, int],
+    ) -> ir.Value:
+        """Return some rows of a blockwise weight [N, K] as float, from its codes, scales and zero points if it has any.
+
+        Args:
+            operands: As MatMulNBits has them.
+            size: N and K.
+            rows: The first row, and the one after the last.
+            grid: Bits of a code, and the block size.
+        """
+        (outputs, inputs), (bits, block) = size, grid
+        blocks = inputs // block
+        shapes = [(outputs, inputs * bits // 8), (outputs, blocks), (outputs, -(-blocks * bits // 8))]
+        copies = [
+            None if value is None else self.copy(value, shape)
+            for value, shape in zip(operands, shapes[: len(operands)], strict=True)
+        ]
+        numbers = self.tape.op("Range", *(self.tape.constant(n, np.int64) for n in (*rows, 1)))
+        return self.tape.op(  # type: ignore[no-any-return]
             "GatherBlockQuantized",
-            *(operands[0], numbers, *operands[1:]),
+            *(copies[0], numbers, *copies[1:]),
             domain=MICROSOFT,
             gather_axis=0,
             quantize_axis=1,
             block_size=block,
             bits=bits,
         )
-        return Weight(value, inputs, end - start, True, module)
 
 
 class _Block:

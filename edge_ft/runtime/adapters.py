@@ -7,17 +7,18 @@ ignores its own `add_active_adapter` under IO binding, so inputs are bound by ha
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
-from edge_ft.adapter import Adapter, find_adapter
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.errors import UsageError, did_you_mean
 from edge_ft.families import family_of
+
+if TYPE_CHECKING:
+    from edge_ft.adapter import Adapter
 
 __all__ = ["Bound", "adapter_inputs", "bind", "given_inputs", "is_adapter_input", "neutral_shape"]
 
@@ -79,6 +80,8 @@ def _values(bundle: Bundle, adapter: str | Path, names: Mapping[str, Any]) -> tu
     """
     own: dict[str, Any] = bundle.manifest["rendering"]
     if adapter in names:
+        from safetensors.numpy import load_file
+
         entry = names[str(adapter)]
         return load_file(bundle.path / entry["file"]), entry.get("rendering", own), f"the adapter {adapter}"
     folder = Path(adapter).expanduser()
@@ -88,13 +91,15 @@ def _values(bundle: Bundle, adapter: str | Path, names: Mapping[str, Any]) -> tu
             f"--adapter {adapter}: there is no such folder{did_you_mean(str(adapter), [*names, 'none'])}; give a run "
             f"folder, an adapter in PEFT's format, or one of {known}"
         )
+    from edge_ft.adapter import find_adapter
+
     found = find_adapter(RunFolder(folder).adapter if RunFolder(folder).adapter.is_dir() else folder)
     run = RunFolder(found.path.parent)
     rendering = run.rendering() if (run.path / "rendering.json").is_file() else own
     return _values_of(found, bundle), rendering, f"the adapter {found.path}"
 
 
-def _values_of(adapter: Adapter, bundle: Bundle) -> Values:
+def _values_of(adapter: "Adapter", bundle: Bundle) -> Values:
     """Return the values of a graph's inputs for an adapter.
 
     Raises:

@@ -12,10 +12,12 @@ from tiny_models import DECODERS, write_decoder
 from torch.nn.functional import cross_entropy
 from trainable_bundles import SCALING, random_adapter, tokens, torch_model, torch_parameter, trainable_bundle
 
-from edge_ft.artifacts import Bundle
+from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import ExportConfig
 from edge_ft.errors import UsageError
+from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
+from edge_ft.quant.sensitivity import finer_layers
 from edge_ft.tune.block_model import BlockModel, Targets
 
 SIZES = [(3, 20), (1, 11), (2, 3)]
@@ -57,6 +59,19 @@ def test_gradients_are_those_of_torch(name: str, work: Path) -> None:
         nll, predicted = model.score(model.hidden(ids, mask, values)[at], wanted)
         assert nll.sum() / len(wanted) == pytest.approx(loss.item(), abs=1e-5)
         assert (predicted == logits[torch.from_numpy(at)].argmax(-1).numpy()).all()
+
+
+def test_layers_with_further_bits_are_read_whole(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
+    base, _ = open_run_model(llama_run, adapter=False)
+    assert finer_layers(base)
+    model = BlockModel(llama_adapter_bundle, 1)
+    values = model.adapter_values({module: (a, 0 * b) for module, (a, b) in random_adapter(model).items()}, SCALING)
+    ids, mask, _ = tokens(1, 30, base.config.vocab_size)
+    with torch.no_grad():
+        logits = base(input_ids=torch.from_numpy(ids)).logits[0, :-1]
+    nll, _ = model.score(model.hidden(ids, mask, values)[0, :-1], ids[0, 1:])
+    expected = cross_entropy(logits, torch.from_numpy(ids[0, 1:]), reduction="none").numpy()
+    np.testing.assert_allclose(nll.ravel(), expected, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
