@@ -35,6 +35,7 @@ from edge_ft.quant.conversion import (
 )
 from edge_ft.quant.sensitivity import refine, saved_bytes, spend
 from edge_ft.quant.serialization import read_codes
+from edge_ft.system import release_memory
 
 __all__ = ["BITS", "Finer", "ModelSpec", "load_model", "quantize_calibrated"]
 
@@ -210,6 +211,7 @@ def _calibrate(
             budget = saved_bytes(model) if finer is None else finer
             chosen = spend(model, calibration.batch, read, forward, budget) if isinstance(budget, int) else budget
             refine(model, read, chosen)
+    release_memory()
 
 
 def _initialise_other_classes(model: Any, spec: ModelSpec) -> None:

@@ -23,8 +23,11 @@ __all__ = ["finer_layers", "refine", "saved_bytes", "spend"]
 
 TOKENS = 1024
 """Tokens of the rows that costs are estimated on, with padding."""
+_TOKENS_AT_ONCE = 256
+"""Tokens of one forward and backward pass, if a row is no longer: they bound the activations in memory."""
 LOGITS = 2**25
-"""Logits in memory at a time: they bound the number of targets."""
+"""Logits in all: they bound the number of targets."""
+_LOGITS_AT_ONCE = 2**22
 FIRST_ROWS = 1024
 """Rows of the head that are considered together first; twice as many after them, and so on."""
 _ROWS = 4096
@@ -121,30 +124,41 @@ def _units(
     model: Any, batch: Batch, read: ReadWeight, forward: Callable[[Any, Batch], Tensor | None]
 ) -> tuple[list[Unit], list[Unit]]:
     """Return what can get further bits: layers of one input, and parts of the head in their order."""
-    rows = max(1, TOKENS // batch["input_ids"].shape[1])
+    count, length = batch["input_ids"].shape
+    rows, at_once = min(count, max(1, TOKENS // length)), max(1, _TOKENS_AT_ONCE // length)
     arrays: Any = batch
-    few: Any = {name: arrays[name][:rows] for name in arrays}
     head = model.get_output_embeddings()
     layers = {name: layer for name, layer in _four_bit(model) if layer is not head}
-    embedding = model.get_input_embeddings()
     dtype = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
+    most = max(64, LOGITS // head.out_features)
+    targets = 0
     embedded: list[Tensor] = []
-    with torch.enable_grad(), _Costs(layers, read, dtype) as costs:
-        handle = embedding.register_forward_hook(lambda _, __, y: _leaf(y, embedded))
-        try:
-            hidden = forward(model, few)
-        finally:
-            handle.remove()
-        assert hidden is not None
-        chosen = torch.linspace(0, len(hidden) - 1, min(len(hidden), max(64, LOGITS // head.out_features))).long()
-        gradient, of_rows = _head_costs(model, head, hidden.detach()[chosen], read, dtype)
-        hidden[chosen].backward(gradient, inputs=embedded)
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, y: _leaf(y, embedded))
+    try:
+        with torch.enable_grad(), _Costs(layers, read, dtype) as costs:
+            last = _HeadCosts(model, read, dtype)
+            for start in range(0, rows, at_once):
+                few: Any = {name: arrays[name][start : min(start + at_once, rows)] for name in arrays}
+                costs.begin()
+                hidden = forward(model, few)
+                assert hidden is not None
+                if not len(hidden):
+                    continue
+                share = max(1, most * len(few["input_ids"]) // rows)
+                chosen = torch.linspace(0, len(hidden) - 1, min(len(hidden), share)).long()
+                gradient = last.gradient(hidden.detach()[chosen])
+                hidden[chosen].backward(gradient, inputs=embedded)
+                targets += len(chosen)
+                embedded.clear()
+    finally:
+        handle.remove()
     units = []
     for names in costs.together():
         size = sum(layers[name].qweight.numel() for name in names)
-        units.append(Unit(names, 0, sum(costs.found[name] for name in names) / len(chosen), size))
+        units.append(Unit(names, 0, sum(costs.found[name] for name in names) / targets, size))
     parts: list[Unit] = []
-    if of_rows is not None:
+    if last.of_rows is not None:
+        of_rows = last.of_rows / targets
         name = next(name for name, module in model.named_modules() if module is head)
         start, end, each = 0, FIRST_ROWS, len(head.qweight)
         while start < head.out_features:
@@ -159,34 +173,45 @@ def _leaf(tensor: Tensor, kept: list[Tensor]) -> Tensor:
     return kept[-1]
 
 
-@torch.no_grad()
-def _head_costs(
-    model: Any, head: Any, hidden: Tensor, read: ReadWeight, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradient [targets, hidden] of a drawn token's log-likelihood, and the cost of each row of the head."""
-    rounded = isinstance(head, QuantLinear) and head.bits == 4
-    embedding = model.get_input_embeddings()
-    tied = rounded and getattr(embedding, "qweight", None) is head.qweight
-    name = next(name for name, module in model.named_modules() if module is (embedding if tied else head))
-    narrow, size = hidden.to(dtype), head.out_features
-    logits, changes = torch.empty(len(hidden), size), torch.zeros(len(hidden), size) if rounded else None
-    weights = []
-    for start in range(0, size, _ROWS):
-        part = slice(start, min(start + _ROWS, size))
-        weight = head.dequantize(dtype, part).T if rounded else head.weight[part].to(dtype)
-        weights.append(weight)
-        logits[:, part] = (narrow @ weight.T).float()
-        if changes is not None:
-            changes[:, part] = (narrow @ (weight - read(f"{name}.weight", part).to(dtype)).T).float()
-    shares = torch.softmax(logits, dim=1, out=logits)
-    drawn = torch.multinomial(shares, 1, generator=torch.Generator().manual_seed(0))
-    of_rows = None
-    if changes is not None:
-        changes -= (shares * changes).sum(1, keepdim=True)
-        of_rows = (shares * changes.square_()).mean(0) / 2
-    shares.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=shares.dtype))
-    parts = shares.to(dtype).split(_ROWS, dim=1)
-    return sum(part @ weight for part, weight in zip(parts, weights, strict=True)).float(), of_rows  # type: ignore[union-attr]
+class _HeadCosts:
+    """What the rounding of the head costs, and the gradients of log-likelihoods by its inputs."""
+
+    def __init__(self, model: Any, read: ReadWeight, dtype: torch.dtype) -> None:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        rounded = isinstance(head, QuantLinear) and head.bits == 4
+        tied = rounded and getattr(embedding, "qweight", None) is head.qweight
+        name = next(name for name, module in model.named_modules() if module is (embedding if tied else head))
+        self.of_rows = torch.zeros(head.out_features) if rounded else None
+        """Nats by row of the head, the sum over all targets; None where it is not rounded to 4 bits."""
+        self._dtype = dtype
+        self._weights: list[Tensor] = []
+        self._errors: list[Tensor] = []
+        self._generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for start in range(0, head.out_features, _ROWS):
+                part = slice(start, min(start + _ROWS, head.out_features))
+                weight = head.dequantize(dtype, part).T if rounded else head.weight[part].to(dtype)
+                self._weights.append(weight)
+                if rounded:
+                    self._errors.append(weight - read(f"{name}.weight", part).to(dtype))
+
+    @torch.no_grad()
+    def gradient(self, hidden: Tensor) -> Tensor:
+        """Return the gradient [targets, hidden] of a drawn token's log-likelihood, and add up the costs of rows."""
+        size = sum(len(weight) for weight in self._weights)
+        gradients = []
+        for few in hidden.to(self._dtype).split(max(1, _LOGITS_AT_ONCE // size)):
+            shares = torch.cat([(few @ weight.T).float() for weight in self._weights], dim=1).softmax(1)
+            drawn = torch.multinomial(shares, 1, generator=self._generator)
+            if self.of_rows is not None:
+                changes = torch.cat([(few @ error.T).float() for error in self._errors], dim=1)
+                changes -= (shares * changes).sum(1, keepdim=True)
+                self.of_rows += changes.square_().mul_(shares).sum(0) / 2
+            shares.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=shares.dtype))
+            parts = shares.to(self._dtype).split(_ROWS, dim=1)
+            products = [(part @ weight).float() for part, weight in zip(parts, self._weights, strict=True)]
+            gradients.append(torch.stack(products).sum(0))
+        return torch.cat(gradients)
 
 
 class _Costs:
@@ -213,6 +238,11 @@ class _Costs:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self._last = None  # its graph holds this object: the garbage collector would not find it soon
+
+    def begin(self) -> None:
+        """Say that the next forward pass begins."""
+        self._inputs, self._last = 0, None
 
     def together(self) -> list[tuple[str, ...]]:
         """Return the names of layers by their input and the module that they are in: q, k and v; gate and up."""
@@ -222,7 +252,9 @@ class _Costs:
         if self._last is None or self._last[0] is not x:
             self._last = x, x.to(self._dtype)
             self._inputs += 1
-        self._groups.setdefault((self._inputs, name.rpartition(".")[0]), []).append(name)
+        group = self._groups.setdefault((self._inputs, name.rpartition(".")[0]), [])
+        if name not in group:
+            group.append(name)
         return self._last[1]
 
     def _after(self, name: str, layer: QuantLinear, x: Tensor, y: Tensor) -> Tensor:
