@@ -76,10 +76,10 @@ def weight_reads(subject: Subject) -> WeightReads | None:
             return None
         config = json.loads(settings.read_text(encoding="utf-8"))
         bits, block = quantization["bits"], quantization["block_size"]
-        # Each block of 4-bit or 8-bit codes has a scale in float16 (bundles of earlier releases: in float32) and,
-        # where it is not symmetric, a zero point.
-        zero = 0 if quantization["symmetric"] else bits
-        bytes_each = (bits + ((16 + zero) / block if block and bits < 16 else 0)) / 8
+        # Each block of 4-bit or 8-bit codes has a scale in float16 and, where it is not symmetric, a zero point. Where
+        # some layers have 8 bits, those took what scales in float32 would (docs/decisions/034).
+        scale, zero = 32 if quantization.get("overrides") else 16, 0 if quantization["symmetric"] else bits
+        bytes_each = (bits + ((scale + zero) / block if block and bits < 16 else 0)) / 8
         files: dict[str, dict[str, Any]] = bundle.manifest["files"]
         stored = sum(entry["bytes"] for name, entry in files.items() if name.endswith("_data"))
         parameters = stored / bytes_each

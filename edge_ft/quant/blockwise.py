@@ -42,7 +42,8 @@ class Grid:
     block_size: int = 32
     """Weights per scale."""
     half_scales: bool = True
-    """Scales are float16 numbers, and files store them so; runs of earlier releases have scales in all of float32."""
+    """Scales are float16 numbers, and files store them so, but for weights whose scales it cannot hold; runs of earlier
+    releases have scales in all of float32."""
 
     @classmethod
     def recorded(cls, identity: Mapping[str, Any]) -> "Grid":
@@ -123,7 +124,7 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, half_
         weight: [N, K].
         block_size: Weights per scale.
         bits: Of a code.
-        half_scales: Scales are numbers that float16 represents.
+        half_scales: Scales are numbers that float16 represents, unless it would round them to a few bits.
 
     Returns:
         The codes.
@@ -134,6 +135,7 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, half_
     rows, columns = weight.shape
     if not np.isfinite(weight).all():
         raise ValueError("the weight contains NaN or infinity")
+    half_scales = half_scales and _fits_half(weight)
     padding = -columns % block_size
     padded = np.pad(weight, ((0, 0), (0, padding))) if padding else weight
     blocks = padded.astype(np.float32, copy=False).reshape(-1, block_size)
@@ -164,13 +166,21 @@ def quantize_finely(weight: NDArray[np.float32], block_size: int) -> Codes:
         raise ValueError("the weight contains NaN or infinity")
     blocks = np.pad(weight, ((0, 0), (0, -columns % block_size))).reshape(rows, -1, block_size)
     low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
-    scales = _as_half((high - low) / np.float32(15))
+    scales = (high - low) / np.float32(15)
+    if _fits_half(weight):
+        scales = _as_half(scales)
     scales[high == low] = 1
     zero_points = np.clip(np.rint(-low / scales), 0, 15)
     steps = np.rint((blocks / scales[..., None] + zero_points[..., None]) * FINE_STEPS) + FINE_ZERO
     codes = np.clip(steps, 0, 255).astype(np.uint8)
     coarse, fine = pack_nibbles(codes >> np.uint8(4)), pack_nibbles(codes & np.uint8(15))
     return Codes(coarse, scales, pack_nibbles(zero_points.astype(np.uint8)), columns, 4, fine)
+
+
+def _fits_half(weight: NDArray[np.float32]) -> bool:
+    """Tell whether blocks with a sixteenth of the weight's range still have a scale of all of float16's bits."""
+    largest = float(np.abs(weight).max(initial=0))
+    return largest == 0 or 15 * 16 * float(np.finfo(np.float16).smallest_normal) < largest < _HALF_RANGE[1]
 
 
 def _as_half(scales: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -26,8 +26,8 @@ class TrainedScales:
         head = model.get_output_embeddings()
         self.layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m is not head]
         self._first = [layer.scales.clone() for layer in self.layers]
-        self._half = all(torch.equal(first, first.half().float()) for first in self._first)
-        """Whether scales are float16 numbers."""
+        self._half = [torch.equal(first, first.half().float()) for first in self._first]
+        """Whether a layer's scales are float16 numbers."""
         self.factors = [nn.Parameter(torch.ones_like(first)) for first in self._first]
         for layer, factors in zip(self.layers, self.factors, strict=True):
             layer.register_parameter("factors", factors)
@@ -36,9 +36,9 @@ class TrainedScales:
     @torch.no_grad()
     def apply(self) -> None:
         """Set the scales by the factors."""
-        for layer, first, factors in zip(self.layers, self._first, self.factors, strict=True):
+        for layer, first, half, factors in zip(self.layers, self._first, self._half, self.factors, strict=True):
             torch.mul(first, factors, out=layer.scales)
-            if self._half:  # what is evaluated is what a file holds
+            if half:  # what is evaluated is what a file holds
                 layer.scales.copy_(layer.scales.half())
             layer.cached = {}
 

@@ -81,6 +81,9 @@ def test_a_run_is_scored_over_its_own_base(
     assert evaluate(str(llama), plain)["nll"] == pytest.approx(run.report()["nll"]["test_base"], abs=1e-4)
 
 
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_the_adapter_lane_of_an_int8_run_ships_its_codes_byte_for_byte(
     family: str, runs: dict[tuple[str, str], RunFolder], tmp_path: Path
@@ -97,9 +100,14 @@ def test_the_adapter_lane_of_an_int8_run_ships_its_codes_byte_for_byte(
     assert len(layers) >= 13
     for name, layer in layers.items():
         for kind in ("qweight", "scales", "zero_points"):
-            # A tied embedding has the head's scales and zero points, which are stored once.
-            stored = shipped[f"{name}.{kind}" if f"{name}.{kind}" in shipped else f"lm_head.{kind}"]
-            assert stored.tobytes() == getattr(layer.codes(), kind).tobytes()
+            own = getattr(layer.codes(), kind)
+            block, _, part = name.rpartition(".")
+            if part in QKV and f"{block}.qkv_proj.{kind}" in shipped:
+                start = sum(layers[f"{block}.{other}"].out_features for other in QKV[: QKV.index(part)])
+                stored = shipped[f"{block}.qkv_proj.{kind}"][start : start + len(own)]
+            else:  # a tied embedding has the head's scales and zero points, which are stored once
+                stored = shipped[f"{name}.{kind}" if f"{name}.{kind}" in shipped else f"lm_head.{kind}"]
+            assert stored.astype(own.dtype).tobytes() == own.tobytes()  # scales are stored in float16
     nodes = onnx.load(bundle.graph(1), load_external_data=False).graph.node
     bits = {node.op_type: {a.i for a in node.attribute if a.name == "bits"} for node in nodes}
     assert bits["MatMulNBits"] == bits["GatherBlockQuantized"] == {8}
@@ -174,7 +182,7 @@ def test_fp16_is_only_the_format_of_matrices_in_the_file(
     assert bundle.manifest["verification"]["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-4
     held = initializers(bundle)
     matrices = {name for name, array in held.items() if array.ndim == 2 and name.endswith(".weight")}
-    trained = {name for name in matrices if name.startswith(("classifier", "bert.pooler"))}
+    trained = {name for name in matrices if name.startswith(("head.", "classifier", "bert.pooler"))}
     assert {name for name, array in held.items() if array.dtype == np.float16} == matrices - trained
     assert all(held[name].dtype == np.float32 for name in held if name.startswith("lora_"))
     model = onnx.load(bundle.graph(1), load_external_data=False).graph

@@ -326,17 +326,6 @@ def test_a_layer_that_the_graph_lacks_gets_no_input() -> None:
     assert add_lora_inputs(graph, {layer: (64, 96), "model.layers.2.mlp.up_proj": (64, 96)}) == {layer}
 
 
-def test_an_adapter_may_reach_the_head(tmp_path: Path) -> None:
-    model = make_decoder()
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 64)).astype(np.float32), rng.normal(size=(VOCABULARY, 2)).astype(np.float32)
-    graph = export(model, tmp_path, {"lm_head": (a, b)})
-    model.lm_head.weight.data += torch.tensor(b @ a)
-    ids, mask = padded_rows((11,))
-    logits = graph(input_ids=ids, attention_mask=mask, num_logits_to_keep=ALL)["logits"]
-    np.testing.assert_allclose(logits, torch_logits(model, ids, mask), atol=1e-3)
-
-
 def test_the_graph_has_the_models_codes() -> None:
     model = make_decoder(32, tie_word_embeddings=True)
     graph = trace(model, family_of("llama"))

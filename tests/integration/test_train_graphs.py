@@ -97,7 +97,8 @@ def test_the_graphs_do_not_grow_with_the_depth(work: Path, tmp_path: Path) -> No
 
 
 def test_a_bundle_that_cannot_learn_says_why(whole: Any, llama: Path, t5: Any, tmp_path: Path) -> None:
-    merged = export(str(whole.path), ExportConfig(out=tmp_path / "merged", threads=1, min_retained=-9, max_tax=9))
+    loose: dict[str, Any] = {"min_retained": -9, "max_tax": 9, "max_metric_drop": 1}
+    merged = export(str(whole.path), ExportConfig(out=tmp_path / "merged", threads=1, **loose))
     assert "merged into the weights" in merged.manifest["train"]["reason"]
     assert not (merged.path / "train").exists()
     settings: dict[str, Any] = {"trainable": True, "threads": 1}
