@@ -64,9 +64,10 @@ def run_program(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) 
         runpy.run_path(arguments[0])
         return 0, b""
     own: list[str] = []
-    if arguments[0] in ("plan", "tune"):
+    if arguments[0] in ("plan", "tune") and "device-bundle" not in arguments:
         own = ["--compute", "fp32"]  # to compile bfloat16 kernels takes longer
-    elif arguments[0] == "export":  # a tiny model loses more when merged weights are rounded again
+    elif arguments[0] == "export" and "--trainable" not in arguments:
+        # A tiny model loses more when merged weights are rounded again.
         own = ["--min-retained", "0.5", *(() if "--max-tax" in arguments else ("--max-tax", "1"))]
     return run_cli(monkeypatch, *arguments, *own)
 
@@ -102,3 +103,11 @@ def test_an_adapter_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     assert given == ["python", "export", "verify", "run"]
     assert Bundle.open(tmp_path / "foreign-bundle").manifest["lane"] == "merged"
+
+
+def test_a_bundle_that_learns_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split_rows(tmp_path, write_sums(tmp_path / "sums.jsonl"))
+    given = run_script("learns-on-device.sh", tmp_path, write_llama(tmp_path / "model"), monkeypatch)
+    assert given == ["export", "tune", "run", "export", "run", "run"]
+    bundle = Bundle.open(tmp_path / "device-bundle")
+    assert bundle.manifest["adapters"]["default"] == "support"
