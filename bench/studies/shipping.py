@@ -185,4 +185,4 @@ def main(
             found = Seed(seed, best, trainer.usual(trained), trainer.ours(seed))
             done.setdefault(name, []).append(found)
             # After every case, so that a stopped study has a page of what it did.
-            write_page(done, ours, page)
+            write_page(done, ours, rates.replace(",", ", "), page)

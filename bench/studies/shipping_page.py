@@ -23,13 +23,15 @@ __all__ = ["Seed", "Shipped", "write_page"]
 
 LIMIT = "Q4_0, 8-bit head"
 """The format whose bytes are the limit of the comparison at equal bytes."""
+HIGHEST = 0.5
+"""Nats above float training of the highest point of the plot."""
 INTRODUCTION = """# What ships, compared with what ships
 
 `make shipping` (`python -m edge_ft.bench.studies shipping`) trains SmolLM2-135M-Instruct on 240 rows the usual way
 and ours, makes 4-bit files of both, and scores those on the same 200 held-out rows. It resumes where it was stopped,
 and writes this page; [studies.md](studies.md#shipping) describes the method.
 
-- *Usual*: PEFT LoRA and transformers' `Trainer` over the float model, at the best of three learning rates by
+- *Usual*: PEFT LoRA and transformers' `Trainer` over the float model, at the best of the learning rates {rates} by
   validation loss, best epoch, merged in float, then rounded by the tool of the row. *Ours*: `edge-ft tune` and
   `edge-ft export` with their defaults (revision `{revision}`).
 - *Loss* is in nats per target token (completion and end of text). One scorer in torch reads the weights of every file
@@ -113,13 +115,14 @@ Done = Mapping[str, Sequence[Seed]]
 """By case."""
 
 
-def write_page(done: Done, revision: str, page: Path) -> None:
+def write_page(done: Done, revision: str, rates: str, page: Path) -> None:
     """Write the page, records/shipping.json and shipping.svg with its dark variant beside it."""
-    texts = [INTRODUCTION.format(revision=revision), *_headline(done)]
+    texts = [INTRODUCTION.format(revision=revision, rates=rates), *_headline(done)]
     name = page.with_suffix("").name
     texts.append(
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{name}-dark.svg">'
-        f'<img alt="Loss above float training against size" src="{name}.svg"></picture>\n'
+        f'<img alt="Loss above float training against size" src="{name}.svg"></picture>\n\n'
+        f"Files that lose more than {HIGHEST} nats are in the tables alone.\n"
     )
     texts += [f"## {case}\n\n{_table(seeds)}" for case, seeds in done.items()]
     write_text(page, "\n".join(texts))
@@ -241,7 +244,8 @@ def _plots(done: Done) -> dict[str, str]:
     def add(name: str, label: str, series: int, of: Literal["usual", "ours"]) -> None:
         found = [(getattr(seed, of)[name], seed.usual["float"]) for seeds in done.values() for seed in seeds]
         above = average(one.loss - base.loss for one, base in found)
-        points.append(Point(average(one.size_bytes for one, _ in found) / 1e6, above, label, series))
+        if above < HIGHEST:
+            points.append(Point(average(one.size_bytes for one, _ in found) / 1e6, above, label, series))
 
     for name in ("merged", "adapter"):
         add(name, f"edge-ft, {name}", 0, "ours")
