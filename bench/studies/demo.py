@@ -28,7 +28,7 @@ __all__ = ["decoder_minutes", "main"]
 
 ENCODER_MINUTES = 0.6
 """Of training and validation."""
-FIXED_RATIO = 2.5
+FIXED_RATIO = 4.2
 """Seconds of the decoder's fixed parts over those of the encoder's, as measured on two cores."""
 SHORTEST, LONGEST = 0.75, 3.0
 """Bounds of the decoder's minutes of training: above, little is gained; below, it takes `FEWEST_STEPS` instead."""
