@@ -133,12 +133,8 @@ def quantize(weight: NDArray[np.float32], block_size: int, bits: Bits = 4, half_
         ValueError: the weight is not finite.
     """
     rows, columns = weight.shape
-    if not np.isfinite(weight).all():
-        raise ValueError("the weight contains NaN or infinity")
+    blocks = _blocks(weight, block_size).reshape(-1, block_size)
     half_scales = half_scales and _fits_half(weight)
-    padding = -columns % block_size
-    padded = np.pad(weight, ((0, 0), (0, padding))) if padding else weight
-    blocks = padded.astype(np.float32, copy=False).reshape(-1, block_size)
     scales, zero_points = np.empty(len(blocks), np.float32), np.empty(len(blocks), np.uint8)
     codes = np.empty(blocks.shape, np.uint8)
 
@@ -161,10 +157,7 @@ def quantize_finely(weight: NDArray[np.float32], block_size: int) -> Codes:
     Raises:
         ValueError: the weight is not finite.
     """
-    rows, columns = weight.shape
-    if not np.isfinite(weight).all():
-        raise ValueError("the weight contains NaN or infinity")
-    blocks = np.pad(weight, ((0, 0), (0, -columns % block_size))).reshape(rows, -1, block_size)
+    blocks = _blocks(weight, block_size)
     low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
     scales = (high - low) / np.float32(15)
     if _fits_half(weight):
@@ -174,7 +167,23 @@ def quantize_finely(weight: NDArray[np.float32], block_size: int) -> Codes:
     steps = np.rint((blocks / scales[..., None] + zero_points[..., None]) * FINE_STEPS) + FINE_ZERO
     codes = np.clip(steps, 0, 255).astype(np.uint8)
     coarse, fine = pack_nibbles(codes >> np.uint8(4)), pack_nibbles(codes & np.uint8(15))
-    return Codes(coarse, scales, pack_nibbles(zero_points.astype(np.uint8)), columns, 4, fine)
+    return Codes(coarse, scales, pack_nibbles(zero_points.astype(np.uint8)), weight.shape[1], 4, fine)
+
+
+def _blocks(weight: NDArray[np.float32], block_size: int) -> NDArray[np.float32]:
+    """Cut the rows of a weight [N, K] into blocks.
+
+    Returns:
+        [N, K_blocks, block_size], float32; the last block of a row is filled up with zeros.
+
+    Raises:
+        ValueError: the weight is not finite.
+    """
+    if not np.isfinite(weight).all():
+        raise ValueError("the weight contains NaN or infinity")
+    padding = -weight.shape[1] % block_size
+    padded = np.pad(weight, ((0, 0), (0, padding))) if padding else weight
+    return padded.astype(np.float32, copy=False).reshape(len(weight), -1, block_size)
 
 
 def _fits_half(weight: NDArray[np.float32]) -> bool:
