@@ -1,15 +1,16 @@
 """Jobs of a race, each done once in a fresh process: a race that was stopped does only what is missing."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from edge_ft.bench.meters import machine
 from edge_ft.bench.subprocess_job import run_worker
-from edge_ft.errors import UsageError
+from edge_ft.errors import UsageError, did_you_mean
 from edge_ft.files import write_json
 
-__all__ = ["KeptJobs"]
+__all__ = ["KeptJobs", "chosen_cases"]
 
 
 class KeptJobs:
@@ -67,3 +68,19 @@ class KeptJobs:
     def run(self, name: str, job: dict[str, Any]) -> dict[str, Any]:
         """Do a job and keep nothing."""
         return run_worker(job, name, self.threads, module="edge_ft.bench.studies.race_worker")
+
+
+def chosen_cases(cases: str, known: Collection[str]) -> list[str]:
+    """Read the value of --cases.
+
+    Returns:
+        The names, which commas separate.
+
+    Raises:
+        UsageError: there is no such case.
+    """
+    chosen = cases.split(",")
+    for name in chosen:
+        if name not in known:
+            raise UsageError(f"--cases {name}: there is no such case{did_you_mean(name, list(known))}")
+    return chosen

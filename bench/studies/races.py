@@ -12,9 +12,9 @@ from typing import Any, Literal
 from edge_ft.bench.report import markdown_table
 from edge_ft.bench.studies.curves import plot_curves, text_of
 from edge_ft.bench.studies.datasets import Rows, decoder_weights, story_rows, sum_rows, write_splits
+from edge_ft.bench.studies.kept_jobs import chosen_cases
 from edge_ft.bench.studies.training import Race, Trainings, run
 from edge_ft.config import Memory
-from edge_ft.errors import UsageError, did_you_mean
 from edge_ft.files import write_json, write_text
 from edge_ft.progress import Lines, Progress, Silent
 
@@ -147,10 +147,7 @@ def main(
         UsageError: there is no such case.
     """
     progress: Progress = Silent() if quiet else Lines()
-    chosen = cases.split(",")
-    for name in chosen:
-        if name not in CASES:
-            raise UsageError(f"--cases {name}: there is no such case{did_you_mean(name, list(CASES))}")
+    chosen = chosen_cases(cases, CASES)
     variant = "-".join(["report", *filter(None, (compute, memory))])
     for name in chosen:
         case, folder = CASES[name], out / name

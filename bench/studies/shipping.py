@@ -14,12 +14,11 @@ from typing import Any
 import edge_ft
 from edge_ft.artifacts import RunFolder
 from edge_ft.bench.studies.datasets import Rows, decoder_weights, finance_rows, sum_rows, summary_rows, write_splits
-from edge_ft.bench.studies.kept_jobs import KeptJobs
+from edge_ft.bench.studies.kept_jobs import KeptJobs, chosen_cases
 from edge_ft.bench.studies.off_grid import off_grid_model
 from edge_ft.bench.studies.shipping_page import Seed, Shipped, write_page
 from edge_ft.bench.studies.usual_formats import FORMATS
 from edge_ft.bench.studies.whole_command import tune_command
-from edge_ft.errors import UsageError, did_you_mean
 from edge_ft.progress import Lines, Progress, Silent
 from edge_ft.system import default_threads
 
@@ -170,10 +169,7 @@ def main(
         UsageError: there is no such case.
     """
     progress: Progress = Silent() if quiet else Lines()
-    chosen = cases.split(",")
-    for name in chosen:
-        if name not in CASES:
-            raise UsageError(f"--cases {name}: there is no such case{did_you_mean(name, list(CASES))}")
+    chosen = chosen_cases(cases, CASES)
     ours, page = ours or revision(), write or out / "shipping.md"
     done: dict[str, list[Seed]] = {}
     for seed in range(seeds):
