@@ -74,7 +74,8 @@ def store_in_fp16(model: ir.Model) -> None:
     """Store every matrix that float16 represents exactly as float16, with a Cast where it is read; call after `lower`.
 
     Matrices are weights and the scales of blocks; ONNX Runtime folds such a Cast when it opens the graph. Embedding
-    rows are cast after the lookup, so that the table itself stays memory-mapped.
+    rows are cast after the lookup, so that the table itself stays memory-mapped, and since OpenVINO takes only constant
+    scales there.
 
     Args:
         model: A lowered graph, changed in place.
@@ -91,7 +92,7 @@ def store_in_fp16(model: ir.Model) -> None:
         value.const_value, value.type = ir.tensor(narrow, name=value.name), ir.TensorType(ir.DataType.FLOAT16)
         whole = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
         for node, index in uses:
-            if node.op_type == "Gather":
+            if node.op_type in ("Gather", "GatherBlockQuantized"):
                 rows = ir.node("Cast", [node.outputs[0]], {"to": ir.DataType.FLOAT})
                 take_over(node.outputs[0], rows.outputs[0])
                 rows.replace_input_with(0, node.outputs[0])

@@ -297,9 +297,17 @@ class FrozenEmbedding(nn.Embedding):
 class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
     """A `FrozenEmbedding` over a blockwise weight: ids [...] -> float32 [..., embedding_dim]."""
 
+    half: bool
+    """Whether rows are rounded to float16, as the operator rounds them where the file's scales are float16."""
+
     def __init__(self, codes: Codes, padding_idx: int | None = None, scale: float = 1.0) -> None:
         FrozenEmbedding.__init__(self, codes.qweight.shape[0], codes.in_features, padding_idx, scale)
         self.set_codes(codes)
+
+    def set_codes(self, codes: Codes) -> None:
+        """Replace the quantized weight by `codes`."""
+        super().set_codes(codes)
+        self.half = torch.equal(self.scales, self.scales.half().float())
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[...] -> float32 [..., embedding_dim]; one `GatherBlockQuantized` operator while exporting."""
@@ -308,8 +316,22 @@ class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
             if self.fine is not None:
                 embedded = embedded + self._finer(input_ids, self.fine)
         else:
-            embedded = self.dequantize(columns=input_ids.flatten()).T.unflatten(0, input_ids.shape)
+            embedded = self._rows(input_ids.flatten()).T.unflatten(0, input_ids.shape)
         return embedded if self.scale == 1.0 else embedded * self.scale
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Return rows of the weight, [embedding_dim, ids], with the operator's rounding."""
+        if not self.half:
+            return self.dequantize(columns=ids)
+        scales = self.scales[:, None, ids]
+        fine, zero_points = self._fine_of(ids), self.zero_points[:, ids]
+        codes = self.qweight[:, ids].unflatten(0, (len(scales), -1))
+        rows = self._differences(codes, zero_points, None, slice(None)).mul_(scales).half().float()
+        if fine is not None:
+            where, packed = fine
+            finer = self._centred(packed.unflatten(0, (len(scales), -1)), zero_points.new_full((1, 1), FINE_ZERO))
+            rows[:, :, where] += (finer * scales[:, :, where]).half().float() / FINE_STEPS
+        return rows.flatten(0, 1)[: self.size]
 
     def _finer(self, input_ids: Tensor, fine: Tensor) -> Tensor:
         """Return what the further bits of the first rows add; other rows get 0 times those of the last such row."""

@@ -67,6 +67,17 @@ def test_the_adapter_lane_ships_the_trained_codes_byte_for_byte(
             assert stored.astype(trained.dtype).tobytes() == trained.tobytes()
 
 
+@pytest.mark.parametrize("bundle_name", ["llama_bundle", "bert_bundle"])
+def test_the_operator_of_an_embedding_has_its_scales_as_a_constant_since_openvino_takes_no_others(
+    bundle_name: str, request: pytest.FixtureRequest
+) -> None:
+    graph = onnx.load(request.getfixturevalue(bundle_name).graph(1), load_external_data=False).graph
+    constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    lookups = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
+    assert lookups
+    assert all(constants.get(node.input[2]) == onnx.TensorProto.FLOAT16 for node in lookups)
+
+
 @pytest.mark.parametrize("bundle_name", ["llama_adapter_bundle", "bert_adapter_bundle"])
 def test_the_adapter_lane_is_exact(bundle_name: str, request: pytest.FixtureRequest) -> None:
     found = request.getfixturevalue(bundle_name).manifest["verification"]

@@ -1,5 +1,6 @@
 """Quantized layers compute with what their codes stand for, and PEFT can wrap them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from edge_ft.quant.blockwise import Bits, Codes, Grid, dequantize, quantize, quantize_finely
+from edge_ft.quant.blockwise import FINE_STEPS, Bits, Codes, Grid, dequantize, quantize, quantize_finely
 from edge_ft.quant.conversion import quantize_model
 from edge_ft.quant.layers import QuantEmbedding, QuantLinear
 from edge_ft.quant.serialization import codes_sha256
@@ -53,10 +54,24 @@ def test_rows_with_further_bits_are_dequantized_and_kept(columns: int) -> None:
 
 def test_a_quantized_embedding_looks_up_the_dequantized_rows() -> None:
     table = np.random.default_rng(0).normal(size=(10, 64)).astype(np.float32)
-    codes = quantize(table, 32)
+    codes = quantize(table, 32, half_scales=False)
     ids = torch.tensor([[1, 9], [0, 1]])
     expected = torch.from_numpy(dequantize(codes))[ids]
     torch.testing.assert_close(QuantEmbedding(codes)(ids), expected, rtol=0, atol=0)
+
+
+def test_an_embedding_with_float16_scales_looks_up_rows_rounded_to_float16_as_onnxruntime_does() -> None:
+    table = np.random.default_rng(0).normal(size=(10, 64)).astype(np.float32)
+    ids = torch.tensor([[1, 9], [0, 1]])
+    expected = torch.from_numpy(dequantize(codes := quantize(table, 32)))[ids]
+    found = QuantEmbedding(codes)(ids)
+    torch.testing.assert_close(found, expected.half().float(), rtol=0, atol=0)
+    assert not torch.equal(found, expected)
+    finer = Codes.concatenate([quantize_finely(table[:5], 32), quantize(table[5:], 32)])
+    coarse = torch.from_numpy(dequantize(replace(finer, fine=None)))
+    further = torch.from_numpy(dequantize(finer)) - coarse
+    rounded = coarse.half().float() + (further * FINE_STEPS).half().float() / FINE_STEPS
+    torch.testing.assert_close(QuantEmbedding(finer)(ids), rounded[ids], rtol=0, atol=1e-6)
 
 
 def test_quantizing_a_model_replaces_every_linear_layer_and_shares_a_tied_head(llama: Path) -> None:
