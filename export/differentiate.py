@@ -2,7 +2,7 @@
 
 A `Tape` writes forward nodes and remembers for each what its gradient is made of; `Tape.gradients` writes the backward
 nodes. Both passes use plain ONNX operators and a few of ONNX Runtime's, so that onnxruntime alone runs them. A new
-family needs nothing here unless its layers hold an operator that is not in `RULES`.
+family needs nothing here unless its layers hold an operator without a rule in `edge_ft.export.operator_rules`.
 """
 
 import math
