@@ -297,7 +297,7 @@ class FrozenEmbedding(nn.Embedding):
 class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
     """A `FrozenEmbedding` over a blockwise weight: ids [...] -> float32 [..., embedding_dim]."""
 
-    half: bool
+    half: bool  # type: ignore[assignment]
     """Whether rows are rounded to float16, as the operator rounds them where the file's scales are float16."""
 
     def __init__(self, codes: Codes, padding_idx: int | None = None, scale: float = 1.0) -> None:
