@@ -42,11 +42,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def command_line() -> str:
     """Write the reference of the commands from what --help says."""
-    from edge_ft import cli
+    from edge_ft.cli.commands import app
 
     sys.argv = ["edge-ft"]  # the lines of usage name the program
 
-    text = cli.app.generate_docs(output_format="markdown")
+    text = app.generate_docs(output_format="markdown")
     head, _, rest = text.partition("## Table of Contents")
     body = rest[rest.index("**Commands**") :]
     return head.replace("# edge-ft", "# Command line", 1) + body

@@ -239,18 +239,18 @@ def _enter(case: Case, box: Box, names: dict[str, Path]) -> None:
 
 def _command(trace: Path) -> int:
     """Run edge-ft's command line and return its exit code."""
-    from edge_ft import cli
+    from edge_ft.cli import failures
 
-    fail = cli._fail
+    fail = failures._fail
 
     def noted(message: str, code: int, debug: bool) -> None:
         if code == 70:
             trace.write_text(traceback.format_exc(), errors="replace")
         fail(message, code, debug)
 
-    cli._fail = noted
+    failures._fail = noted
     try:
-        cli.main()
+        failures.main()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:  # noqa: BLE001 - what Python would print as a traceback

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_ft.cli import app
+from edge_ft.cli.commands import app
 from edge_ft.config import TuneConfig, as_plain
 from edge_ft.tune.command import reproducing_command
 

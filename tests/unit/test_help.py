@@ -10,7 +10,10 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from edge_ft import cli, config
+from edge_ft import config
+from edge_ft.cli.commands import app
+from edge_ft.cli.output import Output
+from edge_ft.cli.tables import _unit
 from edge_ft.config import Group
 
 SETTINGS = {
@@ -29,7 +32,7 @@ def help_of(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("COLUMNS", "100")
     printed = io.StringIO()
     with redirect_stdout(printed):
-        cli.app.meta([command, "--help"], exit_on_error=False, result_action="return_value")
+        app.meta([command, "--help"], exit_on_error=False, result_action="return_value")
     return printed.getvalue()
 
 
@@ -86,7 +89,7 @@ def test_a_table_in_a_pipe_is_not_cut(monkeypatch: pytest.MonkeyPatch, capsys: p
         ("loss [95%] " + "x" * 200, "1.25", "[red]" * 30),
         ("f1", "-", "0"),
     ]
-    cli._show(cli.Output(), {}, rows, "done")
+    Output().show({}, rows, "done")
     header, first, second, last = capsys.readouterr().out.splitlines()
     assert first == f"{rows[1][0]}  1.25  {rows[1][2]}"
     assert len(header) == len(first) == len(second)
@@ -95,10 +98,10 @@ def test_a_table_in_a_pipe_is_not_cut(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_the_loss_of_a_classifier_is_not_said_to_be_of_tokens() -> None:
-    assert [cli._unit(task) for task in ("text-generation", "text-classification")] == ["nats/token", "nats/target"]
+    assert [_unit(task) for task in ("text-generation", "text-classification")] == ["nats/token", "nats/target"]
 
 
 def test_json_on_stdout_stands_there_alone(capsys: pytest.CaptureFixture[str]) -> None:
     result: dict[str, Any] = {"rows": 1}
-    cli._show(cli.Output(json="-"), result, [("a", "b")], "done")
+    Output(json="-").show(result, [("a", "b")], "done")
     assert capsys.readouterr().out == '{\n  "rows": 1\n}\n'

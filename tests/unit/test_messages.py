@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_ft.cli import _settings_in
+from edge_ft.cli.commands import _settings_in
 from edge_ft.errors import UsageError, one_line
 
 ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

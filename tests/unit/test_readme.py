@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_ft import cli
+from edge_ft.cli import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "tutorials").glob("*.sh"))]
@@ -15,11 +15,11 @@ COMMANDS = ("plan", "tune", "export", "verify", "eval", "run", "bench")
 
 def flags_of(command: str) -> set[str]:
     """The flags that a command knows, without their dashes."""
-    names = {name for app in (cli.app[command], cli.app.meta) for name in _names(app)}
+    names = {name for app in (commands.app[command], commands.app.meta) for name in _names(app)}
     return {name.removeprefix("--") for name in names if name.startswith("--")} | {"help"}
 
 
-def _names(app: cli.App) -> list[str]:
+def _names(app: commands.App) -> list[str]:
     return [name for argument in app.assemble_argument_collection() for name in argument.names]
 
 
