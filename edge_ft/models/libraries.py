@@ -13,7 +13,7 @@ __all__ = ["import_libraries", "without_bitsandbytes"]
 
 
 def import_libraries(progress: Progress, *others: str) -> ModuleType:
-    """Import torch, transformers and `others`, without the notices that they print.
+    """Import torch, transformers and `others`, without the notices that they print, and set what computes products.
 
     Args:
         progress: Receives that it takes seconds, unless torch is imported already.
@@ -28,7 +28,9 @@ def import_libraries(progress: Progress, *others: str) -> ModuleType:
     with heartbeat(progress, "loading torch and transformers") if "torch" not in sys.modules else nullcontext():
         torch = require("torch", "train")
         from edge_ft.models.logging import silence_libraries
+        from edge_ft.models.products import choose_library
 
+        choose_library(torch)
         with silence_libraries(), without_bitsandbytes():
             for module in others:
                 require(module, "train")

@@ -45,7 +45,8 @@ def codes_key(settings: dict[str, Any], batch: Batch) -> str:
         array = np.asarray(values)
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
-    machine = [platform.machine(), torch.backends.cpu.get_cpu_capability(), has_bf16(torch.device("cpu"))]
+    products = torch.get_float32_matmul_precision()  # by which library: their last digits differ
+    machine = [platform.machine(), torch.backends.cpu.get_cpu_capability(), has_bf16(torch.device("cpu")), products]
     versions = [version(name) for name in ("torch", "numpy", "transformers")]
     method = [file_sha256(Path(str(module.__file__))) for module in _METHOD]
     known = [method, settings, digest.hexdigest(), machine, torch.get_num_threads(), versions]
