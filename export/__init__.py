@@ -72,9 +72,9 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
         import_libraries(progress, "onnxscript", "peft", "optimum")
     from edge_ft.export.bundle import graph_files, lora_graph, make_manifest, write_bundle, write_genai
     from edge_ft.export.finishing import load_finished
+    from edge_ft.export.opening import open_export_source
     from edge_ft.export.page import write_page
     from edge_ft.export.size import refuse_larger
-    from edge_ft.export.source import open_export_source
     from edge_ft.export.train_graphs import add_training
     from edge_ft.export.verification import genai_level, score_torch, verify_graphs, with_rows_needed
     from edge_ft.quant.sensitivity import finer_layers

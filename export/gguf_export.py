@@ -20,7 +20,8 @@ from edge_ft.export.gguf_file import Blocks, file_tensors, write_gguf_file
 from edge_ft.export.gguf_metadata import architecture_for, lost_settings
 from edge_ft.export.gguf_model import GgufModel, write_gguf_model
 from edge_ft.export.gguf_vocabulary import PROBES
-from edge_ft.export.source import ExportSource, open_export_source
+from edge_ft.export.opening import open_export_source
+from edge_ft.export.source import ExportSource
 from edge_ft.export.verification import TorchScores, score_torch, with_rows_needed
 from edge_ft.files import atomic_file, refuse_existing
 from edge_ft.models.gguf import open_gguf, plan_conversion, write_checkpoint

@@ -20,7 +20,7 @@ from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.data import Batch
 from edge_ft.errors import ModelError
 from edge_ft.export import export
-from edge_ft.export.source import open_export_source
+from edge_ft.export.opening import open_export_source
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora

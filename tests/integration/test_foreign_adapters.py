@@ -12,7 +12,7 @@ from once import once
 from tiny_models import write_bert, write_decoder, write_llama, write_t5
 
 from edge_ft.config import ExportConfig
-from edge_ft.export.source import open_export_source
+from edge_ft.export.opening import open_export_source
 from edge_ft.progress import Silent
 
 BASES: dict[str, Callable[[Path], Path]] = {

@@ -15,7 +15,8 @@ from edge_ft.config import ExportConfig
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import DataError, ModelError, UsageError
 from edge_ft.export.bundle import make_manifest
-from edge_ft.export.source import ExportSource, open_export_source
+from edge_ft.export.opening import open_export_source
+from edge_ft.export.source import ExportSource
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
 
