@@ -145,6 +145,11 @@ def _find(job: dict[str, Any]) -> dict[str, Any]:
             if not Path(source).exists():
                 # Without torch this is a device, and the user meant a bundle: do not ask for torch.
                 raise UsageError(f"there is no bundle, run folder or model at {source}")
+    from edge_ft.artifacts import RunFolder, kind_of
+
+    for source in (item["source"] for item in wanted if "source" in item):
+        if kind_of(source) == "run":
+            RunFolder.open(Path(source)).refuse_over_bundle()
     require("torch", "train")
     from edge_ft.bench.torch_peer import find, find_bundle_base
 

@@ -241,6 +241,26 @@ class RunFolder:
         base: dict[str, Any] = read_json(self.path / "base.json")
         return base
 
+    @property
+    def bundle(self) -> Path | None:
+        """The bundle that it was trained over, which may be gone; None: it was trained over a model."""
+        if "onnxruntime" not in self.report().get("versions", {}):
+            return None
+        base = self.base()
+        return next((Path(base[key]) for key in ("path", "model") if Path(base[key]).is_dir()), Path(base["model"]))
+
+    def refuse_over_bundle(self) -> None:
+        """Refuse a run over a bundle where a model is needed.
+
+        Raises:
+            UsageError: it is one; the message says what to do instead.
+        """
+        if (bundle := self.bundle) is not None:
+            raise UsageError(
+                f"{self.path} is a run over the bundle {bundle}, which answers with it (edge-ft run {bundle} --adapter "
+                f"{self.path}) or keeps it (edge-ft export {self.path} --onto {bundle})"
+            )
+
     def rendering(self) -> dict[str, Any]:
         """The rendering of the rows, for `edge_ft.data.Rendering.from_dict`."""
         rendering: dict[str, Any] = read_json(self.path / "rendering.json")
@@ -270,12 +290,15 @@ class Bundle:
 
         Raises:
             BundleError: not a bundle, of another version, or a file that is missing, changed or unlisted.
+            UsageError: a run that was trained over a bundle.
         """
         manifest_path = path / "manifest.json"
         if not path.exists():
             raise BundleError(f"{path} does not exist: give a bundle folder (edge-ft export makes one)")
         if not manifest_path.is_file():
             what = "a run folder" if kind_of(str(path)) == "run" else "a model" if _is_model(path) else ""
+            if what == "a run folder" and RunFolder(path).report_path.is_file():
+                RunFolder(path).refuse_over_bundle()
             if what:
                 raise BundleError(f"{path} is {what}, not a bundle: edge-ft export {path} --out BUNDLE makes one of it")
             raise BundleError(f"{path} is not a bundle: it has no manifest.json (edge-ft export makes one)")
@@ -374,6 +397,14 @@ class Bundle:
         if missing:
             raise BundleError(f"{self.path / 'manifest.json'}: its verification lacks {missing[0]!r}: export it again")
         return found
+
+    def weights_sha256(self) -> str | None:
+        """Return the sha256 over the files that hold the weights of a base that can learn, and the index of these."""
+        if (index := self.manifest.get("train", {}).get("index")) is None:
+            return None
+        files = {str(place["file"]) for place in read_json(self.path / index, BundleError)["tensors"].values()}
+        listed = self.manifest["files"]
+        return hashlib.sha256("".join(listed[name]["sha256"] for name in (index, *sorted(files))).encode()).hexdigest()
 
     @property
     def size_bytes(self) -> int:

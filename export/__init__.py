@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edge_ft.artifacts import Bundle
+from edge_ft.artifacts import Bundle, RunFolder, kind_of
 from edge_ft.config import ExportConfig
 from edge_ft.errors import BundleError, GateRefused, Interrupted, UsageError, require
 from edge_ft.files import atomic_folder, locked, refuse_existing
@@ -44,6 +44,8 @@ def export(source: str, config: ExportConfig, progress: Progress | None = None) 
 
         with locked(config.onto):
             return add_adapter(Path(source), config.onto, config, progress)
+    if kind_of(source) == "run":
+        RunFolder.open(Path(source)).refuse_over_bundle()
     with locked(config.target):
         refuse_existing(config.target)
         try:
@@ -171,6 +173,8 @@ def export_gguf(source: str, config: ExportConfig, progress: Progress | None = N
         raise UsageError(f"--out {config.target}: the name of a GGUF file ends in .gguf")
     with locked(config.target):
         refuse_existing(config.target)
+        if kind_of(source) == "run":
+            RunFolder.open(Path(source)).refuse_over_bundle()
         require("gguf", "train")
         import_libraries(progress, "peft")
         from edge_ft.export.gguf_export import export_file

@@ -26,7 +26,6 @@ from edge_ft.runtime import load
 from edge_ft.runtime.adapters import Bound, adapter_inputs, bind, given_inputs, neutral_shape
 from edge_ft.runtime.probes import SAME, probe_examples
 from edge_ft.runtime.session import open_session
-from edge_ft.system import use_threads
 
 __all__ = ["add_adapter"]
 
@@ -68,7 +67,6 @@ def add_adapter(source: Path, target: Path, config: ExportConfig, progress: Prog
         UsageError: the bundle takes no adapter, or not this one.
         GateRefused: nothing was learned, or too much is lost; the bundle is as before.
     """
-    use_threads(config.threads)
     with heartbeat(progress, f"opening {target}"):
         bundle = Bundle.open(target)
         bundle.remove_leftovers()

@@ -40,7 +40,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
         progress: Receives what is loaded; None is silent.
 
     Returns:
-        The scorer: ONNX Runtime for a bundle, else torch on the GPU if there is one.
+        The scorer: ONNX Runtime for a bundle and a run over one, else torch on the GPU if there is one.
 
     Raises:
         UsageError: an option does not fit the source.
@@ -52,6 +52,14 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
     if kind == "bundle":
         with heartbeat(progress, f"opening {source}"):
             return _open_bundle(Path(source), config, rows)
+    run = RunFolder.open(Path(source)) if kind == "run" else None
+    if run is not None and config.adapter not in (None, "none"):
+        raise UsageError(f"--adapter {config.adapter} is for bundles: of a run only none is another choice")
+    if run is not None and run.bundle is not None:
+        with heartbeat(progress, f"opening {run.bundle}"):
+            return _open_bundle(
+                _bundle_of(run), replace(config, adapter=config.adapter or str(run.path)), rows, run.rendering()
+            )
     if config.accuracy_level is not None:
         raise UsageError("--accuracy-level is for bundles: runs and models have no such levels, leave it out")
     from edge_ft.models.libraries import import_libraries
@@ -64,14 +72,11 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
         from edge_ft.models.loading import ModelSpec, load_model
         from edge_ft.quant.layers import to_device
 
-        if kind == "run":
-            run = RunFolder.open(Path(source))
+        if run is not None:
             base = find_run_base(run, progress)
             tokenizer = TextTokenizer.load(run.tokenizer, base.known_ids)
             own = Rendering.from_dict(run.rendering())
             rendering = trained_rendering(own, config, rows, tokenizer, base.max_length)
-            if config.adapter not in (None, "none"):
-                raise UsageError(f"--adapter {config.adapter} is for bundles: of a run only none is another choice")
             model, _ = open_run_model(run, config.adapter is None, base)
         elif config.adapter is not None:
             raise UsageError(
@@ -106,14 +111,37 @@ def torch_source(model: Any, rendering: Rendering, tokenizer: TextTokenizer, mod
     )
 
 
-def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedSource:
+def _bundle_of(run: RunFolder) -> Path:
+    """Return the bundle that a run was trained over.
+
+    Raises:
+        ModelError: it is gone, or its weights are others.
+    """
+    path = run.bundle
+    assert path is not None
+    if not path.is_dir():
+        raise ModelError(
+            f"the bundle {path} is gone, over which {run.path} was trained: edge-ft eval BUNDLE --adapter {run.path} "
+            "scores it on a copy"
+        )
+    if Bundle.open(path).weights_sha256() != run.base()["content_sha256"]:
+        raise ModelError(
+            f"the bundle {path} is not the one that {run.path} was trained over, its weights have changed: restore it, "
+            "or tune again"
+        )
+    return path
+
+
+def _open_bundle(
+    path: Path, config: EvalConfig, rows: Sequence[Row], rendering: dict[str, Any] | None = None
+) -> LoadedSource:
     from edge_ft.runtime import load
     from edge_ft.runtime.adapters import bind
 
     bundle = Bundle.open(path)
     tokenizer, limit = TextTokenizer.of_bundle(path), bundle.max_length
-    own = Rendering.from_dict(bind(bundle, config.adapter).bundle.manifest["rendering"])
-    rendering = trained_rendering(own, config, rows, tokenizer, limit)
+    own = Rendering.from_dict(rendering or bind(bundle, config.adapter).bundle.manifest["rendering"])
+    given = trained_rendering(own, config, rows, tokenizer, limit)
     return LoadedSource(
         load(
             bundle,
@@ -123,7 +151,7 @@ def _open_bundle(path: Path, config: EvalConfig, rows: Sequence[Row]) -> LoadedS
             engine="exact",  # scores are of the graph that was verified against torch, on every machine
         ),
         tokenizer,
-        rendering,
+        given,
         limit,
     )
 
@@ -140,7 +168,9 @@ def find_run_base(run: RunFolder, progress: Progress | None = None) -> "Base":
 
     Raises:
         ModelError: the base is gone, its content has changed, or it is an incomplete conversion of a GGUF file.
+        UsageError: it was trained over a bundle.
     """
+    run.refuse_over_bundle()
     from edge_ft.models.base_model import find_base
     from edge_ft.models.gguf_first import check_first_conversion, is_first_conversion
 

@@ -1,6 +1,5 @@
 """A trainable bundle as the base of a training: what `edge_ft.models.base_model.Base` is for a checkpoint."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,11 +46,8 @@ class BundleBase:
 
     @cached_property
     def content_sha256(self) -> str:
-        """Over the files that hold weights of the base, and the index that says where."""
-        listed = self.bundle.manifest["files"]
-        files = {str(place["file"]) for place in self.index["tensors"].values()}
-        hashes = [listed[name]["sha256"] for name in (self.bundle.manifest["train"]["index"], *sorted(files))]
-        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+        """Of its weights and of the index that says where they are."""
+        return str(self.bundle.weights_sha256())
 
     @property
     def dims(self) -> BundleDims:

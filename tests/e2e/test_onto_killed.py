@@ -35,7 +35,10 @@ def killed(self, target):
 
 pathlib.Path.replace = killed
 from edge_ft.cli import main
-main()
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
 assert "torch" not in sys.modules and "onnx" not in sys.modules and "peft" not in sys.modules
 """
 

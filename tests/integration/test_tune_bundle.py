@@ -1,6 +1,7 @@
 """`edge-ft tune` over a bundle: the same run as over the model, by onnxruntime and numpy."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,9 +17,10 @@ from safetensors.numpy import load_file
 from trainable_bundles import trainable_bundle
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.config import ExportConfig, TuneConfig
-from edge_ft.errors import Interrupted, UsageError
-from edge_ft.export import export
+from edge_ft.config import EvalConfig, ExportConfig, TuneConfig
+from edge_ft.errors import Interrupted, ModelError, UsageError
+from edge_ft.evaluate import evaluate
+from edge_ft.export import export, export_gguf
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.progress import Silent
@@ -70,6 +72,31 @@ def test_its_adapter_opens_in_plain_peft_and_scores_as_reported(run: RunFolder, 
     batching = Batching("text-generation", job.tokenizer.pad_id)
     scores = score(TorchScorer(model, "text-generation"), job.prepared.examples["test"], batching, Silent(), "test")
     assert scores.mean_nll == pytest.approx(run.report()["nll"]["test"], abs=1e-5)
+
+
+def test_a_run_over_a_bundle_is_scored_by_the_bundle(run: RunFolder) -> None:
+    given = EvalConfig(data=str(run.split("test")), generate=False)
+    assert evaluate(str(run.path), given)["nll"] == pytest.approx(run.report()["nll"]["test"], abs=1e-4)
+    base = evaluate(str(run.path), replace(given, adapter="none"))["nll"]
+    assert base == pytest.approx(run.report()["nll"]["test_base"], abs=1e-4)
+
+
+def test_a_run_is_not_scored_by_another_bundle(run: RunFolder, bundle: Bundle, tmp_path: Path) -> None:
+    copy = RunFolder(Path(shutil.copytree(run.path, tmp_path / "run")))
+    given = EvalConfig(data=str(run.split("test")), generate=False)
+    for there, message in ((tmp_path / "gone", "gone is gone, over which"), (bundle.path, "its weights have changed")):
+        base = {**copy.base(), "model": str(there), "path": str(there), "content_sha256": "0"}
+        (copy.path / "base.json").write_text(json.dumps(base))
+        (copy.path / "files.json").unlink(missing_ok=True)
+        with pytest.raises(ModelError, match=message):
+            evaluate(str(copy.path), given)
+
+
+def test_a_run_over_a_bundle_has_no_model_to_export(run: RunFolder, bundle: Bundle, tmp_path: Path) -> None:
+    for format in ("bundle", "gguf"):
+        given = ExportConfig(out=tmp_path / "out.gguf", format=format)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=f"edge-ft export {run.path} --onto {bundle.path}"):
+            (export if format == "bundle" else export_gguf)(str(run.path), given)
 
 
 def test_the_losses_are_those_of_the_torch_backend(bundle: Bundle, llama: Path, sums: Path, tmp_path: Path) -> None:

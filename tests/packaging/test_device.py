@@ -1,4 +1,4 @@
-"""With the base install alone, as on a device: bundles open, verify, answer, and are scored and measured."""
+"""With the base install alone, as on a device: bundles open, verify, answer, learn, and are scored and measured."""
 
 import json
 import subprocess
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from once import once
+from trainable_bundles import trainable_bundle
 
-from edge_ft.artifacts import Bundle
+from edge_ft.artifacts import Bundle, RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,6 +70,39 @@ def test_a_bundle_is_scored_over_rows(device: Path, smollm2_bundle: Bundle, smol
     )
     expected = smollm2_bundle.manifest["verification"]["test"]["nll"]["shipped"]
     assert json.loads(scored.stdout)["nll"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_bundle_learns_and_keeps_what_it_learned(device: Path, llama: Path, sums: Path, tmp_path: Path) -> None:
+    bundle, run = trainable_bundle(llama, tmp_path / "bundle").path, tmp_path / "run"
+    steps = ("--max-steps", "12", "--learning-rate", "1e-2", "--split", "0.6", "0.2", "0.2")
+    learned = edge_ft(device, "tune", "--model", bundle, "--data", sums, *steps, "--out", run)
+    assert learned.returncode == 0, learned.stderr
+    losses = RunFolder.open(run).report()["nll"]
+    assert losses["best"] < losses["base"] - 1
+    assert f"edge-ft export {run} --onto {bundle}" in learned.stdout + learned.stderr
+
+    answered = edge_ft(device, "run", bundle, "--adapter", run, "--max-new-tokens", "4", "--json", "-", stdin="1 + 2 =")
+    assert json.loads(answered.stdout)["new_tokens"] > 0
+
+    def loss(*source: str | Path) -> float:
+        given = ("--data", run / "splits" / "test.jsonl", "--no-generate", "--json", "-", "--quiet")
+        scored = edge_ft(device, "eval", *source, *given)
+        assert scored.returncode == 0, scored.stderr
+        return float(json.loads(scored.stdout)["nll"])
+
+    tuned, base = (pytest.approx(losses[column], abs=1e-4) for column in ("test", "test_base"))
+    assert loss(run) == tuned == loss(bundle, "--adapter", run)
+    assert loss(run, "--adapter", "none") == base
+    for arguments in (("run", run, "hello"), ("export", run, "--out", tmp_path / "other"), ("bench", run)):
+        refused = edge_ft(device, *arguments)
+        assert refused.returncode == 2
+        assert f"edge-ft export {run} --onto {bundle}" in refused.stderr
+
+    kept = edge_ft(device, "export", run, "--onto", bundle, "--name", "mine")
+    assert kept.returncode == 0, kept.stderr
+    assert loss(bundle) == tuned
+    assert loss(run) == tuned
+    assert loss(bundle, "--adapter", "none") == base
 
 
 def test_commands_that_need_torch_name_the_pip_command(device: Path, smollm2_bundle: Bundle, tmp_path: Path) -> None:
