@@ -160,6 +160,14 @@ class Tape:
             self._steps.append((tuple(parts), [(x, lambda *g: self.op("Concat", *g, axis=axis))]))
         return list(parts)
 
+    def bias(self, x: ir.Value, bias: ir.Value) -> ir.Value:
+        """X [rows, size] + bias [size]."""
+
+        def summed(g: ir.Value) -> ir.Value:
+            return self.op("ReduceSum", g, self.constant([0], np.int64), keepdims=0)  # type: ignore[no-any-return]
+
+        return self.record(self.op("Add", x, bias), (x, lambda g: g), (bias, summed))
+
     def softmax(self, x: ir.Value) -> ir.Value:
         """Softmax over the last dimension."""
         p = self.op("Softmax", x, axis=-1)
@@ -318,7 +326,9 @@ class Tape:
         parts = self.parts(weight.module, weight.outputs)
         changes = []
         for name, size in parts:
-            self.linears.append(Linear(name, weight.inputs, size))
+            linear = Linear(name, weight.inputs, size)
+            if linear not in self.linears:  # ALBERT calls its only layer again and again
+                self.linears.append(linear)
             a = self.input(f"lora_A.{name}", ir.DataType.FLOAT, ("rank", weight.inputs))
             b = self.input(f"lora_B.{name}", ir.DataType.FLOAT, (size, "rank"))
             scaling = self.input("scaling", ir.DataType.FLOAT, ())

@@ -279,14 +279,17 @@ def _labels(base: Base, task: Task, config: ExportConfig, rows: list[Row], adapt
     """Return the class names: --class-names, else the adapter's or the checkpoint's own, else LABEL_i.
 
     Raises:
-        ModelError: neither the model nor the adapter has a head.
+        ModelError: neither the model nor the adapter has a head, and --class-names asks for no new one.
         UsageError: --class-names gives more or fewer names than the head has outputs.
         DataError: the rows name the classes of a head that does not: in which order is not known.
     """
     own, size = base.labels(task), _head_size(base, task, adapter)
-    if not size and not own:
-        raise ModelError(f"{base.path} has no head for {task}: tune it first")
-    size = size or len(own)
+    if not size and not own and not config.class_names:
+        raise ModelError(
+            f"{base.path} has no head for {task}: tune it first, or name the classes of a new head, which the bundle "
+            "can then learn, --class-names NAME,NAME,…"
+        )
+    size = size or len(own) or len(config.class_names)
     named = adapter.class_names if adapter is not None else ()
     own = () if is_unnamed(own) else own
     names = next((names for names in (config.class_names, named, own) if len(names) == size), ())

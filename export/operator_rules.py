@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_ft.export.differentiate import Undifferentiable
+from edge_ft.export.moving_rules import MOVING_RULES
 from edge_ft.export.piece_builder import Builder
 
 __all__ = ["repeat"]
@@ -147,5 +148,6 @@ RULES: dict[str, Callable[[Builder, ir.Node], Any]] = {
         builder.at(node, 0), list(node.attributes["perm"].as_ints())
     ),
     "Split": _split,
+    **MOVING_RULES,
 }
 """How each operator of a layer is repeated on a tape."""

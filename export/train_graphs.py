@@ -18,12 +18,14 @@ from safetensors.numpy import save_file
 from edge_ft.config import INT8_ACTIVATIONS
 from edge_ft.errors import UsageError
 from edge_ft.export.bundle_weights import JOINED
+from edge_ft.export.class_head import ClassHead
 from edge_ft.export.differentiate import Undifferentiable, extract
 from edge_ft.export.graph_pieces import Flow, Piece
 from edge_ft.export.operator_rules import repeat
 from edge_ft.export.piece_builder import Builder, Parts
 from edge_ft.export.source import ExportSource
 from edge_ft.export.vocabulary_head import VocabularyHead
+from edge_ft.families import CLASSIFIERS
 from edge_ft.files import write_json
 
 __all__ = ["add_training", "write_train_graphs"]
@@ -52,8 +54,9 @@ def add_training(folder: Path, source: ExportSource, graph: str, trainable: bool
     """
     try:
         _refuse(source, trainable)
-        dims = source.dims
-        index = write_train_graphs(folder, graph, source.base.family.layers, _parts(source), dims.hidden)
+        family, hidden = source.base.family, source.dims.hidden
+        head = family.trained_head(source.task)
+        index = write_train_graphs(folder, graph, family.layers, _parts(source), hidden, head)
         _refuse_large(folder / FOLDER, trainable)
     except Undifferentiable as error:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
@@ -75,7 +78,7 @@ def _refuse(source: ExportSource, trainable: bool | None) -> None:
         raise Undifferentiable("its adapter is merged into the weights: export the run with --lane adapter")
     if source.weights in INT8_ACTIVATIONS:
         raise Undifferentiable("it computes in int8, which has no gradient: export it with --weights int4 or int8")
-    if not source.base.family.decoder:
+    if not source.base.family.decoder and source.task not in CLASSIFIERS:
         raise Undifferentiable(f"training over a bundle does not know the task {source.task} yet")
 
 
@@ -104,7 +107,9 @@ def _parts(source: ExportSource) -> Parts:
     return parts
 
 
-def write_train_graphs(folder: Path, graph: str, layers: str, parts: Parts, hidden: int) -> str:
+def write_train_graphs(
+    folder: Path, graph: str, layers: str, parts: Parts, hidden: int, trained_head: tuple[str, ...] = ()
+) -> str:
     """Write `train/` into a bundle.
 
     Args:
@@ -113,6 +118,7 @@ def write_train_graphs(folder: Path, graph: str, layers: str, parts: Parts, hidd
         layers: Dotted name of the list of transformer layers.
         parts: Name and outputs of a linear layer -> those of the layers that an export joined into it.
         hidden: Width of the model.
+        trained_head: Modules of a head that is trained in full; none: the head is that over the vocabulary.
 
     Returns:
         Path of the index relative to `folder`.
@@ -135,7 +141,8 @@ def write_train_graphs(folder: Path, graph: str, layers: str, parts: Parts, hidd
             models |= {paths[name]: graph for name, graph in block.models.items()}
             blocks.append({"graphs": paths, **block.description})
         entries.append({"block": kind, "window": block.window, "weights": tensors.table(block.builder.weights)})
-    embed, head = _Embedding(flow.before), VocabularyHead(flow.after)
+    embed = _Embedding(flow.before)
+    head = ClassHead(flow.after, trained_head) if trained_head else VocabularyHead(flow.after)
     models |= {f"{FOLDER}/embed.onnx": embed.model, f"{FOLDER}/head.onnx": head.model}
     models[f"{FOLDER}/head_score.onnx"] = head.score
     (folder / FOLDER).mkdir()
@@ -152,6 +159,7 @@ def write_train_graphs(folder: Path, graph: str, layers: str, parts: Parts, hidd
             "graph": f"{FOLDER}/head.onnx",
             "score": f"{FOLDER}/head_score.onnx",
             "weights": tensors.table(head.builder.weights),
+            **({"parameters": tensors.parameters(head.parameters)} if isinstance(head, ClassHead) else {}),
         },
         "tensors": tensors.places,
     }
@@ -174,12 +182,20 @@ class _Tensors:
         """Return the name of the tensor for each input; note where its bytes are."""
         return {name: self._place(value, shape) for name, (value, shape) in weights.items()}
 
+    def parameters(self, found: dict[str, tuple[ir.Value, bool]]) -> dict[str, dict[str, Any]]:
+        """Return where the parameters of a head start: a tensor, and whether it is transposed there."""
+        return {
+            name: {"tensor": self._place(value, _shape(value)), "transposed": transposed}
+            for name, (value, transposed) in found.items()
+        }
+
     def _place(self, value: ir.Value, shape: tuple[int, ...]) -> str:
         tensor = value.const_value
         assert tensor is not None
         name = f"{value.name}" if tuple(tensor.shape.numpy()) == shape else f"{value.name}:{len(shape)}"
         place: dict[str, Any] = {"dtype": tensor.dtype.numpy().name, "shape": list(shape)}
-        if isinstance(tensor, ir.ExternalTensor):
+        # The values of an adapter that is kept in the bundle may be replaced.
+        if isinstance(tensor, ir.ExternalTensor) and not str(tensor.location).endswith(".safetensors"):
             place |= {"file": (self.beside / str(tensor.location)).as_posix(), "offset": tensor.offset or 0}
         else:
             self.inline[name] = np.ascontiguousarray(tensor.numpy().reshape(shape))
@@ -260,6 +276,12 @@ class _Embedding:
         tape.inputs["input_ids"] = ids
         builder.active = set()  # every node is copied as it is
         self.model = extract(tape, {"x": builder.copy(piece.y)})
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    tensor = value.const_value
+    assert tensor is not None
+    return tuple(int(size) for size in tensor.shape.numpy())
 
 
 def _serialized(model: ir.Model) -> bytes:

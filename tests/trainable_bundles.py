@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 
 from edge_ft.artifacts import Bundle
-from edge_ft.config import ExportConfig
+from edge_ft.config import ExportConfig, Task
 from edge_ft.export import export
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
@@ -35,10 +35,16 @@ def random_adapter(model: BlockModel) -> dict[str, Pair]:
     }
 
 
-def torch_model(folder: Path, adapter: dict[str, Pair]) -> Any:
-    """The PEFT model with this adapter over the int4 codes of a checkpoint."""
-    model = load_model(ModelSpec(find_base(str(folder)), "text-generation", "int4"))
-    lora = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules=list(adapter))
+def torch_model(
+    folder: Path, adapter: dict[str, Pair], task: Task = "text-generation", labels: tuple[str, ...] = ()
+) -> Any:
+    """The PEFT model with this adapter over the int4 codes of a checkpoint; a classifier's head is trained too."""
+    base = find_base(str(folder))
+    model = load_model(ModelSpec(base, task, "int4", labels=labels))
+    head = [name.rpartition(".")[2] for name in base.family.trained_head(task)]
+    lora = LoraConfig(
+        r=RANK, lora_alpha=int(SCALING * RANK), target_modules=list(adapter), modules_to_save=head or None
+    )
     tuned = get_peft_model(model, lora)  # type: ignore[arg-type]
     for module, pair in adapter.items():
         for side, array in zip("AB", pair, strict=True):

@@ -11,7 +11,7 @@ from edge_ft.config import ProblemType
 from edge_ft.data import Batch
 from edge_ft.errors import UsageError
 from edge_ft.runtime.encoder import Encoder
-from edge_ft.runtime.token_scores import log_softmax
+from edge_ft.runtime.token_scores import class_scores, log_softmax
 
 __all__ = ["Classification", "TextClassifier"]
 
@@ -69,14 +69,8 @@ class TextClassifier(Encoder):
         """Return the loss (nats) and the prediction, shaped as the labels; as `edge_ft.models.scorer.class_losses`."""
         labels = batch["labels"]
         logits = self.logits(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
-        if self.problem == "regression":
-            return (logits - labels) ** 2 / 2, logits
-        if self.problem == "multi_label_classification":
-            loss = np.maximum(logits, 0) - logits * labels + np.log1p(np.exp(-np.abs(logits)))
-            return loss, (logits > 0).astype(np.float32)
-        log_probabilities = log_softmax(logits)
-        rows = np.arange(len(log_probabilities))
-        return -log_probabilities[rows, labels[:, 0]][:, None], log_probabilities.argmax(axis=-1)[:, None]
+        found = class_scores(logits, labels if np.issubdtype(labels.dtype, np.floating) else labels[:, 0], self.problem)
+        return found[0].reshape(labels.shape), found[1].reshape(labels.shape)
 
     def _probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         if self.problem == "regression":

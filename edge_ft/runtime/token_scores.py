@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_ft.config import ProblemType
 from edge_ft.runtime.cache import KVCache
 
-__all__ = ["answer_nll", "log_softmax", "score_targets"]
+__all__ = ["answer_nll", "class_scores", "log_softmax", "score_targets"]
 
 MAX_LOGITS = 1 << 24
 """Logits held at a time while scoring (64 MB); a larger batch is scored in parts."""
@@ -18,6 +19,27 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the log-probabilities over the last axis, as a new array of the same shape."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def class_scores(
+    logits: NDArray[np.float32], labels: NDArray[Any], problem: ProblemType | None
+) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    """Score the logits of a classifier; as `edge_ft.models.scorer.class_losses`.
+
+    Args:
+        logits: [targets, classes].
+        labels: int64 [targets]; float32 [targets, classes] for several classes or a number.
+        problem: What the logits are; None: one class.
+
+    Returns:
+        Loss (nats) and prediction, both shaped as the labels.
+    """
+    if problem == "regression":
+        return (logits - labels) ** 2 / 2, logits
+    if problem == "multi_label_classification":
+        loss = np.maximum(logits, 0) - logits * labels + np.log1p(np.exp(-np.abs(logits)))
+        return loss, (logits > 0).astype(np.float32)
+    return -log_softmax(logits)[np.arange(len(logits)), labels], logits.argmax(axis=-1)
 
 
 def score_targets(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from edge_ft.adapter import PEFT_TASKS
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import TuneConfig, last_layers
 from edge_ft.data import stop_ids
@@ -29,6 +30,9 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "memory": (None, "normal", "low"),
 }
 """Options of which a training over a bundle knows some values only."""
+
+SHOWN = 5
+"""Most classes that a message names."""
 
 
 @dataclass(frozen=True)
@@ -113,26 +117,34 @@ class BundleEngine:
             The model.
 
         Raises:
-            UsageError: --target-modules or --layers names nothing in it.
+            UsageError: --target-modules or --layers names nothing in it, or its head has other classes than the rows.
         """
         config, base = job.config, job.base
         assert isinstance(base, BundleBase) and config.threads is not None
-        model = BlockModel(base.bundle, config.threads)
+        rendering = job.prepared.rendering
+        if rendering.labels != base.labels(rendering.task):
+            raise UsageError(
+                f"{config.data} has the classes {_named(rendering.labels)}, and the head of {base.name} has "
+                f"{_named(base.labels(rendering.task))}: name the rows' classes as the head does, or export the model "
+                "with --class-names"
+            )
+        model = BlockModel(base.bundle, config.threads, rendering.problem_type)
+        head = base.family.trained_head(rendering.task)
         linears = _chosen(model.linears, config, base)
         settings = {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": PEFT_TASKS[rendering.task],
             "base_model_name_or_path": base.name,
             "r": config.rank,
             "lora_alpha": config.alpha,
             "lora_dropout": 0.0,
             "target_modules": sorted(linears),
-            "modules_to_save": None,
+            "modules_to_save": [name.rpartition(".")[2] for name in head] or None,
             "bias": "none",
             "fan_in_fan_out": base.family.fan_in_fan_out,
             "inference_mode": True,
         }
-        stops = stop_ids(job.prepared.rendering, job.tokenizer)
+        stops = stop_ids(rendering, job.tokenizer)
         adapter = fresh_adapter(linears, config.rank, config.seed)
         return BundleModel(
             OnnxBackend(model, adapter, config, settings, stops), base.content_sha256, Grid(config.block_size)
@@ -144,6 +156,10 @@ class BundleEngine:
     def settle_memory(self, job: Job, model: BundleModel) -> Job:
         """Return the job as it is."""
         return job
+
+
+def _named(labels: tuple[str, ...]) -> str:
+    return ", ".join(labels[:SHOWN]) + (f" and {len(labels) - SHOWN} more" if len(labels) > SHOWN else "")
 
 
 def _default(name: str) -> Any:

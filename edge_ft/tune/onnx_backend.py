@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from safetensors.numpy import save_file
 from edge_ft.config import TuneConfig
 from edge_ft.data import IGNORED, Batch, pad, target_mask
 from edge_ft.files import write_json
-from edge_ft.tune.block_model import BlockModel, Pair, Targets
+from edge_ft.tune.block_graphs import Values
+from edge_ft.tune.block_model import BlockModel, Pair, Tokens
+from edge_ft.tune.bundle_heads import VocabularyHead
 from edge_ft.tune.processes import Cpu
 
 __all__ = ["OnnxBackend", "fresh_adapter"]
@@ -24,8 +27,18 @@ ANSWER_ROWS = 8
 """Sequences that are scored together while answers are chosen."""
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What the graphs read of an adapter."""
+
+    adapter: list[Values]
+    """A and B, by layer."""
+    head: Values
+    """Weights and biases of a classifier's head."""
+
+
 class OnnxBackend:
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over A and B of a bundle's linear layers.
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over A and B of a bundle's linear layers, and a classifier's head.
 
     The methods are those of `edge_ft.tune.engine.TrainingBackend`.
     """
@@ -51,16 +64,23 @@ class OnnxBackend:
         self.device = Cpu()
         self._config, self._adapter_config = config, adapter_config
         self._recompute, self._decay = config.memory == "low", config.weight_decay
-        names = [f"{module}.lora_{side}.weight" for module in self.adapter for side in "AB"]
-        self.names = names
-        """Of the parameters in the adapter's file, in the order of `parameters`."""
-        self.parameters = [array for pair in self.adapter.values() for array in pair]
+        head = model.head
+        self.named: dict[str, NDArray[np.float32]] = {
+            f"{module}.lora_{side}.weight": part
+            for module, pair in self.adapter.items()
+            for side, part in zip("AB", pair, strict=True)
+        }
+        self.named |= head.parameters
+        """The parameters by their names in the adapter's file."""
+        self.parameters = list(self.named.values())
         self._moments = [(np.zeros_like(array), np.zeros_like(array)) for array in self.parameters]
         self._updates = 0
         self._best: list[NDArray[np.float32]] = []
-        self._gradients: dict[str, Pair] | None = None
+        self._gradients: tuple[dict[str, Pair], dict[str, NDArray[np.float32]]] | None = None
+        start = {name: array.copy() for name, array in head.parameters.items()}
         scaling = config.alpha / config.rank
-        self._tuned, self._untuned = model.adapter_values(self.adapter, scaling), model.adapter_values({}, 0.0)
+        self._tuned = _Given(model.adapter_values(self.adapter, scaling), head.values(head.parameters))
+        self._untuned = _Given(model.adapter_values({}, 0.0), head.values(start))
         self._values = self._tuned
 
     @contextmanager
@@ -99,19 +119,20 @@ class OnnxBackend:
 
     def gradient(self, batch: Batch, targets: int) -> float:
         """Accumulate the gradient of the batch's summed loss / `targets`; return that loss (nats)."""
-        if self._gradients is None:
-            self._gradients = {name: (np.zeros_like(a), np.zeros_like(b)) for name, (a, b) in self.adapter.items()}
-        at, labels = _targets(batch)
-        if not len(labels):
+        if not target_mask(batch["labels"], self.model.task).any():
             return 0.0
-        tokens = batch["input_ids"], batch["attention_mask"]
-        wanted = Targets(at, labels, 1.0 / targets)
-        return self.model.gradient(tokens, wanted, self._values, self._gradients, recompute=self._recompute)
+        if self._gradients is None:
+            pairs = {name: (np.zeros_like(a), np.zeros_like(b)) for name, (a, b) in self.adapter.items()}
+            self._gradients = pairs, {name: np.zeros_like(array) for name, array in self.model.head.parameters.items()}
+        pairs, head = self._gradients
+        loss = self.model.head.loss(batch, 1.0 / targets, self._values.head, head)
+        return self.model.gradient(Tokens.of(batch), loss, self._values.adapter, pairs, recompute=self._recompute)
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
         """Clip (0: not) and take an AdamW step if the gradient is finite; return its norm before clipping."""
         assert self._gradients is not None
-        gradients = [array for pair in self._gradients.values() for array in pair]
+        pairs, head = self._gradients
+        gradients = [*(array for pair in pairs.values() for array in pair), *head.values()]
         norm = float(np.sqrt(sum(float(np.vdot(gradient, gradient)) for gradient in gradients)))
         if np.isfinite(norm):
             factor = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
@@ -163,7 +184,7 @@ class OnnxBackend:
         neighbour = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(neighbour, ignore_errors=True)
         neighbour.mkdir()
-        arrays = {f"base_model.model.{name}": array for name, array in zip(self.names, self.parameters, strict=True)}
+        arrays = {f"base_model.model.{name}": array for name, array in self.named.items()}
         save_file(arrays, neighbour / "adapter_model.safetensors", {"format": "pt"})
         write_json(neighbour / "adapter_config.json", dict(self._adapter_config))
         shutil.rmtree(folder, ignore_errors=True)
@@ -190,15 +211,11 @@ class OnnxBackend:
         """Score the labels of a batch.
 
         Returns:
-            Negative log-likelihood (nats) and likeliest token, shaped as the labels; 0 and -100 where there is no
-            target.
+            Negative log-likelihood (nats) and likeliest token or class, shaped as the labels; 0 and -100 where there
+            is no target.
         """
-        at, labels = _targets(batch)
-        hidden = self.model.hidden(batch["input_ids"], batch["attention_mask"], self._values)
-        nll, predicted = np.zeros(at.shape, np.float32), np.full(at.shape, IGNORED, np.int64)
-        where = target_mask(batch["labels"], "text-generation")
-        nll[where], predicted[where] = self.model.score(hidden[at], labels)
-        return nll, predicted
+        x, shared = self.model.forward(Tokens.of(batch), self._values.adapter)
+        return self.model.head.token_nll(x, shared, batch, self._values.head)
 
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
         """Return the greedy answer to one prompt, without the stop token that ends it; an empty one to no prompt."""
@@ -206,15 +223,17 @@ class OnnxBackend:
 
     def answer_batch(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Return `answer` to each of the prompts, none of them empty; they are computed together."""
+        head = self.model.head
+        assert isinstance(head, VocabularyHead)
         answers: list[list[int]] = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))
         for _ in range(max_new_tokens):
             rows = sorted(unfinished)
             texts = [prompts[row] + answers[row] for row in rows]
             ids, mask = pad(texts, 0)
-            hidden = self.model.hidden(ids, mask, self._values)
+            hidden = self.model.hidden(Tokens(ids, mask), self._values.adapter)
             last = hidden[np.arange(len(rows)), mask.sum(1) - 1]
-            _, predicted = self.model.score(last, np.zeros(len(rows), np.int64))
+            _, predicted = head.score(last, np.zeros(len(rows), np.int64))
             for row, token in zip(rows, predicted.tolist(), strict=True):
                 if token in self.stop_ids:
                     unfinished.discard(row)
@@ -245,11 +264,3 @@ def fresh_adapter(linears: Mapping[str, tuple[int, int]], rank: int, seed: int) 
         a = random.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
         adapter[module] = a, np.zeros((outputs, rank), np.float32)
     return adapter
-
-
-def _targets(batch: Batch) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Return the positions whose next token is a target [batch, seq], and these targets."""
-    labels = batch["labels"]
-    at = np.zeros(labels.shape, np.bool_)
-    at[:, :-1] = labels[:, 1:] != IGNORED
-    return at, labels[:, 1:][at[:, :-1]]

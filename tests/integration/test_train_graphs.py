@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 import torch
 from once import once
-from tiny_models import DECODERS, write_decoder
+from tiny_models import DECODERS, ENCODERS, WORDS, tiny_encoder_config, write_decoder, write_encoder
 from torch.nn.functional import cross_entropy
 from trainable_bundles import SCALING, random_adapter, tokens, torch_model, torch_parameter, trainable_bundle
 
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.config import ExportConfig
+from edge_ft.config import ExportConfig, Task
+from edge_ft.data import Batch, TextTokenizer
 from edge_ft.errors import UsageError
 from edge_ft.evaluate.loading import open_run_model
 from edge_ft.export import export
+from edge_ft.models.scorer import LOSSES
 from edge_ft.quant.sensitivity import finer_layers
-from edge_ft.tune.block_model import BlockModel, Targets
+from edge_ft.tune.block_model import BlockModel, Pair, Tokens
+from edge_ft.tune.bundle_heads import VocabularyHead
 
 SIZES = [(3, 20), (1, 11), (2, 3)]
 """Rows and tokens of a batch: with padding, a single row, odd lengths."""
@@ -36,6 +39,7 @@ def test_gradients_are_those_of_torch(name: str, work: Path) -> None:
     values = model.adapter_values(adapter, SCALING)
     for rows, length in SIZES:
         ids, mask, labels = tokens(rows, length, tuned.config.vocab_size)
+        batch: Batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "rows": []}
         at = np.zeros(ids.shape, np.bool_)
         at[:, :-1] = labels[:, 1:] != -100
         wanted = labels[:, 1:][at[:, :-1]]
@@ -43,22 +47,86 @@ def test_gradients_are_those_of_torch(name: str, work: Path) -> None:
         logits = tuned(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits
         loss = cross_entropy(logits[torch.from_numpy(at)], torch.from_numpy(wanted), reduction="sum") / len(wanted)
         loss.backward()
-        largest = max(float(p.grad.abs().max()) for p in tuned.parameters() if p.grad is not None)
-        for recompute in (False, True):
-            found = {module: (np.zeros_like(a), np.zeros_like(b)) for module, (a, b) in adapter.items()}
-            targets = Targets(at, wanted, 1 / len(wanted))
-            assert model.gradient((ids, mask), targets, values, found, recompute=recompute) == pytest.approx(
-                loss.item(), abs=1e-5
-            )
-            for module, pair in found.items():
-                for side, array in zip("AB", pair, strict=True):
-                    expected = torch_parameter(tuned, module, side).grad.numpy()
-                    # Of a gradient a hundred times smaller than others, float32 leaves fewer digits.
-                    scale = max(float(np.abs(expected).max()), 0.01 * largest)
-                    assert np.abs(array - expected).max() <= LARGEST_ERROR * scale, (module, side, rows, length)
-        nll, predicted = model.score(model.hidden(ids, mask, values)[at], wanted)
+        compare_gradients(model, adapter, tuned, batch, loss.item() * len(wanted), len(wanted))
+        nll, predicted = model.head.token_nll(*model.forward(Tokens.of(batch), values), batch, {})
         assert nll.sum() / len(wanted) == pytest.approx(loss.item(), abs=1e-5)
-        assert (predicted == logits[torch.from_numpy(at)].argmax(-1).numpy()).all()
+        assert (predicted[:, 1:][at[:, :-1]] == logits[torch.from_numpy(at)].argmax(-1).numpy()).all()
+
+
+def compare_gradients(
+    model: BlockModel, adapter: dict[str, Pair], tuned: Any, batch: Batch, loss: float, targets: int
+) -> None:
+    """Compare the gradients of `loss` / `targets` with those that torch has left in `tuned`."""
+    largest = max(float(p.grad.abs().max()) for p in tuned.parameters() if p.grad is not None)
+    values, parameters = model.adapter_values(adapter, SCALING), model.head.parameters
+    for recompute in (False, True):
+        pairs = {module: (np.zeros_like(a), np.zeros_like(b)) for module, (a, b) in adapter.items()}
+        head = {name: np.zeros_like(array) for name, array in parameters.items()}
+        of_batch = model.head.loss(batch, 1 / targets, model.head.values(parameters), head)
+        found = model.gradient(Tokens.of(batch), of_batch, values, pairs, recompute=recompute)
+        assert found == pytest.approx(loss / targets, abs=1e-5)
+        by_name = {
+            (module, side): part for module, pair in pairs.items() for side, part in zip("AB", pair, strict=True)
+        }
+        expected = {key: torch_parameter(tuned, *key) for key in by_name}
+        by_name |= {(name, ""): array for name, array in head.items()}
+        expected |= {(name, ""): head_parameter(tuned, name) for name in head}
+        for key, array in by_name.items():
+            wanted = expected[key].grad.numpy()
+            # Of a gradient a hundred times smaller than others, float32 leaves fewer digits.
+            scale = max(float(np.abs(wanted).max()), 0.01 * largest)
+            assert np.abs(array - wanted).max() <= LARGEST_ERROR * scale, (*key, batch["input_ids"].shape)
+
+
+CLASSIFYING = [name for name in ENCODERS if name not in ("xlm-roberta", "modernbert")]  # the first is as RoBERTa
+LABELS = ("red", "green", "blue")
+
+
+def head_parameter(tuned: Any, name: str) -> Any:
+    """A parameter of a head that PEFT trains as a whole, by its name in the model."""
+    return next(
+        parameter
+        for key, parameter in tuned.named_parameters()
+        if ".modules_to_save.default" in key
+        and key.replace(".modules_to_save.default", "").removeprefix("base_model.model.") == name
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [*((name, "text-classification") for name in CLASSIFYING), ("bert", "token-classification")],
+)
+def test_gradients_of_a_classifier_and_its_head_are_those_of_torch(name: str, task: Task, work: Path) -> None:
+    folder = once(work / f"learning-{name}", lambda path: write_encoder(path, tiny_encoder_config(name)))
+    settings: dict[str, Any] = {"task": task, "class_names": LABELS}
+    bundle = Bundle.open(once(work / f"{task}-{name}", lambda out: trainable_bundle(folder, out, **settings)))
+    model = BlockModel(bundle, 1)
+    adapter, random = random_adapter(model), np.random.default_rng(2)
+    tuned = torch_model(folder, adapter, task, LABELS)
+    for parameter_name, array in model.head.parameters.items():
+        array[...] = random.normal(0, 0.3, array.shape)
+        head_parameter(tuned, parameter_name).data.copy_(torch.from_numpy(array))
+    for rows, length in SIZES:
+        ids, mask, labels = tokens(rows, length, len(WORDS))
+        if task == "text-classification":
+            labels = np.arange(rows)[:, None] % len(LABELS)
+        else:
+            labels = np.where(labels == -100, -100, labels % len(LABELS))
+        ids = np.where(mask == 1, ids, bundle_pad(bundle))
+        batch: Batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "rows": []}
+        tuned.zero_grad()
+        nll, predicted = LOSSES[task](tuned, batch, torch.device("cpu"))
+        (nll.sum() / len(nll)).backward()
+        compare_gradients(model, adapter, tuned, batch, nll.sum().item(), len(nll))
+        values = model.adapter_values(adapter, SCALING), model.head.values(model.head.parameters)
+        found = model.head.token_nll(*model.forward(Tokens.of(batch), values[0]), batch, values[1])
+        at = labels != -100
+        np.testing.assert_allclose(found[0][at], nll.detach().numpy(), atol=1e-5)
+        assert (found[1][at] == predicted.numpy()).all()
+
+
+def bundle_pad(bundle: Bundle) -> int:
+    return TextTokenizer.of_bundle(bundle.path).pad_id
 
 
 def test_layers_with_further_bits_are_read_whole(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
@@ -69,7 +137,8 @@ def test_layers_with_further_bits_are_read_whole(llama_run: RunFolder, llama_ada
     ids, mask, _ = tokens(1, 30, base.config.vocab_size)
     with torch.no_grad():
         logits = base(input_ids=torch.from_numpy(ids)).logits[0, :-1]
-    nll, _ = model.score(model.hidden(ids, mask, values)[0, :-1], ids[0, 1:])
+    assert isinstance(model.head, VocabularyHead)
+    nll, _ = model.head.score(model.hidden(Tokens(ids, mask), values)[0, :-1], ids[0, 1:])
     expected = cross_entropy(logits, torch.from_numpy(ids[0, 1:]), reduction="none").numpy()
     np.testing.assert_allclose(nll.ravel(), expected, atol=1e-4)
 

@@ -109,8 +109,7 @@ def test_the_losses_are_those_of_the_torch_backend(bundle: Bundle, llama: Path, 
         job = engine.choose_memory(prepare_job(engine.resolve(given), Silent()), None, Processes())  # type: ignore[arg-type]
         loaded = engine.load(job, engine.alone(), Silent())
         if name == "onnx":
-            start = dict(zip(loaded.backend.names, loaded.backend.parameters, strict=True))
-            start = {key: value.copy() for key, value in start.items()}
+            start = {key: value.copy() for key, value in loaded.backend.named.items()}
         else:
             for key, parameter in loaded.peft_model.named_parameters():
                 if parameter.requires_grad:

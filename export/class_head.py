@@ -1,0 +1,99 @@
+"""The head of a classifier, as graphs that give its logits, and the gradients of everything that is trained in it."""
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from edge_ft.export.differentiate import Undifferentiable, extract
+from edge_ft.export.graph_pieces import Piece
+from edge_ft.export.lowering import input_of
+from edge_ft.export.operator_rules import repeat
+from edge_ft.export.piece_builder import Builder
+from edge_ft.quant.conversion import is_within
+
+__all__ = ["ClassHead"]
+
+PRODUCTS = ("MatMul", "FusedMatMul")
+HEAD = "head."
+"""Before the name of a parameter of the head, in the names of inputs."""
+
+
+class ClassHead:
+    """What comes after the layers, down to logits; its linear layers are trained in full.
+
+    Inputs are `x` [batch, sequence, hidden], `head.PARAMETER` as PyTorch has it, and for the gradients `dlogits`.
+    """
+
+    def __init__(self, piece: Piece, modules: tuple[str, ...]) -> None:
+        """Write both graphs.
+
+        Args:
+            piece: What comes after the layers.
+            modules: Modules of the head.
+
+        Raises:
+            Undifferentiable: the head has another trained part than linear layers.
+        """
+        x = ir.val("x", shape=ir.Shape(("batch", "sequence", "hidden")), type=ir.TensorType(ir.DataType.FLOAT))
+        self.builder = builder = Builder(piece, x)
+        self.parameters: dict[str, tuple[ir.Value, bool]] = {}
+        """By name, the initializer that a parameter starts from, and whether it is transposed there."""
+        self._modules = modules
+        tape = builder.tape
+        tape.inputs["x"] = x
+        tape.active.add(x)
+        nodes = iter(piece.nodes)
+        for node in nodes:
+            found = self._trained(node)
+            if found is None:
+                if self.parameters and node.op_type == "LayerNormalization":
+                    raise Undifferentiable("its head trains a norm, which no graph of a bundle takes as an input")
+                repeat(builder, [node])
+            else:
+                self._linear(node, *found, nodes)
+        logits = builder.copies[piece.y]
+        self.score = extract(tape, {"logits": logits})
+        gradients = tape.gradients({logits: tape.input("dlogits", ir.DataType.FLOAT)})
+        trained = {f"grad.{name}": tape.inputs[f"{HEAD}{name}"] for name in self.parameters}
+        outputs = {name: gradients[value] for name, value in trained.items()}
+        self.model = extract(tape, {"dx": gradients[x], **outputs})
+
+    def _trained(self, node: ir.Node) -> tuple[str, ir.Value] | None:
+        """Return name and weight of the trained linear layer whose product a node is; None if it is none."""
+        if node.op_type not in PRODUCTS:
+            return None
+        weight = input_of(node, 1)
+        producer = weight.producer()
+        if producer is not None and producer.op_type == "Cast":
+            weight = input_of(producer, 0)
+        name = str(weight.name).removesuffix(".weight")
+        if weight.is_graph_input():  # of a graph that answers with an adapter
+            name = name.removeprefix(HEAD)
+        return (name, weight) if weight.const_value is not None and is_within(name, self._modules) else None
+
+    def _linear(self, node: ir.Node, name: str, weight: ir.Value, nodes: Iterator[ir.Node]) -> None:
+        """Repeat the product of a trained layer, and the sum with its bias that follows."""
+        builder, tape, transposed = self.builder, self.builder.tape, node.op_type == "MatMul"
+        assert weight.const_value is not None
+        sizes = [int(size) for size in weight.const_value.shape.numpy()]
+        outputs, inputs = sizes[::-1] if transposed else sizes
+        self.parameters[f"{name}.weight"] = weight, transposed
+        given = tape.input(f"{HEAD}{name}.weight", ir.DataType.FLOAT, (outputs, inputs))
+        tape.active.add(given)
+        flat = tape.reshape(builder.at(node, 0), (-1, inputs))
+        y = tape.matmul(flat, given, transposed=True)
+        builder.copies[node.outputs[0]] = y
+        # Of initializers with the same numbers a graph has one: a bias is found by its place, not by its name.
+        use = next(iter(node.outputs[0].uses()), None)
+        add = None if use is None or use.node.op_type != "Add" else use.node
+        bias = (
+            None if add is None else next((v for v in add.inputs if v is not None and v.const_value is not None), None)
+        )
+        if add is None or bias is None:
+            return
+        if next(nodes) is not add:
+            raise Undifferentiable("something lies between a layer of its head and the bias of that layer")
+        self.parameters[f"{name}.bias"] = bias, False
+        given = tape.input(f"{HEAD}{name}.bias", ir.DataType.FLOAT, (outputs,))
+        tape.active.add(given)
+        builder.copies[add.outputs[0]] = tape.bias(y, given)

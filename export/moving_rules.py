@@ -1,0 +1,117 @@
+"""Operators that move numbers about: how each is repeated on a tape, with its gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edge_ft.export.differentiate import Tape, Undifferentiable
+from edge_ft.export.piece_builder import Builder
+
+__all__ = ["MOVING_RULES"]
+
+
+def _constants(node: ir.Node, start: int) -> list[int]:
+    """Return the single numbers that a node's inputs from `start` on hold.
+
+    Raises:
+        Undifferentiable: one is computed, or holds several.
+    """
+    found = []
+    for value in node.inputs[start:]:
+        if value is None or value.const_value is None or value.const_value.size != 1:
+            raise Undifferentiable(f"its layers hold a {node.op_type} whose places are computed")
+        found.append(int(value.const_value.numpy().item()))
+    return found
+
+
+def _numbers(tape: Tape, *values: int) -> ir.Value:
+    return tape.constant(values, np.int64)
+
+
+def _size(tape: Tape, x: ir.Value, axis: int) -> ir.Value:
+    """Return the length [1] of a dimension."""
+    return tape.op("Gather", tape.op("Shape", x), _numbers(tape, axis))  # type: ignore[no-any-return]
+
+
+def _slice(builder: Builder, node: ir.Node) -> ir.Value:
+    tape, x = builder.tape, builder.at(node, 0)
+    start, end, axis, *steps = _constants(node, 1)
+    if steps not in ([], [1]):
+        raise Undifferentiable("its layers hold a Slice with steps")
+
+    def back(g: ir.Value) -> ir.Value:
+        size = _size(tape, x, axis)
+        first = tape.op("Add", size, _numbers(tape, start)) if start < 0 else _numbers(tape, start)
+        last = tape.op("Add", size, _numbers(tape, end)) if end < 0 else tape.op("Min", size, _numbers(tape, end))
+        pads = tape.op("Concat", first, tape.op("Sub", size, last), axis=0)
+        return tape.op("Pad", g, pads, None, _numbers(tape, axis))  # type: ignore[no-any-return]
+
+    bounds = (_numbers(tape, number) for number in (start, end, axis))
+    return tape.record(tape.op("Slice", x, *bounds), (x, back))
+
+
+def _gather(builder: Builder, node: ir.Node) -> ir.Value:
+    """The first position of each row: [batch, seq, hidden] -> [batch, hidden]."""
+    tape, x = builder.tape, builder.at(node, 0)
+    index = node.inputs[1]
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    if _constants(node, 1) != [0] or index is None or index.const_value is None or index.const_value.shape.rank():
+        raise Undifferentiable("its layers gather other positions than the first")
+
+    def back(g: ir.Value) -> ir.Value:
+        after = tape.op("Sub", _size(tape, x, axis), _numbers(tape, 1))
+        pads = tape.op("Concat", _numbers(tape, 0), after, axis=0)
+        return tape.op("Pad", tape.op("Unsqueeze", g, _numbers(tape, axis)), pads, None, _numbers(tape, axis))  # type: ignore[no-any-return]
+
+    return tape.record(tape.op("Gather", x, tape.constant(0, np.int64), axis=axis), (x, back))
+
+
+def _reduce_sum(builder: Builder, node: ir.Node) -> ir.Value:
+    tape, x = builder.tape, builder.at(node, 0)
+    keep = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
+    axes = _numbers(tape, *_constants(node, 1))
+
+    def back(g: ir.Value) -> ir.Value:
+        return tape.op("Expand", g if keep else tape.op("Unsqueeze", g, axes), tape.op("Shape", x))  # type: ignore[no-any-return]
+
+    return tape.record(tape.op("ReduceSum", x, axes, keepdims=keep), (x, back))
+
+
+def _reshaped(builder: Builder, node: ir.Node) -> ir.Value:
+    """Squeeze and Unsqueeze."""
+    tape, x = builder.tape, builder.at(node, 0)
+    y = tape.op(node.op_type, x, _numbers(tape, *_constants(node, 1)))
+    return tape.record(y, (x, lambda g: tape.op("Reshape", g, tape.op("Shape", x))))
+
+
+def _concat(builder: Builder, node: ir.Node) -> ir.Value:
+    tape, axis = builder.tape, node.attributes["axis"].as_int()
+    parts = [builder.at(node, index) for index in range(len(node.inputs))]
+
+    def of(index: int) -> Callable[[ir.Value], ir.Value]:
+        def back(g: ir.Value) -> ir.Value:
+            sizes = tape.op("Concat", *(_size(tape, part, axis) for part in parts), axis=0)
+            return tape.op("Split", g, sizes, outputs=len(parts), axis=axis)[index]  # type: ignore[no-any-return]
+
+        return back
+
+    whole = tape.op("Concat", *parts, axis=axis)
+    return tape.record(whole, *((part, of(index)) for index, part in enumerate(parts)))
+
+
+def _negative(builder: Builder, node: ir.Node) -> ir.Value:
+    tape, x = builder.tape, builder.at(node, 0)
+    return tape.record(tape.op("Neg", x), (x, lambda g: tape.op("Neg", g)))
+
+
+MOVING_RULES: dict[str, Callable[[Builder, ir.Node], Any]] = {
+    "Slice": _slice,
+    "Gather": _gather,
+    "ReduceSum": _reduce_sum,
+    "Squeeze": _reshaped,
+    "Unsqueeze": _reshaped,
+    "Concat": _concat,
+    "Neg": _negative,
+}
