@@ -44,8 +44,6 @@ DAMPING = (0.01, 0.09, 0.9)
 """Multiples of the mean diagonal that are added to the diagonal, one after the other until the factorisation succeeds:
 the first is the paper's; more is needed where float32 is too coarse for it."""
 _LARGEST = 15
-_TOGETHER = 8
-"""Columns whose errors are compensated for one by one, before one product does it for those after them."""
 _GRAM_PARTS = 6
 """Parts in which a product with the own transpose is computed: of p parts, (p + 1) / 2p of the products are left."""
 
@@ -301,25 +299,21 @@ def gptq_quantize(weight: Tensor, factor: Tensor, nearest: Codes) -> Codes:
     compensated = weight.T.clone(memory_format=torch.contiguous_format)  # of one row the transpose is contiguous itself
     lost = compensated.clone()  # of columns that are not rounded yet, the weight
     relative = factor / factor.diagonal()
+    compensation, lowest, highest = np.empty(rows, np.float32), np.float32(0), np.float32(_LARGEST)
 
     def round_block(block: int) -> None:
         start, end = block * block_size, min((block + 1) * block_size, columns)
         # in units of the scale and from the zero point, where a code is the nearest whole number
         scale, zero_point = scales[block], torch.from_numpy(zero_points[block].astype(np.float32))
-        wanted = compensated[start:end].div_(scale).add_(zero_point)
-        errors = lost[start:end].div_(scale).add_(zero_point)
-        for first in range(0, end - start, _TOGETHER):
-            last = min(first + _TOGETHER, end - start)
-            share = relative[start + first : start + last, start + first : start + last].numpy()[..., None]
-            part, error, found = wanted[first:last].numpy(), errors[first:last].numpy(), codes[start + first :]
-            for column in range(last - first):
-                code = np.rint(part[column], out=part[column]).clip(0, _LARGEST, out=part[column])
-                found[column] = code
-                np.subtract(error[column], code, out=error[column])
-                part[column + 1 :] += share[column, column + 1 :] * error[column]
-            later = relative[start + first : start + last, start + last : end]
-            wanted[last:].addmm_(later.T, errors[first:last])
-        errors.mul_(scale)
+        wanted = compensated[start:end].div_(scale).add_(zero_point).numpy()
+        scaled = lost[start:end].div_(scale).add_(zero_point)
+        errors, shares = scaled.numpy(), relative[start:end, start:end].T.contiguous().numpy()
+        for column, (code, error) in enumerate(zip(wanted, errors, strict=True)):
+            code += np.dot(shares[column, :column], errors[:column], out=compensation)
+            np.minimum(np.maximum(np.rint(code, out=code), lowest, out=code), highest, out=code)
+            error -= code
+        codes[start:end] = wanted
+        scaled.mul_(scale)
 
     for block in range(blocks):
         round_block(block)
