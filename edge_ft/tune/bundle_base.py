@@ -1,6 +1,6 @@
 """A trainable bundle as the base of a training: what `edge_ft.models.base_model.Base` is for a checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class BundleBase:
     """As the user gave it."""
     bundle: Bundle
     family: Family
+    class_names: tuple[str, ...] = ()
+    """Other names for the classes of its head; (): those of the bundle."""
 
     @property
     def path(self) -> Path:
@@ -73,7 +75,11 @@ class BundleBase:
     def labels(self, task: Task) -> tuple[str, ...]:
         """Return the class names of the bundle's head for `task`."""
         same = task == self.bundle.task
-        return tuple(self.bundle.manifest["rendering"].get("labels") or ()) if same else ()
+        return self.class_names or tuple(self.bundle.manifest["rendering"].get("labels") or ()) if same else ()
+
+    def with_class_names(self, names: tuple[str, ...]) -> "BundleBase":
+        """Return it with other names for the classes of its head."""
+        return replace(self, class_names=names)
 
     def open_tokenizer(self) -> TextTokenizer:
         """Return the bundle's tokenizer."""

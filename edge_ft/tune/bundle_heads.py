@@ -15,7 +15,7 @@ from edge_ft.data import IGNORED, Batch, target_mask
 from edge_ft.runtime.token_scores import class_scores, log_softmax
 from edge_ft.tune.block_graphs import BlockGraphs, Values, as_value
 
-__all__ = ["ClassHead", "Loss", "Parameters", "VocabularyHead"]
+__all__ = ["ClassHead", "Loss", "Parameters", "VocabularyHead", "loss_gradient"]
 
 HEAD_ROWS = 128
 """Labelled positions whose logits are in memory at a time."""
@@ -126,7 +126,7 @@ class ClassHead:
         def loss_of(x: OrtValue, shared: Values) -> tuple[float, OrtValue]:
             logits, labels = self._logits(x, shared, batch, parameters)
             nll, _ = class_scores(logits, labels, self._problem)
-            change = self._change(logits, labels) * np.float32(scale)
+            change = loss_gradient(logits, labels, self._problem) * np.float32(scale)
             if self._task == "token-classification":
                 at = target_mask(batch["labels"], self._task).ravel()
                 whole = np.zeros((at.size, change.shape[-1]), np.float32)
@@ -140,16 +140,6 @@ class ClassHead:
 
         return loss_of
 
-    def _change(self, logits: NDArray[np.float32], labels: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the gradient of the summed nll by the logits."""
-        if self._problem == "regression":
-            return logits - labels
-        if self._problem == "multi_label_classification":
-            return np.asarray(1 / (1 + np.exp(-logits)) - labels, np.float32)
-        shares = np.exp(log_softmax(logits))
-        shares[np.arange(len(shares)), labels] -= 1
-        return shares
-
     def _logits(
         self, x: OrtValue, shared: Values, batch: Batch, parameters: Values
     ) -> tuple[NDArray[np.float32], NDArray[Any]]:
@@ -161,6 +151,19 @@ class ClassHead:
             at = target_mask(labels, self._task)
             return logits[at.ravel()], labels[at]
         return logits, labels if np.issubdtype(labels.dtype, np.floating) else labels[:, 0]
+
+
+def loss_gradient(
+    logits: NDArray[np.float32], labels: NDArray[Any], problem: ProblemType | None
+) -> NDArray[np.float32]:
+    """Return the gradient of the summed loss of `class_scores` by the logits [targets, classes]."""
+    if problem == "regression":
+        return logits - labels
+    if problem == "multi_label_classification":
+        return np.asarray(1 / (1 + np.exp(-logits)) - labels, np.float32)
+    shares: NDArray[np.float32] = np.exp(log_softmax(logits))
+    shares[np.arange(len(shares)), labels] -= 1
+    return shares
 
 
 def _copied(array: NDArray[Any], transposed: bool) -> NDArray[np.float32]:

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from once import once
 from peft import PeftModel
 from safetensors.numpy import load_file
-from trainable_bundles import trainable_bundle
+from trainable_bundles import losses_of_both, trainable_bundle
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import EvalConfig, ExportConfig, TuneConfig
@@ -25,11 +24,8 @@ from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.progress import Silent
 from edge_ft.tune import onnx_backend, tune
-from edge_ft.tune.engine import engine_of
-from edge_ft.tune.loop import TrainingRows, fit
 from edge_ft.tune.plan import plan
 from edge_ft.tune.prepare import prepare_job
-from edge_ft.tune.processes import Processes
 
 STEPS = 40
 
@@ -100,34 +96,10 @@ def test_a_run_over_a_bundle_has_no_model_to_export(run: RunFolder, bundle: Bund
 
 
 def test_the_losses_are_those_of_the_torch_backend(bundle: Bundle, llama: Path, sums: Path, tmp_path: Path) -> None:
-    losses = {}
-    start: dict[str, Any] = {}
-    for name, model in (("onnx", bundle.path), ("torch", llama)):
-        given = settings(model, sums, tmp_path / name, max_steps=STEPS, learning_rate=3e-3)
-        given = given if name == "onnx" else replace(given, compute="fp32", calibration_rows=0, memory="normal")
-        engine = engine_of(given.model, Silent())
-        job = engine.choose_memory(prepare_job(engine.resolve(given), Silent()), None, Processes())  # type: ignore[arg-type]
-        loaded = engine.load(job, engine.alone(), Silent())
-        if name == "onnx":
-            start = {key: value.copy() for key, value in loaded.backend.named.items()}
-        else:
-            for key, parameter in loaded.peft_model.named_parameters():
-                if parameter.requires_grad:
-                    plain = key.removeprefix("base_model.model.").replace(".default.", ".")
-                    parameter.data.copy_(torch.from_numpy(start[plain]))
-        found: list[float] = []
-
-        from edge_ft.tune.loop import Callbacks
-
-        class Log(Callbacks):
-            def on_metrics(self, line: dict[str, Any]) -> None:
-                found.extend([line["loss"]] if "loss" in line else [])  # noqa: B023
-
-        rows = TrainingRows(job.prepared.examples["train"], job.prepared.examples["validation"], job.batching)
-        fit(loaded.backend, rows, job.config, Silent(), Log())
-        losses[name] = found
-    assert len(losses["onnx"]) == STEPS and losses["onnx"][-1] < losses["onnx"][0] / 2
-    np.testing.assert_allclose(losses["onnx"], losses["torch"], atol=5e-4)
+    given = settings(bundle.path, sums, tmp_path / "none", max_steps=STEPS, learning_rate=3e-3)
+    ours, theirs = losses_of_both(given, llama)
+    assert len(ours) == STEPS and ours[-1] < ours[0] / 2
+    np.testing.assert_allclose(ours, theirs, atol=5e-4)
 
 
 @contextmanager
