@@ -3,13 +3,12 @@
 import _thread
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
-from edge_ft.stopping import stop_if_requested
+from edge_ft.stopping import running_seconds, stop_if_requested
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -52,7 +51,7 @@ class Lines:
     def __init__(self, stream: TextIO | None = None, interval: float = 4.0) -> None:
         self.stream = stream or sys.stderr
         self.interval = interval
-        self.stage, self.started, self.first, self.shown = "", 0.0, 0, time.monotonic()
+        self.stage, self.started, self.first, self.shown = "", 0.0, 0, running_seconds()
         self.count, self.counting = "", False
 
     def say(self, text: str) -> None:
@@ -64,7 +63,7 @@ class Lines:
         """Print the state of a stage: when it is finished, and otherwise if nothing was printed for `interval`."""
         if total == 0 and self.counting and stage != self.stage:
             return  # a part of that step is counted, and reported on its own
-        now = time.monotonic()
+        now = running_seconds()
         if total or stage != self.stage:
             self.count, self.counting = f" {done}/{total}" if total else "", done < total
         if stage != self.stage:
@@ -75,7 +74,7 @@ class Lines:
             self._print(f"{stage}{self.count}  {time_left}  {detail}".rstrip())
 
     def _print(self, text: str) -> None:
-        self.shown = time.monotonic()
+        self.shown = running_seconds()
         print(text, file=self.stream, flush=True)
 
 

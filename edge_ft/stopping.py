@@ -2,19 +2,33 @@
 
 Ctrl-C (SIGINT), SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, wherever it is; files are written so
 that this leaves none half-written. A part that must end first runs in `held`: there the signal waits for `requested`
-to be read. A second signal ends the process at once.
+to be read. A second signal ends the process at once. Ctrl-Z (SIGTSTP) stops the process until SIGCONT comes, and the
+clock with it.
 """
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["SIGNALS", "StopAtOnce", "end_process", "held", "requested", "stop_if_requested", "watched"]
+__all__ = [
+    "SIGNALS",
+    "StopAtOnce",
+    "end_process",
+    "held",
+    "requested",
+    "running_seconds",
+    "stop_if_requested",
+    "watched",
+]
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+SUSPEND = getattr(signal, "SIGTSTP", None)
+"""What Ctrl-Z sends; None on Windows."""
 
 
 class StopAtOnce(KeyboardInterrupt):
@@ -30,6 +44,8 @@ class _State:
         self.holds = 0
         """Depth of `held`."""
         self.watching = False
+        self.suspended = 0.0
+        """Seconds between SIGTSTP and SIGCONT."""
 
 
 _state = _State()
@@ -38,6 +54,11 @@ _state = _State()
 def requested() -> bool:
     """Return whether a signal has come since `watched` began."""
     return _state.first is not None
+
+
+def running_seconds() -> float:
+    """Return the seconds of a clock that stands still while the process is stopped by Ctrl-Z (SIGTSTP)."""
+    return time.monotonic() - _state.suspended
 
 
 def stop_if_requested() -> None:
@@ -106,6 +127,8 @@ def watched(end: Callable[[], None] | None = None) -> Iterator[None]:
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, handle)
+    if SUSPEND is not None and signal.getsignal(SUSPEND) == signal.SIG_DFL:
+        before[SUSPEND] = signal.signal(SUSPEND, _suspend)
     try:
         yield
     finally:
@@ -114,6 +137,13 @@ def watched(end: Callable[[], None] | None = None) -> Iterator[None]:
         if stop_listening is not None:
             stop_listening()
         _state.first, _state.watching = None, False
+
+
+def _suspend(*_: object) -> None:
+    """Stop this process, as SIGTSTP would have, and take the time until SIGCONT off the clock."""
+    began = time.monotonic()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    _state.suspended += time.monotonic() - began
 
 
 def end_process() -> None:

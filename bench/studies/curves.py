@@ -6,7 +6,7 @@ was not a number or not measured.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -80,6 +80,7 @@ def compare(
     unswept: Sequence[Result],
     ours: Sequence[Result],
     work: dict[str, float],
+    others: Mapping[str, Sequence[Result]] | None = None,
     *,
     same_recipe: bool = False,
 ) -> Result:
@@ -93,11 +94,13 @@ def compare(
         unswept: The same at the library's own rate; may be of fewer seeds.
         ours: A training for each seed.
         work: `flops_per_token` and `sgemm_gflops`, which give the percentage of the machine's limit.
+        others: Further trainings of ours, by the name that the report has for them.
         same_recipe: The curves are the same but for rounding: only speed and memory are compared.
 
     Returns:
         `baseline`, `baseline_unswept`, `ours`, and `ratio` (ours ÷ baseline: a speed above 1 is better, time and bytes
-        below 1 are; `share_of_steps` is of ours alone) with `ratio_interval` and `ratio_per_seed`.
+        below 1 are; `share_of_steps` is of ours alone) with `ratio_interval` and `ratio_per_seed`; and `others`, whose
+        trainings are there, too, and whose ratios to the baseline are in `ratio_others`.
 
     Raises:
         MissingExtra: scipy is not installed.
@@ -105,7 +108,24 @@ def compare(
     curves = {result["seed"]: result["curve"] for result in baseline}
     report: Result = {
         name: [_timed(result, curves[result["seed"]], work) for result in results]
-        for name, results in (("baseline", baseline), ("baseline_unswept", unswept), ("ours", ours))
+        for name, results in (
+            *(("baseline", baseline), ("baseline_unswept", unswept), ("ours", ours)),
+            *(others or {}).items(),
+        )
+    }
+    compared = {
+        "speed": "tokens_per_second",
+        "cpu_speed": "tokens_per_cpu_second",
+        "peak_rss": "peak_rss_bytes",
+        "whole_time": "seconds_whole",
+    }
+    ratio_others = {
+        name: {
+            ratio: mean(found)
+            for ratio, key in compared.items()
+            if (found := _known(_divide(our[key], its[key]) for our, its in _pairs(report[name], report["baseline"])))
+        }
+        for name in others or {}
     }
     pairs = list(zip(report["ours"], report["baseline"], strict=True))
 
@@ -137,7 +157,18 @@ def compare(
         complete = bool(values) and len(known) == len(values)
         ratio[name] = mean(known) if complete else None
         intervals[name] = interval(known) if complete else None
-    return report | {"ratio": ratio, "ratio_interval": intervals, "ratio_per_seed": per_seed}
+    figures = {"ratio": ratio, "ratio_interval": intervals, "ratio_per_seed": per_seed}
+    return report | figures | {"ratio_others": ratio_others}
+
+
+def _pairs(ours: Sequence[Result], baseline: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Pair trainings of the same seed."""
+    by_seed = {result["seed"]: result for result in baseline}
+    return [(result, by_seed[result["seed"]]) for result in ours]
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _timed(result: Result, baseline: Curve, work: dict[str, float]) -> Result:
@@ -187,17 +218,23 @@ def _divide(first: float | None, second: float | None) -> float | None:
     return None if first is None or not second else first / second
 
 
-TITLES = {"baseline": "baseline", "baseline_unswept": "baseline, library's rate", "ours": "ours"}
+TITLES = {
+    "baseline": "baseline",
+    "baseline_unswept": "baseline, library's rate",
+    "ours": "ours",
+    "ours_fp32": "ours in fp32",
+    "ours_onnx": "ours over a bundle, without torch",
+}
 
 
 def text_of(report: Result) -> str:
     """Write the report for people: two Markdown tables, and a line for each ratio."""
     times = ("s to baseline's best", "CPU s", "50% gain")
     header = ("training alone", "seed", "rate", *times, "best", "final", "tok/s", "% sgemm", "MB")
-    rows = [(title, *_cells(result)) for name, title in TITLES.items() for result in report[name]]
+    rows = [(title, *_cells(result)) for name, title in TITLES.items() for result in report.get(name, ())]
     seconds = ("s in all", "without evaluation", "steps", "scoring", "the rest", "% steps")
     ends = ("loss at the end", "above baseline's best")
-    wholes = [(title, *_whole_cells(result)) for name, title in TITLES.items() for result in report[name]]
+    wholes = [(title, *_whole_cells(result)) for name, title in TITLES.items() for result in report.get(name, ())]
     lines = [markdown_table(header, rows), markdown_table(("the whole process", "seed", *seconds, *ends), wholes)]
     for name, values in report["ratio_per_seed"].items():
         if not values:
@@ -207,6 +244,10 @@ def text_of(report: Result) -> str:
         missing = f"not reached by {values.count(None)} of {len(values)} seeds"
         of = "ours" if name == "share_of_steps" else "ours ÷ baseline"
         lines.append(f"{of}, {name}: {_figure(report['ratio'][name], '.2f', missing)}{spread}")
+    for name, ratios in report.get("ratio_others", {}).items():
+        if ratios:
+            found = ", ".join(f"{ratio} {value:.2f}" for ratio, value in ratios.items())
+            lines.append(f"{TITLES[name]} ÷ baseline: {found}")
     return "\n".join([*lines, *_notes(report)])
 
 
@@ -218,7 +259,7 @@ def _notes(report: Result) -> list[str]:
         f"sgemm {machine['sgemm_gflops']:.1f} GFLOP/s{bf16} with {machine['threads']} thread(s) at "
         f"{machine['sgemm_shape']}; {case['flops_per_token'] / 1e6:.0f} MFLOP a token"
     ]
-    if any(result.get("stopped") == "minutes" for name in TITLES for result in report[name]):
+    if any(result.get("stopped") == "minutes" for name in TITLES for result in report.get(name, ())):
         lines.append(f"some trainings took fewer steps, for --max-minutes {case['max_minutes']:g}")
     if report["sweep"]:
         swept = ", ".join(f"{run['learning_rate']:.2g}: {run['best_nll']:.4f}" for run in report["sweep"])
@@ -229,6 +270,10 @@ def _notes(report: Result) -> list[str]:
         difference = _figure(agreement["max_difference"], ".5f", "not comparable")
         what = f"base {agreement['base_format']}, ours in {agreement['compute']}"
         lines.append(f"same recipe, {what}: the curves differ by at most {difference} nats")
+        if (onnx := agreement.get("max_difference_onnx")) is not None:
+            lines.append(
+                f"over a bundle, with other random numbers for A: that curve differs by at most {onnx:.5f} nats"
+            )
     return lines
 
 
@@ -280,8 +325,8 @@ def plot_curves(report: Result, picture: Path) -> None:
     figure = Figure(figsize=(14, 5), layout="constrained")
     titles = {"seconds": "seconds of training alone", "whole_seconds": "seconds since the process began"}
     for axes, (clock, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        for name, colour in (("baseline_unswept", "C7"), ("baseline", "C1"), ("ours", "C0")):
-            for at, result in enumerate(report[name]):
+        for name, colour in zip(TITLES, ("C1", "C7", "C0", "C2", "C3"), strict=True):
+            for at, result in enumerate(report.get(name, ())):
                 label = f"{name.replace('_', ', ')} ({result['learning_rate']:.2g})" if at == 0 else None
                 _draw(axes, result, clock, "o-", {"color": colour, "label": label})
                 if clock == "whole_seconds":

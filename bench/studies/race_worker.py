@@ -30,8 +30,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job.
 
     Args:
-        job: `do` is prepare, sgemm, baseline, ours, gpu, or a function of `shipping_jobs`; the other keys are those
-            that it reads, and `started` (`time.monotonic()`).
+        job: `do` is prepare, sgemm, baseline, ours, bundle, gpu, or a function of `shipping_jobs`; the other keys are
+            those that it reads, and `started` (`time.monotonic()`).
 
     Returns:
         Of a training also `peak_rss_bytes` and `process_seconds`.
@@ -39,9 +39,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     Raises:
         MissingExtra: torch or PEFT is not installed.
     """
-    own = {"prepare": _prepare, "sgemm": _sgemm, "baseline": _baseline, "ours": _ours, "gpu": _gpu}
+    own = {"prepare": _prepare, "bundle": _bundle, "sgemm": _sgemm, "gpu": _gpu}
+    own |= {"baseline": _baseline, "ours": _ours}
     result = own.get(job["do"], _shipping)(job)
-    if job["do"] in ("prepare", "sgemm", "ours"):
+    if job["do"] in ("prepare", "sgemm", "ours", "bundle"):
         return result
     return result | {"peak_rss_bytes": peak_rss_bytes(), "process_seconds": time.monotonic() - job["started"]}
 
@@ -114,6 +115,16 @@ def _ours(job: dict[str, Any]) -> dict[str, Any]:
     from edge_ft.bench.studies.ours import read_run
 
     return _trained(job, read_run(job))
+
+
+def _bundle(job: dict[str, Any]) -> dict[str, Any]:
+    """Export a model as it is to a bundle that can learn."""
+    _require_libraries()
+    from edge_ft.config import ExportConfig
+    from edge_ft.export import export
+
+    settings = ExportConfig(out=Path(job["out"]), weights=job["weights"], threads=job["threads"], trainable=True)
+    return {"bytes": export(job["model"], settings, Silent()).size_bytes}
 
 
 def _trained(job: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

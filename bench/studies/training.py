@@ -41,6 +41,7 @@ SAME_RECIPE = {
     "dropout": 0.0,
     "target_modules": ["all-linear"],
     "calibration_rows": 0,
+    "finish_steps": 0,
     "layers": "all",
     "compute": "auto",
     "learning_rate": 1e-3,
@@ -133,6 +134,9 @@ class Trainings:
     same_recipe: bool = False
     """Train the baseline with the batches, schedule and layers of edge-ft: the curves must agree, and only the speed
     differs."""
+    bundle: bool = False
+    """With --same-recipe also train a bundle of the model, by ONNX Runtime, and ours in float32 where it computes in
+    bfloat16."""
     quick: bool = False
     """Train the baseline once, on seed 0 with the default learning rate of transformers' Trainer."""
 
@@ -144,6 +148,8 @@ class Trainings:
             raise UsageError(f"--baseline-rates {self.baseline_rates}: give numbers with commas between") from error
         if self.seeds < 1 or min(rates) <= 0:
             raise UsageError("--seeds and --baseline-rates must be above 0")
+        if self.bundle and not self.same_recipe:
+            raise UsageError("--bundle compares trainings of --same-recipe: give both")
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -199,22 +205,32 @@ class _Trainers:
         }
         return self._kept(f"{self.prefix}baseline-s{seed}-lr{learning_rate:g}", lambda: job)
 
-    def ours(self, seed: int) -> dict[str, Any]:
-        """The result of edge-ft, new or kept."""
-        name = f"{self.prefix}ours-{'-'.join(filter(None, (self.base_format, self.race.compute, self.race.memory)))}"
+    def ours(self, seed: int, kind: str = "ours", **changes: Any) -> dict[str, Any]:
+        """The result of edge-ft, new or kept; `changes` are of its settings (None: default), named by `kind`."""
+        name = f"{self.prefix}{kind}-{'-'.join(filter(None, (self.base_format, self.race.compute, self.race.memory)))}"
         name = f"{name}-s{seed}"
 
         def train() -> dict[str, Any]:
-            folder, settings = self.out / "runs" / name, self.tune | {"seed": seed}
+            changed = {**self.tune, "seed": seed, **changes}
+            folder, settings = self.out / "runs" / name, {k: v for k, v in changed.items() if v is not None}
             for old in (folder, folder.with_name(f"{name}-kept")):
                 rmtree(old, ignore_errors=True)  # of a training that did not end
             ran = tune_command(settings, folder, self.threads)
             held_out = "validation" if self.same_recipe else "test"
-            return {"do": "ours", "tune": self.tune, "seed": seed, "out": str(folder), "held_out": held_out} | {
+            return {"do": "ours", "tune": settings, "seed": seed, "out": str(folder), "held_out": held_out} | {
                 "ran": asdict(ran)
             }
 
         return self._kept(name, train)
+
+    def onnx(self, seed: int) -> dict[str, Any]:
+        """The result of edge-ft over a bundle of the model, new or kept."""
+        bundle = self.out / f"bundle-{self.base_format}"
+        if not bundle.is_dir():
+            job = {"do": "bundle", "model": self.case["model"], "out": str(bundle), "weights": self.base_format}
+            self.jobs.run("bundle", job | {"threads": self.threads})
+        # What the bundle itself decides is left out.
+        return self.ours(seed, "onnx", model=str(bundle), base_format=None, calibration_rows=None, finish_steps=None)
 
     def _kept(self, name: str, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The kept result, or that of the job that `train` returns.
@@ -262,7 +278,9 @@ def run(race: Race, out: Path, trainings: Trainings, progress: Progress | None =
         )
     trainers = _Trainers(race, out, trainings.same_recipe, progress or Silent())
     done = (_same_recipe if trainings.same_recipe else _swept)(trainers, trainings)
-    every = {id(result): result for result in [*done.sweep, *done.baseline, *done.unswept, *done.ours]}
+    others = {"ours_fp32": done.fp32, "ours_onnx": done.onnx}
+    trained = [*done.sweep, *done.baseline, *done.unswept, *done.ours, *done.fp32, *done.onnx]
+    every = {id(result): result for result in trained}
     samples = [result["sgemm_gflops"] for result in every.values()]
     bf16 = [result["bf16_gflops"] for result in every.values() if result["bf16_gflops"] is not None]
     work = {"flops_per_token": trainers.case["flops_per_token"], "sgemm_gflops": median(samples)}
@@ -285,7 +303,7 @@ def run(race: Race, out: Path, trainings: Trainings, progress: Progress | None =
             "model": race.model,
             "base_format": trainers.base_format,
         },
-        **compare(done.baseline, done.unswept, done.ours, work, same_recipe=trainings.same_recipe),
+        **compare(done.baseline, done.unswept, done.ours, work, others, same_recipe=trainings.same_recipe),
         "sweep": [{"learning_rate": r["learning_rate"], "best_nll": best_nll(r["curve"])} for r in done.sweep],
         "sweep_at_edge": len(rates) > 1 and done.baseline[0]["learning_rate"] in (min(rates), max(rates)),
         "same_recipe": _agreement(done, trainers.base_format) if trainings.same_recipe else None,
@@ -301,6 +319,10 @@ class _Done:
     ours: list[dict[str, Any]] = field(default_factory=list)
     unswept: list[dict[str, Any]] = field(default_factory=list)
     """The baseline at its library's rate."""
+    fp32: list[dict[str, Any]] = field(default_factory=list)
+    """Ours in float32, where it computes in bfloat16 otherwise."""
+    onnx: list[dict[str, Any]] = field(default_factory=list)
+    """Ours over a bundle."""
     sweep: list[dict[str, Any]] = field(default_factory=list)
     """The baseline at each rate, on seed 0."""
 
@@ -310,6 +332,10 @@ def _same_recipe(trainers: _Trainers, trainings: Trainings) -> _Done:
     for seed in range(trainings.seeds):
         done.baseline.append(trainers.baseline(seed, float(trainers.tune["learning_rate"])))
         done.ours.append(trainers.ours(seed))
+        if trainings.bundle:
+            if done.ours[-1]["config"]["compute"] != "fp32":
+                done.fp32.append(trainers.ours(seed, "fp32", compute="fp32"))
+            done.onnx.append(trainers.onnx(seed))
     return done
 
 
@@ -334,10 +360,15 @@ def _agreement(done: _Done, base_format: str) -> dict[str, Any]:
     pairs = zip(done.baseline, done.ours, strict=True)
     largest = max(largest_difference(first["curve"], second["curve"]) for first, second in pairs)
     known = largest if largest < float("inf") else None
+    over = [
+        largest_difference(first["curve"], second["curve"])
+        for first, second in zip(done.baseline, done.onnx, strict=False)
+    ]
     return {
         "base_format": base_format,
         "compute": done.ours[0]["config"]["compute"],
         "max_difference": known,
+        "max_difference_onnx": max(over) if over and max(over) < float("inf") else None,
         "limit": AGREEMENT,
         "agrees": largest <= AGREEMENT,
     }

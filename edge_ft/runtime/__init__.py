@@ -1,8 +1,11 @@
 """Run bundles, with onnxruntime, numpy and tokenizers alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edge_ft.artifacts import Bundle
 from edge_ft.errors import BundleError
@@ -59,7 +62,7 @@ def load(
     *,
     threads: int | None = None,
     accuracy_level: int | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, NDArray[np.float32]] | None = None,
     engine: Literal["auto", "exact"] = "auto",
 ) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
     """Open a bundle for inference.
@@ -69,7 +72,8 @@ def load(
         threads: CPU threads; default those that are fastest, at most `edge_ft.system.default_threads`.
         accuracy_level: 1 (exact) or 4 (activations in int8), if verification passed it; default as `engine` says.
         adapter: What it answers with: None is the bundle's own adapter, "none" the base without an adapter; else the
-            name of an adapter in the bundle, or a folder: a run, or an adapter in PEFT's format. Of a folder only the
+            name of an adapter in the bundle, or a folder: a run, or an adapter in PEFT's format; or the values of the
+            LoRA inputs, `lora_A.LAYER` and `lora_B.LAYER`, B with its scaling. Of a folder and of values only the
             manifest's model runs, since nothing has verified the other graphs with it.
         engine: "auto": the fastest verified graphs here, measured for about two seconds at the first open and
             remembered in the user's cache; "exact": the manifest's model.

@@ -39,13 +39,13 @@ class Bound:
     """The adapter, for messages."""
 
 
-def bind(bundle: Bundle, adapter: str | Path | None) -> Bound:
+def bind(bundle: Bundle, adapter: str | Path | Values | None) -> Bound:
     """Find an adapter for a bundle.
 
     Args:
         bundle: An open bundle.
         adapter: None (the bundle's own adapter, if it has one), "none" (the base without an adapter), the name of an
-            adapter in the bundle, or a folder: a run, or an adapter in PEFT's format.
+            adapter in the bundle, or a folder: a run, or an adapter in PEFT's format; or the values of its inputs.
 
     Returns:
         What to open.
@@ -56,6 +56,8 @@ def bind(bundle: Bundle, adapter: str | Path | None) -> Bound:
     manifest = bundle.manifest
     adapters: dict[str, Any] = manifest.get("adapters", {})
     names: dict[str, Any] = adapters.get("names", {})
+    if isinstance(adapter, Mapping):
+        return Bound(replace(bundle, manifest=_with_inputs(bundle)), adapter, "the adapter")
     if adapter is None or (adapter == adapters.get("default") and adapter in names):
         return Bound(bundle)
     if manifest["lane"] == "merged":

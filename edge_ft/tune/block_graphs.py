@@ -1,5 +1,6 @@
 """The graphs of a trainable bundle, opened when they are first run, and its weights, memory-mapped."""
 
+import mmap
 from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ class BlockGraphs:
         self._folder, self._threads = folder, threads
         self._sessions: dict[str, tuple[ort.InferenceSession, list[str], list[str]]] = {}
 
-    def run(self, graph: str, *values: Values) -> dict[str, OrtValue]:
+    def run(self, graph: str, *values: Values, options: ort.RunOptions | None = None) -> dict[str, OrtValue]:
         """Run a graph over the values that it reads, and return its outputs."""
         if graph not in self._sessions:
             session = open_session(self._folder / graph, self._threads, shares_memory=True)
@@ -46,7 +47,7 @@ class BlockGraphs:
             self._sessions[graph] = (session, *names)
         session, inputs, outputs = self._sessions[graph]
         given: ChainMap[str, OrtValue] = ChainMap(*map(dict, values))
-        results = session.run_with_ort_values(outputs, {name: given[name] for name in inputs})
+        results = session.run_with_ort_values(outputs, {name: given[name] for name in inputs}, options)
         return dict(zip(outputs, results, strict=True))
 
 
@@ -78,6 +79,13 @@ class Weights:
                 array = self._inline[name]
             self._values[name] = as_value(array)
         return self._values[name]
+
+    def forget_pages(self) -> None:
+        """Let the pages of the files leave this process's memory; a page comes back when it is read."""
+        for mapped in self._maps.values():
+            base = mapped.base
+            if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                base.madvise(mmap.MADV_DONTNEED)
 
     def _map(self, file: str) -> NDArray[np.uint8]:
         if file not in self._maps:

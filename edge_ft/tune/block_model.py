@@ -10,6 +10,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
@@ -174,12 +175,19 @@ class BlockModel:
                         total += results[f"grad.lora_{side}.{inner}"].numpy()
         return loss
 
-    def _start(self, tokens: Tokens) -> tuple[OrtValue, dict[str, OrtValue]]:
+    def rest(self) -> None:
+        """Give back what the next pass takes again: memory that the graphs' allocator keeps, and pages of the files."""
+        options = ort.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._start(Tokens(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64)), options)
+        self._graphs.weights.forget_pages()
+
+    def _start(self, tokens: Tokens, options: ort.RunOptions | None = None) -> tuple[OrtValue, dict[str, OrtValue]]:
         """Return the first layer's input, and what all graphs read."""
         types = np.zeros_like(tokens.ids) if tokens.types is None else tokens.types
         shared = {"input_ids": as_value(tokens.ids), "attention_mask": as_value(tokens.mask)}
         shared["token_type_ids"] = as_value(types)
-        x = self._graphs.run(self._embed_graph, shared, self._embed)["x"]
+        x = self._graphs.run(self._embed_graph, shared, self._embed, options=options)["x"]
         for window in {layer.window for layer in self.layers}:
             shared[_mask_name(window)] = as_value(_attention_mask(tokens.mask, self._causal, window))
         return x, shared

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from edge_ft.adapter import PEFT_TASKS
 from edge_ft.artifacts import Bundle, RunFolder
-from edge_ft.config import TuneConfig, last_layers
+from edge_ft.config import TEXT_TASKS, TuneConfig, last_layers
 from edge_ft.data import stop_ids
 from edge_ft.errors import UsageError, did_you_mean
 from edge_ft.progress import Progress
 from edge_ft.quant.blockwise import Grid
 from edge_ft.system import Available, default_threads
 from edge_ft.tune.block_model import BlockModel
+from edge_ft.tune.bundle_answers import BundleAnswers
 from edge_ft.tune.bundle_base import BundleBase
 from edge_ft.tune.checkpoint import OpenedRun
 from edge_ft.tune.loop import Fit
@@ -144,10 +145,12 @@ class BundleEngine:
             "fan_in_fan_out": base.family.fan_in_fan_out,
             "inference_mode": True,
         }
-        stops = stop_ids(rendering, job.tokenizer)
+        answers = None
+        if rendering.task in TEXT_TASKS:
+            answers = BundleAnswers(base.bundle, config.threads, stop_ids(rendering, job.tokenizer))
         adapter = fresh_adapter(linears, config.rank, config.seed)
         return BundleModel(
-            OnnxBackend(model, adapter, config, settings, stops), base.content_sha256, Grid(config.block_size)
+            OnnxBackend(model, adapter, config, settings, answers), base.content_sha256, Grid(config.block_size)
         )
 
     def finish(self, run: RunFolder, job: Job, model: BundleModel, fitted: Fit, progress: Progress) -> None:

@@ -15,10 +15,12 @@ import numpy as np
 
 from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Batch, batch_tokens, collate
+from edge_ft.evaluate.generation import BatchAnswerer
 from edge_ft.system import Available, DevicePeak, PeakMemory, release_memory, resident_bytes
 from edge_ft.tune.engine import TrainableModel
 from edge_ft.tune.loop import count_trained
 from edge_ft.tune.prepare import Job
+from edge_ft.tune.report import ANSWERS, BATCH_COST
 
 __all__ = ["Curve", "Measured", "measure"]
 
@@ -51,7 +53,7 @@ class Measured:
     report: float
     """Seconds to score a batch for the report, in float32, over those during the training."""
     token: float
-    """Seconds of a generated token."""
+    """Seconds of a generated token; of a model that gives no answers together, as many as make up for that."""
     memory: Curve
     """Resident bytes at the peak of a step; at 0 tokens, those before it."""
     loading: int
@@ -169,10 +171,15 @@ def _measure_report(batch: list[int], job: Job, model: TrainableModel, more: flo
             example = job.prepared.examples["train"][batch[0]]
             answers: list[list[int]] = []
             prompt = example.input_ids[: example.prompt_length]
+            _, opened = _timed(lambda: model.backend.answer(prompt, 1))  # the first answer may open what gives it
             seconds, extra = _timed(lambda: answers.append(model.backend.answer(prompt, 4)))
             reading = report * len(prompt) / batch_tokens(batch, job.prepared.examples["train"], job.prepared.task)
             steps = len(answers[0]) + 1  # the first one reads the prompt, too
-            token, answering = max(seconds - reading, seconds / 10) / steps, max(round(more * answering), extra)
+            alone = 1 if isinstance(model.backend, BatchAnswerer) else ANSWERS / BATCH_COST
+            token, answering = (
+                alone * max(seconds - reading, seconds / 10) / steps,
+                max(round(more * answering), opened + extra),
+            )
     return report, token, answering
 
 

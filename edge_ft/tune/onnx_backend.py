@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,18 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from edge_ft.config import TuneConfig
-from edge_ft.data import IGNORED, Batch, pad, target_mask
+from edge_ft.data import Batch, target_mask
 from edge_ft.files import write_json
+from edge_ft.runtime import Seq2SeqGenerator, TextGenerator
 from edge_ft.tune.block_graphs import Values
 from edge_ft.tune.block_model import BlockModel, Pair, Tokens
-from edge_ft.tune.bundle_heads import VocabularyHead
+from edge_ft.tune.bundle_answers import BundleAnswers
 from edge_ft.tune.processes import Cpu
 
 __all__ = ["OnnxBackend", "fresh_adapter"]
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Of AdamW, as in torch."""
-ANSWER_ROWS = 8
-"""Sequences that are scored together while answers are chosen."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class OnnxBackend:
         adapter: Mapping[str, Pair],
         config: TuneConfig,
         adapter_config: Mapping[str, Any],
-        stop_ids: frozenset[int] = frozenset(),
+        answers: BundleAnswers | None = None,
     ) -> None:
         """Prepare the optimizer.
 
@@ -58,9 +57,9 @@ class OnnxBackend:
             adapter: A and B by the name of a linear layer; trained in place.
             config: Its rank, alpha, memory and weight decay count.
             adapter_config: The content of adapter_config.json.
-            stop_ids: The tokens that end an answer.
+            answers: What answers, of a model that writes text.
         """
-        self.model, self.adapter, self.stop_ids = model, dict(adapter), stop_ids
+        self.model, self.adapter, self._answers = model, dict(adapter), answers
         self.device = Cpu()
         self._config, self._adapter_config = config, adapter_config
         self._recompute, self._decay = config.memory == "low", config.weight_decay
@@ -94,12 +93,13 @@ class OnnxBackend:
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Work as ever: everything is float32.
+        """Score as ever, in float32, and keep open what answers.
 
         Yields:
             Nothing.
         """
-        yield
+        with self._answers.kept() if self._answers is not None else nullcontext():
+            yield
 
     @contextmanager
     def untuned(self) -> Iterator[None]:
@@ -219,40 +219,22 @@ class OnnxBackend:
 
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
         """Return the greedy answer to one prompt, without the stop token that ends it; an empty one to no prompt."""
-        return self.answer_batch([prompt_ids], max_new_tokens)[0] if prompt_ids else []
-
-    def answer_batch(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Return `answer` to each of the prompts, none of them empty; they are computed together."""
-        head = self.model.head
-        assert isinstance(head, VocabularyHead)
-        answers: list[list[int]] = [[] for _ in prompts]
-        unfinished = set(range(len(prompts)))
-        for _ in range(max_new_tokens):
-            rows = sorted(unfinished)
-            texts = [prompts[row] + answers[row] for row in rows]
-            ids, mask = pad(texts, 0)
-            hidden = self.model.hidden(Tokens(ids, mask), self._values.adapter)
-            last = hidden[np.arange(len(rows)), mask.sum(1) - 1]
-            _, predicted = head.score(last, np.zeros(len(rows), np.int64))
-            for row, token in zip(rows, predicted.tolist(), strict=True):
-                if token in self.stop_ids:
-                    unfinished.discard(row)
-                else:
-                    answers[row].append(token)
-            if not unfinished:
-                break
-        return answers
+        return self._generator().answer(prompt_ids, max_new_tokens)
 
     def answer_nll(self, prompt_ids: list[int], answers: Sequence[list[int]]) -> NDArray[np.float64]:
         """Return the negative log-likelihood (nats) of each answer to one prompt."""
-        found: list[float] = []
-        for start in range(0, len(answers), ANSWER_ROWS):
-            some = answers[start : start + ANSWER_ROWS]
-            ids, mask = pad([prompt_ids + answer for answer in some], 0)
-            labels = pad([[IGNORED] * len(prompt_ids) + answer for answer in some], IGNORED)[0]
-            batch: Batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "rows": []}
-            found += self.token_nll(batch)[0].sum(1, dtype=np.float64).tolist()
-        return np.array(found)
+        return self._generator().answer_nll(prompt_ids, answers)
+
+    def _generator(self) -> TextGenerator | Seq2SeqGenerator:
+        """Return what answers with the present weights, or as the base."""
+        assert self._answers is not None  # of a model that writes text
+        if not self._answers.is_open:
+            self.model.rest()
+        if self._values is self._untuned:
+            return self._answers.opened("none")
+        scaling = np.float32(self._config.alpha / self._config.rank)
+        values = {f"lora_A.{name}": a for name, (a, _) in self.adapter.items()}
+        return self._answers.opened(values | {f"lora_B.{name}": scaling * b for name, (_, b) in self.adapter.items()})
 
 
 def fresh_adapter(linears: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Pair]:

@@ -167,6 +167,7 @@ def _cost(report: dict[str, Any], plan: dict[str, Any] | None) -> Section:
         ["device", report["device"]],
         ["CPU time", f"{report['cpu_seconds']:.0f} s: {cores:.1f} of {report['threads']} threads on average"],
         ["peak memory", f"{report['peak_rss_bytes'] / 1e6:.0f} MB"],
+        *([["energy of the processor", f"{report['energy_joules']:.0f} J"]] if "energy_joules" in report else []),
         ["speed of the training", f"{report['tokens_per_second']:.0f} tokens/s"],
     ]
     if report["peak_device_bytes"] is not None:

@@ -90,7 +90,13 @@ def _train_and_report(
     evaluated = results(job, model, fitted, progress, parts, timings)
     if processes.is_main:
         with heartbeat(progress, "writing the report"):
-            evaluated |= {"finish": finished}
+            evaluated |= {"finish": finished, **_energy(timings)}
             write_report(opened, job, model, processes, fitted, evaluated, timings.seconds, engine.packages)
         progress.say(f"seconds: {timings.text}")
     processes.wait()
+
+
+def _energy(timings: Timings) -> dict[str, float]:
+    """Return `energy_joules` of the processor during this command, where the machine counts it."""
+    joules = timings.energy.read()
+    return {} if joules is None else {"energy_joules": round(joules, 1)}

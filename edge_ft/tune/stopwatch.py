@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from edge_ft.energy import Energy
+from edge_ft.stopping import running_seconds
+
 __all__ = ["Stopwatch", "Timings"]
 
 
@@ -12,7 +15,9 @@ __all__ = ["Stopwatch", "Timings"]
 class Timings:
     """Wall seconds of the stages of a command, in the order in which they began."""
 
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = running_seconds
+    energy: Energy = field(default_factory=Energy)
+    """Read at the end of each stage."""
     seconds: dict[str, float] = field(default_factory=dict)
     _inside: float = field(default=0.0, init=False)
     """Of the stages inside the present one."""
@@ -28,6 +33,7 @@ class Timings:
             whole = self.clock() - began
             self.seconds[name] += whole - self._inside
             self._inside = before + whole
+            self.energy.read()
 
     @property
     def text(self) -> str:

@@ -165,6 +165,24 @@ def test_the_same_recipe_gives_the_same_curve(
     assert report["ratio"]["time_to_baseline_best"] is None
 
 
+def test_a_bundle_trains_by_the_same_recipe(
+    jobs: list[dict[str, Any]], llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    settings = Race(model=str(llama), data=str(sums), train_rows=16, eval_rows=6, eval_steps=1, threads=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(training.SAME_RECIPE, "compute", "fp32")  # on every processor
+        report = run(settings, tmp_path / "race", Trainings(seeds=1, same_recipe=True, bundle=True))
+    (trained,) = report["ours_onnx"]
+    assert trained.keys() >= RUN
+    assert trained["config"]["model"].endswith("bundle-int4")
+    assert report["ours_fp32"] == []  # ours is in float32 already
+    assert report["same_recipe"]["max_difference_onnx"] < 0.2  # another A to begin with
+    assert report["ratio_others"]["ours_onnx"].keys() == {"speed", "cpu_speed", "peak_rss", "whole_time"}
+    assert "ours over a bundle, without torch ÷ baseline: speed " in text_of(report)
+    with pytest.raises(UsageError, match="--bundle compares trainings of --same-recipe"):
+        Trainings(bundle=True)
+
+
 def test_the_same_recipe_of_a_classifier_is_without_dropout(
     jobs: list[dict[str, Any]], bert: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

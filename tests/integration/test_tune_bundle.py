@@ -128,9 +128,13 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     given = settings(bundle.path, sums, tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Interrupted), stopping_after(6, patch):
         tune(given)
+    name = "adapter_model.safetensors"
+    (checkpoint,) = (folder for folder in given.out.iterdir() if "checkpoint" in folder.name)
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    # The weights, the best ones, and two moments of each.
+    assert size < 4 * (given.out / "adapter" / name).stat().st_size + 64_000
     resumed = tune(replace(given, resume=True))
     assert resumed.report()["resumed_from_step"] == 6
-    name = "adapter_model.safetensors"
     assert (resumed.adapter / name).read_bytes() == (run.adapter / name).read_bytes()
 
 

@@ -24,7 +24,7 @@ def test_the_last_step_is_always_printed() -> None:
 
 def test_a_stage_that_continues_after_another_one_is_timed_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("edge_ft.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("edge_ft.progress.running_seconds", lambda: now[0])
     stream = io.StringIO()
     lines = Lines(stream, interval=0.0)
     for step in range(1, 21):
@@ -56,7 +56,7 @@ def test_a_step_that_cannot_be_counted_is_reported_until_it_ends() -> None:
 
 def test_a_counted_part_is_shown_instead_of_the_step_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("edge_ft.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("edge_ft.progress.running_seconds", lambda: now[0])
     stream = io.StringIO()
     lines = Lines(stream)
     for stage, done, total in [
@@ -76,7 +76,7 @@ def test_a_counted_part_is_shown_instead_of_the_step_around_it(monkeypatch: pyte
 
 def test_a_slow_part_of_a_counted_stage_keeps_its_count(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("edge_ft.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("edge_ft.progress.running_seconds", lambda: now[0])
     stream = io.StringIO()
     lines = Lines(stream)
     lines.advance("answers", 0, 2)
