@@ -82,7 +82,7 @@ class TuneConfig(RowsConfig):
     max_steps: Annotated[int | None, Group.TRAINING, Minimum(1)] = None
     """Number of optimizer steps; overrides --epochs."""
     finish_steps: Annotated[int | None, Group.TRAINING, Minimum(0)] = None
-    """Steps that train the scales of the merged int4 model after the adapter; 0: none; default: a fifth of the
+    """Steps that train the scales of the merged int4 model after the adapter; 0: none; default: a tenth of the
     training's steps."""
     max_minutes: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
     """Stop after this many minutes of training and validation."""

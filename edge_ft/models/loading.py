@@ -1,6 +1,6 @@
 """Load the task model of a base, in float32 or quantized."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,9 @@ class ModelSpec:
     by itself."""
     finer: Finer = None
     """Of codes that are calibrated, what `quantize_calibrated` takes."""
+    start: Path | None = None
+    """Of codes that are calibrated, the file of those before `changes`: only layers that change get others, and keep
+    their scales, zero points and 8 bits."""
     changes: Changes = field(default_factory=dict)
     """A [rank, in] and B [out, rank] by a layer's name: B A is added to its weight before that is rounded."""
 
@@ -155,7 +158,8 @@ def load_model(spec: ModelSpec, progress: Progress | None = None) -> nn.Module:
     if spec.base.family.name == "mpnet":
         use_attention_interface(model)
     if isinstance(spec.codes, Calibration) and spec.base_format == "int4":
-        _calibrate(model.eval(), spec.task, read, spec.codes, spec.grid, spec.finer)
+        only = None if spec.start is None else spec.changes
+        _calibrate(model.eval(), spec.task, read, spec.codes, spec.grid, spec.finer, only)
     return model.eval().requires_grad_(False)
 
 
@@ -193,10 +197,12 @@ def _calibrate(
     calibration: Calibration,
     grid: Grid,
     finer: Finer = None,
+    only: Collection[str] | None = None,
 ) -> None:
     """Calibrate the int4 codes of a model, but for shared layers (ALBERT): each of their calls has other inputs.
 
-    In decoders, the bytes that scales in float16 save are spent on 8 bits where they save the most loss.
+    `only` names the layers that get other codes; None: all do, and in decoders the bytes that scales in float16 save
+    are spent on 8 bits where they save the most loss.
     """
 
     def forward(model: Any, batch: Batch) -> Tensor | None:
@@ -206,8 +212,8 @@ def _calibrate(
     if ModelDims(model.config).shares_layers:
         return
     with calibration.timed():
-        calibrate(model, task, read, calibration, forward)
-        if task == "text-generation" and grid.half_scales:
+        calibrate(model, task, read, calibration, forward, only)
+        if only is None and task == "text-generation" and grid.half_scales:
             budget = saved_bytes(model) if finer is None else finer
             chosen = spend(model, calibration.batch, read, forward, budget) if isinstance(budget, int) else budget
             refine(model, read, chosen)
@@ -335,6 +341,6 @@ def _quantize(model: nn.Module, spec: ModelSpec, read: ReadWeight) -> None:
     elif spec.base_format == "bf16":
         round_to_bf16(model, keep, read)
     else:
-        codes = spec.codes if spec.base_format == "int4" else None
+        codes = spec.start or spec.codes if spec.base_format == "int4" else None
         existing = {"existing": read_codes(codes)} if isinstance(codes, Path) else {}
         quantize_model(model, spec.grid, keep, BITS[spec.base_format], read, **existing)

@@ -8,7 +8,7 @@ already, so that it is fitted to the input that it will really get; and only its
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -23,7 +23,7 @@ from edge_ft.config import Task
 from edge_ft.data import IGNORED, Batch, Example, collate, evenly_spaced
 from edge_ft.errors import ModelError
 from edge_ft.progress import Progress, Silent, track
-from edge_ft.quant.blockwise import Codes, pack_nibbles, unpack_nibbles
+from edge_ft.quant.blockwise import Codes, pack_nibbles, quantize_finely, unpack_nibbles
 from edge_ft.quant.conversion import ReadWeight
 from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear, has_bf16
 
@@ -120,11 +120,12 @@ def calibrate(
     read: ReadWeight,
     calibration: Calibration,
     forward: Callable[[Any, Batch], Tensor | None],
+    only: Collection[str] | None = None,
 ) -> None:
     """Choose the 4-bit codes of the linear layers of `model` anew by GPTQ, in place.
 
     Codes that a language model's embedding and head share are chosen as the head's, last: their errors cost most
-    there. An embedding that is not tied keeps its codes.
+    there. An embedding that is not tied keeps its codes. Layers with further bits are rounded by themselves.
 
     Args:
         model: A task model with 4-bit codes, on the CPU, without an adapter.
@@ -133,6 +134,7 @@ def calibrate(
         calibration: Its batch is the model's input.
         forward: Runs the model over a batch; returns the inputs of the head over the vocabulary [targets, hidden],
             or None where the model has no such head.
+        only: Names of the layers that get other codes; None: all of them.
 
     Raises:
         ModelError: an input of a layer is not finite.
@@ -140,12 +142,14 @@ def calibrate(
     batch = calibration.batch
     head = model.get_output_embeddings()
     layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, QuantLinear) and module is not head
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear) and module is not head and (only is None or name in only)
     }
     dtype = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
     with _FirstCalls(layers, _token_masks(batch, task), read, dtype, calibration.progress):
         hidden = forward(model, batch)
-    if hidden is not None and isinstance(head, QuantLinear):
+    if hidden is not None and isinstance(head, QuantLinear) and only is None:
         _calibrate_head(model, head, _input_factor(hidden, dtype, "the head"), read)
 
 
@@ -186,7 +190,11 @@ class _FirstCalls:
             rows = x.reshape(-1, x.shape[-1])
             mask = self._masks.get(len(rows))
             self._last_input = x, _input_factor(rows if mask is None else rows[mask], self._dtype, name)
-        layer.set_codes(gptq_quantize(self._read(f"{name}.weight", slice(None)), self._last_input[1], layer.codes()))
+        weight, nearest = self._read(f"{name}.weight", slice(None)), layer.codes()
+        if nearest.fine is None:
+            layer.set_codes(gptq_quantize(weight, self._last_input[1], nearest))
+        else:
+            layer.set_codes(quantize_finely(weight.numpy(), nearest.block_size))
         next(self._steps, None)
         return x.to(self._dtype)  # only the next layers read the product with the new codes
 

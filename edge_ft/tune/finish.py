@@ -23,9 +23,8 @@ from edge_ft.files import atomic_folder, file_sha256, is_as_sealed, seal, write_
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import lora_pairs
 from edge_ft.progress import Progress, heartbeat
-from edge_ft.quant.calibration import Calibration, make_calibration
+from edge_ft.quant.calibration import make_calibration
 from edge_ft.quant.layers import to_device
-from edge_ft.quant.sensitivity import finer_layers
 from edge_ft.quant.serialization import codes_sha256, write_codes
 from edge_ft.stopping import held, requested
 from edge_ft.system import release_memory
@@ -99,7 +98,7 @@ def finish(run: RunFolder, job: "Job", model: TrainableModel, fitted: Fit, progr
         progress.say(f"no finishing steps: --max-minutes {config.max_minutes:g} are over; an export chooses the codes")
         return None
     work, adapter = run.path / FINISH, file_sha256(run.adapter / "adapter_model.safetensors")
-    merged = _load_merged(work, adapter, job, model, progress)
+    merged = _load_merged(run, adapter, job, model, progress)
     checkpoint = read_checkpoint(work)
     own = finishing_config(config, steps, left)
     backend = FinishBackend(merged, job.base.family, job.prepared.task, own, model.backend)
@@ -130,25 +129,31 @@ def finish(run: RunFolder, job: "Job", model: TrainableModel, fitted: Fit, progr
     return figures
 
 
-def _load_merged(work: Path, adapter: str, job: "Job", model: TrainableModel, progress: Progress) -> Any:
+def _load_merged(run: RunFolder, adapter: str, job: "Job", model: TrainableModel, progress: Progress) -> Any:
     """Return the merged model with the codes as they were chosen, now or by a process that was killed."""
-    codes, start, config, prepared = work / "codes.safetensors", work / "start.json", job.config, job.prepared
+    work, prepared = run.path / FINISH, job.prepared
+    codes, start = work / "codes.safetensors", work / "start.json"
     known = _is_of(adapter, start, codes)
-    chosen: Path | Calibration | None = codes
-    if not known:
-        count, pad_id = config.base_calibration_rows, job.tokenizer.pad_id
-        chosen = make_calibration(prepared.examples["train"], count, pad_id, prepared.task, progress)
-    changes = {} if known else lora_pairs(model.peft_model)
-    spec = ModelSpec.from_rendering(*(job.base, prepared.rendering, "int4", model.grid, config.seed, chosen, changes))
-    spec = replace(spec, finer=finer_layers(model.peft_model))
+    spec = ModelSpec.from_rendering(job.base, prepared.rendering, "int4", model.grid, job.config.seed, codes)
     with heartbeat(progress, f"{'loading' if known else 'choosing the codes of'} the merged model"):
-        merged = load_model(spec, progress)
+        merged = load_model(spec, progress) if known else _merge(run, spec, job, model, progress)
     if not known:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         write_codes(codes, merged)
         write_json(start, seal({"adapter_sha256": adapter, "sha256": file_sha256(codes)}))
     return to_device(merged, model.backend.device)
+
+
+def _merge(run: RunFolder, spec: ModelSpec, job: "Job", model: TrainableModel, progress: Progress) -> Any:
+    """Return the merged model: the adapter is added to the float weights, and the layers that it changes are rounded.
+
+    It changes a weight by less than rounding does, so that scales, zero points and 8 bits stay those of the base.
+    """
+    prepared, count = job.prepared, job.config.base_calibration_rows
+    calibration = make_calibration(prepared.examples["train"], count, job.tokenizer.pad_id, prepared.task, progress)
+    start = run.codes if calibration is not None and run.codes.is_file() else None
+    return load_model(replace(spec, codes=calibration, start=start, changes=lora_pairs(model.peft_model)), progress)
 
 
 @dataclass

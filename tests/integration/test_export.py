@@ -22,7 +22,7 @@ from edge_ft.data import Rendering, TextTokenizer, collate, encode_rows, fingerp
 from edge_ft.errors import DataError, GateRefused, ModelError, UsageError
 from edge_ft.evaluate.loading import open_run_model
 from edge_ft.evaluate.verify import verify
-from edge_ft.export import export
+from edge_ft.export import export, verification
 from edge_ft.export.verification import genai_level
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
@@ -436,17 +436,23 @@ def test_an_export_scores_no_more_rows_than_the_interval_of_its_tax_needs(
 def test_scores_that_the_run_computed_are_not_computed_again(
     llama_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*_: Any) -> Any:
-        raise AssertionError("the model as trained is loaded")
+    scored: list[str] = []
+    score_rows = verification.score_rows
 
-    with monkeypatch.context() as patched:
-        patched.setattr("edge_ft.export.source.ExportSource.load_trained", refused)
-        told = RecordedProgress()
-        known = export(str(llama_run.path), ExportConfig(out=tmp_path / "known", lane="adapter", **LOOSE), told)
+    def recorded(source: Any, scorer: Any, examples: Any, progress: Any, stage: str) -> Any:
+        scored.append(stage)
+        return score_rows(source, scorer, examples, progress, stage)
+
+    monkeypatch.setattr(verification, "score_rows", recorded)
+    told = RecordedProgress()
+    known = export(str(llama_run.path), ExportConfig(out=tmp_path / "known", lane="adapter", **LOOSE), told)
     (seconds,) = (line for line in told.lines if line.startswith("seconds: "))
     assert all(stage in seconds for stage in ("graphs", "in all"))  # those that took a tenth of a second
+    torch_scores = {"validation, base", "validation, as trained"}
+    assert (torch_scores & set(scored), "validation, level 1" in scored) == (set(), True)
     monkeypatch.setattr("edge_ft.export.source.find_scores", lambda *_: None)
     computed = export(str(llama_run.path), ExportConfig(out=tmp_path / "computed", lane="adapter", **LOOSE))
+    assert torch_scores <= set(scored)
     for name in ("base", "trained", "shipped"):
         found, expected = (bundle.manifest["verification"]["nll"][name] for bundle in (known, computed))
         assert found == pytest.approx(expected, abs=1e-5)

@@ -14,7 +14,7 @@ from tiny_models import write_llama
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import ExportConfig, TuneConfig
-from edge_ft.errors import GateRefused, UsageError
+from edge_ft.errors import UsageError
 from edge_ft.export import export
 from edge_ft.quant import calibration
 from edge_ft.tune import finish as finishing
@@ -169,26 +169,28 @@ def foreign(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     return save_foreign(Path(settings["model"]), tmp_path_factory.mktemp("foreign") / "adapter")
 
 
-def test_an_export_of_a_foreign_adapter_trains_its_scales_too(
-    settings: dict[str, Any], foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_export_of_an_adapter_that_was_trained_over_float_loses_less_with_trained_scales(
+    settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    # The last scales ship, though this adapter of random weights makes the loss no better.
-    monkeypatch.setattr(finishing.FinishBackend, "restore_best", lambda backend: backend.scales.apply())
+    rows = [{"prompt": f"What is {i} and {i + 1}? ", "completion": f"seven and {i % 5}"} for i in range(300)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = trained(
+        {**settings, "finish_steps": None}, tmp_path / "run", data=str(data), base_format="fp32", max_steps=40
+    )
 
     def exported(finish: int) -> dict[str, Any]:
-        out = tmp_path / str(finish)
-        config = ExportConfig(out=out, adapter=foreign, data=settings["data"], finish=finish, **LOOSE)
-        try:
-            found: dict[str, Any] = export(settings["model"], config).manifest["verification"]
-        except GateRefused:  # it has learned nothing
-            found = Bundle.open(out.with_name(f"{out.name}.rejected")).manifest["verification"]
+        own = {"adapter": run.adapter, "data": str(data), "finish": finish}
+        bundle = export(settings["model"], ExportConfig(out=tmp_path / str(finish), **own, **LOOSE))
+        found: dict[str, Any] = bundle.manifest["verification"]
         return found
 
-    before, after = exported(0), exported(30)
+    before, after = exported(0), exported(60)
     assert after["nll"]["trained"] == before["nll"]["trained"]
-    assert after["nll"]["shipped"] != before["nll"]["shipped"]
+    assert before["quantization_tax"] > 0
+    assert abs(after["quantization_tax"]) < 0.8 * before["quantization_tax"]
     assert before["rows_split"] == [0.8, 0.1, 0.1]
-    assert (after["rows"], after["test"]["rows"]) == (6, 6)
+    assert (after["rows"], after["test"]["rows"]) == (30, 30)
     assert None not in after["test"]["nll"].values()
 
 

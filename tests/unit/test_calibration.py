@@ -1,6 +1,7 @@
 """Codes chosen over rows: which rows, which layers, that they are kept with the run, and what they change."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.scorer import HEAD_INPUTS, LOSSES, embed
 from edge_ft.quant.calibration import MAX_TOKENS, Calibration, make_calibration
-from edge_ft.quant.serialization import codes_sha256, frozen_layers
+from edge_ft.quant.layers import QuantLinear
+from edge_ft.quant.sensitivity import finer_layers
+from edge_ft.quant.serialization import codes_sha256, frozen_layers, write_codes
 
 CPU = torch.device("cpu")
 
@@ -116,6 +119,31 @@ def test_calibration_lowers_the_error_on_its_rows(name: str, task: Task, models:
     assert off[0] < off[1]
     again = load_model(ModelSpec(base, task, "int4", labels=labels, codes=rows))
     assert codes_sha256(again) == codes_sha256(chosen)
+
+
+@pytest.mark.parametrize(("name", "task"), [("llama", "text-generation"), ("t5", "text2text-generation")])
+def test_a_change_is_rounded_on_the_grid_of_the_codes_before(
+    name: str, task: Task, models: dict[str, Path], tmp_path: Path
+) -> None:
+    base, file = find_base(str(models[name])), tmp_path / "codes.safetensors"
+    rows = make_calibration(examples(task), 24, base.dims.config.pad_token_id or 0, task)
+    spec = ModelSpec(base, task, "int4", codes=rows)
+    before = load_model(spec)
+    write_codes(file, before)
+    layers, head = frozen_layers(before), before.get_output_embeddings()  # type: ignore[operator]
+    linear = [layer for layer, module in layers.items() if isinstance(module, QuantLinear) and module is not head]
+    random, changes = np.random.default_rng(0), {}
+    for layer in linear[1::2]:
+        shapes = ((2, layers[layer].in_features), (layers[layer].out_features, 2))
+        changes[layer] = tuple(0.1 * random.normal(size=shape).astype(np.float32) for shape in shapes)
+    after = frozen_layers(load_model(replace(spec, start=file, changes=changes)))  # type: ignore[arg-type]
+    for layer, module in layers.items():
+        (codes, *grid), (codes_after, *grid_after) = module.weight_arrays(), after[layer].weight_arrays()
+        assert (layer in changes) == (not np.array_equal(codes, codes_after)), layer
+        assert len(grid) == len(grid_after)  # 8 bits where there were
+        if len(grid) == 2:
+            assert all(np.array_equal(a, b) for a, b in zip(grid, grid_after, strict=True)), layer
+    assert len(finer_layers(before)) > 0 or task != "text-generation"
 
 
 def test_padding_does_not_change_the_codes(models: dict[str, Path]) -> None:
