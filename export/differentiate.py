@@ -15,11 +15,13 @@ import onnx_ir as ir
 
 from edge_ft.errors import ModelError
 
-__all__ = ["Linear", "Tape", "Undifferentiable", "Weight", "extract"]
+__all__ = ["MASK", "MICROSOFT", "SOURCE_MASK", "Linear", "Tape", "Undifferentiable", "Weight", "extract"]
 
 MICROSOFT = "com.microsoft"
 MASK = "mask"
 """Graph input, float32 [batch, 1, 1, rows or 1, columns]: 0 where a token attends, else the lowest number."""
+SOURCE_MASK = "source_mask"
+"""The same of the source that an encoder-decoder's answer attends to."""
 
 Gradient = Callable[..., ir.Value]
 """Gradients of the outputs of an operator -> gradient of an input."""
@@ -274,10 +276,23 @@ class Tape:
         scale: float,
         softcap: float = 0.0,
         bias: ir.Value | None = None,
+        mask: str = MASK,
+        other: bool = False,
     ) -> ir.Value:
         """Attention of [batch, seq, heads * size]; `heads` are those of the query and of key and value.
 
         The query heads that share a key are stacked along the sequence, so that nothing is repeated.
+
+        Args:
+            query: See above.
+            key: As the query; with `other` [batch, heads, seq, size], of another sequence.
+            value: As the key.
+            heads: Of the query, and of key and value.
+            scale: Factor of the products.
+            softcap: What they are capped at; 0: not.
+            bias: Added to them, [1 or batch, heads, 1, seq, seq].
+            mask: Name of the graph input that is added to them too, as `MASK`.
+            other: Whether key and value are of another sequence.
 
         Returns:
             [batch, seq, heads * size].
@@ -285,10 +300,13 @@ class Tape:
         many, few = heads
         share = many // few
         q = self.transpose(self.reshape(query, (0, 0, few, share, -1)), (0, 2, 3, 1, 4))
-        k, v = (self.transpose(self.reshape(x, (0, 0, few, -1)), (0, 2, 1, 3)) for x in (key, value))
+        k, v = key, value
+        if not other:
+            k, v = (self.transpose(self.reshape(x, (0, 0, few, -1)), (0, 2, 1, 3)) for x in (key, value))
         length = self.op("Shape", query, start=1, end=2)
         last = self.op("Shape", q, start=4, end=5)
         batch = self.op("Shape", query, start=0, end=1)
+        keys = self.op("Shape", k, start=2, end=3) if other else length
 
         def numbers(*values: int) -> ir.Value:
             return self.constant(values, np.int64)
@@ -298,13 +316,13 @@ class Tape:
         if softcap:
             scores = self.tanh(self.multiply(scores, self.constant(1 / softcap)))
             scores = self.multiply(scores, self.constant(softcap))
-        scores = self.reshape(scores, self.op("Concat", batch, numbers(few, share), length, length, axis=0))
+        scores = self.reshape(scores, self.op("Concat", batch, numbers(few, share), length, keys, axis=0))
         if bias is not None:
             scores = self.add(scores, bias)
         weights = self.softmax(
-            self.add(scores, self.input(MASK, ir.DataType.FLOAT, ("batch", 1, 1, "rows", "columns")))
+            self.add(scores, self.input(mask, ir.DataType.FLOAT, ("batch", 1, 1, "rows", "columns")))
         )
-        flat = self.reshape(weights, self.op("Concat", batch, numbers(few, -1), length, axis=0))
+        flat = self.reshape(weights, self.op("Concat", batch, numbers(few, -1), keys, axis=0))
         mixed = self.matmul(flat, v)
         apart = self.reshape(mixed, self.op("Concat", batch, numbers(few, share), length, last, axis=0))
         return self.reshape(self.transpose(apart, (0, 3, 1, 2, 4)), (0, 0, -1))

@@ -34,23 +34,31 @@ class Piece:
     nodes: list[ir.Node]
     x: ir.Value
     y: ir.Value
+    source: ir.Value | None = None
+    """What it reads besides: the encoder's hidden states."""
 
 
 class Flow:
-    """The graph as a chain: before the layers, each layer, after the layers.
+    """The graph as a chain: before the layers, each layer, after the layers."""
 
-    Raises:
-        Undifferentiable: it is no chain.
-    """
+    def __init__(self, graph: ir.Graph, layers: str, output: str | None = None) -> None:
+        """Cut the graph, which is changed.
 
-    def __init__(self, graph: ir.Graph, layers: str) -> None:
+        Args:
+            graph: A lowered graph.
+            layers: Dotted name of the list of transformer layers.
+            output: The only output that counts; None: all.
+
+        Raises:
+            Undifferentiable: it is no chain.
+        """
+        if output is not None:
+            kept = [value for value in graph.outputs if value.name == output]
+            graph.outputs.clear()
+            graph.outputs.extend(kept)
         _simplify(graph)
         (tokens,) = [value for value in graph.inputs if value.name == "input_ids"]
-        active, nodes = {tokens}, list[ir.Node]()
-        for node in graph:
-            if node.op_type != "Shape" and any(value in active for value in node.inputs):
-                nodes.append(node)
-                active.update(node.outputs)
+        nodes, active = _reached(graph, tokens)
         order = {node: at for at, node in enumerate(nodes)}
         last_use = {
             value: max((order[use.node] for use in value.uses() if use.node in order), default=-1) for value in active
@@ -78,6 +86,31 @@ class Flow:
         self.before = _joined(pieces[:first])
         self.layers = [_joined(group) for group in groups]
         self.after = _joined(pieces[last + 1 :])
+        sources = [value for value in graph.inputs if value.name == "encoder_hidden_states"]
+        if sources:
+            beside = [node for node in _reached(graph, sources[0])[0] if node not in order]
+            self.layers = [_with_source(piece, sources[0], beside) for piece in self.layers]
+
+
+def _reached(graph: ir.Graph, start: ir.Value) -> tuple[list[ir.Node], set[ir.Value]]:
+    """Return the nodes that read what is computed from a value, in order, and these values."""
+    active, nodes = {start}, list[ir.Node]()
+    for node in graph:
+        if node.op_type != "Shape" and any(value in active for value in node.inputs):
+            nodes.append(node)
+            active.update(node.outputs)
+    return nodes, active
+
+
+def _with_source(piece: Piece, source: ir.Value, beside: list[ir.Node]) -> Piece:
+    """Return a piece with those nodes before it that it needs of what is computed from the source alone."""
+    needed = list[ir.Node]()
+    wanted = {value for node in piece.nodes for value in node.inputs}
+    for node in reversed(beside):
+        if any(value in wanted for value in node.outputs):
+            needed.append(node)
+            wanted.update(node.inputs)
+    return Piece([*reversed(needed), *piece.nodes], piece.x, piece.y, source)
 
 
 def _joined(pieces: list[Piece]) -> Piece:
@@ -122,7 +155,7 @@ def _simplify(graph: ir.Graph) -> None:
             attributes = {"axis": -1, "epsilon": node.attributes["epsilon"].as_float(), "stash_type": 1}
             norm = ir.node("SimplifiedLayerNormalization", [total.outputs[0], weight], attributes)
             graph.insert_before(node, [total, norm])
-            node.outputs[0].replace_all_uses_with(norm.outputs[0])
+            node.outputs[0].replace_all_uses_with(norm.outputs[0], replace_graph_outputs=True)
             node.outputs[3].replace_all_uses_with(total.outputs[0])
             graph.remove(node, safe=True)
     for node in reversed(list(graph)):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edge_ft.export.differentiate import Undifferentiable
+from edge_ft.export.differentiate import SOURCE_MASK, Undifferentiable
 from edge_ft.export.moving_rules import MOVING_RULES
 from edge_ft.export.piece_builder import Builder
 
@@ -64,12 +64,17 @@ def _group_query_attention(builder: Builder, node: ir.Node) -> ir.Value:
 
 
 def _multi_head_attention(builder: Builder, node: ir.Node) -> ir.Value:
-    heads, scale = node.attributes["num_heads"].as_int(), node.attributes["scale"].as_float()
-    if builder.optional(node, 3) is not None or len(node.outputs) > 1:
+    settings = node.attributes
+    heads, scale = settings["num_heads"].as_int(), settings["scale"].as_float()
+    causal = "unidirectional" in settings and settings["unidirectional"].as_int() == 1
+    read = any(output.uses() for output in node.outputs[1:])
+    if builder.optional(node, 3) is not None or read or (len(node.inputs) > 6 and any(node.inputs[6:])):
         raise Undifferentiable("its attention has biases or a cache")
-    builder.causal = False
-    builder.windows.add(None)
     query, key, value = (builder.at(node, index) for index in range(3))
+    if builder.source is not None and not causal:  # keys and values of the source, by head
+        return builder.tape.attention(query, key, value, (heads, heads), scale=scale, mask=SOURCE_MASK, other=True)
+    builder.causal = causal
+    builder.windows.add(None)
     bias = builder.optional(node, 5)
     if bias is not None:
         bias = builder.tape.op("Unsqueeze", bias, builder.tape.constant([2], np.int64))

@@ -28,6 +28,12 @@ class Builder:
         """By the name of an input, the initializer and the shape in which it is read."""
         self.active = {output for node in piece.nodes for output in node.outputs}
         self.copies: dict[ir.Value, ir.Value] = {piece.x: x}
+        self.source: ir.Value | None = None
+        """The copy of what the piece reads besides, which has a gradient too."""
+        if piece.source is not None:
+            self.source = self.tape.input(str(piece.source.name), ir.DataType.FLOAT)
+            self.tape.active.add(self.source)
+            self.copies[piece.source] = self.source
         self.windows: set[int | None] = set()
         self.causal = True
 

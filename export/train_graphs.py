@@ -6,6 +6,7 @@ that go into each.
 """
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from edge_ft.config import INT8_ACTIVATIONS
+from edge_ft.config import INT8_ACTIVATIONS, TEXT_TASKS, Task
 from edge_ft.errors import UsageError
+from edge_ft.export.bundle import graph_files
 from edge_ft.export.bundle_weights import JOINED
 from edge_ft.export.class_head import ClassHead
 from edge_ft.export.differentiate import Undifferentiable, extract
@@ -25,7 +27,7 @@ from edge_ft.export.operator_rules import repeat
 from edge_ft.export.piece_builder import Builder, Parts
 from edge_ft.export.source import ExportSource
 from edge_ft.export.vocabulary_head import VocabularyHead
-from edge_ft.families import CLASSIFIERS
+from edge_ft.families import CLASSIFIERS, Family
 from edge_ft.files import write_json
 
 __all__ = ["add_training", "write_train_graphs"]
@@ -54,9 +56,7 @@ def add_training(folder: Path, source: ExportSource, graph: str, trainable: bool
     """
     try:
         _refuse(source, trainable)
-        family, hidden = source.base.family, source.dims.hidden
-        head = family.trained_head(source.task)
-        index = write_train_graphs(folder, graph, family.layers, _parts(source), hidden, head)
+        index = write_train_graphs(folder, graph, source.base.family, source.task, _parts(source), source.dims.hidden)
         _refuse_large(folder / FOLDER, trainable)
     except Undifferentiable as error:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
@@ -78,7 +78,7 @@ def _refuse(source: ExportSource, trainable: bool | None) -> None:
         raise Undifferentiable("its adapter is merged into the weights: export the run with --lane adapter")
     if source.weights in INT8_ACTIVATIONS:
         raise Undifferentiable("it computes in int8, which has no gradient: export it with --weights int4 or int8")
-    if not source.base.family.decoder and source.task not in CLASSIFIERS:
+    if source.task not in (*TEXT_TASKS, *CLASSIFIERS):
         raise Undifferentiable(f"training over a bundle does not know the task {source.task} yet")
 
 
@@ -107,18 +107,16 @@ def _parts(source: ExportSource) -> Parts:
     return parts
 
 
-def write_train_graphs(
-    folder: Path, graph: str, layers: str, parts: Parts, hidden: int, trained_head: tuple[str, ...] = ()
-) -> str:
+def write_train_graphs(folder: Path, graph: str, family: Family, task: Task, parts: Parts, hidden: int) -> str:
     """Write `train/` into a bundle.
 
     Args:
         folder: The bundle.
         graph: Path of its main graph relative to `folder`.
-        layers: Dotted name of the list of transformer layers.
+        family: Of the model.
+        task: Of the bundle.
         parts: Name and outputs of a linear layer -> those of the layers that an export joined into it.
         hidden: Width of the model.
-        trained_head: Modules of a head that is trained in full; none: the head is that over the vocabulary.
 
     Returns:
         Path of the index relative to `folder`.
@@ -126,47 +124,67 @@ def write_train_graphs(
     Raises:
         Undifferentiable: the model cannot learn, and why; nothing is written.
     """
-    model = ir.load(folder / graph)
-    flow = Flow(model.graph, layers)
-    tensors = _Tensors(Path(graph).parent)
-    models: dict[str, ir.Model] = {}
-    blocks: list[dict[str, Any]] = []
-    known: dict[bytes, int] = {}
-    entries = []
-    for piece in flow.layers:
-        block = _Block(piece, layers, parts)
-        kind = known.setdefault(block.signature, len(blocks))
-        if kind == len(blocks):
-            paths = {name: f"{FOLDER}/block{kind}_{name}.onnx" for name in block.models}
-            models |= {paths[name]: graph for name, graph in block.models.items()}
-            blocks.append({"graphs": paths, **block.description})
-        entries.append({"block": kind, "window": block.window, "weights": tensors.table(block.builder.weights)})
-    embed = _Embedding(flow.before)
-    head = ClassHead(flow.after, trained_head) if trained_head else VocabularyHead(flow.after)
-    models |= {f"{FOLDER}/embed.onnx": embed.model, f"{FOLDER}/head.onnx": head.model}
-    models[f"{FOLDER}/head_score.onnx"] = head.score
+    written = _Written(_Tensors(Path(graph).parent), parts)
+    document: dict[str, Any] = {"format": 1, "hidden": hidden}
+    if family.encoder_layers is not None:
+        encoder, graph, _ = graph_files(graph)
+        flow = Flow(ir.load(folder / encoder).graph, family.encoder_layers, "last_hidden_state")
+        document["encoder"] = written.stack(flow, family.encoder_layers, "encoder_", [flow.after])
+    # The decoder's first graph reads the source itself; of the others all outputs count.
+    flow = Flow(ir.load(folder / graph).graph, family.layers, "logits" if family.encoder_layers else None)
+    document |= written.stack(flow, family.layers)
+    trained_head = family.trained_head(task)
+    document["head"] = written.head(ClassHead(flow.after, trained_head) if trained_head else VocabularyHead(flow.after))
+    document |= {"blocks": written.blocks, "tensors": written.tensors.places}
     (folder / FOLDER).mkdir()
-    for path, made in models.items():
+    for path, made in written.models.items():
         ir.save(made, folder / path)
-    document = {
-        "format": 1,
-        "layers_name": layers,
-        "hidden": hidden,
-        "embed": {"graph": f"{FOLDER}/embed.onnx", "weights": tensors.table(embed.builder.weights)},
-        "blocks": blocks,
-        "layers": entries,
-        "head": {
-            "graph": f"{FOLDER}/head.onnx",
-            "score": f"{FOLDER}/head_score.onnx",
-            "weights": tensors.table(head.builder.weights),
-            **({"parameters": tensors.parameters(head.parameters)} if isinstance(head, ClassHead) else {}),
-        },
-        "tensors": tensors.places,
-    }
-    if tensors.inline:
-        save_file(tensors.inline, folder / INLINE)
+    if written.tensors.inline:
+        save_file(written.tensors.inline, folder / INLINE)
     write_json(folder / FOLDER / "index.json", document)
     return f"{FOLDER}/index.json"
+
+
+@dataclass
+class _Written:
+    """The graphs of a model, and what the index says of them."""
+
+    tensors: "_Tensors"
+    parts: Parts
+    models: dict[str, ir.Model] = field(default_factory=dict)
+    """By path relative to the bundle."""
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    """Of layers that compute the same."""
+    known: dict[bytes, int] = field(default_factory=dict)
+
+    def stack(self, flow: Flow, layers: str, prefix: str = "", further: Sequence[Piece] = ()) -> dict[str, Any]:
+        """Add what comes before the layers, the layers, and `further` pieces after them that have a gradient."""
+        entries = []
+        for piece in (*flow.layers, *further):
+            block = _Block(piece, layers, self.parts)
+            kind = self.known.setdefault(block.signature, len(self.blocks))
+            if kind == len(self.blocks):
+                paths = {name: f"{FOLDER}/block{kind}_{name}.onnx" for name in block.models}
+                self.models |= {paths[name]: graph for name, graph in block.models.items()}
+                self.blocks.append({"graphs": paths, **block.description})
+            weights = self.tensors.table(block.builder.weights)
+            entries.append({"block": kind, "window": block.window, "weights": weights})
+        embed, path = _Embedding(flow.before), f"{FOLDER}/{prefix}embed.onnx"
+        self.models[path] = embed.model
+        return {
+            "layers_name": layers,
+            "embed": {"graph": path, "weights": self.tensors.table(embed.builder.weights)},
+            "layers": entries,
+        }
+
+    def head(self, head: ClassHead | VocabularyHead) -> dict[str, Any]:
+        """Add the head."""
+        paths = {"graph": f"{FOLDER}/head.onnx", "score": f"{FOLDER}/head_score.onnx"}
+        self.models |= {paths["graph"]: head.model, paths["score"]: head.score}
+        found = {**paths, "weights": self.tensors.table(head.builder.weights)}
+        if isinstance(head, ClassHead):
+            found["parameters"] = self.tensors.parameters(head.parameters)
+        return found
 
 
 @dataclass
@@ -226,6 +244,8 @@ class _Block:
         forward = set(tape.nodes)
         gradients = tape.gradients({y: dy})
         outputs = {"dx": gradients[x]}
+        if (source := self.builder.source) is not None:
+            outputs["dsource"] = gradients[source]
         for name, value in tape.inputs.items():
             if name.startswith("lora_"):
                 outputs[f"grad.{name}"] = gradients[value]

@@ -14,6 +14,7 @@ from edge_ft.config import ExportConfig, Task, TuneConfig
 from edge_ft.export import export
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
+from edge_ft.models.lora import without_weights
 from edge_ft.progress import Silent
 from edge_ft.tune.block_model import BlockModel, Pair
 from edge_ft.tune.engine import engine_of
@@ -51,7 +52,7 @@ def torch_model(
     lora = LoraConfig(
         r=RANK, lora_alpha=int(SCALING * RANK), target_modules=list(adapter), modules_to_save=head or None
     )
-    tuned = get_peft_model(model, lora)  # type: ignore[arg-type]
+    tuned = without_weights(get_peft_model(model, lora))  # type: ignore[arg-type]
     for module, pair in adapter.items():
         for side, array in zip("AB", pair, strict=True):
             torch_parameter(tuned, module, side).data.copy_(torch.from_numpy(array))

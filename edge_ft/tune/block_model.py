@@ -7,7 +7,7 @@ and B of every linear layer are inputs too. Between the layers there is nothing 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -39,11 +39,21 @@ class Tokens(NamedTuple):
     """1 on tokens and 0 on padding."""
     types: NDArray[np.int64] | None = None
     """Which of two texts a token belongs to; None: all the first."""
+    answer: NDArray[np.int64] | None = None
+    """What the decoder of an encoder-decoder reads [batch, target]."""
 
-    @classmethod
-    def of(cls, batch: Batch) -> "Tokens":
-        """Return the texts of a batch."""
-        return cls(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
+
+@dataclass(frozen=True)
+class _Stack:
+    """The layers that a text passes through; an encoder-decoder has two stacks."""
+
+    embed: str
+    """Path of the graph before the layers."""
+    weights: Values
+    """Of that graph."""
+    numbers: range
+    """Of its layers."""
+    causal: bool
 
 
 @dataclass(frozen=True)
@@ -72,27 +82,43 @@ class BlockModel:
         """
         index = read_json(bundle.path / bundle.manifest["train"]["index"], BundleError)
         self._graphs = graphs = BlockGraphs(bundle.path, index["tensors"], threads)
-        weights = graphs.weights
         self.task: Task = bundle.task  # type: ignore[assignment]
-        self._causal = all(block["causal"] for block in index["blocks"])
-        self._embed, self._embed_graph = weights.values(index["embed"]["weights"]), index["embed"]["graph"]
         self.head: VocabularyHead | ClassHead
         if "parameters" in index["head"]:
             self.head = ClassHead(graphs, index["head"], self.task, problem)
         else:
-            self.head = VocabularyHead(graphs, index["head"])
+            self.head = VocabularyHead(graphs, index["head"], self.task)
+        self.answer_start: int | None = bundle.manifest["tokenization"].get("decoder_start")
+        """The token with which the decoder of an encoder-decoder begins."""
         self.layers: list[_Layer] = []
+        self._stacks = [self._stack(part, index["blocks"]) for part in (index.get("encoder"), index) if part]
+        self.linears: dict[str, tuple[int, int]] = dict(
+            module for layer in self.layers for module in layer.modules.values()
+        )
+        """Inputs and outputs of each linear layer that can be adapted, by its name in the model."""
+
+    def _stack(self, index: Mapping[str, Any], blocks: list[dict[str, Any]]) -> _Stack:
+        """Add the layers of a stack to `layers`, and return it."""
+        weights, first, causal = self._graphs.weights, len(self.layers), True
         for number, entry in enumerate(index["layers"]):
-            block, prefix = index["blocks"][entry["block"]], f"{index['layers_name']}.{number}"
+            block, prefix = blocks[entry["block"]], f"{index['layers_name']}.{number}"
+            causal = causal and block["causal"]
             modules = {
                 linear["module"]: (f"{prefix}.{linear['module']}", (linear["inputs"], linear["outputs"]))
                 for linear in block["linears"]
             }
             self.layers.append(_Layer(block["graphs"], entry["window"], weights.values(entry["weights"]), modules))
-        self.linears: dict[str, tuple[int, int]] = dict(
-            module for layer in self.layers for module in layer.modules.values()
-        )
-        """Inputs and outputs of each linear layer that can be adapted, by its name in the model."""
+        embed = index["embed"]
+        return _Stack(embed["graph"], weights.values(embed["weights"]), range(first, len(self.layers)), causal)
+
+    def tokens(self, batch: Batch) -> Tokens:
+        """Return the texts of a batch; the decoder of an encoder-decoder reads its labels, one position later."""
+        answer = None
+        if self.answer_start is not None:
+            labels = batch["labels"]
+            answer = np.full_like(labels, self.answer_start)
+            answer[:, 1:] = np.maximum(labels[:, :-1], 0)
+        return Tokens(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"), answer)
 
     def adapter_values(self, adapter: Mapping[str, Pair], scaling: float) -> list[Values]:
         """Return A and B of each layer as its graphs take them; what is changed in place in the arrays is seen.
@@ -119,14 +145,18 @@ class BlockModel:
             tokens: The texts.
             adapter: `adapter_values`.
         """
-        x, shared = self._start(tokens)
-        for number in range(len(self.layers)):
-            x = self._run_layer("forward", number, {"x": x}, shared, adapter)["y"]
+        x: OrtValue | None = None
+        for stack in self._stacks:
+            x, shared = self._start(stack, tokens, x)
+            for number in stack.numbers:
+                x = self._run_layer("forward", number, {"x": x}, shared, adapter)["y"]
+        assert x is not None
         return x, shared
 
     def hidden(self, tokens: Tokens, adapter: list[Values]) -> NDArray[np.float32]:
         """Return what the last layer computes [batch, seq, hidden]."""
-        found: NDArray[np.float32] = self.forward(tokens, adapter)[0].numpy().reshape(*tokens.ids.shape, -1)
+        read = tokens.ids if tokens.answer is None else tokens.answer
+        found: NDArray[np.float32] = self.forward(tokens, adapter)[0].numpy().reshape(*read.shape, -1)
         return found
 
     def gradient(
@@ -155,42 +185,78 @@ class BlockModel:
             for number, layer in enumerate(self.layers)
             if any(module in gradients for module, _ in layer.modules.values())
         )
-        x, shared = self._start(tokens)
+        x: OrtValue | None = None
         kept: list[Values] = []
-        for number in range(len(self.layers)):
-            forward = "forward" if recompute or number < first else "forward_saved"
-            results = self._run_layer(forward, number, {"x": x}, shared, adapter)
-            y = results.pop("y")
-            if number >= first:
-                kept.append({"x": x, **results})
-            x = y
+        read: list[dict[str, OrtValue]] = []
+        for stack in self._stacks:
+            x, shared = self._start(stack, tokens, x)
+            read.append(shared)
+            for number in stack.numbers:
+                forward = "forward" if recompute or number < first else "forward_saved"
+                results = self._run_layer(forward, number, {"x": x}, shared, adapter)
+                y = results.pop("y")
+                if number >= first:
+                    kept.append({"x": x, **results})
+                x = y
+        assert x is not None
         loss, dx = head(x, shared)
         backward = "backward_recompute" if recompute else "backward"
-        for number in range(len(self.layers) - 1, first - 1, -1):
-            results = self._run_layer(backward, number, {"dy": dx, **kept.pop()}, shared, adapter)
-            dx = results["dx"]
-            for inner, (module, _) in self.layers[number].modules.items():
-                if module in gradients:
-                    for side, total in zip("AB", gradients[module], strict=True):
-                        total += results[f"grad.lora_{side}.{inner}"].numpy()
+        for stack, shared in zip(reversed(self._stacks), reversed(read), strict=True):
+            source: NDArray[np.float32] | None = None
+            for number in reversed(stack.numbers):
+                if number < first:
+                    return loss
+                results = self._run_layer(backward, number, {"dy": dx, **kept.pop()}, shared, adapter)
+                dx = results["dx"]
+                if "dsource" in results:
+                    part = results["dsource"].numpy()
+                    source = part if source is None else source + part
+                self._add(number, results, gradients)
+            if source is not None:
+                dx = as_value(source)
         return loss
+
+    def _add(self, number: int, results: Values, gradients: Mapping[str, Pair]) -> None:
+        """Add the gradients of a layer's A and B to those that are wanted."""
+        for inner, (module, _) in self.layers[number].modules.items():
+            if module in gradients:
+                for side, total in zip("AB", gradients[module], strict=True):
+                    total += results[f"grad.lora_{side}.{inner}"].numpy()
 
     def rest(self) -> None:
         """Give back what the next pass takes again: memory that the graphs' allocator keeps, and pages of the files."""
         options = ort.RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._start(Tokens(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64)), options)
+        tokens = Tokens(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))
+        self._start(self._stacks[0], tokens, None, options)
         self._graphs.weights.forget_pages()
 
-    def _start(self, tokens: Tokens, options: ort.RunOptions | None = None) -> tuple[OrtValue, dict[str, OrtValue]]:
-        """Return the first layer's input, and what all graphs read."""
-        types = np.zeros_like(tokens.ids) if tokens.types is None else tokens.types
-        shared = {"input_ids": as_value(tokens.ids), "attention_mask": as_value(tokens.mask)}
-        shared["token_type_ids"] = as_value(types)
-        x = self._graphs.run(self._embed_graph, shared, self._embed, options=options)["x"]
-        for window in {layer.window for layer in self.layers}:
-            shared[_mask_name(window)] = as_value(_attention_mask(tokens.mask, self._causal, window))
-        return x, shared
+    def _start(
+        self, stack: _Stack, tokens: Tokens, source: OrtValue | None, options: ort.RunOptions | None = None
+    ) -> tuple[OrtValue, dict[str, OrtValue]]:
+        """Return the first layer's input, and what all graphs of a stack read.
+
+        Args:
+            stack: The stack.
+            tokens: The texts.
+            source: What the stack before has computed; None: it is the first.
+            options: Of the run of its first graph.
+
+        Returns:
+            Both.
+        """
+        ids, mask = tokens.ids, tokens.mask
+        shared: dict[str, OrtValue] = {}
+        if source is not None:
+            assert tokens.answer is not None
+            shared["encoder_hidden_states"] = source
+            shared["source_mask"] = as_value(_attention_mask(mask, False, None))
+            ids, mask = tokens.answer, np.ones_like(tokens.answer)
+        types = np.zeros_like(ids) if tokens.types is None else tokens.types
+        shared |= {"input_ids": as_value(ids), "attention_mask": as_value(mask), "token_type_ids": as_value(types)}
+        for window in {self.layers[number].window for number in stack.numbers}:
+            shared[_mask_name(window)] = as_value(_attention_mask(mask, stack.causal, window))
+        return self._graphs.run(stack.embed, shared, stack.weights, options=options)["x"], shared
 
     def _run_layer(
         self, graph: str, number: int, values: Values, shared: Values, adapter: list[Values]

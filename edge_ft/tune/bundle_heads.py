@@ -32,9 +32,10 @@ class VocabularyHead:
         parameters: None, it is frozen.
     """
 
-    def __init__(self, graphs: BlockGraphs, index: Mapping[str, Any]) -> None:
+    def __init__(self, graphs: BlockGraphs, index: Mapping[str, Any], task: Task) -> None:
         """Take the graphs and weights that `index` names."""
         self.parameters: Parameters = {}
+        self._task = task
         self._graphs, self._weights = graphs, graphs.weights.values(index["weights"])
         self._gradient, self._score = index["graph"], index["score"]
 
@@ -54,15 +55,15 @@ class VocabularyHead:
         self, x: OrtValue, shared: Values, batch: Batch, parameters: Values
     ) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Return nll (nats, float32) and likeliest token, shaped as the labels; 0 and -100 where there is no target."""
-        at, labels = _targets(batch)
+        at, labels = _targets(batch, self._task)
         nll, predicted = np.zeros(at.shape, np.float32), np.full(at.shape, IGNORED, np.int64)
-        where = target_mask(batch["labels"], "text-generation")
+        where = target_mask(batch["labels"], self._task)
         nll[where], predicted[where] = self.score(x.numpy().reshape(*at.shape, -1)[at], labels)
         return nll, predicted
 
     def loss(self, batch: Batch, scale: float, parameters: Values, gradients: Parameters) -> Loss:
         """Return the loss of a batch: the summed nll * scale."""
-        at, labels = _targets(batch)
+        at, labels = _targets(batch, self._task)
         factor = {"scale": as_value(np.array(scale, np.float32))}
 
         def loss_of(x: OrtValue, shared: Values) -> tuple[float, OrtValue]:
@@ -170,9 +171,12 @@ def _copied(array: NDArray[Any], transposed: bool) -> NDArray[np.float32]:
     return np.array(array.T if transposed else array, np.float32, order="C")
 
 
-def _targets(batch: Batch) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+def _targets(batch: Batch, task: Task) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Return the positions whose next token is a target [batch, seq], and these targets."""
     labels = batch["labels"]
+    if task == "text2text-generation":  # the decoder reads the labels one position later
+        at = target_mask(labels, task)
+        return at, labels[at]
     at = np.zeros(labels.shape, np.bool_)
     at[:, :-1] = labels[:, 1:] != IGNORED
     return at, labels[:, 1:][at[:, :-1]]

@@ -126,7 +126,9 @@ class OnnxBackend:
             self._gradients = pairs, {name: np.zeros_like(array) for name, array in self.model.head.parameters.items()}
         pairs, head = self._gradients
         loss = self.model.head.loss(batch, 1.0 / targets, self._values.head, head)
-        return self.model.gradient(Tokens.of(batch), loss, self._values.adapter, pairs, recompute=self._recompute)
+        return self.model.gradient(
+            self.model.tokens(batch), loss, self._values.adapter, pairs, recompute=self._recompute
+        )
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
         """Clip (0: not) and take an AdamW step if the gradient is finite; return its norm before clipping."""
@@ -214,7 +216,7 @@ class OnnxBackend:
             Negative log-likelihood (nats) and likeliest token or class, shaped as the labels; 0 and -100 where there
             is no target.
         """
-        x, shared = self.model.forward(Tokens.of(batch), self._values.adapter)
+        x, shared = self.model.forward(self.model.tokens(batch), self._values.adapter)
         return self.model.head.token_nll(x, shared, batch, self._values.head)
 
     def answer(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:

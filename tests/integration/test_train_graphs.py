@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 from once import once
-from tiny_models import DECODERS, ENCODERS, WORDS, tiny_encoder_config, write_decoder, write_encoder
+from tiny_models import (
+    DECODERS,
+    ENCODERS,
+    T5_SHAPES,
+    WORDS,
+    tiny_encoder_config,
+    write_decoder,
+    write_encoder,
+    write_t5,
+)
 from torch.nn.functional import cross_entropy
 from trainable_bundles import SCALING, random_adapter, tokens, torch_model, torch_parameter, trainable_bundle
 
@@ -48,7 +57,7 @@ def test_gradients_are_those_of_torch(name: str, work: Path) -> None:
         loss = cross_entropy(logits[torch.from_numpy(at)], torch.from_numpy(wanted), reduction="sum") / len(wanted)
         loss.backward()
         compare_gradients(model, adapter, tuned, batch, loss.item() * len(wanted), len(wanted))
-        nll, predicted = model.head.token_nll(*model.forward(Tokens.of(batch), values), batch, {})
+        nll, predicted = model.head.token_nll(*model.forward(model.tokens(batch), values), batch, {})
         assert nll.sum() / len(wanted) == pytest.approx(loss.item(), abs=1e-5)
         assert (predicted[:, 1:][at[:, :-1]] == logits[torch.from_numpy(at)].argmax(-1).numpy()).all()
 
@@ -63,7 +72,7 @@ def compare_gradients(
         pairs = {module: (np.zeros_like(a), np.zeros_like(b)) for module, (a, b) in adapter.items()}
         head = {name: np.zeros_like(array) for name, array in parameters.items()}
         of_batch = model.head.loss(batch, 1 / targets, model.head.values(parameters), head)
-        found = model.gradient(Tokens.of(batch), of_batch, values, pairs, recompute=recompute)
+        found = model.gradient(model.tokens(batch), of_batch, values, pairs, recompute=recompute)
         assert found == pytest.approx(loss / targets, abs=1e-5)
         by_name = {
             (module, side): part for module, pair in pairs.items() for side, part in zip("AB", pair, strict=True)
@@ -119,10 +128,38 @@ def test_gradients_of_a_classifier_and_its_head_are_those_of_torch(name: str, ta
         (nll.sum() / len(nll)).backward()
         compare_gradients(model, adapter, tuned, batch, nll.sum().item(), len(nll))
         values = model.adapter_values(adapter, SCALING), model.head.values(model.head.parameters)
-        found = model.head.token_nll(*model.forward(Tokens.of(batch), values[0]), batch, values[1])
+        found = model.head.token_nll(*model.forward(model.tokens(batch), values[0]), batch, values[1])
         at = labels != -100
         np.testing.assert_allclose(found[0][at], nll.detach().numpy(), atol=1e-5)
         assert (found[1][at] == predicted.numpy()).all()
+
+
+@pytest.mark.parametrize("shape", T5_SHAPES)
+def test_gradients_of_an_encoder_decoder_are_those_of_torch(shape: str, work: Path) -> None:
+    """The decoder attends to the encoder, whose adapter gets its gradient through that alone."""
+    name = f"learning-{shape.replace(', ', '-')}"
+    folder = once(work / name, lambda path: write_t5(path, **T5_SHAPES[shape]))
+    bundle = Bundle.open(once(work / f"{name}.bundle", lambda out: trainable_bundle(folder, out)))
+    model = BlockModel(bundle, 1)
+    adapter = random_adapter(model)
+    tuned = torch_model(folder, adapter, "text2text-generation")
+    for rows, length in SIZES:
+        ids, mask, _ = tokens(rows, length, tuned.config.vocab_size)
+        labels = np.random.default_rng(3).integers(3, tuned.config.vocab_size, (rows, length // 2 + 2))
+        labels[1:, -2:] = -100
+        batch: Batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "rows": []}
+        given = [torch.from_numpy(array) for array in (ids, mask, labels)]
+        tuned.zero_grad()
+        logits = tuned(input_ids=given[0], attention_mask=given[1], labels=given[2]).logits
+        loss = cross_entropy(logits.transpose(1, 2), given[2], reduction="sum")
+        targets = int((labels != -100).sum())
+        (loss / targets).backward()
+        compare_gradients(model, adapter, tuned, batch, loss.item(), targets)
+        x, shared = model.forward(model.tokens(batch), model.adapter_values(adapter, SCALING))
+        nll, predicted = model.head.token_nll(x, shared, batch, {})
+        assert nll.sum() == pytest.approx(loss.item(), abs=1e-4)
+        at = labels != -100
+        assert (predicted[at] == logits.argmax(-1).numpy()[at]).all()
 
 
 def bundle_pad(bundle: Bundle) -> int:
@@ -165,13 +202,13 @@ def test_the_graphs_do_not_grow_with_the_depth(work: Path, tmp_path: Path) -> No
     assert (len(index["blocks"]), len(index["layers"])) == (1, 6)
 
 
-def test_a_bundle_that_cannot_learn_says_why(whole: Any, llama: Path, t5: Any, tmp_path: Path) -> None:
+def test_a_bundle_that_cannot_learn_says_why(whole: Any, llama: Path, bert: Path, tmp_path: Path) -> None:
     loose: dict[str, Any] = {"min_retained": -9, "max_tax": 9, "max_metric_drop": 1}
     merged = export(str(whole.path), ExportConfig(out=tmp_path / "merged", threads=1, **loose))
     assert "merged into the weights" in merged.manifest["train"]["reason"]
     assert not (merged.path / "train").exists()
     settings: dict[str, Any] = {"trainable": True, "threads": 1}
-    with pytest.raises(UsageError, match=r"--trainable: .* cannot learn as a bundle: .* task text2text-generation"):
-        export(str(t5("t5, relu, tied")), ExportConfig(out=tmp_path / "t5", **settings))
+    with pytest.raises(UsageError, match=r"--trainable: .* cannot learn as a bundle: .* task feature-extraction"):
+        export(str(bert), ExportConfig(out=tmp_path / "bert", task="feature-extraction", **settings))
     without = export(str(llama), ExportConfig(out=tmp_path / "without", trainable=False, threads=1))
     assert without.manifest["train"] == {"reason": "it was exported with --no-trainable"}
