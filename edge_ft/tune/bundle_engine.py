@@ -1,6 +1,6 @@
 """Training over a bundle, by ONNX Runtime and numpy: the base install alone is enough."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -201,12 +201,20 @@ def _chosen(linears: Mapping[str, tuple[int, int]], config: TuneConfig, base: Bu
         }
     count = last_layers(config.layers)
     if count is not None:
-        layers = base.dims.layers
-        if count > layers:
-            raise UsageError(f"--layers {config.layers}: this model has {layers} layers")
-        last = tuple(f"{base.family.layers}.{index}." for index in range(layers - count, layers))
+        stacks = {stack: _layers(linears, stack) for stack in base.family.stacks}
+        fewest = min(stacks.values())
+        if count > fewest:
+            where = " in its smaller stack" if len(stacks) > 1 else ""
+            raise UsageError(f"--layers {config.layers}: this model has {fewest} layers{where}")
+        last = tuple(f"{stack}.{index}." for stack, layers in stacks.items() for index in range(layers - count, layers))
         chosen = {name: sizes for name, sizes in chosen.items() if name.startswith(last)}
     return chosen
+
+
+def _layers(linears: Iterable[str], stack: str) -> int:
+    """Return the number of layers in a list of them."""
+    numbers = (name.removeprefix(f"{stack}.").partition(".")[0] for name in linears if name.startswith(f"{stack}."))
+    return 1 + max(map(int, numbers))
 
 
 def _ends_in(name: str, ending: str) -> bool:

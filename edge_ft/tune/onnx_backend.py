@@ -64,12 +64,12 @@ class OnnxBackend:
         self._config, self._adapter_config = config, adapter_config
         self._recompute, self._decay = config.memory == "low", config.weight_decay
         head = model.head
-        self.named: dict[str, NDArray[np.float32]] = {
+        pairs = {
             f"{module}.lora_{side}.weight": part
             for module, pair in self.adapter.items()
             for side, part in zip("AB", pair, strict=True)
         }
-        self.named |= head.parameters
+        self.named: dict[str, NDArray[np.float32]] = {**pairs, **head.parameters}
         """The parameters by their names in the adapter's file."""
         self.parameters = list(self.named.values())
         self._moments = [(np.zeros_like(array), np.zeros_like(array)) for array in self.parameters]
