@@ -16,7 +16,7 @@ from edge_ft.data import Batch, target_mask
 from edge_ft.files import write_json
 from edge_ft.runtime import Seq2SeqGenerator, TextGenerator
 from edge_ft.tune.block_graphs import Values
-from edge_ft.tune.block_model import BlockModel, Pair, Tokens
+from edge_ft.tune.block_model import BlockModel, Pair
 from edge_ft.tune.bundle_answers import BundleAnswers
 from edge_ft.tune.processes import Cpu
 
