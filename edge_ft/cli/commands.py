@@ -105,7 +105,7 @@ def tune(
     with output.progress() as progress:
         run = run_tune(settings, progress)
     if was_finished and output.quiet:  # a script must see that its settings had no effect
-        from edge_ft.tune.checkpoint import finished_note
+        from edge_ft.tune.opening import finished_note
 
         print(f"edge-ft: {finished_note(settings)}", file=sys.stderr)
     report = run.report()

@@ -17,9 +17,9 @@ from edge_ft.system import Available, default_threads
 from edge_ft.tune.block_model import BlockModel
 from edge_ft.tune.bundle_answers import BundleAnswers
 from edge_ft.tune.bundle_base import BundleBase
-from edge_ft.tune.checkpoint import OpenedRun
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.onnx_backend import OnnxBackend, fresh_adapter
+from edge_ft.tune.opening import OpenedRun
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.processes import Processes
 

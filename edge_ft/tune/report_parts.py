@@ -23,7 +23,8 @@ from edge_ft.artifacts import RunFolder
 from edge_ft.config import as_plain
 from edge_ft.evaluate.scoring import RowScores, ScoredRow, row_scores
 from edge_ft.files import atomic_file, disk_full, file_sha256, is_as_sealed, seal, write_json
-from edge_ft.tune.checkpoint import NOT_COMPARED, REPORT_PARTS
+from edge_ft.tune.checkpoint import REPORT_PARTS
+from edge_ft.tune.opening import NOT_COMPARED
 
 if TYPE_CHECKING:
     from edge_ft.tune.prepare import Job

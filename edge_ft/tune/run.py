@@ -8,8 +8,8 @@ from edge_ft.config import TuneConfig
 from edge_ft.files import locked
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available
-from edge_ft.tune.checkpoint import OpenedRun, explain_stop, finished_note, open_run
 from edge_ft.tune.engine import Engine
+from edge_ft.tune.opening import OpenedRun, explain_stop, finished_note, open_run
 from edge_ft.tune.plan import estimate, measure_batches
 from edge_ft.tune.prepare import prepare_job, refuse_other
 from edge_ft.tune.processes import Processes

@@ -8,11 +8,11 @@ from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
 from edge_ft.progress import Progress
 from edge_ft.system import Available, use_threads
-from edge_ft.tune.checkpoint import OpenedRun
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.finish import finish
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.memory_mode import refuse_large_base, resolve_memory, settle_memory
+from edge_ft.tune.opening import OpenedRun
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.trainable_model import TrainableModel, load_trainable_model
 

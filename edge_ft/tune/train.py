@@ -12,9 +12,10 @@ from edge_ft.config import as_plain
 from edge_ft.files import file_sha256
 from edge_ft.progress import Progress
 from edge_ft.stopping import held, requested
-from edge_ft.tune.checkpoint import Checkpoint, OpenedRun, write_checkpoint
+from edge_ft.tune.checkpoint import Checkpoint, write_checkpoint
 from edge_ft.tune.engine import TrainableModel
 from edge_ft.tune.loop import Callbacks, Fit, TrainingRows, fit
+from edge_ft.tune.opening import OpenedRun
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.processes import Processes
 from edge_ft.tune.stopwatch import Timings

@@ -23,18 +23,11 @@ from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 from edge_ft.quant.blockwise import Grid
 from edge_ft.system import Available
-from edge_ft.tune.checkpoint import (
-    Checkpoint,
-    OpenedRun,
-    explain_stop,
-    find_checkpoint,
-    finished_note,
-    open_run,
-    write_checkpoint,
-)
+from edge_ft.tune.checkpoint import Checkpoint, find_checkpoint, write_checkpoint
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.measure import Curve, Measured
+from edge_ft.tune.opening import OpenedRun, explain_stop, finished_note, open_run
 from edge_ft.tune.plan import estimate
 from edge_ft.tune.prepare import Job, prepare_job, refuse_other
 from edge_ft.tune.report import results
