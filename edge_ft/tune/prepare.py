@@ -14,13 +14,11 @@ from edge_ft.artifacts import kind_of
 from edge_ft.config import ProblemType, Task, TuneConfig
 from edge_ft.data import (
     CODES,
-    Columns,
     Example,
     Record,
     Rendering,
     Row,
     TextTokenizer,
-    audit,
     batch_tokens,
     clock_at,
     column_names,
@@ -29,27 +27,25 @@ from edge_ft.data import (
     find_answers,
     find_columns,
     find_problem,
-    find_unused,
     fingerprint,
     guess_task,
     longest_sequence,
     make_rendering,
     record,
     show_example,
-    template_marks,
     train_batches,
-    untrained_references,
     with_pooling,
     writes_bos,
 )
-from edge_ft.errors import AuditRefused, UsageError, did_you_mean
+from edge_ft.errors import UsageError, did_you_mean
 from edge_ft.evaluate.scoring import Batching
 from edge_ft.families import family_of
 from edge_ft.progress import Progress
 from edge_ft.tune.classes import choose_classes, find_class_problems
 from edge_ft.tune.defaults import chosen_by_rows
 from edge_ft.tune.loop import planned_steps
-from edge_ft.tune.splits import SPLITS, FileFindings, GivenRows, drop_unusable, read_given, split_given
+from edge_ft.tune.row_findings import audit_files, drop_untrainable, report_and_refuse, unread_fields
+from edge_ft.tune.splits import SPLITS, drop_unusable, read_given, split_given
 
 if TYPE_CHECKING:
     from edge_ft.models.base_model import Base
@@ -302,12 +298,12 @@ def prepare(config: TuneConfig, base: "Base", tokenizer: TextTokenizer, progress
         progress.say(f"the rows have {len(answers)} different answers: edge-ft run --labels auto chooses among them")
     if columns.prompt is not None and task == "text-generation" and writes_bos(columns, tokenizer):
         progress.say("the prompt writes the beginning-of-sequence token itself: it is not put before it a second time")
-    unused = _unused(everything_given, columns, examples)
-    found = [*unused, *dropped, *leaks, *_audit(given.files, records, examples, rendering, tokenizer)]
+    unused = unread_fields(everything_given, columns, examples)
+    found = [*unused, *dropped, *leaks, *audit_files(given.files, records, examples, rendering, tokenizer)]
     findings = [finding.plain(file=file) for file, finding in found]
     findings += find_class_problems(rows, examples, rendering, model_labels, given.files)
-    _refuse(findings, config.allow, progress)
-    trainable = _trainable(examples, rendering.max_length, "nothing-to-learn" in config.allow)
+    report_and_refuse(findings, config.allow, progress)
+    trainable = drop_untrainable(examples, rendering.max_length, "nothing-to-learn" in config.allow)
     if task == "feature-extraction" and min(len(trainable["validation"]), config.rows_at_once) < 2:
         raise UsageError(
             f"{config.data}: each text is compared with the others of its batch: at least 2 validation rows and "
@@ -332,75 +328,3 @@ def _length_of_most(examples: dict[str, list[Example]], model_limit: int) -> int
     ]
     whole = float(np.quantile(lengths, 0.99, method="inverted_cdf"))
     return min(math.ceil(whole / 32) * 32, model_limit)
-
-
-def _unused(given: GivenRows, columns: Columns, examples: dict[str, list[Example]]) -> FileFindings:
-    """The account of what each file says and nothing reads."""
-    findings: FileFindings = []
-    for file in dict.fromkeys(given.files.values()):
-        rows = [row for name, rows in given.rows.items() if given.files[name] == file for row in rows]
-        together = [example for name in SPLITS if given.files[name] == file for example in examples[name]]
-        unread = {example.row: example.unread for example in together}
-        findings += [(file, finding) for finding in find_unused(rows, columns, unread)]
-    return findings
-
-
-def _audit(
-    files: dict[str, str],
-    records: dict[str, list[Record]],
-    examples: dict[str, list[Example]],
-    rendering: Rendering,
-    tokenizer: TextTokenizer,
-) -> FileFindings:
-    """The findings about each file, over the rows of all splits that come from it."""
-    marks = template_marks(rendering.chat_template, tokenizer)
-    findings: FileFindings = []
-    for file in dict.fromkeys(files.values()):
-        together = [name for name in SPLITS if files[name] == file]
-        pairs = sorted(
-            (pair for name in together for pair in zip(records[name], examples[name], strict=True)),
-            key=lambda pair: pair[0].row,
-        )
-        for finding in audit([a for a, _ in pairs], [b for _, b in pairs], rendering.max_length, marks):
-            if finding.code == "one-class" and "train" not in together:
-                finding = replace(finding, severity="warning")
-            findings.append((file, finding))
-        findings += [(file, one) for one in untrained_references([b for _, b in pairs], rendering, tokenizer)]
-    return findings
-
-
-def _refuse(findings: list[dict[str, Any]], allow: tuple[str, ...], progress: Progress) -> None:
-    """Report every finding; those that --allow names become warnings.
-
-    Raises:
-        AuditRefused: one refuses the rows; `nothing-to-learn` is left to `_trainable`, which knows the splits.
-    """
-    for finding in findings:
-        if finding["code"] in allow:
-            finding["severity"] = "warning"
-        progress.say(f"{finding['file']}: {finding['message']} [{finding['code']}]")
-    fatal = [found for found in findings if found["severity"] == "error" and found["code"] != "nothing-to-learn"]
-    if fatal:
-        codes = " ".join(dict.fromkeys(found["code"] for found in fatal))
-        reasons = "; ".join(found["message"] for found in fatal)
-        raise AuditRefused(f"{reasons} (to train all the same: --allow {codes})")
-
-
-def _trainable(examples: dict[str, list[Example]], max_length: int, allowed: bool) -> dict[str, list[Example]]:
-    """Drop the examples that have no token to learn.
-
-    Returns:
-        The others.
-
-    Raises:
-        AuditRefused: a split has no others; `allowed` says that --allow named this finding, which does not help.
-    """
-    trainable = {name: [example for example in examples[name] if example.targets] for name in SPLITS}
-    for name in SPLITS:
-        if examples[name] and not trainable[name]:
-            raise AuditRefused(
-                f"no row of the {name} split has a token to learn: every answer is empty, cut off by --max-length "
-                f"{max_length}, or a call that the chat template does not write"
-                + (" (--allow cannot change that)" if allowed else "")
-            )
-    return trainable
