@@ -201,11 +201,16 @@ class _FrozenMatMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        return x @ transposed_weight(layer, x.dtype)
+        return _product(x, transposed_weight(layer, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ transposed_weight(ctx.layer, grad.dtype).T, None
+        return _product(grad, transposed_weight(ctx.layer, grad.dtype).T), None
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight as one product of matrices: of the last positions alone, torch would copy the weight by row."""
+    return (x.reshape(-1, x.shape[-1]) @ weight).view(*x.shape[:-1], weight.shape[-1])
 
 
 class QuantLinear(_BlockwiseWeight, FrozenLinear):

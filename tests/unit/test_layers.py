@@ -28,6 +28,12 @@ def test_a_quantized_layer_is_a_linear_layer_over_the_dequantized_weight(columns
     torch.testing.assert_close(torch.autograd.grad(y, x, gradient)[0], torch.autograd.grad(expected, x, gradient)[0])
 
 
+def test_the_last_positions_of_rows_alone_give_what_all_positions_give() -> None:
+    layer = QuantLinear(quantize(np.random.default_rng(0).standard_normal((24, 40), np.float32), 32))
+    x = torch.randn(3, 5, 40)
+    assert torch.allclose(layer(x[:, -1:]), layer(x)[:, -1:], atol=1e-5)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [64, 80])
 def test_a_layer_returns_the_codes_it_was_created_from(columns: int, bits: Bits) -> None:
