@@ -1,6 +1,7 @@
 """Load the task model of a base, in float32 or quantized."""
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,8 +216,10 @@ def _calibrate(
         calibrate(model, task, read, calibration, forward, only)
         if only is None and task == "text-generation" and grid.half_scales:
             budget = saved_bytes(model) if finer is None else finer
-            chosen = spend(model, calibration.batch, read, forward, budget) if isinstance(budget, int) else budget
-            refine(model, read, chosen)
+            if isinstance(budget, int):
+                with calibration.first_time():
+                    budget = spend(model, calibration.batch, read, forward, budget, cached=calibration.caches)
+            refine(model, read, budget)
     release_memory()
 
 
@@ -277,7 +280,8 @@ def _load(spec: ModelSpec, progress: Progress) -> tuple[Any, ReadWeight]:
         return weight
 
     if spec.base_format != "fp32":
-        _quantize(model, spec, read)
+        with spec.codes.first_time() if isinstance(spec.codes, Calibration) else nullcontext():
+            _quantize(model, spec, read)
     for name in [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         value = torch.empty(parameters[name].shape) if name in names.missing else read(name, slice(None))
         _set_parameter(model, name, value)

@@ -56,6 +56,12 @@ class Calibration:
     progress: Progress
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    caches: bool = False
+    """Whether dequantized weights may be kept in memory meanwhile."""
+    once: float = 0.0
+    """Seconds of `first_time`."""
+    again: float = 0.0
+    """Seconds that choosing the codes of the merged model will take."""
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -70,6 +76,19 @@ class Calibration:
         finally:
             self.seconds += time.monotonic() - began
             self.cpu_seconds += time.process_time() - cpu_began
+
+    @contextmanager
+    def first_time(self) -> Iterator[None]:
+        """Count what passes inside apart: it is not done again where the codes of the merged model are chosen.
+
+        Yields:
+            Nothing.
+        """
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.once += time.monotonic() - began
 
     def to_dict(self) -> dict[str, float]:
         """Return the values of report.json."""

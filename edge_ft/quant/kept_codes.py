@@ -1,7 +1,7 @@
 """int4 codes that were chosen before, kept in the user's cache: choosing them takes longer than loading the model.
 
-An entry is the file of `write_codes` and beside it the file's hash, written last: one that is damaged, or half there,
-is no entry. The newest entries are kept.
+An entry is the file of `write_codes` and beside it the file's hash and the seconds that choosing took, written last:
+one that is damaged, or half there, is no entry. The newest entries are kept.
 """
 
 import json
@@ -53,22 +53,29 @@ def codes_key(settings: dict[str, Any], batch: Batch) -> str:
     return sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def find_codes(key: str) -> Path | None:
-    """Return the file of kept codes, whose content is whole; None where there is none."""
+def find_codes(key: str) -> tuple[Path, float] | None:
+    """Return the file of kept codes, whose content is whole, and the seconds of `keep_codes`; None where it is not."""
     file = _folder() / f"{key}.safetensors"
-    with suppress(OSError):
-        if file_sha256(file) == _hash_of(file).read_text(encoding="utf-8").strip():
+    with suppress(OSError, ValueError):
+        digest, _, seconds = _hash_of(file).read_text(encoding="utf-8").partition(" ")
+        if file_sha256(file) == digest.strip():
             file.touch()
-            return file
+            return file, float(seconds or 0)
     return None
 
 
-def keep_codes(key: str, model: torch.nn.Module) -> None:
-    """Keep the codes of a model, and remove the entries that were not used for longest; without room keep nothing."""
+def keep_codes(key: str, model: torch.nn.Module, seconds: float) -> None:
+    """Keep the codes of a model, and remove the entries that were not used for longest; without room keep nothing.
+
+    Args:
+        key: Of `codes_key`.
+        model: Its codes are kept.
+        seconds: What choosing them took.
+    """
     file = _folder() / f"{key}.safetensors"
     with suppress(OSError, SafetensorError):  # a read-only or full cache: chosen again next time
         write_codes(file, model)
-        write_text(_hash_of(file), file_sha256(file) + "\n")
+        write_text(_hash_of(file), f"{file_sha256(file)} {seconds:.2f}\n")
     with suppress(OSError):
         kept = sorted(_folder().glob("*.safetensors"), key=lambda entry: entry.stat().st_mtime, reverse=True)
         size = 0

@@ -62,6 +62,8 @@ class Measured:
     """Bytes that scoring and generating for the report need besides those before a step."""
     trainable: int
     """Number of trainable parameters."""
+    choosing: float | None = None
+    """Seconds to load the merged model and choose its codes; None: as long as loading the base."""
     device: Curve | None = None
     """Bytes of the GPU at the peak of a step, as `memory` has those of the host; None on a CPU."""
 
@@ -95,9 +97,8 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
     few, typical, longest = batches[0][: max(1, len(batches[0]) // 4)], batches[len(batches) // 2], batches[-1]
     between = [typical] if batch_tokens(longest, train, task) > 2 * batch_tokens(typical, train, task) else []
     # The report first: its float32 weights, where they are cached, would replace those of the steps.
-    more = batch_tokens(typical, train, task) / batch_tokens(few, train, task)
-    report_seconds, token, answering = _measure_report(few, job, model, more)
-    _step(few, job, model)  # the first pass also pays for what later ones find ready
+    report_seconds, token, answering = _measure_report(typical, job, model)
+    _step(few[:1], job, model)  # the first pass also pays for what later ones find ready
     release_memory()
     idle = resident_bytes()
     with DevicePeak(model.backend.device) as card:
@@ -115,21 +116,23 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
             if not batch or batch_tokens(batch, train, task) <= last.tokens:
                 continue
         points.append(_measure_batch(batch, job, model))
-    report = report_seconds / points[0].evaluation_seconds if model.compute != "fp32" else 1.0
     sizes = [0, *(point.tokens for point in points)]
     steps = [0.0, *(point.step_seconds for point in points)]
     evaluations = [0.0, *(point.evaluation_seconds for point in points)]
     memory = [float(idle), *(float(point.peak_bytes) for point in points)]
     first = 1 if len(points) > 1 else 0  # a single point needs another one: no tokens take no time
+    evaluation = Curve(sizes[first:], evaluations[first:])
+    report = report_seconds / evaluation.at(batch_tokens(typical, train, task)) if model.compute != "fp32" else 1.0
     return Measured(
         Curve(sizes[first:], steps[first:]),
-        Curve(sizes[first:], evaluations[first:]),
+        evaluation,
         report,
         token,
         Curve(sizes, memory),
         loading,
         answering,
         count_trained(model.backend),
+        None if model.calibration is None else model.calibration.again,
         _card_curve(sizes, [card.bytes, *(point.device_bytes for point in points)]),
     )
 
@@ -161,11 +164,11 @@ def _collated(batch: list[int], job: Job) -> Batch:
     return collate([train[index] for index in batch], job.tokenizer.pad_id, job.prepared.task)
 
 
-def _measure_report(batch: list[int], job: Job, model: TrainableModel, more: float) -> tuple[float, float, int]:
-    """Seconds to score a batch in float32, `token` of `Measured`, and its `answering` with `more` times the tokens."""
+def _measure_report(batch: list[int], job: Job, model: TrainableModel) -> tuple[float, float, int]:
+    """Seconds to score a batch in float32, and `token` and `answering` of `Measured`."""
     token, collated = 0.0, _collated(batch, job)
     with model.backend.in_float32():
-        model.backend.token_nll(collated)  # the first pass also pays for what later ones find ready
+        model.backend.token_nll(_collated(batch[:1], job))  # the first pass also pays for what later ones find ready
         report, answering = _timed(lambda: model.backend.token_nll(collated))
         if job.prepared.task in TEXT_TASKS:
             example = job.prepared.examples["train"][batch[0]]
@@ -178,7 +181,7 @@ def _measure_report(batch: list[int], job: Job, model: TrainableModel, more: flo
             alone = 1 if isinstance(model.backend, BatchAnswerer) else ANSWERS / BATCH_COST
             token, answering = (
                 alone * max(seconds - reading, seconds / 10) / steps,
-                max(round(more * answering), opened + extra),
+                max(answering, opened + extra),
             )
     return report, token, answering
 

@@ -167,6 +167,7 @@ def _measure_choices(
     trainer, alone = engine
     choices: list[dict[str, Any]] = []
     first: dict[str, float] = {}  # loading, which imports libraries and chooses the codes as that of a tune does
+    choosing: float | None = None
     peaks: dict[Memory | None, int] = {}
     for option in _options(job.config, job.base):
         trainer.refuse_large(replace(job, config=option), available)
@@ -190,9 +191,10 @@ def _measure_choices(
             if may_settle and option.memory == "high":
                 measured_job = trainer.settle_memory(measured_job, model)
             measured = measure(measured_job, model, available, peaks[option.memory])
+        choosing = measured.choosing if choosing is None else choosing
         seconds = timings.seconds | first | measuring.seconds
         codes = int(count_weights(job.base) * BYTES_PER_WEIGHT["int4"]) if option.base_calibration_rows else 0
-        choices.append(_choice(measured_job, measured, seconds, codes, available))
+        choices.append(_choice(measured_job, replace(measured, choosing=choosing), seconds, codes, available))
         del model
         release_memory()
     return choices
@@ -203,8 +205,8 @@ def _choice(
 ) -> dict[str, Any]:
     """One of the `choices` of a plan, after these seconds of the stages before training and with codes of this size."""
     stages = spent | _seconds(job, measured)
-    if "finish" in stages:  # the codes of the merged model are chosen as those of the base were
-        stages["finish"] += spent.get("load", 0.0) + spent.get("calibrate", 0.0)
+    if "finish" in stages:
+        stages["finish"] += spent.get("load", 0.0) if measured.choosing is None else measured.choosing
         codes_bytes *= 2
     stages["write"] = stages.get("write", 0.0) + FINAL_SECONDS
     peak, disk = _peak_bytes(job, measured), codes_bytes + _disk_bytes(job, measured)

@@ -1,5 +1,6 @@
 """The torch model that a tune trains: the frozen base, an adapter on top, and what trains and scores the two."""
 
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,16 +94,21 @@ def load_trainable_model(
     set_malloc_thresholds(config.memory == "low")  # before codes are chosen, which takes as much as a step
     rows_to_calibrate = 0 if codes else config.base_calibration_rows
     calibration = make_calibration(prepared.examples["train"], rows_to_calibrate, pad_id, task, progress)
+    if calibration is not None:
+        calibration.caches = config.memory == "high"
     grid = grid or Grid(config.block_size)
     key = "" if calibration is None else _codes_key(job, grid, calibration)
     kept = find_codes(key) if key else None
     if kept is not None:
         progress.say("int4 codes of the same weights and rows were chosen before: they are read from the cache")
-    found = codes or kept or calibration
+    found = codes or (kept[0] if kept is not None else calibration)
     spec = ModelSpec.from_rendering(base, rendering, config.base_format, grid, config.seed, found)
+    began = time.monotonic()
     model = load_model(spec, progress)
-    if keep and calibration is not None and calibration.seconds >= WORTH_KEEPING:
-        keep_codes(key, model)
+    if calibration is not None:
+        calibration.again = time.monotonic() - began - calibration.once if kept is None else kept[1]
+        if keep and calibration.seconds >= WORTH_KEEPING:
+            keep_codes(key, model, calibration.again)
     peft_model = to_device(add_lora(model, base.family, task, config), processes.device)
     peft_model.peft_config["default"].base_model_name_or_path = base.name
     backend = TorchBackend(peft_model, base.family, task, config, processes, stop_ids(rendering, job.tokenizer))

@@ -141,6 +141,9 @@ def test_a_choice_fits_into_memory_and_disk(job: Job, available: Available, fits
     stages = {"load": 7.0, **planning._seconds(job, measured()), "write": planning.FINAL_SECONDS}
     stages["finish"] += 7.0  # the merged model is loaded as the base was
     assert choice["stages"] == pytest.approx(stages) and choice["seconds"] == pytest.approx(sum(stages.values()))
+    known = planning._choice(job, measured(choosing=3.0), {"load": 7.0, "calibrate": 9.0}, 0, AMPLE)
+    # codes that were read from a cache took less to load
+    assert known["stages"]["finish"] == pytest.approx(stages["finish"] - 7.0 + 3.0)
     assert choice["disk_bytes"] == 2 * 5000 + planning._disk_bytes(job, measured())
 
 
