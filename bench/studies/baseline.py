@@ -34,8 +34,8 @@ from edge_ft.data import Example, collate, train_batches
 from edge_ft.models.base_model import Base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import add_lora
-from edge_ft.tune.loop import learning_rate_at, planned_steps
 from edge_ft.tune.prepare import Job
+from edge_ft.tune.schedule import learning_rate_at, planned_steps
 
 __all__ = [
     "MODEL_CLASSES",

@@ -21,8 +21,8 @@ from edge_ft.progress import Silent
 from edge_ft.quant.blockwise import Grid, dequantize
 from edge_ft.quant.conversion import is_within
 from edge_ft.quant.layers import QuantEmbedding, QuantLinear
-from edge_ft.tune.loop import planned_steps
 from edge_ft.tune.prepare import Job, prepare_job
+from edge_ft.tune.schedule import planned_steps
 from edge_ft.tune.splits import SPLITS
 
 __all__ = ["prepare_race"]

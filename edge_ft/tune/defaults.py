@@ -10,7 +10,7 @@ import numpy as np
 
 from edge_ft.config import Task, TuneConfig
 from edge_ft.data import Example, batch_tokens
-from edge_ft.tune.loop import EVALUATIONS, planned_steps
+from edge_ft.tune.schedule import EVALUATIONS, planned_steps
 
 __all__ = ["chosen_by_rows"]
 

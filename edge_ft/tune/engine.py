@@ -10,7 +10,8 @@ from edge_ft.models.libraries import import_libraries
 from edge_ft.progress import Progress
 from edge_ft.quant.blockwise import Grid
 from edge_ft.system import Available
-from edge_ft.tune.loop import Backend, Fit
+from edge_ft.tune.backend import Backend
+from edge_ft.tune.loop import Fit
 from edge_ft.tune.opening import OpenedRun
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.processes import Processes

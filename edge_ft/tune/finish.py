@@ -30,7 +30,8 @@ from edge_ft.stopping import held, requested
 from edge_ft.system import release_memory
 from edge_ft.tune.checkpoint import FINISH, Checkpoint, read_checkpoint, write_checkpoint
 from edge_ft.tune.finish_backend import FinishBackend
-from edge_ft.tune.loop import Callbacks, Fit, TrainingRows, finishing_steps, fit
+from edge_ft.tune.loop import Callbacks, Fit, TrainingRows, fit
+from edge_ft.tune.schedule import finishing_steps
 from edge_ft.tune.trainable_model import TrainableModel
 from edge_ft.utf8 import read_json
 

@@ -1,4 +1,4 @@
-"""The training loop: batches, schedule, evaluation, best weights, guards. Torch-free: a `Backend` does the arithmetic.
+"""The training loop: batches, evaluation, best weights, guards. Torch-free: a `Backend` does the arithmetic.
 
 A run alternates between optimizer steps and evaluations of the validation rows. Between two of them, everything that
 the rest of the run depends on is in a `Fit` and in the backend's state: both can be saved and restored there.
@@ -8,86 +8,32 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edge_ft.config import TEXT_TASKS, TuneConfig
+from edge_ft.config import TuneConfig
 from edge_ft.data import Batch, Example, collate, target_mask, train_batches
 from edge_ft.errors import UsageError
-from edge_ft.evaluate.scoring import Batching, RowScores, Scorer, score
+from edge_ft.evaluate.scoring import Batching, RowScores, score
 from edge_ft.files import disk_full
 from edge_ft.progress import Progress
 from edge_ft.stopping import StopAtOnce
+from edge_ft.tune.backend import Backend
+from edge_ft.tune.schedule import EVALUATIONS, learning_rate_at, planned_steps, training_minutes
 from edge_ft.tune.stopwatch import Stopwatch, Timings
 
 __all__ = [
-    "Backend",
     "Callbacks",
     "Fit",
     "TrainingRows",
-    "count_trained",
-    "finishing_steps",
     "fit",
-    "learning_rate_at",
-    "planned_steps",
     "refuse_odd_base",
 ]
 
-EVALUATIONS = 5
-"""Evaluations of the validation rows in a run, unless --eval-steps says otherwise."""
-FINISHING_SHARE = 0.1
-"""Steps of the finishing phase, as a share of those of the training, unless --finish-steps says otherwise."""
-FINISHING_STEP = 1.6
-"""Time of a finishing step, in steps of the training: it computes a gradient of the weights, and the model as trained
-beside."""
 MAX_SKIPPED = 5
 MAX_SKIPPED_IN_A_ROW = 3
 """A run ends after this many skipped updates: more would only hide what is wrong."""
-
-
-class Backend(Scorer, Protocol):
-    """The arithmetic of a step."""
-
-    def seed(self, seed: int) -> None:
-        """Seed the random numbers of dropout."""
-
-    def gradient(self, batch: Batch, targets: int) -> float:
-        """Accumulate the gradient of the batch's summed loss / `targets`; return that loss (nats)."""
-
-    def update(self, learning_rate: float, max_grad_norm: float) -> float:
-        """Take one optimizer step over the accumulated gradient; return its norm before clipping."""
-
-    def discard(self) -> None:
-        """Drop the accumulated gradient."""
-
-    def keep_best(self) -> None:
-        """Store the current weights as the best so far."""
-
-    def restore_best(self) -> None:
-        """Set the weights to the best so far."""
-
-    def swap_best(self) -> None:
-        """Exchange the weights and the best so far."""
-
-    def repair(self) -> bool:
-        """If a weight or a moment is not finite, restore the best weights and clear the moments; return whether."""
-
-    def save(self, folder: Path) -> None:
-        """Write the current weights as a PEFT adapter."""
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Return weights, moments and best weights by flat names; the arrays may share memory with them."""
-
-    def restore(self, state: dict[str, NDArray[Any]]) -> None:
-        """Return to the moment at which `state` was taken."""
-
-
-def count_trained(backend: Backend) -> int:
-    """Return how many numbers are trained."""
-    return sum(array.size for name, array in backend.state().items() if name.startswith("parameters."))
 
 
 @dataclass
@@ -182,40 +128,6 @@ def refuse_odd_base(base: RowScores, examples: Sequence[Example]) -> None:
             f"the untuned model's validation loss is not a number, first at row {row}: its weights are damaged, "
             "or --compute is too coarse for it"
         )
-
-
-def learning_rate_at(step: int, steps: int, config: TuneConfig) -> float:
-    """Return the rate of step 1 … `steps`: linear warm-up, then constant or half a cosine to 0 after the last step."""
-    peak = config.learning_rate
-    assert peak is not None
-    warmup = math.ceil(config.warmup * steps)
-    if step <= warmup:
-        return peak * step / warmup
-    if config.schedule == "constant":
-        return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup - 1) / max(1, steps - warmup)))
-
-
-def planned_steps(rows: int, config: TuneConfig) -> int:
-    """Return the optimizer steps of `config` over so many train rows, before any limit of time."""
-    if config.max_steps is not None:
-        return config.max_steps
-    assert config.epochs is not None  # resolved
-    return max(1, round(config.epochs * rows / (config.rows_at_once * config.passes)))
-
-
-def finishing_steps(config: TuneConfig, steps: int) -> int:
-    """Return the steps of the finishing phase after a training of so many `steps`; 0 where it has none."""
-    if config.base_format != "int4" or config.task not in TEXT_TASKS:
-        return 0
-    return math.ceil(FINISHING_SHARE * steps) if config.finish_steps is None else config.finish_steps
-
-
-def training_minutes(config: TuneConfig) -> float | None:
-    """Return what the training may take of --max-minutes: the finishing phase takes the rest."""
-    if config.max_minutes is None or finishing_steps(config, 1) == 0:
-        return config.max_minutes
-    return config.max_minutes / (1 + FINISHING_STEP * FINISHING_SHARE)
 
 
 def fit(

@@ -17,8 +17,8 @@ from edge_ft.config import TEXT_TASKS
 from edge_ft.data import Batch, batch_tokens, collate
 from edge_ft.evaluate.generation import BatchAnswerer
 from edge_ft.system import Available, DevicePeak, PeakMemory, release_memory, resident_bytes
+from edge_ft.tune.backend import count_trained
 from edge_ft.tune.engine import TrainableModel
-from edge_ft.tune.loop import count_trained
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.report import ANSWERS, BATCH_COST
 

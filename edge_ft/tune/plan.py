@@ -17,12 +17,12 @@ from edge_ft.files import write_json
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import Available, PeakMemory, peak_rss_bytes, release_memory
 from edge_ft.tune.engine import Engine, TrainableModel, engine_of
-from edge_ft.tune.loop import EVALUATIONS, FINISHING_STEP, finishing_steps
 from edge_ft.tune.measure import Measured, measure
 from edge_ft.tune.memory_mode import BYTES_PER_WEIGHT, USABLE_SHARE, count_weights
 from edge_ft.tune.prepare import Job, prepare_job
 from edge_ft.tune.processes import Processes
 from edge_ft.tune.report import ANSWERS, BATCH_COST, OVERFITTING_ROWS, answer_limit
+from edge_ft.tune.schedule import EVALUATIONS, FINISHING_STEP, finishing_steps
 from edge_ft.tune.splits import SPLITS
 from edge_ft.tune.stopwatch import Timings
 from edge_ft.tune.units import duration, megabytes

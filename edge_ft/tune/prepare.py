@@ -43,8 +43,8 @@ from edge_ft.families import family_of
 from edge_ft.progress import Progress
 from edge_ft.tune.classes import choose_classes, find_class_problems
 from edge_ft.tune.defaults import chosen_by_rows
-from edge_ft.tune.loop import planned_steps
 from edge_ft.tune.row_findings import audit_files, drop_untrainable, report_and_refuse, unread_fields
+from edge_ft.tune.schedule import planned_steps
 from edge_ft.tune.splits import SPLITS, drop_unusable, read_given, split_given
 
 if TYPE_CHECKING:

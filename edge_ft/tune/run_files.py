@@ -12,10 +12,11 @@ from edge_ft.config import as_plain
 from edge_ft.evaluate.kept_scores import write_scores
 from edge_ft.files import write_json, write_jsonl, write_text
 from edge_ft.system import device_memory, peak_rss_bytes
+from edge_ft.tune.backend import count_trained
 from edge_ft.tune.checkpoint import remove_checkpoint
 from edge_ft.tune.command import reproducing_command
 from edge_ft.tune.engine import TrainableModel
-from edge_ft.tune.loop import Fit, count_trained
+from edge_ft.tune.loop import Fit
 from edge_ft.tune.opening import OpenedRun
 from edge_ft.tune.page import page_of_run
 from edge_ft.tune.prepare import Job

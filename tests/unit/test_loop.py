@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from edge_ft.config import TuneConfig
-from edge_ft.tune.loop import learning_rate_at, planned_steps
+from edge_ft.tune.schedule import learning_rate_at, planned_steps
 
 
 def config(**settings: Any) -> TuneConfig:

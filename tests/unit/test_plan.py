@@ -18,12 +18,12 @@ from edge_ft.progress import Silent
 from edge_ft.system import Available
 from edge_ft.tune import memory_mode
 from edge_ft.tune import plan as planning
-from edge_ft.tune.loop import FINISHING_STEP, finishing_steps
 from edge_ft.tune.measure import Curve, Measured
 from edge_ft.tune.memory_mode import refuse_large_base, resolve_memory, settle_memory
 from edge_ft.tune.plan import plan
 from edge_ft.tune.prepare import Job, prepare_job
 from edge_ft.tune.report import BATCH_COST, SAMPLE_TOKENS
+from edge_ft.tune.schedule import FINISHING_STEP, finishing_steps
 from edge_ft.tune.units import duration
 
 AMPLE = Available(memory_bytes=2**50, disk_bytes=2**50)
