@@ -12,6 +12,7 @@ STUDIES = {
     "checkpoints": "Write docs/checkpoints.md from what the tests recorded.",
     "claims": "Train, export and score every case of docs/claims.md, and write that page.",
     "demo": "Tune, export, run and score a decoder and an encoder on real rows.",
+    "demo_device": "A bundle learns where there is no torch.",
     "encoders": "Accuracy, size and speed of one encoder run in every format of its weights.",
     "gpu": "Training speed and memory on a GPU compared with PEFT + Trainer + bitsandbytes.",
     "models": "Write docs/models.md and the table of docs/bundle.md from what the tests recorded.",

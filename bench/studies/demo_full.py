@@ -33,6 +33,7 @@ class Stage:
     """Runs edge-ft commands and records their seconds."""
 
     out: Path
+    python: str = sys.executable
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, name: str, *arguments: str | Path) -> Any:
@@ -48,7 +49,7 @@ class Stage:
         print(f"\n$ edge-ft {shlex.join(words)}", flush=True)
         started = time.monotonic()
         result = self.out / f"{name}.json"
-        done = subprocess.run([sys.executable, "-m", "edge_ft", *words, "--json", str(result)], check=False)
+        done = subprocess.run([self.python, "-m", "edge_ft", *words, "--json", str(result)], check=False)
         self.seconds[name] = round(time.monotonic() - started, 1)
         if done.returncode:
             raise EdgeFTError(
