@@ -106,26 +106,9 @@ def compare(
         MissingExtra: scipy is not installed.
     """
     curves = {result["seed"]: result["curve"] for result in baseline}
+    trained = {"baseline": baseline, "baseline_unswept": unswept, "ours": ours, **(others or {})}
     report: Result = {
-        name: [_timed(result, curves[result["seed"]], work) for result in results]
-        for name, results in (
-            *(("baseline", baseline), ("baseline_unswept", unswept), ("ours", ours)),
-            *(others or {}).items(),
-        )
-    }
-    compared = {
-        "speed": "tokens_per_second",
-        "cpu_speed": "tokens_per_cpu_second",
-        "peak_rss": "peak_rss_bytes",
-        "whole_time": "seconds_whole",
-    }
-    ratio_others = {
-        name: {
-            ratio: mean(found)
-            for ratio, key in compared.items()
-            if (found := _known(_divide(our[key], its[key]) for our, its in _pairs(report[name], report["baseline"])))
-        }
-        for name in others or {}
+        name: [_timed(result, curves[result["seed"]], work) for result in results] for name, results in trained.items()
     }
     pairs = list(zip(report["ours"], report["baseline"], strict=True))
 
@@ -158,7 +141,22 @@ def compare(
         ratio[name] = mean(known) if complete else None
         intervals[name] = interval(known) if complete else None
     figures = {"ratio": ratio, "ratio_interval": intervals, "ratio_per_seed": per_seed}
-    return report | figures | {"ratio_others": ratio_others}
+    return (
+        report | figures | {"ratio_others": {name: _ratios(report[name], report["baseline"]) for name in others or {}}}
+    )
+
+
+def _ratios(ours: Sequence[Result], baseline: Sequence[Result]) -> dict[str, float]:
+    """The means of the ratios of further trainings to the baseline, as far as they are known."""
+    compared = {
+        "speed": "tokens_per_second",
+        "cpu_speed": "tokens_per_cpu_second",
+        "peak_rss": "peak_rss_bytes",
+        "whole_time": "seconds_whole",
+    }
+    pairs = _pairs(ours, baseline)
+    found = {name: _known(_divide(our[key], its[key]) for our, its in pairs) for name, key in compared.items()}
+    return {name: mean(values) for name, values in found.items() if values}
 
 
 def _pairs(ours: Sequence[Result], baseline: Sequence[Result]) -> list[tuple[Result, Result]]:
