@@ -97,7 +97,9 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
     few, typical, longest = batches[0][: max(1, len(batches[0]) // 4)], batches[len(batches) // 2], batches[-1]
     between = [typical] if batch_tokens(longest, train, task) > 2 * batch_tokens(typical, train, task) else []
     # The report first: its float32 weights, where they are cached, would replace those of the steps.
-    report_seconds, token, answering = _measure_report(typical, job, model)
+    half = typical[: max(1, len(typical) // 2)]  # a whole one may not fit
+    more = batch_tokens(typical, train, task) / batch_tokens(half, train, task)
+    report_seconds, token, answering = _measure_report(half, job, model, more)
     _step(few[:1], job, model)  # the first pass also pays for what later ones find ready
     release_memory()
     idle = resident_bytes()
@@ -122,7 +124,7 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
     memory = [float(idle), *(float(point.peak_bytes) for point in points)]
     first = 1 if len(points) > 1 else 0  # a single point needs another one: no tokens take no time
     evaluation = Curve(sizes[first:], evaluations[first:])
-    report = report_seconds / evaluation.at(batch_tokens(typical, train, task)) if model.compute != "fp32" else 1.0
+    report = report_seconds / evaluation.at(batch_tokens(half, train, task)) if model.compute != "fp32" else 1.0
     return Measured(
         Curve(sizes[first:], steps[first:]),
         evaluation,
@@ -164,8 +166,8 @@ def _collated(batch: list[int], job: Job) -> Batch:
     return collate([train[index] for index in batch], job.tokenizer.pad_id, job.prepared.task)
 
 
-def _measure_report(batch: list[int], job: Job, model: TrainableModel) -> tuple[float, float, int]:
-    """Seconds to score a batch in float32, and `token` and `answering` of `Measured`."""
+def _measure_report(batch: list[int], job: Job, model: TrainableModel, more: float) -> tuple[float, float, int]:
+    """Seconds to score a batch in float32, `token` of `Measured`, and its `answering` with `more` times the tokens."""
     token, collated = 0.0, _collated(batch, job)
     with model.backend.in_float32():
         model.backend.token_nll(_collated(batch[:1], job))  # the first pass also pays for what later ones find ready
@@ -181,7 +183,7 @@ def _measure_report(batch: list[int], job: Job, model: TrainableModel) -> tuple[
             alone = 1 if isinstance(model.backend, BatchAnswerer) else ANSWERS / BATCH_COST
             token, answering = (
                 alone * max(seconds - reading, seconds / 10) / steps,
-                max(answering, opened + extra),
+                max(round(more * answering), opened + extra),
             )
     return report, token, answering
 
