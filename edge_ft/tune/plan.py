@@ -250,7 +250,8 @@ def _seconds(job: Job, measured: Measured) -> dict[str, float]:
     seconds = {"train": training, "validation": validating}
     if steps := 0 if job.base.dims.shares_layers else finishing_steps(config, job.steps):
         seconds["finish"] = FINISHING_STEP * steps * training / job.steps + 2 * evaluation(watched)
-    seconds["scores"] = 2 * measured.report * evaluation(examples["test"]) + evaluation(train[:OVERFITTING_ROWS])
+    compared = train[: min(len(validation), OVERFITTING_ROWS)]
+    seconds["scores"] = 2 * measured.report * evaluation(examples["test"]) + evaluation(compared)
     if task in TEXT_TASKS:
         answered = (examples["test"] or validation)[:ANSWERS]
         longest = answer_limit(answered)

@@ -63,6 +63,7 @@ def test_the_time_is_that_of_all_steps_evaluations_and_the_report(job: Job) -> N
     # prompts of the answers, in float32; train rows.
     found = planning._seconds(job, measured())
     finishing = finishing_steps(job.config, 12) * FINISHING_STEP * 2.0 + 2 * 0.5  # validation rows before and after
+    # as many as there are validation rows: one batch of the three that the train rows make
     report = {"scores": 3 * 2 * 0.5 + 0.5, "answers": 3 * 2 * 0.5}
     assert found == pytest.approx({"train": 24.0, "validation": 2.5, "finish": finishing, **report})
     accumulated = with_settings(job, gradient_accumulation=2, max_steps=12)
