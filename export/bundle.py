@@ -85,7 +85,7 @@ def write_bundle(folder: Path, source: ExportSource, model: Any, progress: Progr
         for graph in graphs.values():
             lower(graph)
         head = _head_layers(source, model, pairs)
-        lora = _lora_graphs(source, model, graphs, pairs, tuple(head))
+        lora = _lora_graphs(source, model, graphs, pairs, head)
         for graph in (*graphs.values(), *lora.values()):
             if source.weights not in ("fp32", *INT8_ACTIVATIONS):
                 store_in_fp16(graph)
@@ -108,13 +108,13 @@ def _trace(source: ExportSource, model: Any) -> dict[str, ir.Model]:
     return {name: trace(model, source.base.family, source.task)}
 
 
-def _head_layers(source: ExportSource, model: Any, pairs: Mapping[str, Pair]) -> dict[str, nn.Linear]:
-    """Return the linear layers of a head that is trained in full, by name; those with LoRA inputs are left out."""
+def _head_layers(source: ExportSource, model: Any, pairs: Mapping[str, Pair]) -> dict[str, nn.Linear | nn.LayerNorm]:
+    """Return linear layers and norms of a head that is trained in full, by name; not those with LoRA inputs."""
     head = source.base.family.trained_head(source.task)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and is_within(name, head) and name not in pairs
+        if isinstance(module, nn.Linear | nn.LayerNorm) and is_within(name, head) and name not in pairs
     }
 
 
@@ -123,7 +123,7 @@ def _lora_graphs(
     model: Any,
     graphs: dict[str, ir.Model],
     pairs: Mapping[str, Pair],
-    head: tuple[str, ...],
+    head: Mapping[str, nn.Linear | nn.LayerNorm],
 ) -> dict[str, ir.Model]:
     """Return the graphs once more, with inputs for an adapter, by the names of their files; none in the merged lane.
 
@@ -143,12 +143,15 @@ def _lora_graphs(
     held = set().union(*(add_lora_inputs(graph, sizes, tied) for graph in found.values()))
     if lost := [module for module in pairs if module not in held]:
         raise ModelError(f"the adapter has {lost[0]}, but no graph has a linear layer of that name: use --lane merged")
+    norms = [name for name, module in head.items() if isinstance(module, nn.LayerNorm)]
     for graph in found.values():
-        add_head_inputs(graph, head)
+        add_head_inputs(graph, [name for name in head if name not in norms], norms)
     return found
 
 
-def _adapter_values(pairs: Mapping[str, Pair], head: Mapping[str, nn.Linear]) -> dict[str, NDArray[np.float32]]:
+def _adapter_values(
+    pairs: Mapping[str, Pair], head: Mapping[str, nn.Linear | nn.LayerNorm]
+) -> dict[str, NDArray[np.float32]]:
     """Return the values of an adapter's inputs by their names."""
     values = {
         f"lora_{side}.{name}": part for name, pair in pairs.items() for side, part in zip("AB", pair, strict=True)

@@ -1,6 +1,6 @@
 """The head of a classifier, as graphs that give its logits, and the gradients of everything that is trained in it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
@@ -19,20 +19,18 @@ HEAD = "head."
 
 
 class ClassHead:
-    """What comes after the layers, down to logits; its linear layers are trained in full.
+    """What comes after the layers, down to logits; its linear layers, and norms after the first of them, are trained.
 
     Inputs are `x` [batch, sequence, hidden], `head.PARAMETER` as PyTorch has it, and for the gradients `dlogits`.
     """
 
-    def __init__(self, piece: Piece, modules: tuple[str, ...]) -> None:
+    def __init__(self, piece: Piece, modules: tuple[str, ...], norms: Iterable[str] = ()) -> None:
         """Write both graphs.
 
         Args:
             piece: What comes after the layers.
             modules: Modules of the head.
-
-        Raises:
-            Undifferentiable: the head has another trained part than linear layers.
+            norms: Names of its norms, in the order in which they run.
         """
         x = ir.val("x", shape=ir.Shape(("batch", "sequence", "hidden")), type=ir.TensorType(ir.DataType.FLOAT))
         self.builder = builder = Builder(piece, x)
@@ -42,13 +40,14 @@ class ClassHead:
         tape = builder.tape
         tape.inputs["x"] = x
         tape.active.add(x)
-        nodes = iter(piece.nodes)
+        nodes, names = iter(piece.nodes), iter(norms)
         for node in nodes:
             found = self._trained(node)
             if found is None:
                 if self.parameters and node.op_type == "LayerNormalization":
-                    raise Undifferentiable("its head trains a norm, which no graph of a bundle takes as an input")
-                repeat(builder, [node])
+                    self._norm(node, names)
+                else:
+                    repeat(builder, [node])
             else:
                 self._linear(node, *found, nodes)
         logits = builder.copies[piece.y]
@@ -78,8 +77,7 @@ class ClassHead:
         sizes = [int(size) for size in weight.const_value.shape.numpy()]
         outputs, inputs = sizes[::-1] if transposed else sizes
         self.parameters[f"{name}.weight"] = weight, transposed
-        given = tape.input(f"{HEAD}{name}.weight", ir.DataType.FLOAT, (outputs, inputs))
-        tape.active.add(given)
+        given = self._parameter(f"{name}.weight", (outputs, inputs))
         flat = tape.reshape(builder.at(node, 0), (-1, inputs))
         y = tape.matmul(flat, given, transposed=True)
         builder.copies[node.outputs[0]] = y
@@ -94,6 +92,27 @@ class ClassHead:
         if next(nodes) is not add:
             raise Undifferentiable("something lies between a layer of its head and the bias of that layer")
         self.parameters[f"{name}.bias"] = bias, False
-        given = tape.input(f"{HEAD}{name}.bias", ir.DataType.FLOAT, (outputs,))
+        builder.copies[add.outputs[0]] = tape.bias(y, self._parameter(f"{name}.bias", (outputs,)))
+
+    def _norm(self, node: ir.Node, names: Iterator[str]) -> None:
+        """Repeat a LayerNorm that is trained."""
+        name = next(names)
+        given: list[ir.Value | None] = [None, None]
+        for index, kind in enumerate(("weight", "bias")):
+            value = node.inputs[index + 1] if index + 1 < len(node.inputs) else None
+            if value is not None:
+                assert value.const_value is not None
+                self.parameters[f"{name}.{kind}"] = value, False
+                sizes = tuple(int(size) for size in value.const_value.shape.numpy())
+                given[index] = self._parameter(f"{name}.{kind}", sizes)
+        weight, bias = given
+        assert weight is not None
+        epsilon, x = node.attributes["epsilon"].as_float(), self.builder.at(node, 0)
+        self.builder.copies[node.outputs[0]] = self.builder.tape.layer_norm(x, weight, bias, epsilon)
+
+    def _parameter(self, name: str, shape: tuple[int, ...]) -> ir.Value:
+        """Return the input of a trained parameter."""
+        tape = self.builder.tape
+        given = tape.input(f"{HEAD}{name}", ir.DataType.FLOAT, shape)
         tape.active.add(given)
-        builder.copies[add.outputs[0]] = tape.bias(y, given)
+        return given

@@ -72,8 +72,11 @@ class Tape:
 
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
         """Add a node; return its output, or a list of several."""
+        given = list(inputs)
+        while given and given[-1] is None:  # ONNX Runtime's fusions crash over a LayerNorm with an empty bias
+            given.pop()
         node = ir.node(
-            kind, list(inputs), attributes or None, domain=domain, num_outputs=outputs, version=1 if domain else None
+            kind, given, attributes or None, domain=domain, num_outputs=outputs, version=1 if domain else None
         )
         self.nodes.append(node)
         return node.outputs[0] if outputs == 1 else list(node.outputs)
@@ -164,11 +167,7 @@ class Tape:
 
     def bias(self, x: ir.Value, bias: ir.Value) -> ir.Value:
         """X [rows, size] + bias [size]."""
-
-        def summed(g: ir.Value) -> ir.Value:
-            return self.op("ReduceSum", g, self.constant([0], np.int64), keepdims=0)  # type: ignore[no-any-return]
-
-        return self.record(self.op("Add", x, bias), (x, lambda g: g), (bias, summed))
+        return self.record(self.op("Add", x, bias), (x, lambda g: g), (bias, self._sum_rows))
 
     def softmax(self, x: ir.Value) -> ir.Value:
         """Softmax over the last dimension."""
@@ -231,7 +230,7 @@ class Tape:
         return self.record(y, (x, back))
 
     def layer_norm(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, epsilon: float) -> ir.Value:
-        """LayerNorm over the last dimension."""
+        """LayerNorm over the last dimension; weight and bias may have gradients, that of x [rows, size] then."""
         y, mean, r = self.op("LayerNormalization", x, weight, bias, outputs=3, axis=-1, epsilon=epsilon, stash_type=1)
 
         def back(g: ir.Value) -> ir.Value:
@@ -240,7 +239,10 @@ class Tape:
             along = self.op("Mul", normed, self._mean(self.op("Mul", scaled, normed)))
             return self.op("Mul", r, self.op("Sub", self.op("Sub", scaled, self._mean(scaled)), along))
 
-        return self.record(y, (x, back))
+        def of_weight(g: ir.Value) -> ir.Value:
+            return self._sum_rows(self.op("Mul", g, self.op("Mul", self.op("Sub", x, mean), r)))
+
+        return self.record(y, (x, back), (weight, of_weight), (bias, self._sum_rows))
 
     def rotate(self, x: ir.Value, heads: int, tables: tuple[ir.Value, ir.Value], *, interleaved: int) -> ir.Value:
         """Rotary embedding of [batch, seq, heads * size] by cos and sin [positions, rotated / 2], from position 0."""
@@ -375,6 +377,9 @@ class Tape:
 
     def _sum(self, x: ir.Value) -> ir.Value:
         return self.op("ReduceSum", x, self.constant([-1], np.int64), keepdims=1)
+
+    def _sum_rows(self, x: ir.Value) -> ir.Value:
+        return self.op("ReduceSum", x, self.constant([0], np.int64), keepdims=0)
 
     def _mean(self, x: ir.Value) -> ir.Value:
         return self.op("ReduceMean", x, self.constant([-1], np.int64), keepdims=1)

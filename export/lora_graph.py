@@ -4,7 +4,7 @@ It reads the same file of weights as the graph that it is made from. The rank is
 `edge_ft.export.lora_defaults` gives such a graph an adapter that it answers with.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -49,14 +49,23 @@ def add_lora_inputs(model: ir.Model, sizes: Sizes, tied: Mapping[str, str] | Non
     return held
 
 
-def add_head_inputs(model: ir.Model, layers: Iterable[str]) -> None:
+def add_head_inputs(model: ir.Model, layers: Iterable[str], norms: Iterable[str] = ()) -> None:
     """Make the weights [out_features, in_features] and biases of linear layers inputs `head.MODULE.weight` and `.bias`.
 
     Args:
         model: A graph of `edge_ft.export.lowering.lower`, changed in place.
         layers: Float layers of a head that is trained in full, as in the model that was traced.
+        norms: Its LayerNorms, in the order in which they run; all come after the first of `layers`.
     """
     graph = model.graph
+    heads = {f"{module}.weight" for module in layers}
+    for module, node in zip(norms, norms_after(graph, heads), strict=False):
+        for index, kind in enumerate(("weight", "bias"), start=1):
+            old = node.inputs[index] if index < len(node.inputs) else None
+            if old is not None:
+                value = ir.val(f"head.{module}.{kind}", ir.DataType.FLOAT, old.shape)
+                node.replace_input_with(index, value)
+                graph.inputs.append(value)
     for module in layers:
         weight = graph.initializers.get(f"{module}.weight")
         users = [] if weight is None else [use.node for use in weight.uses() if use.node.op_type == "MatMul"]
@@ -77,6 +86,15 @@ def add_head_inputs(model: ir.Model, layers: Iterable[str]) -> None:
                 add.replace_input_with(at, bias)
                 graph.inputs.append(bias)
     RemoveUnusedNodesPass()(model)
+
+
+def norms_after(nodes: Iterable[ir.Node], weights: Container[str]) -> Iterator[ir.Node]:
+    """Yield the LayerNorms that come after the first product with a weight of one of these names."""
+    inside = False
+    for node in nodes:
+        inside = inside or any(value is not None and str(value.name) in weights for value in node.inputs)
+        if inside and node.op_type == "LayerNormalization":
+            yield node
 
 
 def _find_layers(graph: ir.Graph, sizes: Sizes, tied: Mapping[str, str]) -> list[tuple[tuple[str, ...], list[ir.Node]]]:

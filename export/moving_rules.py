@@ -11,6 +11,9 @@ from edge_ft.export.piece_builder import Builder
 
 __all__ = ["MOVING_RULES"]
 
+END = 2**31 - 1
+"""Of a dimension, however long it is."""
+
 
 def _constants(node: ir.Node, start: int) -> list[int]:
     """Return the single numbers that a node's inputs from `start` on hold.
@@ -32,7 +35,18 @@ def _numbers(tape: Tape, *values: int) -> ir.Value:
 
 def _size(tape: Tape, x: ir.Value, axis: int) -> ir.Value:
     """Return the length [1] of a dimension."""
-    return tape.op("Gather", tape.op("Shape", x), _numbers(tape, axis))  # type: ignore[no-any-return]
+    if axis == -1:
+        return tape.op("Shape", x, start=axis)  # type: ignore[no-any-return]
+    return tape.op("Shape", x, start=axis, end=axis + 1)  # type: ignore[no-any-return]
+
+
+def _zeros(tape: Tape, x: ir.Value, start: int, end: int, axis: int) -> ir.Value:
+    """Return zeros of the shape of a part of x.
+
+    A Pad with axes would do, but ONNX Runtime moves transpositions through it as if it had none.
+    """
+    part = tape.op("Slice", x, *(_numbers(tape, number) for number in (start, end, axis)))
+    return tape.op("Mul", part, tape.constant(0.0))  # type: ignore[no-any-return]
 
 
 def _slice(builder: Builder, node: ir.Node) -> ir.Value:
@@ -42,13 +56,11 @@ def _slice(builder: Builder, node: ir.Node) -> ir.Value:
         raise Undifferentiable("its layers hold a Slice with steps")
 
     def back(g: ir.Value) -> ir.Value:
-        size = _size(tape, x, axis)
-        first = tape.op("Add", size, _numbers(tape, start)) if start < 0 else _numbers(tape, start)
-        last = tape.op("Add", size, _numbers(tape, end)) if end < 0 else tape.op("Min", size, _numbers(tape, end))
-        pads = tape.op("Concat", first, tape.op("Sub", size, last), axis=0)
-        return tape.op("Pad", g, pads, None, _numbers(tape, axis))  # type: ignore[no-any-return]
+        before = [] if start == 0 else [_zeros(tape, x, 0, start, axis)]
+        after = [] if end >= END else [_zeros(tape, x, end, END, axis)]
+        return tape.op("Concat", *before, g, *after, axis=axis)  # type: ignore[no-any-return]
 
-    bounds = (_numbers(tape, number) for number in (start, end, axis))
+    bounds = (_numbers(tape, number) for number in (start, min(end, END), axis))
     return tape.record(tape.op("Slice", x, *bounds), (x, back))
 
 
@@ -61,9 +73,8 @@ def _gather(builder: Builder, node: ir.Node) -> ir.Value:
         raise Undifferentiable("its layers gather other positions than the first")
 
     def back(g: ir.Value) -> ir.Value:
-        after = tape.op("Sub", _size(tape, x, axis), _numbers(tape, 1))
-        pads = tape.op("Concat", _numbers(tape, 0), after, axis=0)
-        return tape.op("Pad", tape.op("Unsqueeze", g, _numbers(tape, axis)), pads, None, _numbers(tape, axis))  # type: ignore[no-any-return]
+        first = tape.op("Unsqueeze", g, _numbers(tape, axis))
+        return tape.op("Concat", first, _zeros(tape, x, 1, END, axis), axis=axis)  # type: ignore[no-any-return]
 
     return tape.record(tape.op("Gather", x, tape.constant(0, np.int64), axis=axis), (x, back))
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from edge_ft.config import INT8_ACTIVATIONS, TEXT_TASKS, Task
 from edge_ft.errors import UsageError
-from edge_ft.export.bundle import graph_files
+from edge_ft.export.bundle import graph_files, lora_graph
 from edge_ft.export.bundle_weights import JOINED
 from edge_ft.export.class_head import ClassHead
 from edge_ft.export.differentiate import Undifferentiable, extract
@@ -133,8 +133,11 @@ def write_train_graphs(folder: Path, graph: str, family: Family, task: Task, par
     # The decoder's first graph reads the source itself; of the others all outputs count.
     flow = Flow(ir.load(folder / graph).graph, family.layers, "logits" if family.encoder_layers else None)
     document |= written.stack(flow, family.layers)
-    trained_head = family.trained_head(task)
-    document["head"] = written.head(ClassHead(flow.after, trained_head) if trained_head else VocabularyHead(flow.after))
+    if trained_head := family.trained_head(task):
+        head = ClassHead(flow.after, trained_head, _norms(ir.load(folder / lora_graph(graph)).graph))
+        document["head"] = written.head(head)
+    else:
+        document["head"] = written.head(VocabularyHead(flow.after))
     document |= {"blocks": written.blocks, "tensors": written.tensors.places}
     (folder / FOLDER).mkdir()
     for path, made in written.models.items():
@@ -302,6 +305,12 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
     tensor = value.const_value
     assert tensor is not None
     return tuple(int(size) for size in tensor.shape.numpy())
+
+
+def _norms(graph: ir.Graph) -> list[str]:
+    """Return the norms of a head whose weights are inputs of the graph that takes an adapter."""
+    vectors = [str(value.name) for value in graph.inputs if value.shape is not None and value.shape.rank() == 1]
+    return [name.removeprefix("head.").removesuffix(".weight") for name in vectors if name.endswith(".weight")]
 
 
 def _serialized(model: ir.Model) -> bytes:

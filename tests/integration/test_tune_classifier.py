@@ -11,7 +11,7 @@ import pytest
 import torch
 from once import once
 from peft import PeftModel
-from tiny_models import write_bert, write_reviews
+from tiny_models import tiny_encoder_config, write_bert, write_encoder, write_reviews
 from trainable_bundles import losses_of_both, trainable_bundle
 
 from edge_ft.artifacts import Bundle, RunFolder
@@ -137,10 +137,17 @@ def test_other_classes_than_those_of_the_head_are_refused(bundle: Bundle, tmp_pa
         tune(settings(bundle, rows, tmp_path / "run"))
 
 
-def test_a_head_that_trains_a_norm_is_refused_by_name(work: Path, tmp_path: Path) -> None:
-    from tiny_models import tiny_encoder_config, write_encoder
-
-    folder = once(work / "learning-modernbert", lambda out: write_encoder(out, tiny_encoder_config("modernbert")))
-    given: dict[str, Any] = {"task": "text-classification", "class_names": CLASSES}
-    with pytest.raises(UsageError, match="cannot learn as a bundle: its head trains a norm"):
-        trainable_bundle(folder, tmp_path / "bundle", **given)
+def test_a_norm_of_the_head_is_kept_with_it(work: Path, rows: Path, tmp_path: Path) -> None:
+    """ModernBERT's: it is an input of the graph that takes an adapter."""
+    model = once(work / "learning-modernbert", lambda out: write_encoder(out, tiny_encoder_config("modernbert")))
+    made = trainable_bundle(model, tmp_path / "bundle", task="text-classification", class_names=CLASSES)
+    run = tune(settings(made, rows, tmp_path / "run", max_steps=8))
+    base = load_model(ModelSpec(find_base(str(model)), "text-classification", "int4", labels=CLASSES))
+    tuned = PeftModel.from_pretrained(base, str(run.adapter)).eval()
+    norm = dict(tuned.named_parameters())["base_model.model.head.modules_to_save.default.norm.weight"]
+    assert (norm - 1).abs().max() > 1e-2
+    export(str(run.path), ExportConfig(onto=made.path, min_retained=-9))
+    ids = torch.tensor([[2, 7, 9, 11, 4, 3]])
+    with torch.no_grad():
+        expected = tuned(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
+    np.testing.assert_allclose(logits(made.path), expected, atol=1e-4)
