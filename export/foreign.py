@@ -140,6 +140,8 @@ def _short_name(model: str) -> str:
 
 
 def adapter_provenance(adapter: Adapter | None, notes: tuple[str, ...]) -> dict[str, Any]:
-    """Return what the manifest says of an adapter that was trained elsewhere."""
-    assert adapter is not None
-    return {"path": str(adapter.path), "sha256": adapter.sha256, "trained_on": adapter.trained_on, "notes": list(notes)}
+    """Return `adapter` of the manifest's provenance: what there is to say of one that was trained elsewhere, if any."""
+    if adapter is None or not notes:
+        return {}
+    found = {"path": str(adapter.path), "sha256": adapter.sha256, "trained_on": adapter.trained_on}
+    return {"adapter": {**found, "notes": list(notes)}}

@@ -108,7 +108,7 @@ def _export(
     provenance = {
         "base": {"model": base.name, "content_sha256": base.content_sha256, "license": base.license},
         "data_fingerprint": source.data_fingerprint,
-        **({"adapter": adapter_provenance(source.adapter, source.notes)} if source.notes else {}),
+        **adapter_provenance(source.adapter, source.notes),
     }
     manifest: dict[str, Any] = {"format": "gguf", "task": source.task, "family": base.family.name, "lane": source.lane}
     manifest |= {"files": files, "types": types, "verification": verification, "provenance": provenance}

@@ -456,3 +456,15 @@ def test_scores_that_the_run_computed_are_not_computed_again(
     for name in ("base", "trained", "shipped"):
         found, expected = (bundle.manifest["verification"]["nll"][name] for bundle in (known, computed))
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_rows_hold_beside_the_text_is_said_and_does_not_stop_the_export_of_a_base(
+    llama: Path, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "hello", "mood": "glad"}, {"role": "assistant", "content": "seven"}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    progress = RecordedProgress()
+    bundle = export(str(llama), ExportConfig(out=tmp_path / "bundle", data=str(rows), trainable=False), progress)
+    assert "adapter" not in bundle.manifest["provenance"]
+    assert any("mood" in message for message in progress.lines)
