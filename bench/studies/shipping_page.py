@@ -46,7 +46,7 @@ and writes this page; [studies.md](studies.md#shipping) describes the method.
   after 200 steps in float on other text and with scaled channels (`off_grid`).
 - *HQQ* has zero points in float, with which it finds a grid again on which the weights lie: on-grid its relative
   error is 0.008, where the adapter is 0.005 of a weight and other tools round by 0.08, so that it rounds off what was
-  learned (the untuned model has 3.02 on `asdiv`). Off-grid its error is 0.055, and this does not happen.
+  learned (the untuned model has 3.05 on `asdiv`). Off-grid its error is 0.055: such weights are still near that grid.
 - Brackets are 95% intervals: of a difference by a bootstrap of rows in pairs (losses averaged over the seeds), of a
   mean over seeds by Student's t.
 - Not measured here: Olive's GPTQ, NNCF and AutoRound, which are not installed with this project, and llama.cpp's
