@@ -53,10 +53,8 @@ def run_worker(
     with tempfile.TemporaryFile() as stderr, limit.group() if limit else nullcontext() as group:
         if group is not None:
             command = [*JOIN_GROUP, str(group), *command]
-        added: dict[str, Any] = {"started": time.monotonic(), "parent": alive}
-        if limit is not None and limit.cores:
-            added["affinity"] = limit.cores
-        request: bytes | None = json.dumps(job | added).encode()
+        cores = {"affinity": limit.cores} if limit is not None and limit.cores else {}
+        request: bytes | None = json.dumps(job | {"started": time.monotonic(), "parent": alive, **cores}).encode()
         seen = 0
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment, pass_fds=[alive]
