@@ -274,9 +274,7 @@ def make_manifest(
         "provenance": {
             "base": {"model": base.name, "content_sha256": base.content_sha256, "license": base.license},
             "data_fingerprint": source.data_fingerprint,
-            **(
-                {"adapter": adapter_provenance(source.adapter, source.notes)} if source.adapter and source.notes else {}
-            ),
+            **adapter_provenance(source.adapter, source.notes),
             "versions": {name: version(name) for name in packages},
         },
     }

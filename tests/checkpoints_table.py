@@ -118,7 +118,10 @@ def largest_errors(
 
 
 def dequantized(reference: nn.Module, ours: Any, bits: Bits, block_size: int = 32) -> nn.Module:
-    """Return a copy of a transformers model with each weight rounded to codes that `ours` holds as codes."""
+    """Return a copy of a transformers model with each weight rounded to codes that `ours` holds as codes.
+
+    The rows of an embedding with float16 scales are rounded to float16, too.
+    """
     rounded, model = set(), copy.deepcopy(reference)
     for name, module in ours.named_modules():
         if not isinstance(module, QuantLinear | QuantEmbedding):
@@ -132,4 +135,12 @@ def dequantized(reference: nn.Module, ours: Any, bits: Bits, block_size: int = 3
         values = (weight.data.T if across else weight.data).float().numpy()
         grid = torch.from_numpy(dequantize(quantize(values, block_size, bits)))
         weight.data = grid.T.contiguous() if across else grid
+    halved = {
+        id(model.get_submodule(name).get_parameter("weight"))
+        for name, module in ours.named_modules()
+        if isinstance(module, QuantEmbedding) and module.half
+    }
+    for layer in model.modules():
+        if isinstance(layer, nn.Embedding) and id(layer.weight) in halved:  # a tied head is not rounded further
+            layer.weight = nn.Parameter(layer.weight.half().float())
     return model
