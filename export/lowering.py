@@ -74,8 +74,8 @@ def store_in_fp16(model: ir.Model) -> None:
     """Store every matrix that float16 represents exactly as float16, with a Cast where it is read; call after `lower`.
 
     Matrices are weights and the scales of blocks; ONNX Runtime folds such a Cast when it opens the graph. Embedding
-    rows are cast after the lookup, so that the table itself stays memory-mapped, and since OpenVINO takes only constant
-    scales there.
+    rows are cast after the lookup, so that the table itself stays memory-mapped; OpenVINO takes only constant scales
+    there.
 
     Args:
         model: A lowered graph, changed in place.
@@ -92,11 +92,15 @@ def store_in_fp16(model: ir.Model) -> None:
         value.const_value, value.type = ir.tensor(narrow, name=value.name), ir.TensorType(ir.DataType.FLOAT16)
         whole = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
         for node, index in uses:
-            if node.op_type in ("Gather", "GatherBlockQuantized"):
+            if node.op_type == "Gather":
                 rows = ir.node("Cast", [node.outputs[0]], {"to": ir.DataType.FLOAT})
                 take_over(node.outputs[0], rows.outputs[0])
                 rows.replace_input_with(0, node.outputs[0])
                 graph.insert_after(node, rows)
+            elif node.op_type == "GatherBlockQuantized":
+                [(rounding, _)] = node.outputs[0].uses()  # to float16, which the operator's rows are now
+                rounding.outputs[0].replace_all_uses_with(node.outputs[0])
+                graph.remove(rounding, safe=True)
             else:
                 node.replace_input_with(index, whole.outputs[0])
         if whole.outputs[0].uses():

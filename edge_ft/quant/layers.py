@@ -348,7 +348,7 @@ class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
 
     def _gathered(self, input_ids: Tensor, qweight: Tensor, scales: Tensor, zero_points: Tensor | None) -> Tensor:
         """Return the operator for a look-up in some codes, while exporting."""
-        return torch.onnx.ops.symbolic(
+        rows: Tensor = torch.onnx.ops.symbolic(
             "com.microsoft::GatherBlockQuantized",
             # The operator's weight is [N, bytes]: edge_ft.export reshapes it.
             [qweight, input_ids, scales, zero_points],
@@ -357,6 +357,7 @@ class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
             shape=(*input_ids.shape, self.embedding_dim),
             version=1,
         )
+        return rows.half().float() if self.half else rows
 
 
 class BF16Embedding(FrozenEmbedding):

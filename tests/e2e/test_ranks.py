@@ -72,7 +72,7 @@ def test_two_processes_train_the_same_adapter_as_one(llama: Path, sums: Path, tm
     a, b = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two))
     assert a.keys() == b.keys()
     for name in a:
-        np.testing.assert_allclose(a[name], b[name], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(a[name], b[name], atol=5e-5, rtol=0)  # sums in another order
     for name, value in one.report()["nll"].items():
         assert two.report()["nll"][name] == pytest.approx(value, abs=1e-5)
 

@@ -20,17 +20,18 @@ def generator(bundle: Path) -> TextGenerator:
     return opened
 
 
-def test_a_run_keeps_its_answers_and_is_scored_on_choosing(llama_run: RunFolder, llama_bundle: Bundle) -> None:
-    opened = generator(llama_bundle.path)
+def test_a_run_keeps_its_answers_and_is_scored_on_choosing(llama_run: RunFolder, llama_adapter_bundle: Bundle) -> None:
+    opened = generator(llama_adapter_bundle.path)
     assert opened.rendering.answers == (" hello", " seven")
     assert opened.classify("hello 3 the answer").label in (" hello", " seven")
     data = str(llama_run.split("test"))
-    found = [evaluate(str(path), EvalConfig(data=data))["metrics"] for path in (llama_run.path, llama_bundle.path)]
+    found = [
+        evaluate(str(path), EvalConfig(data=data))["metrics"] for path in (llama_run.path, llama_adapter_bundle.path)
+    ]
     rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
     chosen = opened.classify([row["prompt"] for row in rows])
     share = sum(one.label == row["completion"] for one, row in zip(chosen, rows, strict=True)) / len(rows)
-    assert found[1]["choice_accuracy"]["value"] == share
-    assert found[0]["choice_accuracy"]["value"] == pytest.approx(share, abs=0.15)  # on the grid before rounding
+    assert found[0]["choice_accuracy"]["value"] == found[1]["choice_accuracy"]["value"] == share
     assert 0 <= found[1]["choice_macro_f1"]["value"] <= 1
     assert "choice_accuracy" in llama_run.report()["answers"]["metrics"]
 
