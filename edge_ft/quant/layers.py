@@ -159,12 +159,15 @@ def exporting(model: nn.Module) -> Iterator[None]:
             files[at] = tuple(map(torch.from_numpy, layer.weight_arrays()))
         for name, tensor in zip(BUFFERS, files[at], strict=False):
             layer._buffers[name] = tensor
+        if isinstance(layer, QuantEmbedding) and layer.fine is not None and len(layer.fine) < layer.num_embeddings:
+            layer._buffers["fine_scales"] = layer.scales[: len(layer.fine)].clone()  # a slice would be no constant
     _exporting = True
     try:
         yield
     finally:
         _exporting = False
         for layer, buffers in zip(layers, before, strict=True):
+            layer._buffers.clear()
             layer._buffers.update(buffers)
 
 
@@ -344,7 +347,7 @@ class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
         if rows == self.num_embeddings:
             return self._gathered(input_ids, fine, self.scales, None) / FINE_STEPS
         share = torch.where(input_ids < rows, 1.0 / FINE_STEPS, 0.0).unsqueeze(-1)
-        return self._gathered(input_ids.clamp(max=rows - 1), fine, self.scales[:rows], None) * share
+        return self._gathered(input_ids.clamp(max=rows - 1), fine, self.get_buffer("fine_scales"), None) * share
 
     def _gathered(self, input_ids: Tensor, qweight: Tensor, scales: Tensor, zero_points: Tensor | None) -> Tensor:
         """Return the operator for a look-up in some codes, while exporting."""

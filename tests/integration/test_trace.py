@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -149,6 +150,15 @@ def export_with_adapter(model: PreTrainedModel, folder: Path, pairs: dict[str, t
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Graph]:
     model = make_decoder(**DECODERS[request.param])
     return model, export(model, tmp_path_factory.mktemp("decoder"))
+
+
+def test_scales_of_an_embedding_are_constants_also_where_some_rows_have_further_bits(tmp_path: Path) -> None:
+    # Large enough that no slice of it is folded into a constant.
+    export(make_decoder(16, {"lm_head": 4000}, vocab_size=8192, tie_word_embeddings=True), tmp_path)
+    graph = onnx.load(next(tmp_path.rglob("model.onnx"))).graph
+    lookups = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
+    assert len(lookups) == 2  # the codes of all rows, the further ones of some
+    assert {node.input[2] for node in lookups} <= {tensor.name for tensor in graph.initializer}  # OpenVINO asks for it
 
 
 @pytest.fixture(scope="module", params=[None, 32], ids=["fp32", "int4"])
