@@ -97,14 +97,19 @@ def store_in_fp16(model: ir.Model) -> None:
                 take_over(node.outputs[0], rows.outputs[0])
                 rows.replace_input_with(0, node.outputs[0])
                 graph.insert_after(node, rows)
-            elif node.op_type == "GatherBlockQuantized":
-                [(rounding, _)] = node.outputs[0].uses()  # to float16, which the operator's rows are now
-                rounding.outputs[0].replace_all_uses_with(node.outputs[0])
+            elif node.op_type == "GatherBlockQuantized" and (rounding := _rounding(node)) is not None:
+                rounding.outputs[0].replace_all_uses_with(node.outputs[0])  # which are float16 now
                 graph.remove(rounding, safe=True)
             else:
                 node.replace_input_with(index, whole.outputs[0])
         if whole.outputs[0].uses():
             graph.insert_before(graph[0], whole)
+
+
+def _rounding(lookup: ir.Node) -> ir.Node | None:
+    """Return the Cast to float16 of a look-up's rows; None: they are read as they are."""
+    uses = [use.node for use in lookup.outputs[0].uses()]
+    return uses[0] if len(uses) == 1 and uses[0].op_type == "Cast" else None
 
 
 def _bypass_reshapes(graph: ir.Graph) -> None:

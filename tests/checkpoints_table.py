@@ -138,7 +138,7 @@ def dequantized(reference: nn.Module, ours: Any, bits: Bits, block_size: int = 3
     halved = {
         id(model.get_submodule(name).get_parameter("weight"))
         for name, module in ours.named_modules()
-        if isinstance(module, QuantEmbedding) and module.half
+        if isinstance(module, QuantEmbedding) and module.half_rows
     }
     for layer in model.modules():
         if isinstance(layer, nn.Embedding) and id(layer.weight) in halved:  # a tied head is not rounded further

@@ -25,7 +25,7 @@ from edge_ft.errors import ModelError
 from edge_ft.progress import Progress, Silent, track
 from edge_ft.quant.blockwise import Codes, pack_nibbles, quantize_finely, unpack_nibbles
 from edge_ft.quant.conversion import ReadWeight
-from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear, has_bf16
+from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear, product_dtype
 
 __all__ = [
     "Calibration",
@@ -165,7 +165,7 @@ def calibrate(
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear) and module is not head and (only is None or name in only)
     }
-    dtype = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
+    dtype = product_dtype()
     with _FirstCalls(layers, _token_masks(batch, task), read, dtype, calibration.progress):
         hidden = forward(model, batch)
     if hidden is not None and isinstance(head, QuantLinear) and only is None:

@@ -27,8 +27,10 @@ __all__ = [
     "FrozenLinear",
     "QuantEmbedding",
     "QuantLinear",
+    "are_half",
     "exporting",
     "has_bf16",
+    "product_dtype",
     "to_device",
     "transposed_weight",
 ]
@@ -130,10 +132,13 @@ class _BlockwiseWeight(nn.Module):
         wide = self._centred(values[blocks], zero_points[blocks]).to(torch.float32)
         if fine is not None:
             where, packed = fine
-            finer = packed.unflatten(0, (len(values), -1))[blocks]
-            zero = finer.new_full((len(finer), 1), FINE_ZERO)
-            wide[:, :, where] += self._centred(finer, zero).to(torch.float32) / FINE_STEPS
+            finer = self._centred_fine(packed.unflatten(0, (len(values), -1))[blocks])
+            wide[:, :, where] += finer.to(torch.float32) / FINE_STEPS
         return wide
+
+    def _centred_fine(self, values: Tensor) -> Tensor:
+        """Return further codes - their zero point, as `_centred`."""
+        return self._centred(values, values.new_full((1, 1), FINE_ZERO))
 
     def _centred(self, values: Tensor, zero_points: Tensor) -> Tensor:
         """Return codes - zero points [blocks, block_size, N] of bytes [blocks, block_size * bits / 8, N]."""
@@ -305,7 +310,7 @@ class FrozenEmbedding(nn.Embedding):
 class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
     """A `FrozenEmbedding` over a blockwise weight: ids [...] -> float32 [..., embedding_dim]."""
 
-    half: bool  # type: ignore[assignment]
+    half_rows: bool
     """Whether rows are rounded to float16, as the operator rounds them where the file's scales are float16."""
 
     def __init__(self, codes: Codes, padding_idx: int | None = None, scale: float = 1.0) -> None:
@@ -315,7 +320,7 @@ class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
     def set_codes(self, codes: Codes) -> None:
         """Replace the quantized weight by `codes`."""
         super().set_codes(codes)
-        self.half = torch.equal(self.scales, self.scales.half().float())
+        self.half_rows = are_half(self.scales)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[...] -> float32 [..., embedding_dim]; one `GatherBlockQuantized` operator while exporting."""
@@ -329,7 +334,7 @@ class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Return rows of the weight, [embedding_dim, ids], with the operator's rounding."""
-        if not self.half:
+        if not self.half_rows:
             return self.dequantize(columns=ids)
         scales = self.scales[:, None, ids]
         fine, zero_points = self._fine_of(ids), self.zero_points[:, ids]
@@ -337,7 +342,7 @@ class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
         rows = self._differences(codes, zero_points, None, slice(None)).mul_(scales).half().float()
         if fine is not None:
             where, packed = fine
-            finer = self._centred(packed.unflatten(0, (len(scales), -1)), zero_points.new_full((1, 1), FINE_ZERO))
+            finer = self._centred_fine(packed.unflatten(0, (len(scales), -1)))
             rows[:, :, where] += (finer * scales[:, :, where]).half().float() / FINE_STEPS
         return rows.flatten(0, 1)[: self.size]
 
@@ -360,7 +365,7 @@ class QuantEmbedding(_BlockwiseWeight, FrozenEmbedding):
             shape=(*input_ids.shape, self.embedding_dim),
             version=1,
         )
-        return rows.half().float() if self.half else rows
+        return rows.half().float() if self.half_rows else rows
 
 
 class BF16Embedding(FrozenEmbedding):
@@ -376,6 +381,16 @@ class BF16Embedding(FrozenEmbedding):
     def forward(self, input_ids: Tensor) -> Tensor:
         """[...] -> float32 [..., embedding_dim]."""
         return nn.functional.embedding(input_ids, self.qweight).float() * self.scale
+
+
+def are_half(scales: Tensor) -> bool:
+    """Return whether float16 represents all of these numbers."""
+    return torch.equal(scales, scales.half().float())
+
+
+def product_dtype() -> torch.dtype:
+    """Return the dtype of a CPU's fastest products: bfloat16 where it multiplies that."""
+    return torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edge_ft.quant.layers import QuantLinear, transposed_weight
+from edge_ft.quant.layers import QuantLinear, are_half, transposed_weight
 
 __all__ = ["TrainedScales"]
 
@@ -26,7 +26,7 @@ class TrainedScales:
         head = model.get_output_embeddings()
         self.layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m is not head]
         self._first = [layer.scales.clone() for layer in self.layers]
-        self._half = [torch.equal(first, first.half().float()) for first in self._first]
+        self._half = [are_half(first) for first in self._first]
         """Whether a layer's scales are float16 numbers."""
         self.factors = [nn.Parameter(torch.ones_like(first)) for first in self._first]
         for layer, factors in zip(self.layers, self.factors, strict=True):

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from edge_ft.data import Batch
 from edge_ft.quant.blockwise import Codes, quantize_finely
 from edge_ft.quant.conversion import ReadWeight
-from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear, has_bf16
+from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear, product_dtype
 from edge_ft.quant.serialization import frozen_layers
 
 __all__ = ["finer_layers", "refine", "saved_bytes", "spend"]
@@ -126,17 +126,12 @@ def _cached_weights(model: Any, cached: bool) -> Iterator[None]:
     head = model.get_output_embeddings()
     layers = [layer for _, layer in _four_bit(model) if cached and layer is not head]
     for layer in layers:
-        layer.cached_dtype = _dtype()
+        layer.cached_dtype = product_dtype()
     try:
         yield
     finally:
         for layer in layers:
             layer.cached_dtype, layer.cached = None, {}
-
-
-def _dtype() -> torch.dtype:
-    """Of the products: bfloat16 where the processor multiplies it."""
-    return torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
 
 
 def _four_bit(model: Any) -> list[tuple[str, QuantLinear]]:
@@ -154,7 +149,7 @@ def _units(
     arrays: Any = batch
     head = model.get_output_embeddings()
     layers = {name: layer for name, layer in _four_bit(model) if layer is not head}
-    dtype = _dtype()
+    dtype = product_dtype()
     most = max(64, LOGITS // head.out_features)
     targets = 0
     embedded: list[Tensor] = []

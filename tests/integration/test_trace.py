@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from edge_ft.errors import ModelError
 from edge_ft.export.lora_defaults import write_default_graph, write_values
 from edge_ft.export.lora_graph import add_lora_inputs
-from edge_ft.export.lowering import lower
+from edge_ft.export.lowering import lower, store_in_fp16
 from edge_ft.export.packing import write_graphs
 from edge_ft.export.trace import trace
 from edge_ft.families import family_of
@@ -194,6 +194,22 @@ def test_a_decoder_scores_right_padded_rows_as_torch(decoder: tuple[PreTrainedMo
     assert logits.shape == (*ids.shape, VOCABULARY)
     assert np.abs(expected[mask == 1]).max() > 1
     np.testing.assert_allclose(logits[mask == 1], expected[mask == 1], atol=TOLERANCE)
+
+
+def test_further_bits_count_where_float16_holds_the_scales_of_their_rows_alone(tmp_path: Path) -> None:
+    model = make_decoder(16, {"lm_head": 16}, tie_word_embeddings=True)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        codes = layer.codes()
+        codes.scales[16:] *= 1 + 2**-20  # as the scales of weights that are too small or too large for float16
+        layer.set_codes(codes)
+    graph = trace(model, family_of("llama"))
+    lower(graph)
+    store_in_fp16(graph)
+    write_graphs({"model": graph}, tmp_path, "model")
+    ids, mask = padded_rows((9,))
+    ids %= 16  # rows with further bits
+    logits = Graph(tmp_path / "onnx/model.onnx")(input_ids=ids, attention_mask=mask, num_logits_to_keep=ALL)["logits"]
+    np.testing.assert_allclose(logits, torch_logits(model, ids, mask), atol=TOLERANCE)
 
 
 def test_a_decoder_returns_the_last_position_by_default(
