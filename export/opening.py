@@ -216,7 +216,7 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
 
 
 def _split(rows: list[Row], encoded: list[Example], calibrated: int) -> ExportRows:
-    """Split the rows of --data as `tune` does: what is chosen on train rows is not judged on them.
+    """Split the rows of --data as `tune` does: what is chosen on train rows is not scored on them.
 
     Args:
         rows: As they were read.

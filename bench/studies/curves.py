@@ -6,7 +6,7 @@ was not a number or not measured.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -140,10 +140,9 @@ def compare(
         complete = bool(values) and len(known) == len(values)
         ratio[name] = mean(known) if complete else None
         intervals[name] = interval(known) if complete else None
-    figures = {"ratio": ratio, "ratio_interval": intervals, "ratio_per_seed": per_seed}
-    return (
-        report | figures | {"ratio_others": {name: _ratios(report[name], report["baseline"]) for name in others or {}}}
-    )
+    further = {name: _ratios(report[name], report["baseline"]) for name in others or {}}
+    figures = {"ratio": ratio, "ratio_interval": intervals, "ratio_per_seed": per_seed, "ratio_others": further}
+    return report | figures
 
 
 def _ratios(ours: Sequence[Result], baseline: Sequence[Result]) -> dict[str, float]:
@@ -154,19 +153,10 @@ def _ratios(ours: Sequence[Result], baseline: Sequence[Result]) -> dict[str, flo
         "peak_rss": "peak_rss_bytes",
         "whole_time": "seconds_whole",
     }
-    pairs = _pairs(ours, baseline)
-    found = {name: _known(_divide(our[key], its[key]) for our, its in pairs) for name, key in compared.items()}
-    return {name: mean(values) for name, values in found.items() if values}
-
-
-def _pairs(ours: Sequence[Result], baseline: Sequence[Result]) -> list[tuple[Result, Result]]:
-    """Pair trainings of the same seed."""
-    by_seed = {result["seed"]: result for result in baseline}
-    return [(result, by_seed[result["seed"]]) for result in ours]
-
-
-def _known(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
+    its = {result["seed"]: result for result in baseline}
+    found = {name: [_divide(our[key], its[our["seed"]][key]) for our in ours] for name, key in compared.items()}
+    known = {name: [value for value in values if value is not None] for name, values in found.items()}
+    return {name: mean(values) for name, values in known.items() if values}
 
 
 def _timed(result: Result, baseline: Curve, work: dict[str, float]) -> Result:

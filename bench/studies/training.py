@@ -5,6 +5,7 @@ its result in the --out folder. Ours is the whole command `edge-ft tune`; docs/s
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -357,20 +358,18 @@ def _swept(trainers: _Trainers, trainings: Trainings) -> _Done:
 
 
 def _agreement(done: _Done, base_format: str) -> dict[str, Any]:
-    pairs = zip(done.baseline, done.ours, strict=True)
-    largest = max(largest_difference(first["curve"], second["curve"]) for first, second in pairs)
-    known = largest if largest < float("inf") else None
-    over = [
-        largest_difference(first["curve"], second["curve"])
-        for first, second in zip(done.baseline, done.onnx, strict=False)
-    ]
+    def largest(trained: list[dict[str, Any]]) -> float:
+        pairs = zip(done.baseline, trained, strict=True)
+        return max(largest_difference(first["curve"], second["curve"]) for first, second in pairs)
+
+    own, over = largest(done.ours), largest(done.onnx) if done.onnx else math.inf
     return {
         "base_format": base_format,
         "compute": done.ours[0]["config"]["compute"],
-        "max_difference": known,
-        "max_difference_onnx": max(over) if over and max(over) < float("inf") else None,
+        "max_difference": own if own < math.inf else None,
+        "max_difference_onnx": over if over < math.inf else None,
         "limit": AGREEMENT,
-        "agrees": largest <= AGREEMENT,
+        "agrees": own <= AGREEMENT,
     }
 
 

@@ -108,8 +108,8 @@ def evaluate_gate(
     paired bootstrap over rows, is above 0. A drop of the task metric refuses only if its paired interval is above 0
     too, since a difference on a few rows can be chance.
 
-    An embedding model is judged by recall, its task metric, and by the cosine of its vectors with those as trained: its
-    loss depends on which texts share a batch, and few rows hardly know it. The cosine does not need many.
+    An embedding model is measured by recall, its task metric, and by the cosine of its vectors with those as trained:
+    its loss depends on which texts share a batch, and few rows hardly know it. The cosine does not need many.
 
     Args:
         base: Scores of the base without the adapter.

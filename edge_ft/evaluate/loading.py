@@ -55,11 +55,10 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
     run = RunFolder.open(Path(source)) if kind == "run" else None
     if run is not None and config.adapter not in (None, "none"):
         raise UsageError(f"--adapter {config.adapter} is for bundles: of a run only none is another choice")
-    if run is not None and run.bundle is not None:
-        with heartbeat(progress, f"opening {run.bundle}"):
-            return _open_bundle(
-                _bundle_of(run), replace(config, adapter=config.adapter or str(run.path)), rows, run.rendering()
-            )
+    if run is not None and (bundle := run.bundle) is not None:
+        with heartbeat(progress, f"opening {bundle}"):
+            _check_bundle(bundle, run)
+            return _open_bundle(bundle, replace(config, adapter=config.adapter or str(run.path)), rows, run.rendering())
     if config.accuracy_level is not None:
         raise UsageError("--accuracy-level is for bundles: runs and models have no such levels, leave it out")
     from edge_ft.models.libraries import import_libraries
@@ -111,14 +110,12 @@ def torch_source(model: Any, rendering: Rendering, tokenizer: TextTokenizer, mod
     )
 
 
-def _bundle_of(run: RunFolder) -> Path:
-    """Return the bundle that a run was trained over.
+def _check_bundle(path: Path, run: RunFolder) -> None:
+    """Check that a bundle is the one that a run was trained over.
 
     Raises:
         ModelError: it is gone, or its weights are others.
     """
-    path = run.bundle
-    assert path is not None
     if not path.is_dir():
         raise ModelError(
             f"the bundle {path} is gone, over which {run.path} was trained: edge-ft eval BUNDLE --adapter {run.path} "
@@ -129,7 +126,6 @@ def _bundle_of(run: RunFolder) -> Path:
             f"the bundle {path} is not the one that {run.path} was trained over, its weights have changed: restore it, "
             "or tune again"
         )
-    return path
 
 
 def _open_bundle(

@@ -186,7 +186,7 @@ def _differences_from_export(graphs: _Graphs, level: str, scores: RowScores) -> 
     reasons = []
     if abs(scores.mean_nll - exported) > graphs.tolerance(level):
         reasons.append(f"the export's rows score {scores.mean_nll:.4f} here and {exported:.4f} there")
-    # The gate judged an embedder by its vectors: its loss counts only where a limit is given here.
+    # The gate measured an embedder by its vectors: its loss counts only where a limit is given here.
     by_vectors = "cosine" in recorded and graphs.max_tax == recorded["limits"]["max_tax"]
     if trained is not None and not by_vectors and scores.mean_nll - trained > graphs.max_tax:
         reasons.append(

@@ -63,7 +63,7 @@ def check_first_conversion(folder: Path, model: str, progress: Progress | None =
     Args:
         folder: The conversion.
         model: The GGUF file it was made from, or the folder of that file.
-        progress: Is told if the file is no longer there, so that nothing can be compared.
+        progress: Receives it if the file is no longer there, so that nothing can be compared.
 
     Raises:
         ModelError: it is gone, or not the model of the file; the message says what is missing and what to do.

@@ -1,15 +1,12 @@
 """Run bundles, with onnxruntime, numpy and tokenizers alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edge_ft.artifacts import Bundle
 from edge_ft.errors import BundleError
-from edge_ft.runtime.adapters import Bound, adapter_inputs, bind
+from edge_ft.runtime.adapters import Bound, Values, adapter_inputs, bind
 from edge_ft.runtime.cache import KVCache
 from edge_ft.runtime.classify import Classification, TextClassifier
 from edge_ft.runtime.conversation import Conversation
@@ -62,7 +59,7 @@ def load(
     *,
     threads: int | None = None,
     accuracy_level: int | None = None,
-    adapter: str | Path | Mapping[str, NDArray[np.float32]] | None = None,
+    adapter: str | Path | Values | None = None,
     engine: Literal["auto", "exact"] = "auto",
 ) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
     """Open a bundle for inference.

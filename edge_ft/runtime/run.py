@@ -212,7 +212,7 @@ def _classify(
 def _open(
     bundle: Path, config: RunConfig, progress: Progress | None = None
 ) -> TextGenerator | Seq2SeqGenerator | EncoderBundle:
-    """Return the open bundle; `progress` (default: stderr) is told what happens if that takes seconds.
+    """Return the open bundle; `progress` (default: stderr) receives what happens if that takes seconds.
 
     Raises:
         UsageError: --labels or --overflow for a model that is not a decoder.

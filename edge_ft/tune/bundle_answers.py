@@ -1,19 +1,14 @@
 """What a bundle answers while it is trained: as `edge-ft run` does, by the graphs that keep keys and values."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edge_ft.artifacts import Bundle
 from edge_ft.runtime import Seq2SeqGenerator, TextGenerator, load
+from edge_ft.runtime.adapters import Values
 
 __all__ = ["BundleAnswers"]
-
-Values = Mapping[str, NDArray[np.float32]]
-"""By the name of a LoRA input."""
 
 
 class BundleAnswers:

@@ -29,7 +29,7 @@ class VocabularyHead:
     """The head of a model that writes text.
 
     Attributes:
-        parameters: None, it is frozen.
+        parameters: Empty, it is frozen.
     """
 
     def __init__(self, graphs: BlockGraphs, index: Mapping[str, Any], task: Task) -> None:

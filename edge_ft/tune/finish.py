@@ -5,7 +5,7 @@ are trained towards the next-token probabilities of the model as trained (docs/d
 was. Codes and scales lie in `merged/` of the run folder: an export of lane merged ships these bytes.
 
 Until they do, `.finish/` holds the codes as they were chosen and a checkpoint of the loop, so that a run that is killed
-goes on from there.
+resumes there.
 """
 
 import shutil
