@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_bundle import write_decoder
 
-from edge_ft import artifacts
-from edge_ft.artifacts import Bundle, RunFolder, kind_of
+from edge_ft.artifacts import Bundle, RunFolder, kind_of, remembered
+from edge_ft.artifacts import bundle as bundle_module
 from edge_ft.errors import BundleError, UsageError
 from edge_ft.files import atomic_folder, file_sha256, seal, write_json, write_text
 
@@ -133,8 +133,8 @@ def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Names of the files that are hashed, in a cache of this test and at a time when a fresh bundle is old."""
     seen: list[str] = []
     monkeypatch.setenv("EDGE_FT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(artifacts, "_TICK_NS", -(10**9))
-    monkeypatch.setattr(artifacts, "file_sha256", lambda file: (seen.append(file.name), file_sha256(file))[1])
+    monkeypatch.setattr(remembered, "_TICK_NS", -(10**9))
+    monkeypatch.setattr(bundle_module, "file_sha256", lambda file: (seen.append(file.name), file_sha256(file))[1])
     return seen
 
 
@@ -169,7 +169,7 @@ def test_another_manifest_is_not_that_of_the_last_open(bundle: Path, hashed: lis
 def test_a_file_that_changed_just_now_is_hashed_again(
     bundle: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "_TICK_NS", 60 * 10**9)
+    monkeypatch.setattr(remembered, "_TICK_NS", 60 * 10**9)
     Bundle.open(bundle)
     first = len(hashed)
     Bundle.open(bundle)
