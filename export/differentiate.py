@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from edge_ft.errors import ModelError
 
-__all__ = ["MASK", "MICROSOFT", "SOURCE_MASK", "Linear", "Tape", "Undifferentiable", "Weight", "extract"]
+__all__ = ["MASK", "MICROSOFT", "SOURCE_MASK", "Linear", "Scores", "Tape", "Undifferentiable", "Weight", "extract"]
 
 MICROSOFT = "com.microsoft"
 MASK = "mask"
@@ -52,6 +52,18 @@ class Weight:
     transposed: bool = True
     module: str | None = None
     """Dotted name of the layer inside its transformer layer; None: no LoRA."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How the products of query and key become attention scores, before the mask and the softmax."""
+
+    scale: float
+    """Factor of the products."""
+    softcap: float = 0.0
+    """What they are capped at, by tanh; 0: not."""
+    bias: ir.Value | None = None
+    """Added to them, [1 or batch, heads, 1, seq, seq]."""
 
 
 @dataclass
@@ -274,12 +286,9 @@ class Tape:
         key: ir.Value,
         value: ir.Value,
         heads: tuple[int, int],
+        scores: "Scores",
         *,
-        scale: float,
-        softcap: float = 0.0,
-        bias: ir.Value | None = None,
-        mask: str = MASK,
-        other: bool = False,
+        of_source: bool = False,
     ) -> ir.Value:
         """Attention of [batch, seq, heads * size]; `heads` are those of the query and of key and value.
 
@@ -287,14 +296,12 @@ class Tape:
 
         Args:
             query: See above.
-            key: As the query; with `other` [batch, heads, seq, size], of another sequence.
+            key: As the query; with `of_source` [batch, heads, seq of the source, size].
             value: As the key.
             heads: Of the query, and of key and value.
-            scale: Factor of the products.
-            softcap: What they are capped at; 0: not.
-            bias: Added to them, [1 or batch, heads, 1, seq, seq].
-            mask: Name of the graph input that is added to them too, as `MASK`.
-            other: Whether key and value are of another sequence.
+            scores: How the products of query and key become scores.
+            of_source: Whether key and value are of an encoder-decoder's source: then `SOURCE_MASK` says what is
+                attended to, else `MASK`.
 
         Returns:
             [batch, seq, heads * size].
@@ -303,27 +310,26 @@ class Tape:
         share = many // few
         q = self.transpose(self.reshape(query, (0, 0, few, share, -1)), (0, 2, 3, 1, 4))
         k, v = key, value
-        if not other:
+        if not of_source:
             k, v = (self.transpose(self.reshape(x, (0, 0, few, -1)), (0, 2, 1, 3)) for x in (key, value))
         length = self.op("Shape", query, start=1, end=2)
         last = self.op("Shape", q, start=4, end=5)
         batch = self.op("Shape", query, start=0, end=1)
-        keys = self.op("Shape", k, start=2, end=3) if other else length
+        keys = self.op("Shape", k, start=2, end=3) if of_source else length
 
         def numbers(*values: int) -> ir.Value:
             return self.constant(values, np.int64)
 
         stacked = self.op("Concat", batch, numbers(few, -1), last, axis=0)
-        scores = self.matmul(self.reshape(q, stacked), k, transposed=True, alpha=scale)
-        if softcap:
-            scores = self.tanh(self.multiply(scores, self.constant(1 / softcap)))
-            scores = self.multiply(scores, self.constant(softcap))
-        scores = self.reshape(scores, self.op("Concat", batch, numbers(few, share), length, keys, axis=0))
-        if bias is not None:
-            scores = self.add(scores, bias)
-        weights = self.softmax(
-            self.add(scores, self.input(mask, ir.DataType.FLOAT, ("batch", 1, 1, "rows", "columns")))
-        )
+        found = self.matmul(self.reshape(q, stacked), k, transposed=True, alpha=scores.scale)
+        if scores.softcap:
+            found = self.tanh(self.multiply(found, self.constant(1 / scores.softcap)))
+            found = self.multiply(found, self.constant(scores.softcap))
+        found = self.reshape(found, self.op("Concat", batch, numbers(few, share), length, keys, axis=0))
+        if scores.bias is not None:
+            found = self.add(found, scores.bias)
+        mask = self.input(SOURCE_MASK if of_source else MASK, ir.DataType.FLOAT, ("batch", 1, 1, "rows", "columns"))
+        weights = self.softmax(self.add(found, mask))
         flat = self.reshape(weights, self.op("Concat", batch, numbers(few, -1), keys, axis=0))
         mixed = self.matmul(flat, v)
         apart = self.reshape(mixed, self.op("Concat", batch, numbers(few, share), length, last, axis=0))

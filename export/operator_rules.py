@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edge_ft.export.differentiate import SOURCE_MASK, Undifferentiable
+from edge_ft.export.differentiate import Scores, Undifferentiable
 from edge_ft.export.moving_rules import MOVING_RULES
 from edge_ft.export.piece_builder import Builder
 
@@ -60,7 +60,7 @@ def _group_query_attention(builder: Builder, node: ir.Node) -> ir.Value:
     window = settings["local_window_size"].as_int() if "local_window_size" in settings else -1
     builder.windows.add(window if window > 0 else None)
     cap = settings["softcap"].as_float() if "softcap" in settings else 0.0
-    return tape.attention(query, key, value, (many, few), scale=settings["scale"].as_float(), softcap=cap)
+    return tape.attention(query, key, value, (many, few), Scores(settings["scale"].as_float(), cap))
 
 
 def _multi_head_attention(builder: Builder, node: ir.Node) -> ir.Value:
@@ -72,13 +72,13 @@ def _multi_head_attention(builder: Builder, node: ir.Node) -> ir.Value:
         raise Undifferentiable("its attention has biases or a cache")
     query, key, value = (builder.at(node, index) for index in range(3))
     if builder.source is not None and not causal:  # keys and values of the source, by head
-        return builder.tape.attention(query, key, value, (heads, heads), scale=scale, mask=SOURCE_MASK, other=True)
+        return builder.tape.attention(query, key, value, (heads, heads), Scores(scale), of_source=True)
     builder.causal = causal
     builder.windows.add(None)
     bias = builder.optional(node, 5)
     if bias is not None:
         bias = builder.tape.op("Unsqueeze", bias, builder.tape.constant([2], np.int64))
-    return builder.tape.attention(query, key, value, (heads, heads), scale=scale, bias=bias)
+    return builder.tape.attention(query, key, value, (heads, heads), Scores(scale, bias=bias))
 
 
 def _power(builder: Builder, node: ir.Node) -> ir.Value:

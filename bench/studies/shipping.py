@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 import edge_ft
 from edge_ft.artifacts import RunFolder
@@ -22,7 +24,7 @@ from edge_ft.bench.studies.whole_command import tune_command
 from edge_ft.progress import Lines, Progress, Silent
 from edge_ft.system import default_threads
 
-__all__ = ["CASES", "Case", "main", "revision"]
+__all__ = ["CASES", "Case", "Trainings", "main", "revision"]
 
 TRAIN, VALIDATION, TEST = 240, 80, 200
 """Rows of each case."""
@@ -142,12 +144,22 @@ def revision() -> str:
     return f"{found}-changed" if git("status", "--porcelain", "--", "edge_ft", "export") else found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trainings:
+    """Which trainings are done."""
+
+    cases: str = ",".join(CASES)
+    """Which cases, with commas between: asdiv, fiqa or xsum, with -on-grid or -off-grid."""
+    seeds: int = 3
+    """Number of trainings of each way."""
+    rates: str = "5e-4,1e-3,2e-3"
+    """Learning rates of the usual way, swept on seed 0 by the loss of the validation rows."""
+
+
 def main(
     *,
+    trainings: Annotated[Trainings, Parameter(name="*")] = Trainings(),
     out: Path = Path("out/shipping"),
-    cases: str = ",".join(CASES),
-    seeds: int = 3,
-    rates: str = "5e-4,1e-3,2e-3",
     ours: str | None = None,
     threads: int | None = None,
     write: Path | None = None,
@@ -156,10 +168,8 @@ def main(
     """Compare what ships: 4-bit files of the usual way and of edge-ft from the same rows, scored by one scorer.
 
     Args:
+        trainings: Cases, seeds and learning rates.
         out: Folder of results; what has a result there is not done again.
-        cases: Which cases, with commas between: asdiv, fiqa or xsum, with -on-grid or -off-grid.
-        seeds: Number of trainings of each way.
-        rates: Learning rates of the usual way, swept on seed 0 by the loss of the validation rows.
         ours: Name of our results in `out`; default: the revision of this checkout.
         threads: CPU threads of every process; default: all CPUs that the process may use.
         write: Page to write, with records and plots beside it; default: shipping.md in `out`.
@@ -169,10 +179,10 @@ def main(
         UsageError: there is no such case.
     """
     progress: Progress = Silent() if quiet else Lines()
-    chosen = chosen_cases(cases, CASES)
+    chosen, rates = chosen_cases(trainings.cases, CASES), trainings.rates
     ours, page = ours or revision(), write or out / "shipping.md"
     done: dict[str, list[Seed]] = {}
-    for seed in range(seeds):
+    for seed in range(trainings.seeds):
         for name in chosen:
             trainer = _Trainer(name, out / name, threads or default_threads(), ours, progress)
             swept = [trainer.trained(0, float(rate)) for rate in rates.split(",")]

@@ -133,19 +133,9 @@ def make_rendering(
     """
     if task not in TEXT_TASKS:
         return Rendering(task, None, columns, labels, max_length, None, None)
-    template = None
     if task == "text2text-generation":
-        if config.chat_template not in (None, "none"):
-            raise DataError(
-                "--chat-template is for decoders: an encoder-decoder reads the prompt as --prompt writes it, "
-                "leave it out"
-            )
-        if columns.kind == "messages" or columns.prompt is None:
-            raise DataError(
-                "text2text-generation needs a prompt and a completion, and these rows are "
-                f"{'chats' if columns.kind == 'messages' else 'single texts'}: "
-                "name the columns with --prompt and --completion"
-            )
+        _refuse_all_but_pairs(config, columns)
+        template = None
     else:
         template = _chat_template(config.chat_template, columns, tokenizer)
         if template is not None and end_of_turn(template, tokenizer) is not None:
@@ -332,6 +322,24 @@ def _places(rows: Sequence[Row], columns: Columns, own: Rendering) -> int:
             f"{len(own.labels)}: {', '.join(own.labels)}"
         )
     return found
+
+
+def _refuse_all_but_pairs(config: RowsConfig, columns: Columns) -> None:
+    """Refuse what an encoder-decoder does not read.
+
+    Raises:
+        DataError: a chat template, or rows that are no pairs of prompt and completion.
+    """
+    if config.chat_template not in (None, "none"):
+        raise DataError(
+            "--chat-template is for decoders: an encoder-decoder reads the prompt as --prompt writes it, leave it out"
+        )
+    if columns.kind == "messages" or columns.prompt is None:
+        raise DataError(
+            "text2text-generation needs a prompt and a completion, and these rows are "
+            f"{'chats' if columns.kind == 'messages' else 'single texts'}: "
+            "name the columns with --prompt and --completion"
+        )
 
 
 def _chat_template(requested: str | None, columns: Columns, tokenizer: TextTokenizer) -> str | None:

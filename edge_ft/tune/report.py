@@ -129,19 +129,9 @@ def results(
                 scores = _scores(job, scorer, base, fitted)
             if prepared.task in TEXT_TASKS:
                 with timings.stage("answers"):
-                    samples, answers = _answers(job, scorer, base, examples[split][:ANSWERS])
-    if prepared.task not in TEXT_TASKS:
-        columns = {"base": scores[f"{split}_base"], "tuned": scores[split]}
-        samples = [
-            {
-                **_shown(example, job.tokenizer),
-                **{
-                    name: format_prediction(column.predicted[index], prepared.rendering, job.tokenizer)
-                    for name, column in columns.items()
-                },
-            }
-            for index, example in enumerate(examples[split][:SAMPLES])
-        ]
+                    samples, answers = _answers(job, scorer, base, split)
+            else:
+                samples = _predictions(job, split, scores)
     metrics: dict[str, dict[str, Any]] = {}
     for column, found in scores.items():
         rows = examples[column.removesuffix("_base")]
@@ -166,6 +156,21 @@ def results(
         "answers": answers and {"split": split, **answers},
         "samples": [{"split": split, **sample} for sample in samples],
     }
+
+
+def _predictions(job: "Job", split: str, scores: dict[str, RowScores]) -> list[dict[str, Any]]:
+    """What the base and the tuned model predict for a few rows of a task without written answers."""
+    columns = {"base": scores[f"{split}_base"], "tuned": scores[split]}
+    return [
+        {
+            **_shown(example, job.tokenizer),
+            **{
+                name: format_prediction(column.predicted[index], job.prepared.rendering, job.tokenizer)
+                for name, column in columns.items()
+            },
+        }
+        for index, example in enumerate(job.prepared.examples[split][:SAMPLES])
+    ]
 
 
 def _slices(split: str, scores: dict[str, RowScores]) -> list[dict[str, Any]]:
@@ -254,11 +259,12 @@ def _overfitting(job: "Job", scorer: _KeptScorer, fitted: Fit) -> dict[str, Any]
 
 
 def _answers(
-    job: "Job", scorer: _KeptScorer, base: Base, examples: Sequence[Example]
+    job: "Job", scorer: _KeptScorer, base: Base, split: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Greedy answers of the base and of the tuned model: a few as samples, and the metrics of all."""
+    """Greedy answers of the base and of the tuned model to rows of a split: a few as samples, and metrics of all."""
     tokenizer, model_limit, progress, parts = job.tokenizer, job.base.max_length, scorer.progress, scorer.parts
-    examples = [example for example in examples if example.prompt_length and example.shared_positions < model_limit]
+    first = job.prepared.examples[split][:ANSWERS]
+    examples = [row for row in first if row.prompt_length and row.shared_positions < model_limit]
     if not examples:
         return [], None
     answers: dict[str, list[Answer]] = {}
@@ -287,7 +293,7 @@ def _answers(
         progress.say(
             f"row {example.row}: reference {sample['reference']!r}, base {sample['base']!r}, tuned {sample['tuned']!r}"
         )
-    split, findings = "test" if job.prepared.examples["test"] else "validation", list[dict[str, Any]]()
+    findings: list[dict[str, Any]] = []
     for name, texts in answers.items():
         values = {metric: columns[name] for metric, columns in metrics.items() if columns[name] is not None}
         findings += answer_findings(Scored(split, name, examples, values), texts, longest, CUT_ADVICE)

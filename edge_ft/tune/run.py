@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
@@ -90,8 +91,9 @@ def _train_and_report(
     evaluated = results(job, model, fitted, progress, parts, timings)
     if processes.is_main:
         with heartbeat(progress, "writing the report"):
-            evaluated |= {"finish": finished, **_energy(timings)}
-            write_report(opened, job, model, processes, fitted, evaluated, timings.seconds, engine.packages)
+            versions = {name: version(name) for name in ("edge-ft", *engine.packages)}
+            evaluated |= {"finish": finished, **_energy(timings), "versions": versions}
+            write_report(opened, job, model, processes, fitted, evaluated, timings.seconds)
         progress.say(f"seconds: {timings.text}")
     processes.wait()
 

@@ -3,8 +3,6 @@
 import json
 import platform
 import time
-from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 from edge_ft.artifacts import RunFolder
@@ -71,7 +69,6 @@ def write_report(
     fitted: Fit,
     evaluated: dict[str, Any],
     timings: dict[str, float],
-    packages: Sequence[str],
 ) -> None:
     """Write scores and report.html, files.json, and report.json, which ends the run; remove the checkpoint.
 
@@ -81,9 +78,8 @@ def write_report(
         model: What was trained.
         processes: Those that trained together.
         fitted: The loop's result.
-        evaluated: What `evaluate` returned.
+        evaluated: What `edge_ft.tune.report.results` returned, and what else the report says of what was trained.
         timings: Seconds of each stage of this process; those of the interrupted run are added.
-        packages: Libraries whose versions the report names.
     """
     run, device = opened.folder, processes.device
     if opened.checkpoint is not None:
@@ -114,7 +110,6 @@ def write_report(
         "device": str(device),
         "threads": job.config.threads,
         "processes": processes.count,
-        "versions": {name: version(name) for name in ("edge-ft", *packages)},
         "machine": platform.platform(),
     }
     log = run.path / "metrics.jsonl"

@@ -54,9 +54,8 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 def test_files_of_both_ways_are_scored_and_kept(here: list[str], tmp_path: Path) -> None:
     def study(ours: str) -> None:
-        shipping.main(
-            out=tmp_path / "out", cases="asdiv-on-grid", seeds=1, rates="1e-3", ours=ours, threads=1, quiet=True
-        )
+        trainings = shipping.Trainings(cases="asdiv-on-grid", seeds=1, rates="1e-3")
+        shipping.main(trainings=trainings, out=tmp_path / "out", ours=ours, threads=1, quiet=True)
 
     study("first")
     trainings = [name for name in here if name in ("usual-s0-lr0.001", "ours-first-s0")]
@@ -85,7 +84,7 @@ def test_files_of_both_ways_are_scored_and_kept(here: list[str], tmp_path: Path)
 
 def test_a_case_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--cases asdiv: there is no such case"):
-        shipping.main(out=tmp_path, cases="asdiv", quiet=True)
+        shipping.main(trainings=shipping.Trainings(cases="asdiv"), out=tmp_path, quiet=True)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].tool == "ONNX Runtime"])

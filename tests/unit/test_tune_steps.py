@@ -321,7 +321,7 @@ def test_a_report_ends_the_run(job: Job, tmp_path: Path, monkeypatch: pytest.Mon
     state = {"parameters.0": np.zeros((3, 2)), "parameters.1": np.zeros(4), "best.0": np.zeros((3, 2))}
     model: Any = SimpleNamespace(backend=SimpleNamespace(state=lambda: state))
     seconds = {"load": 2.0, "train": 3.0}
-    write_report(opened, job, model, ONE, fitted(steps=8), {"nll": {"best": 1.0}}, seconds, ("torch",))
+    write_report(opened, job, model, ONE, fitted(steps=8), {"nll": {"best": 1.0}}, seconds)
     report = run.report()
     assert (report["resumed_from_step"], report["seconds"], report["steps"]) == (4, 105.0, 8)
     assert report["timings"] == {"before resuming": 100.0, "load": 2.0, "train": 3.0}
