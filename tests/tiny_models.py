@@ -234,7 +234,7 @@ def write_t5(folder: Path, *, model_type: str = "t5", untied: bool = False, seed
         else T5ForConditionalGeneration(T5Config(**settings))
     )
     if untied:  # whatever the config says, the file decides
-        model.lm_head.weight = nn.Parameter(torch.randn(vocabulary, model.config.d_model) * 0.3)
+        model.lm_head.weight = nn.Parameter(torch.randn(model.config.vocab_size, model.config.d_model) * 0.3)
     # Biases that differ between heads and distances, so that a wrong one shows.
     for stack in (model.encoder, model.decoder):
         bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight

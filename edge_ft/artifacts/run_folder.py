@@ -127,6 +127,11 @@ class RunFolder:
         return self.path / "codes.safetensors"
 
     @property
+    def vocabulary(self) -> Path:
+        """Of a run over a base with fewer tokens, their ids in the whole model."""
+        return self.path / "vocabulary.json"
+
+    @property
     def scores(self) -> Path:
         """Scores of the validation rows in float32, by the base and by the tuned model; of some runs only."""
         return self.path / "scores.safetensors"

@@ -63,6 +63,9 @@ class TuneConfig(RowsConfig):
     """Weight format of the frozen base: int4 or int8 (as in ONNX Runtime), nf4 (as in bitsandbytes), bf16, or fp32."""
     block_size: Annotated[Literal[16, 32, 64, 128], Group.BASE] = 32
     """Weights that share one scale in int4 and int8; in nf4 it is always 64."""
+    vocabulary: Annotated[Literal["all", "rows"], Group.BASE] = "all"
+    """Tokens of the base: all, or rows for those that the training rows and a general text need, which makes the
+    embedding smaller; every text can still be written, some with more tokens."""
     calibration_rows: Annotated[int, Group.BASE, Minimum(0)] = 64
     """Maximum number of training rows that calibrate GPTQ (arXiv:2210.17323), the int4 quantization of the base and of
     a merged export; 0 rounds to nearest instead."""

@@ -63,6 +63,7 @@ from edge_ft.data.rendering import (
 from edge_ft.data.special_ids import SpecialIds, stop_ids
 from edge_ft.data.split import fingerprint, overlap, split_rows
 from edge_ft.data.tokenizer import SLOW_FILES, Filled, Framed, KnownIds, TextTokenizer
+from edge_ft.data.vocabulary import cut_ids, cut_settings, cut_tokenizer, kept_tokens
 
 __all__ = [
     "CODES",
@@ -99,6 +100,9 @@ __all__ = [
     "column_names",
     "columns_in",
     "count_classes",
+    "cut_ids",
+    "cut_settings",
+    "cut_tokenizer",
     "encode_example",
     "encode_pair",
     "encode_prompt",
@@ -118,6 +122,7 @@ __all__ = [
     "has_answer",
     "is_empty",
     "is_unnamed",
+    "kept_tokens",
     "longest_sequence",
     "make_rendering",
     "overlap",

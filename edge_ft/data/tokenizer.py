@@ -1,5 +1,6 @@
 """A model's tokenizer without transformers, which never reads a control token in a user's text."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -260,6 +261,16 @@ class TextTokenizer:
         """Return the text of `ids` with all its spaces: further ids only add to it."""
         with self._library():
             return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def tokens(self) -> dict[str, int]:
+        """Return the id of every token by its text."""
+        found: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of a tokenizer.json that is complete: with the tokens that other files add."""
+        content: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        return content
 
     def files(self) -> list[Path]:
         """Return the files that a run folder or bundle needs to load this tokenizer again."""

@@ -174,7 +174,10 @@ def find_run_base(run: RunFolder, progress: Progress | None = None) -> "Base":
     where = identity["path"] if Path(identity["path"]).is_dir() else identity["model"]
     if is_first_conversion(Path(identity["path"])):
         check_first_conversion(Path(identity["path"]), identity["model"], progress)
-    base = find_base(where, None, progress).as_recorded(identity)
+    base = find_base(where, None, progress)
+    if run.vocabulary.is_file() and where != identity["path"]:
+        base = _cut_again(run, base, progress)
+    base = base.as_recorded(identity)
     if base.content_sha256 != identity["content_sha256"]:
         raise ModelError(
             f"the base at {where} is not the one that {run.path} was trained on, its content has changed: "
@@ -184,6 +187,23 @@ def find_run_base(run: RunFolder, progress: Progress | None = None) -> "Base":
     if names and len(names) == len(base.labels(run.rendering()["task"])):
         base = base.with_class_names(names)
     return replace(base, name=identity["model"])
+
+
+def _cut_again(run: RunFolder, whole: "Base", progress: Progress | None) -> "Base":
+    """Return the base of a run over fewer tokens, cut as in the training, where the one of the training is gone.
+
+    Raises:
+        ModelError: the whole model is not the one that it was cut from.
+    """
+    from edge_ft.models.vocabulary import Vocabulary, cut_base
+
+    vocabulary = Vocabulary.read(run.vocabulary)
+    if whole.content_sha256 != vocabulary.content_sha256:
+        raise ModelError(
+            f"{run.path} was trained over a part of the vocabulary of {whole.name}, whose content has changed since: "
+            "restore it, or tune again"
+        )
+    return cut_base(whole, vocabulary, run.rendering()["task"], progress)
 
 
 def open_run_model(run: RunFolder, adapter: bool = True, base: "Base | None" = None) -> "tuple[Any, Base]":

@@ -4,12 +4,12 @@ The conversion is a checkpoint folder as every other: config.json, float weights
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from edge_ft.models.gguf_names import Heads, architecture_of, gguf_names, reorde
 from edge_ft.models.gguf_rope import ROPE_TENSORS
 from edge_ft.models.gguf_tokenizer import write_tokenizer
 from edge_ft.models.logging import silence_libraries
+from edge_ft.models.tensor_file import FileTensor, write_tensors
 from edge_ft.progress import Progress, Silent
 
 __all__ = ["CONVERTER", "GgufModel", "convert_gguf", "open_gguf", "pick_gguf", "plan_conversion", "write_checkpoint"]
@@ -417,21 +418,15 @@ def write_safetensors(file: Path, weights: tuple[Weight, ...], progress: Progres
         ModelError: a weight is no number, or the file was changed meanwhile.
         OSError: the file cannot be written.
     """
-    listed: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for weight in weights:
-        kind, size = weight.stored
-        begin, end = end, end + int(np.prod(weight.shape)) * size
-        listed[weight.name] = {"dtype": kind, "shape": list(weight.shape), "data_offsets": [begin, end]}
-    head = json.dumps(listed, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(head).to_bytes(8, "little") + head)
-        for done, weight in enumerate(weights, 1):
-            for part in _parts(weight):
-                _check_finite(part, weight.source)
-                stream.write(np.ascontiguousarray(part).data)
-            progress.advance("tensors converted", done, len(weights))
+    tensors = [FileTensor(weight.name, weight.stored[0], weight.shape, partial(_checked, weight)) for weight in weights]
+    write_tensors(file, tensors, partial(progress.advance, "tensors converted"))
+
+
+def _checked(weight: Weight) -> Iterator[NDArray[Any]]:
+    """Yield a tensor's weights as `_parts` does, and refuse what is no number."""
+    for part in _parts(weight):
+        _check_finite(part, weight.source)
+        yield part
 
 
 def _parts(weight: Weight) -> Iterator[NDArray[Any]]:

@@ -38,7 +38,7 @@ from edge_ft.quant.sensitivity import refine, saved_bytes, spend
 from edge_ft.quant.serialization import read_codes
 from edge_ft.system import release_memory
 
-__all__ = ["BITS", "Finer", "ModelSpec", "load_model", "quantize_calibrated"]
+__all__ = ["BITS", "Finer", "ModelSpec", "load_model", "model_class", "quantize_calibrated"]
 
 GRID = Grid()
 Finer = Mapping[str, int] | int | None
@@ -233,7 +233,8 @@ def _initialise_other_classes(model: Any, spec: ModelSpec) -> None:
         nn.init.zeros_(head.bias)
 
 
-def _model_class(task: Task) -> Any:
+def model_class(task: Task) -> Any:
+    """Return the transformers class that loads a model for a task."""
     from optimum.exporters.tasks import TasksManager
 
     return TasksManager.get_model_class_for_task(task, framework="pt")
@@ -255,7 +256,7 @@ def _load(spec: ModelSpec, progress: Progress) -> tuple[Any, ReadWeight]:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # of the files: what is loaded here is float, or has codes of its own
     with init_empty_weights(include_buffers=False):
-        model = _model_class(spec.task).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = model_class(spec.task).from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
     names = match_names(model, checkpoint, spec.trained_head)
     _refuse_missing(names, model, spec)

@@ -29,6 +29,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "compute": ("auto", "fp32"),
     "dropout": (0.0,),
     "memory": (None, "normal", "low"),
+    "vocabulary": ("all",),
 }
 """Options of which a training over a bundle knows some values only."""
 

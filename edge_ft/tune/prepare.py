@@ -40,12 +40,13 @@ from edge_ft.data import (
 from edge_ft.errors import UsageError, did_you_mean
 from edge_ft.evaluate.scoring import Batching
 from edge_ft.families import family_of
-from edge_ft.progress import Progress
+from edge_ft.progress import Progress, Silent
 from edge_ft.tune.classes import choose_classes, find_class_problems
 from edge_ft.tune.defaults import chosen_by_rows
 from edge_ft.tune.row_findings import audit_files, drop_untrainable, report_and_refuse, unread_fields
 from edge_ft.tune.schedule import planned_steps
 from edge_ft.tune.splits import SPLITS, drop_unusable, read_given, split_given
+from edge_ft.tune.vocabulary import compare_tokens, find_vocabulary
 
 if TYPE_CHECKING:
     from edge_ft.models.base_model import Base
@@ -112,6 +113,8 @@ class Job:
     base: "Base"
     tokenizer: TextTokenizer
     prepared: Prepared
+    vocabulary: dict[str, Any] | None = None
+    """Of a base with fewer tokens, what `compare_tokens` returned."""
 
     def with_settings(self, **settings: Any) -> "Job":
         """Return the job with some settings replaced."""
@@ -184,15 +187,22 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
         AuditRefused: a finding that refuses the rows and that --allow does not name.
         UsageError: options that do not fit the rows, or a model or rows that are not those of `saved`.
     """
+    vocabulary: dict[str, Any] | None = None
     base = _find_base(config, progress, saved)
-    refuse_other(saved, {"content_sha256": base.content_sha256}, str(config.out))
+    if config.vocabulary == "all":
+        refuse_other(saved, {"content_sha256": base.content_sha256}, str(config.out))
     given, tokenizer = config, base.open_tokenizer()
     config = base.family.resolve(given)
     with clock_at((saved or {}).get("rendered_at")):
         prepared = prepare(config, base, tokenizer, progress)
+        if config.vocabulary == "rows":
+            base, whole = _cut(config, base, prepared, progress, saved), prepared
+            tokenizer = base.open_tokenizer()
+            prepared = prepare(config, base, tokenizer, Silent())
+            vocabulary = compare_tokens(base, whole, prepared, progress)
     if config.class_names and len(config.class_names) == len(base.labels(prepared.task)):
         base = base.with_class_names(config.class_names)
-    job = Job(config, base, tokenizer, prepared)
+    job = Job(config, base, tokenizer, prepared, vocabulary)
     refuse_other(saved, job.identity, str(config.out))
     job = job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)
     rate = partial(base.family.rate, base.dims.hidden)
@@ -225,6 +235,25 @@ def _find_base(config: TuneConfig, progress: Progress, saved: Mapping[str, Any] 
             check_first_conversion(folder, config.model, progress)
             return replace(base, name=config.model)
     return find_base(config.model, None, progress).as_recorded(saved)
+
+
+def _cut(
+    config: TuneConfig, base: "Base", whole: Prepared, progress: Progress, saved: Mapping[str, Any] | None
+) -> "Base":
+    """Return a base with the tokens that its rows and a general text need.
+
+    Raises:
+        ModelError: a kind of tokenizer that cannot be cut.
+        UsageError: a model or rows that are not those of `saved`.
+    """
+    from edge_ft.models.vocabulary import cut_base
+
+    found = {"data_fingerprint": whole.fingerprint, "rows": whole.counts}
+    refuse_other(saved, found, str(config.out))
+    vocabulary = find_vocabulary(config, base, whole, resumed=saved is not None)
+    before = None if saved is None else {**saved, "content_sha256": vocabulary.content_sha256}
+    refuse_other(before, {"content_sha256": base.content_sha256}, str(config.out))
+    return cut_base(base, vocabulary, whole.task, progress)
 
 
 def refuse_other(saved: Mapping[str, Any] | None, found: Mapping[str, Any], run: str) -> None:

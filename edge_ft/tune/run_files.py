@@ -54,6 +54,8 @@ def begin(run: RunFolder, job: Job, model: TrainableModel) -> None:
             "data_fingerprint": prepared.fingerprint,
         },
     )
+    if config.vocabulary == "rows":  # with these the base can be cut again where it is gone
+        write_text(run.vocabulary, read_utf8(base.path / run.vocabulary.name))
     for file in job.tokenizer.files():
         write_text(run.tokenizer / file.name, read_utf8(file))
     run.write_settings(as_plain(config))
@@ -92,6 +94,7 @@ def write_report(
         "rows": job.prepared.counts,
         "calibration": run.base()["calibration"],
         "findings": [*job.prepared.findings, *evaluated.get("findings", ())],
+        "vocabulary": job.vocabulary,
         "trainable_parameters": count_trained(model.backend),
         "seconds": round(sum(timings.values()), 2),
         "timings": {stage: round(seconds, 2) for stage, seconds in timings.items()},
