@@ -24,7 +24,8 @@ from edge_ft.export.opening import open_export_source
 from edge_ft.export.source import ExportSource
 from edge_ft.export.verification import TorchScores, score_torch, with_rows_needed
 from edge_ft.files import atomic_file, refuse_existing
-from edge_ft.models.gguf import open_gguf, plan_conversion, write_checkpoint
+from edge_ft.models.gguf import plan_conversion, write_checkpoint
+from edge_ft.models.gguf_files import open_gguf
 from edge_ft.models.gguf_names import Architecture, Heads
 from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.quant.blockwise import Codes

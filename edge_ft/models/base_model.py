@@ -16,7 +16,8 @@ from edge_ft.families import Family, family_of
 from edge_ft.files import file_sha256
 from edge_ft.models.checkpoint import Checkpoint, open_checkpoint
 from edge_ft.models.dims import ModelDims, check_supported, read_config
-from edge_ft.models.gguf import convert_gguf, pick_gguf
+from edge_ft.models.gguf import convert_gguf
+from edge_ft.models.gguf_files import pick_gguf
 from edge_ft.models.gguf_header import is_gguf
 from edge_ft.models.slow_tokenizer import tokenizer_folder
 from edge_ft.progress import Progress

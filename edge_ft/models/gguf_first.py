@@ -11,7 +11,8 @@ from typing import Any
 from edge_ft.errors import ModelError
 from edge_ft.files import cache_folder, file_sha256
 from edge_ft.models.dims import read_config
-from edge_ft.models.gguf import open_gguf, plan_conversion
+from edge_ft.models.gguf import plan_conversion
+from edge_ft.models.gguf_files import open_gguf
 from edge_ft.progress import Progress
 from edge_ft.utf8 import read_json
 

@@ -25,7 +25,8 @@ from transformers.integrations.gguf.dequant import dequantize as transformers_de
 from edge_ft.errors import ModelError, WillNotFit
 from edge_ft.models import gguf
 from edge_ft.models.base_model import find_base
-from edge_ft.models.gguf import TYPES, convert_gguf, pick_gguf
+from edge_ft.models.gguf import TYPES, convert_gguf
+from edge_ft.models.gguf_files import pick_gguf
 from edge_ft.models.gguf_first import check_first_conversion, first_conversion
 from edge_ft.models.gguf_header import read_header
 
