@@ -21,11 +21,12 @@ from edge_ft.errors import UsageError
 from edge_ft.export.bundle import graph_files, lora_graph
 from edge_ft.export.bundle_weights import JOINED
 from edge_ft.export.class_head import ClassHead
-from edge_ft.export.differentiate import Undifferentiable, extract
+from edge_ft.export.differentiate import Undifferentiable
 from edge_ft.export.graph_pieces import Flow, Piece
 from edge_ft.export.operator_rules import repeat
 from edge_ft.export.piece_builder import Builder, Parts
 from edge_ft.export.source import ExportSource
+from edge_ft.export.tape_graph import extract
 from edge_ft.export.vocabulary_head import VocabularyHead
 from edge_ft.families import CLASSIFIERS, Family
 from edge_ft.files import write_json

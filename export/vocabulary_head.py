@@ -3,11 +3,12 @@
 import numpy as np
 import onnx_ir as ir
 
-from edge_ft.export.differentiate import Undifferentiable, extract
+from edge_ft.export.differentiate import Undifferentiable
 from edge_ft.export.graph_pieces import Piece
 from edge_ft.export.lowering import input_of
 from edge_ft.export.operator_rules import repeat
 from edge_ft.export.piece_builder import Builder
+from edge_ft.export.tape_graph import extract
 
 __all__ = ["VocabularyHead"]
 

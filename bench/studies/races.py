@@ -13,7 +13,8 @@ from edge_ft.bench.report import markdown_table
 from edge_ft.bench.studies.curves import plot_curves, text_of
 from edge_ft.bench.studies.datasets import Rows, decoder_weights, story_rows, sum_rows, write_splits
 from edge_ft.bench.studies.kept_jobs import chosen_cases
-from edge_ft.bench.studies.training import Race, Trainings, run
+from edge_ft.bench.studies.race_settings import Race, Trainings
+from edge_ft.bench.studies.training import run
 from edge_ft.config import Memory
 from edge_ft.files import write_json, write_text
 from edge_ft.progress import Lines, Progress, Silent

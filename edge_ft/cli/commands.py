@@ -7,12 +7,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-import cyclopts
 from cyclopts import App, Parameter
 
 from edge_ft import __version__
 from edge_ft.artifacts import Bundle, RunFolder, kind_of
 from edge_ft.cli.output import HEADINGS, Output
+from edge_ft.cli.settings_file import settings_in
 from edge_ft.cli.tables import (
     evaluation_lines,
     evaluation_table,
@@ -35,12 +35,11 @@ from edge_ft.config import (
     as_plain,
     preset_file,
     unescape,
-    without_retired,
 )
 from edge_ft.errors import BudgetFailed, MissingExtra, UsageError, require
 from edge_ft.files import cache_folder, write_text
 from edge_ft.system import Available, default_threads, device_memory, total_memory_bytes, usable_cpus
-from edge_ft.utf8 import lines_of, read_utf8
+from edge_ft.utf8 import lines_of
 
 __all__ = ["app"]
 
@@ -380,33 +379,5 @@ def _with_config(
         What the command returns: nothing.
     """
     files = [*([config] if config is not None else []), *([preset_file(preset)] if preset is not None else [])]
-    app.config = [_settings_in(file) for file in files]
+    app.config = [settings_in(file) for file in files]
     return app(tokens, exit_on_error=False, print_error=False)
-
-
-def _settings_in(file: Path) -> cyclopts.config.Dict:
-    """The settings that a YAML file gives to any command."""
-    import yaml
-
-    if not file.is_file():
-        raise UsageError(f"--config {file}: there is no such file")
-    try:
-        settings = yaml.safe_load(read_utf8(file))
-    # A ValueError: a date that does not exist.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"--config {file} cannot be read as YAML: {error}") from error
-    if not isinstance(settings, dict | None):
-        raise UsageError(f"--config {file} must hold one `option: value` a line")
-    for name, value in (settings or {}).items():
-        # Aliases in lists of lists multiply: nine short lines can stand for millions of values.
-        if not isinstance(name, str) or not _is_setting(value):
-            raise UsageError(
-                f"--config {file}: {name} must be an option, with a text, a number, true, false, null or a list of them"
-            )
-    return cyclopts.config.Dict(
-        without_retired(settings or {}, file), source=str(file.absolute()), use_commands_as_keys=False
-    )
-
-
-def _is_setting(value: Any) -> bool:
-    return all(isinstance(each, str | int | float | None) for each in (value if isinstance(value, list) else [value]))

@@ -14,7 +14,8 @@ from edge_ft.bench.meters import cpu_flags
 from edge_ft.bench.studies import kept_jobs, race_worker, races, training
 from edge_ft.bench.studies.curves import text_of
 from edge_ft.bench.studies.kept_jobs import KeptJobs
-from edge_ft.bench.studies.training import LIBRARY_RATE, Race, Trainings, main, run
+from edge_ft.bench.studies.race_settings import Race, Trainings
+from edge_ft.bench.studies.training import LIBRARY_RATE, main, run
 from edge_ft.bench.studies.whole_command import Ran, tune_command
 from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.config import TuneConfig

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_ft.cli.commands import _settings_in
+from edge_ft.cli.settings_file import settings_in
 from edge_ft.errors import UsageError, one_line
 
 ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -31,7 +31,7 @@ def test_a_file_of_settings_holds_options_with_plain_values(tmp_path: Path, text
     file = tmp_path / "settings.yaml"
     file.write_text(text)
     with pytest.raises(UsageError, match="settings"):
-        _settings_in(file)
+        settings_in(file)
 
 
 def test_a_message_is_one_printable_line() -> None:
