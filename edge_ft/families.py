@@ -46,6 +46,8 @@ class Family:
     """Positions begin at `pad_token_id` + 1, so that the first entries of the position table are never used."""
     fan_in_fan_out: bool = False
     """Linear layers of the checkpoint are [in, out] instead of [out, in] (transformers' Conv1D; PEFT's name for it)."""
+    packs: bool = False
+    """Several rows may share a sequence: attention keeps to a row where positions begin again at 0 (decoders)."""
     encoder_layers: str | None = None
     """Dotted name of the list of encoder layers (encoder-decoder)."""
 
@@ -95,9 +97,9 @@ class Family:
         return self.kind == "decoder"
 
 
-def _decoder(name: str, layers: str = "model.layers", fan_in_fan_out: bool = False) -> Family:
+def _decoder(name: str, layers: str = "model.layers", fan_in_fan_out: bool = False, packs: bool = True) -> Family:
     heads: dict[Task, tuple[str, ...]] = {"text-generation": ("lm_head",)}
-    return Family(name, heads, layers, "decoder", 2e-3, epochs=2.0, fan_in_fan_out=fan_in_fan_out)
+    return Family(name, heads, layers, "decoder", 2e-3, epochs=2.0, fan_in_fan_out=fan_in_fan_out, packs=packs)
 
 
 def _encoder(
@@ -126,7 +128,7 @@ FAMILIES: dict[str, Family] = {
             for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3")
         ),
         _decoder("gpt_neox", "gpt_neox.layers"),
-        _decoder("opt", "model.decoder.layers"),
+        _decoder("opt", "model.decoder.layers", packs=False),  # its mask is not made from positions
         _decoder("gpt2", "transformer.h", fan_in_fan_out=True),
         *(
             Family(

@@ -153,7 +153,9 @@ class ExportSource:
                 model = merge_adapter(model, self.adapter)
         if self.weights == "int4" and self.rows.calibration:
             examples = self.rows.calibration
-            rows = make_calibration(examples, len(examples), self.tokenizer.pad_id, self.task, progress)
+            rows = make_calibration(
+                examples, len(examples), self.tokenizer.pad_id, self.task, progress, packed=self.base.family.packs
+            )
             assert rows is not None
             grid, keep = self.grid, self._float_modules
             finer: Finer = None if self.codes is None else stored_finer(self.codes)

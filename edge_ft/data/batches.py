@@ -15,6 +15,7 @@ __all__ = [
     "collate",
     "eval_batches",
     "evenly_spaced",
+    "pack",
     "pad",
     "target_mask",
     "train_batches",
@@ -88,6 +89,8 @@ class Batch(TypedDict):
     pair_input_ids: NotRequired[NDArray[np.int64]]
     """[batch, seq of the second texts] (feature-extraction)."""
     pair_attention_mask: NotRequired[NDArray[np.int64]]
+    position_ids: NotRequired[NDArray[np.int64]]
+    """[batch, seq], 0 where a row begins: several share a sequence, and none attends to another (of decoders)."""
 
 
 def collate(examples: Sequence[Example], pad_id: int, task: str) -> Batch:
@@ -109,6 +112,40 @@ def collate(examples: Sequence[Example], pad_id: int, task: str) -> Batch:
         batch["token_type_ids"], _ = pad(kinds, 0)
     if task == "feature-extraction":
         batch["pair_input_ids"], batch["pair_attention_mask"] = pad([example.pair_ids for example in examples], pad_id)
+    return batch
+
+
+def pack(examples: Sequence[Example], pad_id: int, length: int) -> Batch:
+    """Return examples as few sequences of a decoder, all of their tokens labelled.
+
+    Each example, one after the other, goes into the first sequence that has room for it.
+
+    Args:
+        examples: One that is longer than `length` gets a sequence of its own.
+        pad_id: Token id of the padding.
+        length: Tokens of a sequence.
+
+    Returns:
+        The batch.
+    """
+    sequences: list[list[Example]] = []
+    for example in examples:
+        taken = (sum(len(one.input_ids) for one in sequence) for sequence in sequences)
+        roomy = (s for s, used in zip(sequences, taken, strict=True) if used + len(example.input_ids) <= length)
+        sequence = next(roomy, None)
+        if sequence is None:
+            sequences.append(sequence := [])
+        sequence.append(example)
+    input_ids, attention_mask = pad([[token for one in few for token in one.input_ids] for few in sequences], pad_id)
+    position_ids, _ = pad([[at for one in few for at in range(len(one.input_ids))] for few in sequences], 0)
+    batch = Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=np.where(position_ids > 0, input_ids, IGNORED),  # the first token of a row is given, not predicted
+        rows=[one.row for few in sequences for one in few],
+    )
+    if len(sequences) < len(examples):  # else a causal mask is enough
+        batch["position_ids"] = position_ids
     return batch
 
 

@@ -218,7 +218,7 @@ def _calibrate(
             budget = saved_bytes(model) if finer is None else finer
             if isinstance(budget, int):
                 with calibration.first_time():
-                    budget = spend(model, calibration.batch, read, forward, budget, cached=calibration.caches)
+                    budget = spend(model, calibration.batch, read, forward, budget)
             refine(model, read, budget)
     release_memory()
 

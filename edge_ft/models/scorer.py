@@ -30,7 +30,8 @@ def decoder_head_inputs(model: Any, batch: Batch, device: torch.device) -> tuple
 
     Args:
         model: The task model, with or without PEFT around it.
-        batch: `input_ids` [batch, seq] and `labels` [batch, seq] with -100 where there is no loss.
+        batch: `input_ids` [batch, seq] and `labels` [batch, seq] with -100 where there is no loss; of packed rows
+            `position_ids`, too.
         device: Where the model is.
 
     Returns:
@@ -42,7 +43,8 @@ def decoder_head_inputs(model: Any, batch: Batch, device: torch.device) -> tuple
     body = getattr(task_model, task_model.base_model_prefix)
     # Padding is on the right of a causal model, where no labelled position attends: no mask is needed,
     # and attention takes its fast path.
-    hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state  # [batch, seq, hidden]
+    packed = {"position_ids": torch.from_numpy(batch["position_ids"]).to(device)} if "position_ids" in batch else {}
+    hidden = body(input_ids=input_ids, use_cache=False, **packed).last_hidden_state  # [batch, seq, hidden]
     targets = labels[:, 1:] != IGNORED
     return hidden[:, :-1][targets].float(), labels[:, 1:][targets]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from edge_ft.config import Task
-from edge_ft.data import IGNORED, Batch, Example, collate, evenly_spaced
+from edge_ft.data import IGNORED, Batch, Example, collate, evenly_spaced, pack
 from edge_ft.errors import ModelError
 from edge_ft.progress import Progress, Silent, track
 from edge_ft.quant.blockwise import Codes, pack_nibbles, quantize_finely, unpack_nibbles
@@ -38,6 +38,8 @@ __all__ = [
 MAX_TOKENS = 4096
 """Tokens of the calibration batch with padding: it passes through the model at once. Twice as many gained nothing
 (docs/decisions/015)."""
+PACKED = 128
+"""Tokens of the sequences that short rows of a decoder share, so that few positions are padding."""
 _HEAD_ROWS = 4096
 """Rows of a head's weight that are float at a time."""
 DAMPING = (0.01, 0.09, 0.9)
@@ -56,8 +58,6 @@ class Calibration:
     progress: Progress
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    caches: bool = False
-    """Whether dequantized weights may be kept in memory meanwhile."""
     once: float = 0.0
     """Seconds of `first_time`."""
     again: float = 0.0
@@ -100,9 +100,15 @@ class Calibration:
 
 
 def make_calibration(
-    examples: Sequence[Example], rows: int, pad_id: int, task: Task, progress: Progress | None = None
+    examples: Sequence[Example],
+    rows: int,
+    pad_id: int,
+    task: Task,
+    progress: Progress | None = None,
+    *,
+    packed: bool = False,
 ) -> Calibration | None:
-    """Select examples at even distances and pad them to one batch.
+    """Select examples at even distances for one batch.
 
     Args:
         examples: Train rows.
@@ -110,6 +116,7 @@ def make_calibration(
         pad_id: Token id of the padding.
         task: Of the model.
         progress: Reports the layers that are done.
+        packed: Short rows of a decoder share sequences.
 
     Returns:
         The calibration; None for 0 rows.
@@ -126,9 +133,10 @@ def make_calibration(
         selected, longest = select(max(1, min(len(selected) - 1, MAX_TOKENS // longest)))
     if task == "feature-extraction":  # only first texts pass through the model: half of the second ones become first
         selected[1::2] = [replace(e, input_ids=e.pair_ids, pair_ids=e.input_ids) for e in selected[1::2]]
-    batch = collate(selected, pad_id, task)
     if task == "text-generation":  # the head is calibrated on prompts too: short answers have few tokens
-        batch["labels"] = np.where(batch["attention_mask"] == 1, batch["input_ids"], IGNORED)
+        batch = pack(selected, pad_id, max(longest, PACKED) if packed else 0)
+    else:
+        batch = collate(selected, pad_id, task)
     return Calibration(batch, progress or Silent())
 
 

@@ -5,8 +5,7 @@ layer's output with the gradient of the log-likelihood, whose tokens are drawn f
 information). Of SmolLM2 the sum over all layers is 0.165 nats, where the divergence from the float model is 0.173.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +22,8 @@ from edge_ft.quant.serialization import frozen_layers
 
 __all__ = ["finer_layers", "refine", "saved_bytes", "spend"]
 
-TOKENS = 512
-"""Tokens of the rows that costs are estimated on, with padding. Twice as many gained nothing (docs/decisions/041)."""
-_TOKENS_AT_ONCE = 256
-"""Tokens of one forward and backward pass, if a row is no longer: they bound the activations in memory."""
+TOKENS = 256
+"""Tokens of the sequences that costs are estimated on, in one pass (docs/decisions/042)."""
 LOGITS = 2**25
 """Logits in all: they bound the number of targets."""
 _LOGITS_AT_ONCE = 2**22
@@ -93,24 +90,20 @@ def spend(
     read: ReadWeight,
     forward: Callable[[Any, Batch], Tensor | None],
     budget: int,
-    *,
-    cached: bool = False,
 ) -> dict[str, int]:
     """Choose what gets further bits: again and again the unit that saves the most loss a byte, until none fits.
 
     Args:
         model: A decoder with 4-bit codes, on the CPU, without an adapter.
-        batch: Rows; the first `TOKENS` tokens count.
+        batch: Sequences; the first `TOKENS` tokens count.
         read: Reads float weights.
         forward: Runs the model over a batch; returns the inputs of the head [targets, hidden], with their gradient.
         budget: Bytes.
-        cached: Keep dequantized weights in memory meanwhile, which takes half the time.
 
     Returns:
         The number of rows by layer, as `refine` takes it.
     """
-    with _cached_weights(model, cached):
-        layers, head = _units(model, batch, read, forward)
+    layers, head = _units(model, batch, read, forward)
     finer: dict[str, int] = {}
     while units := [unit for unit in (*layers, *head[:1]) if unit.size <= budget and unit.cost > 0]:
         best = max(units, key=lambda unit: unit.cost / unit.size)
@@ -118,20 +111,6 @@ def spend(
         budget -= best.size
         finer |= {name: best.rows or model.get_submodule(name).out_features for name in best.layers}
     return finer
-
-
-@contextmanager
-def _cached_weights(model: Any, cached: bool) -> Iterator[None]:
-    """Keep the dequantized weights of the layers inside the block, if `cached`."""
-    head = model.get_output_embeddings()
-    layers = [layer for _, layer in _four_bit(model) if cached and layer is not head]
-    for layer in layers:
-        layer.cached_dtype = product_dtype()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.cached_dtype, layer.cached = None, {}
 
 
 def _four_bit(model: Any) -> list[tuple[str, QuantLinear]]:
@@ -144,36 +123,28 @@ def _units(
     model: Any, batch: Batch, read: ReadWeight, forward: Callable[[Any, Batch], Tensor | None]
 ) -> tuple[list[Unit], list[Unit]]:
     """Return what can get further bits: layers of one input, and parts of the head in their order."""
-    count, length = batch["input_ids"].shape
-    rows, at_once = min(count, max(1, TOKENS // length)), max(1, _TOKENS_AT_ONCE // length)
     arrays: Any = batch
+    rows = max(1, TOKENS // batch["input_ids"].shape[1])
+    longest = int(batch["attention_mask"][:rows].sum(1).max())
+    few: Any = {name: array[:rows] for name, array in arrays.items()}
+    few = {name: array[:, :longest] if np.ndim(array) == 2 else array for name, array in few.items()}
     head = model.get_output_embeddings()
     layers = {name: layer for name, layer in _four_bit(model) if layer is not head}
     dtype = product_dtype()
-    most = max(64, LOGITS // head.out_features)
-    targets = 0
     embedded: list[Tensor] = []
     handle = model.get_input_embeddings().register_forward_hook(lambda _, __, y: _leaf(y, embedded))
     try:
         with torch.enable_grad(), _Costs(layers, read, dtype) as costs:
             last = _HeadCosts(model, read, dtype)
-            for start in range(0, rows, at_once):
-                few: Any = {name: arrays[name][start : min(start + at_once, rows)] for name in arrays}
-                longest = int(few["attention_mask"].sum(1).max())
-                few = {name: array[:, :longest] if np.ndim(array) == 2 else array for name, array in few.items()}
-                costs.begin()
-                hidden = forward(model, few)
-                assert hidden is not None
-                if not len(hidden):
-                    continue
-                share = max(1, most * len(few["input_ids"]) // rows)
-                chosen = torch.linspace(0, len(hidden) - 1, min(len(hidden), share)).long()
-                gradient = last.gradient(hidden.detach()[chosen])
-                hidden[chosen].backward(gradient, inputs=embedded)
-                targets += len(chosen)
-                embedded.clear()
+            hidden = forward(model, few)
+            assert hidden is not None
+            most = max(64, LOGITS // head.out_features)
+            chosen = torch.linspace(0, len(hidden) - 1, min(len(hidden), most)).long()
+            if len(chosen):
+                hidden[chosen].backward(last.gradient(hidden.detach()[chosen]), inputs=embedded)
     finally:
         handle.remove()
+    targets = max(1, len(chosen))
     units = []
     for names in costs.together():
         size = sum(layers[name].qweight.numel() for name in names)
@@ -261,10 +232,6 @@ class _Costs:
         for handle in self._handles:
             handle.remove()
         self._last = None  # its graph holds this object: the garbage collector would not find it soon
-
-    def begin(self) -> None:
-        """Say that the next forward pass begins."""
-        self._inputs, self._last = 0, None
 
     def together(self) -> list[tuple[str, ...]]:
         """Return the names of layers by their input and the module that they are in: q, k and v; gate and up."""

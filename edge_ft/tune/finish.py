@@ -152,7 +152,9 @@ def _merge(run: RunFolder, spec: ModelSpec, job: "Job", model: TrainableModel, p
     It changes a weight by less than rounding does, so that scales, zero points and 8 bits stay those of the base.
     """
     prepared, count = job.prepared, job.config.base_calibration_rows
-    calibration = make_calibration(prepared.examples["train"], count, job.tokenizer.pad_id, prepared.task, progress)
+    calibration = make_calibration(
+        prepared.examples["train"], count, job.tokenizer.pad_id, prepared.task, progress, packed=job.base.family.packs
+    )
     start = run.codes if calibration is not None and run.codes.is_file() else None
     return load_model(replace(spec, codes=calibration, start=start, changes=lora_pairs(model.peft_model)), progress)
 

@@ -1,10 +1,9 @@
 """Measure training on a few batches: seconds and bytes, by the tokens of a batch with its padding.
 
-A few rows and the longest batch of the run are trained on, and the gradients discarded; a typical batch too where it is
-much shorter. Time and
-memory grow about linearly with the tokens of a batch (attention is computed in tiles, logits only where there is a
-label), so these points give both for every batch of the run. If the longest batch would not fit, its needs are
-extrapolated.
+A few rows and a typical batch of the run are trained on, and the gradients discarded; the longest batch too where it
+is much longer, or memory is scarce. Time and memory grow about linearly with the tokens of a batch (attention is
+computed in tiles, logits only where there is a label), so these points give both for every batch of the run. If the
+longest batch would not fit, its needs are extrapolated.
 """
 
 import time
@@ -23,6 +22,10 @@ from edge_ft.tune.prepare import Job
 from edge_ft.tune.report import ANSWERS, BATCH_COST
 
 __all__ = ["Curve", "Measured", "measure"]
+
+
+PLENTY = 1 / 2
+"""Share of the available memory up to which the longest batch's need is extrapolated from a typical one's."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
     train, task = job.prepared.examples["train"], job.prepared.task
     batches = sorted(job.batches, key=lambda batch: batch_tokens(batch, train, task))
     few, typical, longest = batches[0][: max(1, len(batches[0]) // 4)], batches[len(batches) // 2], batches[-1]
-    between = [typical] if batch_tokens(longest, train, task) > 2 * batch_tokens(typical, train, task) else []
+    far = batch_tokens(longest, train, task) > 2 * batch_tokens(typical, train, task)
     # The report first: its float32 weights, where they are cached, would replace those of the steps.
     half = typical[: max(1, len(typical) // 2)]  # a whole one may not fit
     more = batch_tokens(typical, train, task) / batch_tokens(half, train, task)
@@ -106,10 +109,14 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
     with DevicePeak(model.backend.device) as card:
         pass
     points: list[_Point] = []
-    for batch in (few, *between, longest):
+    for batch in (few, typical, longest):
         if points:
             # The first rows that fit even if all memory of the last point was due to its tokens.
             last, tokens = points[-1], batch_tokens(batch, train, task)
+            most = idle + (last.peak_bytes - idle) * tokens / last.tokens
+            plenty = card.bytes is None and most < PLENTY * available.memory_bytes
+            if batch is longest and len(points) > 1 and plenty and not far:
+                break
             fitting = last.tokens * (available.memory_bytes - idle) / max(last.peak_bytes - idle, 1)
             if available.device_bytes is not None and card.bytes is not None and last.device_bytes is not None:
                 room = available.device_bytes - card.bytes

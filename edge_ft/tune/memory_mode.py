@@ -54,7 +54,8 @@ def resolve_memory(job: Job, available: Available, device: "torch.device", proce
 def settle_memory(job: Job, model: "TrainableModel") -> Job:
     """The job with --memory normal in place of high if cached weights would save little of a step's time.
 
-    A batch of median size is trained on without them, and each weight is dequantized once: a step does that twice.
+    A few rows of a batch of median size are trained on without them, and each weight is dequantized once: a step does
+    that twice, whatever its number of rows.
 
     Args:
         job: The training; `resolve_memory` chose its memory mode.
@@ -70,7 +71,8 @@ def settle_memory(job: Job, model: "TrainableModel") -> Job:
     typical = job.batches[order[len(order) // 2]]
     compute.cache_weights(None)
     with model.backend.unshared():
-        for rows in (typical[:1], typical):  # the first pass pays for what later ones find ready
+        few = typical[: max(1, len(typical) // 4)]
+        for rows in (typical[:1], few):  # the first pass pays for what later ones find ready
             batch = collate([examples[index] for index in rows], job.tokenizer.pad_id, job.prepared.task)
             began = time.perf_counter()
             model.backend.gradient(batch, 1)
@@ -78,7 +80,9 @@ def settle_memory(job: Job, model: "TrainableModel") -> Job:
     model.backend.discard()
     began = time.perf_counter()
     compute.dequantize()
-    if 2 * (time.perf_counter() - began) < WORTH_CACHING * step:
+    twice = 2 * (time.perf_counter() - began)
+    step = twice + max(step - twice, 0.0) * len(typical) / len(few)
+    if twice < WORTH_CACHING * step:
         compute.stop_caching()
         return job.with_settings(memory="normal")
     compute.cache_weights(model.backend.dtype)

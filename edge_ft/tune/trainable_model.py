@@ -93,9 +93,9 @@ def load_trainable_model(
     task, rendering, pad_id = prepared.task, prepared.rendering, job.tokenizer.pad_id
     set_malloc_thresholds(config.memory == "low")  # before codes are chosen, which takes as much as a step
     rows_to_calibrate = 0 if codes else config.base_calibration_rows
-    calibration = make_calibration(prepared.examples["train"], rows_to_calibrate, pad_id, task, progress)
-    if calibration is not None:
-        calibration.caches = config.memory == "high"
+    calibration = make_calibration(
+        prepared.examples["train"], rows_to_calibrate, pad_id, task, progress, packed=base.family.packs
+    )
     grid = grid or Grid(config.block_size)
     key = "" if calibration is None else _codes_key(job, grid, calibration)
     kept = find_codes(key) if key else None

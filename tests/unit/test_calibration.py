@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from tiny_models import tiny_encoder_config, write_decoder, write_encoder, write_t5
+from tiny_models import DECODERS, tiny_encoder_config, write_decoder, write_encoder, write_t5
 
 from edge_ft.config import Task
-from edge_ft.data import Example, evenly_spaced
+from edge_ft.data import Example, evenly_spaced, pack
 from edge_ft.errors import ModelError
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
-from edge_ft.models.scorer import HEAD_INPUTS, LOSSES, embed
+from edge_ft.models.scorer import HEAD_INPUTS, LOSSES, decoder_head_inputs, embed
 from edge_ft.quant.calibration import MAX_TOKENS, Calibration, make_calibration
 from edge_ft.quant.layers import QuantLinear
 from edge_ft.quant.sensitivity import finer_layers
@@ -96,7 +96,8 @@ def outcome(model: Any, task: Task, calibration: Calibration) -> np.ndarray:
 )
 def test_calibration_lowers_the_error_on_its_rows(name: str, task: Task, models: dict[str, Path]) -> None:
     base, labels = find_base(str(models[name])), ("a", "b") if task == "text-classification" else ()
-    rows = make_calibration(examples(task), 24, base.dims.config.pad_token_id or 0, task)
+    packed = base.family.packs
+    rows = make_calibration(examples(task), 24, base.dims.config.pad_token_id or 0, task, packed=packed)
     assert rows is not None
     exact, nearest, chosen = (
         load_model(ModelSpec(base, task, form, labels=labels, codes=codes))
@@ -153,6 +154,22 @@ def test_padding_does_not_change_the_codes(models: dict[str, Path]) -> None:
         rows = make_calibration(examples("text-generation"), 24, pad_id, "text-generation")
         found.append(codes_sha256(load_model(ModelSpec(base, "text-generation", "int4", codes=rows))))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_rows_that_share_a_sequence_do_not_see_each_other(name: str, tmp_path: Path) -> None:
+    base, random = find_base(str(write_decoder(tmp_path / name, name))), np.random.default_rng(0)
+    lengths = 40, 17, 40, 3, 30, 12, 40, 9
+    rows = [Example(row, random.integers(3, 60, n).tolist(), [], 0, "", 0) for row, n in enumerate(lengths)]
+    found = make_calibration(rows, len(rows), 0, "text-generation", packed=base.family.packs)
+    assert found is not None
+    model = load_model(ModelSpec(base, "text-generation"))
+    assert len(found.batch["input_ids"]) == (2 if base.family.packs else len(rows))
+    alone = [pack([rows[row]], 0, 0) for row in found.batch["rows"]]
+    with torch.no_grad():
+        (inputs, labels), *each = (decoder_head_inputs(model, batch, CPU) for batch in (found.batch, *alone))
+    assert torch.equal(labels, torch.cat([of_row for _, of_row in each]))
+    torch.testing.assert_close(inputs, torch.cat([of_row for of_row, _ in each]), atol=1e-4, rtol=1e-4)
 
 
 def test_shared_layers_are_rounded_without_calibration(models: dict[str, Path]) -> None:

@@ -254,20 +254,22 @@ def test_memory_is_high_where_it_is_ample(
 def test_weights_stay_cached_only_if_that_saves_a_twentieth_of_a_step(
     job: Job, dequantizing: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step of 10 s without cached weights dequantizes each of them twice."""
+    """A step of 10 s without cached weights dequantizes each of them twice, as one of fewer rows does."""
     now, calls = [0.0], list[str]()
 
     def taking(seconds: float) -> Any:
         return lambda *_: now.__setitem__(0, now[0] + seconds)
+
+    def step(batch: Any, _: int) -> None:
+        share = len(batch["rows"]) / max(map(len, job.batches))
+        now[0] += 2 * dequantizing + (10 - 2 * dequantizing) * share
 
     compute = SimpleNamespace(
         dequantize=taking(dequantizing),
         cache_weights=lambda dtype: calls.append(f"cache {dtype}"),
         stop_caching=lambda: calls.append("stop"),
     )
-    backend = SimpleNamespace(
-        compute=compute, dtype="bf16", gradient=taking(10.0), discard=lambda: None, unshared=nullcontext
-    )
+    backend = SimpleNamespace(compute=compute, dtype="bf16", gradient=step, discard=lambda: None, unshared=nullcontext)
     monkeypatch.setattr(memory_mode.time, "perf_counter", lambda: now[0])
     model: Any = SimpleNamespace(backend=backend)
     assert settle_memory(with_settings(job, memory="high"), model).config.memory == expected
