@@ -14,6 +14,7 @@ __all__ = [
     "plan_table",
     "report_lines",
     "report_table",
+    "vocabulary_line",
 ]
 
 Table = list[tuple[str, ...]]
@@ -53,7 +54,22 @@ def report_lines(run: Path, report: dict[str, Any], advice: str) -> str:
         f"{run}: best at step {report['best_step']} of {report['steps']}, {report['seconds']:.0f} s, "
         f"{report['tokens_per_second']:.0f} tok/s, peak {report['peak_rss_bytes'] / 1e6:.0f} MB"
     )
-    return "\n".join([took, *_warnings(report), advice])
+    cut = [vocabulary_line(report["vocabulary"])] if report.get("vocabulary") else []
+    return "\n".join([took, *cut, *_warnings(report), advice])
+
+
+def vocabulary_line(cut: dict[str, Any]) -> str:
+    """Return what a smaller vocabulary saves and costs, from `vocabulary` of report.json."""
+
+    def both(name: str, figures: dict[str, Any], unit: str = "", form: str = ".1f") -> str:
+        return f"{name} {figures['before']:{form}} → {figures['after']:{form}}{unit}"
+
+    size = {name: found / 1e6 for name, found in cut["bytes"].items()}
+    parts = [both("tokens a validation row", cut["tokens_per_row"]["validation"])]
+    for name, figures in cut.get("nats_per_byte", {}).items():
+        if None not in figures.values():
+            parts.append(both(f"untuned nats a byte of {name} text", figures, form=".3f"))
+    return f"vocabulary: {cut['of']} → {cut['kept']} tokens, {both('weights', size, ' MB')}, {', '.join(parts)}"
 
 
 def plan_table(plan: dict[str, Any]) -> Table:

@@ -11,6 +11,9 @@ from edge_ft.utf8 import read_utf8
 
 __all__ = ["losses_of_run", "page_of_run", "unit_of"]
 
+COLUMNS = ("before", "after")
+"""The whole vocabulary and the cut one."""
+
 
 def page_of_run(
     report: dict[str, Any], steps: Sequence[dict[str, Any]], plan: dict[str, Any] | None, *, with_samples: bool
@@ -38,6 +41,7 @@ def page_of_run(
         _slices(report),
         _samples(report, with_samples),
         _rows(report, plan),
+        _vocabulary(report.get("vocabulary")),
         _cost(report, plan),
         _conditions(report),
     ]
@@ -148,6 +152,25 @@ def _rows(report: dict[str, Any], plan: dict[str, Any] | None) -> Section:
         tables.append(Table(["finding", "severity", "rows", "what"], found, kind="texts"))
     texts = [] if found else ["Nothing was dropped or cut, and the audit found nothing to say."]
     return Section("Rows, and what was dropped", texts=texts, tables=tables)
+
+
+def _vocabulary(cut: dict[str, Any] | None) -> Section | None:
+    """What a smaller vocabulary saves and costs; None of a run with the whole one."""
+    if cut is None:
+        return None
+    rows = [
+        ["tokens in the vocabulary", str(cut["of"]), str(cut["kept"])],
+        ["weights of the base, MB", *(f"{cut['bytes'][name] / 1e6:.1f}" for name in COLUMNS)],
+    ]
+    for split, figures in cut["tokens_per_row"].items():
+        rows.append([f"tokens of a {split} row", *(f"{figures[name]:.1f}" for name in COLUMNS)])
+    if figures := cut.get("tokens_of_other_text"):
+        rows.append(["tokens of text of another domain", *(str(figures[name]) for name in COLUMNS)])
+    for text, figures in cut.get("nats_per_byte", {}).items():
+        shown = ("–" if figures[name] is None else f"{figures[name]:.4f}" for name in COLUMNS)
+        rows.append([f"untuned loss, nats per byte of {text} text", *shown])
+    note = "Losses are of the untuned base, rounded to nearest. The other text is from the manual of Python."
+    return Section("Vocabulary", tables=[Table(["", "whole", "cut to the rows"], rows, note=note)])
 
 
 def _cost(report: dict[str, Any], plan: dict[str, Any] | None) -> Section:

@@ -46,7 +46,7 @@ from edge_ft.tune.defaults import chosen_by_rows
 from edge_ft.tune.row_findings import audit_files, drop_untrainable, report_and_refuse, unread_fields
 from edge_ft.tune.schedule import planned_steps
 from edge_ft.tune.splits import SPLITS, drop_unusable, read_given, split_given
-from edge_ft.tune.vocabulary import compare_tokens, find_vocabulary
+from edge_ft.tune.vocabulary import Cut, compare_tokens, find_vocabulary
 
 if TYPE_CHECKING:
     from edge_ft.models.base_model import Base
@@ -113,8 +113,8 @@ class Job:
     base: "Base"
     tokenizer: TextTokenizer
     prepared: Prepared
-    vocabulary: dict[str, Any] | None = None
-    """Of a base with fewer tokens, what `compare_tokens` returned."""
+    cut: Cut | None = None
+    """How the base was made, if it has fewer tokens than the one that was given."""
 
     def with_settings(self, **settings: Any) -> "Job":
         """Return the job with some settings replaced."""
@@ -187,8 +187,8 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
         AuditRefused: a finding that refuses the rows and that --allow does not name.
         UsageError: options that do not fit the rows, or a model or rows that are not those of `saved`.
     """
-    vocabulary: dict[str, Any] | None = None
     base = _find_base(config, progress, saved)
+    cut: Cut | None = None
     if config.vocabulary == "all":
         refuse_other(saved, {"content_sha256": base.content_sha256}, str(config.out))
     given, tokenizer = config, base.open_tokenizer()
@@ -196,13 +196,14 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     with clock_at((saved or {}).get("rendered_at")):
         prepared = prepare(config, base, tokenizer, progress)
         if config.vocabulary == "rows":
-            base, whole = _cut(config, base, prepared, progress, saved), prepared
+            whole, before = base, prepared
+            base = _cut(config, whole, before, progress, saved)
             tokenizer = base.open_tokenizer()
             prepared = prepare(config, base, tokenizer, Silent())
-            vocabulary = compare_tokens(base, whole, prepared, progress)
+            cut = compare_tokens(whole, base, before, prepared, progress)
     if config.class_names and len(config.class_names) == len(base.labels(prepared.task)):
         base = base.with_class_names(config.class_names)
-    job = Job(config, base, tokenizer, prepared, vocabulary)
+    job = Job(config, base, tokenizer, prepared, cut)
     refuse_other(saved, job.identity, str(config.out))
     job = job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)
     rate = partial(base.family.rate, base.dims.hidden)

@@ -2,7 +2,9 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
@@ -12,13 +14,14 @@ from edge_ft.system import Available
 from edge_ft.tune.engine import Engine
 from edge_ft.tune.opening import OpenedRun, explain_stop, finished_note, open_run
 from edge_ft.tune.plan import estimate, measure_batches
-from edge_ft.tune.prepare import prepare_job, refuse_other
+from edge_ft.tune.prepare import Job, prepare_job, refuse_other
 from edge_ft.tune.processes import Processes
 from edge_ft.tune.report import complete_base, results
 from edge_ft.tune.report_parts import ReportParts, kept_parts
 from edge_ft.tune.run_files import begin, write_report
 from edge_ft.tune.stopwatch import Timings
 from edge_ft.tune.train import train
+from edge_ft.tune.vocabulary import measure_cut
 
 __all__ = ["run_steps"]
 
@@ -90,12 +93,22 @@ def _train_and_report(
     fitted = complete_base(job, model, fitted, progress, parts, timings)
     evaluated = results(job, model, fitted, progress, parts, timings)
     if processes.is_main:
+        cut = _vocabulary(job, parts, progress, timings)
         with heartbeat(progress, "writing the report"):
             versions = {name: version(name) for name in ("edge-ft", *engine.packages)}
-            evaluated |= {"finish": finished, **_energy(timings), "versions": versions}
+            evaluated |= {"finish": finished, "vocabulary": cut, **_energy(timings), "versions": versions}
             write_report(opened, job, model, processes, fitted, evaluated, timings.seconds)
         progress.say(f"seconds: {timings.text}")
     processes.wait()
+
+
+def _vocabulary(job: Job, parts: ReportParts, progress: Progress, timings: Timings) -> dict[str, Any] | None:
+    """Return what a smaller vocabulary saves and costs; None of a run with the whole one."""
+    if job.cut is None:
+        return None
+    with timings.stage("vocabulary"):
+        found: dict[str, Any] = parts.value("vocabulary", partial(measure_cut, job.cut, job, progress))
+        return found
 
 
 def _energy(timings: Timings) -> dict[str, float]:

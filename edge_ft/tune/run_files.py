@@ -94,7 +94,6 @@ def write_report(
         "rows": job.prepared.counts,
         "calibration": run.base()["calibration"],
         "findings": [*job.prepared.findings, *evaluated.get("findings", ())],
-        "vocabulary": job.vocabulary,
         "trainable_parameters": count_trained(model.backend),
         "seconds": round(sum(timings.values()), 2),
         "timings": {stage: round(seconds, 2) for stage, seconds in timings.items()},

@@ -10,6 +10,7 @@ from resumed_runs import stopped_at
 from tiny_models import write_llama
 
 from edge_ft.artifacts import Bundle, RunFolder
+from edge_ft.cli.tables import report_lines
 from edge_ft.config import EvalConfig, ExportConfig, PlanConfig, RunConfig, TuneConfig
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import ModelError, UsageError
@@ -71,7 +72,14 @@ def test_the_run_holds_a_smaller_tokenizer_and_reports_what_it_costs(
     assert found["of"] == len(whole) > found["kept"] == len(tokens_of(run.tokenizer))
     assert found["tokens_per_row"]["train"]["before"] == found["tokens_per_row"]["train"]["after"]
     assert tokens_of(run.tokenizer).keys() < whole.keys()
+    assert found["bytes"]["after"] < found["bytes"]["before"]
+    assert found["tokens_of_other_text"]["after"] > found["tokens_of_other_text"]["before"]
+    assert all(nats > 0 for figures in found["nats_per_byte"].values() for nats in figures.values())
+    assert set(found["nats_per_byte"]) == {"validation", "other"}
+    assert f"vocabulary: {found['of']} → {found['kept']} tokens" in report_lines(run.path, run.report(), "")
+    assert "cut to the rows" in run.page_path.read_text()
     other = trained(model, sums, tmp_path / "all", vocabulary="all")  # the option changes the outcome
+    assert "cut to the rows" not in other.page_path.read_text()
     assert (other.report()["vocabulary"], other.vocabulary.exists()) == (None, False)
     assert tokens_of(other.tokenizer) == whole
     assert run.report()["nll"]["best"] < run.report()["nll"]["base"]
