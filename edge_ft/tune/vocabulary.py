@@ -153,11 +153,14 @@ def _load(base: "Base", job: "Job") -> tuple[Any, int]:
 
     Scales count as float32: as float16 they take half, and the bytes that this saves go to 8 bits for some rows.
     """
+    import torch
+
     from edge_ft.models.loading import ModelSpec, load_model
     from edge_ft.models.scorer import TorchScorer
+    from edge_ft.quant.layers import to_device
 
     spec = ModelSpec.from_rendering(base, job.prepared.rendering, job.config.base_format, seed=job.config.seed)
-    model = load_model(spec)
+    model = to_device(load_model(spec), "cuda" if torch.cuda.is_available() else "cpu")
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
     return TorchScorer(model, job.prepared.task), sum(tensors.values())
 
