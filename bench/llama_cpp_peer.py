@@ -5,6 +5,7 @@ llama.cpp chooses it, a float16 cache, one slot, the whole prompt in one batch.
 """
 
 import hashlib
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -159,6 +160,7 @@ class LlamaCppDecoder:
             "n_ctx": settings.n_ctx,
             "n_ubatch": settings.n_ubatch,
             "n_threads": threads,
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
             "flash_attn": settings.flash_attn_type.name.removeprefix("LLAMA_FLASH_ATTN_TYPE_").lower(),
             "cache_type_k": settings.cache_type_k.name.removeprefix("GGML_TYPE_"),
             "cache_type_v": settings.cache_type_v.name.removeprefix("GGML_TYPE_"),

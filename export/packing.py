@@ -6,12 +6,16 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from edge_ft.export.eight_bits import join_further_bits
+
 __all__ = ["write_graphs"]
 
 # A cache line: ONNX Runtime memory-maps the file and computes on the weights in place.
 ALIGNMENT = 64
 # Smaller tensors stay in the graph file.
 EXTERNAL_BYTES = 1024
+# ONNX Runtime's accuracy level of products whose activations are int8; it multiplies 8-bit codes fast only there.
+INT8_ACTIVATIONS = 4
 
 
 def write_graphs(
@@ -20,7 +24,8 @@ def write_graphs(
     """Write graphs `onnx/NAME.onnx` that share the weights in `onnx/DATA_NAME.onnx_data`.
 
     For each later level there is a variant `onnx/NAME_aLEVEL.onnx`, which differs only in the accuracy_level of
-    MatMulNBits (1: float; 4: activations in int8). The same models give the same bytes.
+    MatMulNBits (1: float; 4: activations in int8, and products with further bits are 8-bit ones). The same models give
+    the same bytes.
 
     Args:
         models: Lowered graphs, which are not changed, by stem of the file with transformers.js's suffix (`model`,
@@ -59,6 +64,8 @@ def write_graphs(
     paths: dict[int, str] = {}
     for name, packed in graphs.items():
         for level in accuracy_levels:
+            if level == INT8_ACTIVATIONS:
+                join_further_bits(packed.graph)
             for node in packed.graph:
                 if node.op_type == "MatMulNBits":
                     node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)

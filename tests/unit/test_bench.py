@@ -1,5 +1,6 @@
 """Names, records, table and budgets of a bench; memory limits and the description of the machine."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from edge_ft.bench.report import (
     units_of,
 )
 from edge_ft.bench.subjects import Subject, short_names
-from edge_ft.bench.worker import at_depths, classifier_ids, measure_decoder, prompt_ids
+from edge_ft.bench.worker import _starter, at_depths, classifier_ids, measure_decoder, prompt_ids
 from edge_ft.config import BenchConfig
 from edge_ft.data import TextTokenizer
 from edge_ft.errors import UsageError
@@ -358,3 +359,13 @@ def test_a_quota_is_written_where_the_cgroup_has_the_controller(
     with limit.group() as group:
         assert group is not None
         assert (group / "cpu.max").read_text() == "150000 100000"
+
+
+@pytest.mark.parametrize(("engine", "found"), [("llama.cpp", None), ("bundle", "PASSIVE")])
+def test_threads_of_a_peer_wait_as_its_users_have_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str, found: str | None
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as edge-ft sets it
+    paths = {"bundle": str(tmp_path), "file": "model.gguf"}
+    _starter({"do": engine, "threads": 1, "prompt_tokens": 8, "new_tokens": 2, **paths})
+    assert os.environ.get("OMP_WAIT_POLICY") == found
