@@ -1,9 +1,9 @@
 """Products with further bits as one 8-bit product each, in graphs whose activations are int8.
 
-A weight with further bits is scale · (code − zero point + (further code − 8) / 16), and ships as two 4-bit products, which
-every runtime computes exactly. It is also scale / 16 · (16 code + further code − (16 zero point + 8)): 8-bit codes with
-another scale, for which ONNX Runtime has fast kernels where activations are int8. They are made of the 4-bit codes by
-operators over constants, which ONNX Runtime computes when it opens the graph, so that the file holds them once.
+A weight with further bits is scale · (code − zero point + (further code − 8) / 16), and ships as two 4-bit products,
+which every runtime computes exactly. It is also scale / 16 · (16 code + further code − (16 zero point + 8)): 8-bit
+codes with another scale, for which ONNX Runtime has fast kernels where activations are int8. They are made of the 4-bit
+codes by operators over constants, which ONNX Runtime computes when it opens the graph: the file holds the codes once.
 """
 
 import numpy as np
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from edge_ft.export.lowering import input_of, take_over
 
 __all__ = ["join_further_bits"]
+
+STEPS = 16
+"""Values of the further four bits, into which they divide a step of the 4-bit codes."""
 
 
 def join_further_bits(graph: ir.Graph) -> None:
@@ -52,12 +55,16 @@ def _further_product(total: ir.Node) -> ir.Node | None:
     first, second = (input_of(total, index).producer() for index in (0, 1))
     if first is None or second is None or first.op_type != "MatMulNBits" or second.op_type != "Div":
         return None
-    further = input_of(second, 0).producer()
+    further, divisor = input_of(second, 0).producer(), input_of(second, 1).const_value
+    if divisor is None or divisor.size != 1 or divisor.numpy().item() != STEPS:
+        return None
     if further is None or further.op_type != "MatMulNBits" or further.inputs[0] is not first.inputs[0]:
         return None
     if any(len(node.outputs[0].uses()) > 1 or node.outputs[0].is_graph_output() for node in (first, second, further)):
         return None
-    same = all(first.attributes[name].as_int() == further.attributes[name].as_int() for name in ("N", "K", "block_size"))
+    same = all(
+        first.attributes[name].as_int() == further.attributes[name].as_int() for name in ("N", "K", "block_size")
+    )
     return further if same and first.attributes["bits"].as_int() == 4 else None
 
 
@@ -123,10 +130,10 @@ def _eight_bits(steps: _Steps, product: ir.Node, further: ir.Value) -> tuple[ir.
         steps.op("BitwiseOr", steps.high(packed, is_odd), steps.low(further, is_odd)) for is_odd in (False, True)
     )
     codes = steps.interleaved(even, odd, [rows, blocks, block])
-    scales = steps.op("Div", input_of(product, 2), np.float32(16))
+    scales = steps.op("Div", input_of(product, 2), np.float32(STEPS))
     points = product.inputs[3] if len(product.inputs) > 3 else None
     if points is None:
-        zeros = steps.op("Expand", np.uint8(16 * 8 + 8), np.array([rows, blocks], np.int64))
+        zeros = steps.op("Expand", np.uint8(STEPS * 8 + 8), np.array([rows, blocks], np.int64))
         return codes, scales, zeros
     half = np.uint8(8)
     even, odd = (steps.op("BitwiseOr", steps.high(points, is_odd), half) for is_odd in (False, True))

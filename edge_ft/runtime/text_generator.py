@@ -37,12 +37,14 @@ from edge_ft.runtime.decode import (
     GREEDY,
     Generation,
     StreamingDetokenizer,
+    Timings,
     TimingsRecorder,
     TooLong,
     decode_tokens,
     read_to_end,
     stream_text,
 )
+from edge_ft.runtime.huge_pages import use_huge_pages
 from edge_ft.runtime.lookup import decode_with_lookup
 from edge_ft.runtime.open_bundle import GenerativeBundle
 from edge_ft.runtime.sampling import Sampler
@@ -52,6 +54,11 @@ from edge_ft.runtime.window import Window
 from edge_ft.system import free_memory_bytes
 
 __all__ = ["TextGenerator"]
+
+_LONG = 16
+"""Tokens of an answer after which the weights are moved to huge pages: moving takes as long as some 20 tokens."""
+_MEMORY = 4
+"""They are moved where the process has at most this many times the bundle's size in memory."""
 
 
 class TextGenerator(GenerativeBundle):
@@ -71,6 +78,7 @@ class TextGenerator(GenerativeBundle):
         self.prefill: ort.InferenceSession | None = None
         self.exact = True
         self._shared: KVCache | None = None
+        self._settled = False
         self._shape = CacheShape.of(bundle)
         self._adapter_inputs = adapter_inputs
 
@@ -146,6 +154,18 @@ class TextGenerator(GenerativeBundle):
         for _ in range(new_tokens - 1):
             tokens = batch.step(tokens).argmax(axis=-1).tolist()
         return perf_counter() - started
+
+    def time_decode(self, prompt_ids: list[int], new_tokens: int) -> Timings:
+        """See `GenerativeBundle.time_decode`."""
+        timings = super().time_decode(prompt_ids, new_tokens)
+        self._settle(new_tokens)
+        return timings
+
+    def _settle(self, tokens: int) -> None:
+        """After the first long answer, which others will follow, move the weights to huge pages."""
+        if tokens >= _LONG and not self._settled:
+            self._settled = True
+            use_huge_pages(_MEMORY * self.bundle.size_bytes)
 
     def unread_by(self, prompt: str | list[Message] | Chat, config: RunConfig = GREEDY) -> tuple[str, ...]:
         """See `GenerativeBundle.unread_by`."""
@@ -366,7 +386,9 @@ class TextGenerator(GenerativeBundle):
             tokens = decode_tokens(cache.extend, rest, sampler, max_new_tokens, stops, recorder)
         else:
             tokens = decode_with_lookup(cache, rest, sampler, max_new_tokens, stops, recorder)
-        return (yield from self._text(request, tokens, recorder, cached))
+        answer = yield from self._text(request, tokens, recorder, cached)
+        self._settle(answer.new_tokens)
+        return answer
 
     def _request(self, prompt: str | list[Message] | Chat, config: RunConfig) -> Request:
         """Return a prompt as it is read, and how it is answered.

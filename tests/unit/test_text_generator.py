@@ -353,3 +353,18 @@ def test_a_batch_without_labels_has_no_loss(opened: Open) -> None:
     nll, predicted = opened().token_nll(batch)  # type: ignore[arg-type]
     assert not nll.any()
     assert (predicted == -100).all()
+
+
+def test_weights_are_moved_to_huge_pages_once_after_the_first_long_answer(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    monkeypatch.setattr("edge_ft.runtime.text_generator.use_huge_pages", moved.append)
+    generator = opened(script=SCRIPT)
+    monkeypatch.setattr(generator, "_settled", False)
+    generator.time_decode([5, 6, 7], 9)  # as long as those by which engines are compared
+    assert moved == []
+    for _ in range(2):
+        generator.time_decode([5, 6, 7], 20)
+        generator.generate("Say:", RunConfig(max_new_tokens=20))
+    assert moved == [4 * generator.bundle.size_bytes]
