@@ -10,7 +10,7 @@ from edge_ft.data import evenly_spaced
 from edge_ft.evaluate.scoring import Batching
 from edge_ft.export.source import ExportSource
 from edge_ft.progress import Progress, heartbeat
-from edge_ft.quant.layers import has_bf16
+from edge_ft.quant.devices import has_bf16
 from edge_ft.tune.finish import finishing_config
 from edge_ft.tune.finish_backend import FinishBackend, Teacher
 from edge_ft.tune.loop import Callbacks, TrainingRows, fit

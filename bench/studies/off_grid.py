@@ -72,7 +72,7 @@ def _train(base: Base, folder: Path, recipe: Recipe, progress: Progress) -> None
     torch = require("torch", "train")
     from transformers import AutoModelForCausalLM
 
-    from edge_ft.quant.layers import has_bf16
+    from edge_ft.quant.devices import has_bf16
 
     tokenizer = TextTokenizer.load(base.path)
     texts = sorted(encyclopedia_passages(), key=lambda text: sha256(text.encode()).digest())

@@ -68,7 +68,7 @@ def _sgemm(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from edge_ft.models.products import choose_library
-    from edge_ft.quant.layers import has_bf16
+    from edge_ft.quant.devices import has_bf16
 
     torch.set_num_threads(job["threads"])
     choose_library(torch)  # the machine's limit is that of the faster library

@@ -69,7 +69,7 @@ def open_source(source: str, config: EvalConfig, rows: Sequence[Row], progress: 
     with heartbeat(progress, f"loading {source}"):
         from edge_ft.models.base_model import find_base
         from edge_ft.models.loading import ModelSpec, load_model
-        from edge_ft.quant.layers import to_device
+        from edge_ft.quant.devices import to_device
 
         if run is not None:
             base = find_run_base(run, progress)

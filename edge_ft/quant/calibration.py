@@ -25,7 +25,8 @@ from edge_ft.errors import ModelError
 from edge_ft.progress import Progress, Silent, track
 from edge_ft.quant.blockwise import Codes, pack_nibbles, quantize_finely, unpack_nibbles
 from edge_ft.quant.conversion import ReadWeight
-from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear, product_dtype
+from edge_ft.quant.devices import product_dtype
+from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear
 
 __all__ = [
     "Calibration",
@@ -300,9 +301,9 @@ def hessian_factor(hessian: Tensor) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))  # in reversed order R is lower triangular
         if failed:
             continue
-        factor = lower.flip(0, 1)
-        if torch.isfinite(factor).all() and (factor.diagonal() > 0).all():
-            return factor
+        roots = lower.diagonal()
+        if torch.isfinite(roots).all() and (roots > 0).all():  # what is not finite reaches the diagonal
+            return lower.flip(0, 1)
     raise ValueError("the inputs of the layer are not finite")
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from edge_ft.data import Batch
 from edge_ft.files import cache_folder, file_sha256, write_text
 from edge_ft.quant import blockwise, calibration, sensitivity
-from edge_ft.quant.layers import has_bf16
+from edge_ft.quant.devices import has_bf16
 from edge_ft.quant.serialization import write_codes
 
 __all__ = ["codes_key", "find_codes", "keep_codes"]

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from edge_ft.data import Batch
 from edge_ft.quant.blockwise import Codes, quantize_finely
 from edge_ft.quant.conversion import ReadWeight
-from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear, product_dtype
+from edge_ft.quant.devices import product_dtype
+from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear
 from edge_ft.quant.serialization import frozen_layers
 
 __all__ = ["finer_layers", "refine", "saved_bytes", "spend"]

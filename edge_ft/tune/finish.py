@@ -24,7 +24,7 @@ from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.lora import lora_pairs
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.quant.calibration import make_calibration
-from edge_ft.quant.layers import to_device
+from edge_ft.quant.devices import to_device
 from edge_ft.quant.serialization import codes_sha256, write_codes
 from edge_ft.stopping import held, requested
 from edge_ft.system import release_memory

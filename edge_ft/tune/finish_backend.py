@@ -1,5 +1,6 @@
 """The arithmetic of a finishing step: a quantized model's scales are trained towards what another model computes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,12 @@ class FinishBackend(TorchBackend):
             model: A quantized task model, on its device.
             family: Of the base.
             task: One with an output layer over the vocabulary.
-            config: Its compute and memory count.
+            config: Its compute counts, and whether its memory is `low`.
             teacher: The model as trained.
         """
         self.scales = TrainedScales(model)
-        super().__init__(model, family, task, config)
+        # Cached weights would be those of a step only: its update changes the scales.
+        super().__init__(model, family, task, replace(config, memory="low" if config.memory == "low" else "normal"))
         self.teacher = teacher
 
     def gradient(self, batch: Batch, targets: int) -> float:

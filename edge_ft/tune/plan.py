@@ -36,6 +36,8 @@ CHECKPOINT_STATES = 4
 """What a checkpoint holds, in sizes of the trained weights: these, the best ones, and the two moments of AdamW."""
 FRAGMENTATION = 1.08
 """Resident memory over that in use, because batches have many sizes; 1.03 to 1.18 were measured."""
+FINISHING_BYTES = 1.3
+"""Memory of the merged model by its weights: codes, and of each scale a factor, its first value and what trains it."""
 DEVICE_FRAGMENTATION = 1.1
 """Memory that a GPU's allocator holds over that of the tensors."""
 FINAL_SECONDS = 1.5
@@ -262,9 +264,12 @@ def _seconds(job: Job, measured: Measured) -> dict[str, float]:
 
 
 def _peak_bytes(job: Job, measured: Measured) -> int:
-    """Peak of the resident memory: of loading, of a step with the longest batch, or of the report."""
-    # What a step takes is released before the report is made.
-    most = max(measured.memory.at(max(job.batch_tokens)), measured.memory.values[0] + measured.answering)
+    """Peak of the resident memory: of loading, of a step (the last ones are the merged model's), or of the report."""
+    # The last steps have the merged model beside the trained one; what they take is released before the report is made.
+    finishes = finishing_steps(job.config, job.steps) and not job.base.dims.shares_layers
+    merged = FINISHING_BYTES * count_weights(job.base) if finishes else 0.0
+    stepping = measured.memory.at(max(job.batch_tokens)) + merged
+    most = max(stepping, measured.memory.values[0] + measured.answering)
     # The two moments of AdamW and the best weights come on top of what was measured.
     return max(measured.loading, round((most + 3 * 4 * measured.trainable) * FRAGMENTATION))
 

@@ -17,7 +17,7 @@ EVALUATIONS = 5
 """Evaluations of the validation rows in a run, unless --eval-steps says otherwise."""
 FINISHING_SHARE = 0.1
 """Steps of the finishing phase, as a share of those of the training, unless --finish-steps says otherwise."""
-FINISHING_STEP = 1.6
+FINISHING_STEP = 2.1
 """Time of a finishing step, in steps of the training: it computes a gradient of the weights, and the model as trained
 beside."""
 

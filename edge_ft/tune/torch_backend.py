@@ -17,7 +17,7 @@ from edge_ft.families import Family
 from edge_ft.models.chunked_loss import target_loss
 from edge_ft.models.compute import Compute
 from edge_ft.models.scorer import HEAD_INPUTS, LOSSES, TorchScorer
-from edge_ft.quant.layers import has_bf16
+from edge_ft.quant.devices import has_bf16
 from edge_ft.tune.distributed import Processes
 
 __all__ = ["TorchBackend"]

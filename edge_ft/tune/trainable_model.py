@@ -15,8 +15,8 @@ from edge_ft.models.lora import add_lora
 from edge_ft.progress import Progress
 from edge_ft.quant.blockwise import Grid
 from edge_ft.quant.calibration import Calibration, make_calibration
+from edge_ft.quant.devices import to_device
 from edge_ft.quant.kept_codes import codes_key, find_codes, keep_codes
-from edge_ft.quant.layers import to_device
 from edge_ft.quant.serialization import codes_sha256, frozen_layers, write_codes
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.prepare import Job

@@ -15,7 +15,8 @@ from edge_ft.export import export
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
 from edge_ft.models.scorer import TorchScorer
-from edge_ft.quant.layers import FrozenLinear, to_device
+from edge_ft.quant.devices import to_device
+from edge_ft.quant.layers import FrozenLinear
 from edge_ft.tune import tune
 from edge_ft.tune.torch_backend import TorchBackend
 

@@ -8,7 +8,8 @@ from tiny_models import write_llama
 
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
-from edge_ft.quant.layers import BF16Linear, has_bf16, to_device
+from edge_ft.quant.devices import has_bf16, to_device
+from edge_ft.quant.layers import BF16Linear
 
 IDS = torch.arange(3, 27)[None]
 

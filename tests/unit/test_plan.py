@@ -93,11 +93,14 @@ def test_max_minutes_limits_the_estimated_time(job: Job) -> None:
     assert seconds["train"] + seconds["validation"] == pytest.approx(60)
 
 
-def test_the_peak_is_that_of_loading_or_of_the_longest_batch_or_of_the_report(job: Job) -> None:
+def test_the_peak_is_that_of_loading_of_the_longest_batch_beside_the_merged_model_or_of_the_report(job: Job) -> None:
     state = 3 * 4 * 1000
     longest = max(job.batch_tokens)
     step = measured(memory=Curve([0, longest], [1e9, 2e9]))
-    assert planning._peak_bytes(job, step) == round((2e9 + state) * planning.FRAGMENTATION)
+    merged = planning.FINISHING_BYTES * planning.count_weights(job.base)
+    assert planning._peak_bytes(job, step) == round((2e9 + merged + state) * planning.FRAGMENTATION)
+    alone = with_settings(job, finish_steps=0)
+    assert planning._peak_bytes(alone, step) == round((2e9 + state) * planning.FRAGMENTATION)
     report = replace(step, answering=3 * 10**9)
     assert planning._peak_bytes(job, report) == round((4e9 + state) * planning.FRAGMENTATION)
     assert planning._peak_bytes(job, replace(step, loading=5 * 10**9)) == 5 * 10**9
