@@ -157,7 +157,7 @@ def _load(base: "Base", job: "Job") -> tuple[Any, int]:
 
     from edge_ft.models.loading import ModelSpec, load_model
     from edge_ft.models.scorer import TorchScorer
-    from edge_ft.quant.layers import to_device
+    from edge_ft.quant.devices import to_device
 
     spec = ModelSpec.from_rendering(base, job.prepared.rendering, job.config.base_format, seed=job.config.seed)
     model = to_device(load_model(spec), "cuda" if torch.cuda.is_available() else "cpu")
