@@ -30,6 +30,7 @@ __all__ = [
     "locked",
     "out_of_memory",
     "refuse_existing",
+    "replaced_folder",
     "seal",
     "write_json",
     "write_jsonl",
@@ -176,6 +177,17 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder`, which replaces it if the block succeeds: `folder` is never half written."""
+    neighbour = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(neighbour, ignore_errors=True)
+    neighbour.mkdir()
+    yield neighbour
+    shutil.rmtree(folder, ignore_errors=True)
+    neighbour.rename(folder)
 
 
 @contextmanager

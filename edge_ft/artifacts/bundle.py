@@ -134,11 +134,23 @@ class Bundle:
             raise BundleError(f"{self.path / 'manifest.json'}: its verification lacks {missing[0]!r}: export it again")
         return found
 
+    def train_index(self) -> dict[str, Any]:
+        """Read the index of the training graphs of a bundle that can learn: their files, and the tensors they read.
+
+        Returns:
+            `layers`, `blocks`, `embed`, `head`, `tensors` and `hidden`; see `edge_ft.export.train_graphs`.
+
+        Raises:
+            BundleError: it cannot be read.
+        """
+        index: dict[str, Any] = read_json(self.path / self.manifest["train"]["index"], BundleError)
+        return index
+
     def weights_sha256(self) -> str | None:
         """Return the sha256 over the files that hold the weights of a base that can learn, and the index of these."""
         if (index := self.manifest.get("train", {}).get("index")) is None:
             return None
-        files = {str(place["file"]) for place in read_json(self.path / index, BundleError)["tensors"].values()}
+        files = {str(place["file"]) for place in self.train_index()["tensors"].values()}
         listed = self.manifest["files"]
         return hashlib.sha256("".join(listed[name]["sha256"] for name in (index, *sorted(files))).encode()).hexdigest()
 

@@ -1,6 +1,7 @@
 """The folder of a run: its files, their hashes, and what each of them says."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -112,6 +113,21 @@ class RunFolder:
         return self.path / "report.json"
 
     @property
+    def base_path(self) -> Path:
+        """The identity of the base, which a run has that has begun."""
+        return self.path / "base.json"
+
+    @property
+    def plan_path(self) -> Path:
+        """The estimate of time, memory and disk."""
+        return self.path / "plan.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The log of steps and evaluations, a JSON value a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
     def page_path(self) -> Path:
         """The report as a page for a browser."""
         return self.path / "report.html"
@@ -120,6 +136,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """PEFT adapter folder (adapter_config.json, adapter_model.safetensors)."""
         return self.path / "adapter"
+
+    @property
+    def adapter_weights(self) -> Path:
+        """A and B of the adapter, and a trained head."""
+        return self.adapter / "adapter_model.safetensors"
 
     @property
     def codes(self) -> Path:
@@ -153,7 +174,7 @@ class RunFolder:
             `adapter_sha256`, `codes_sha256`, `block_size` and `figures`; None where the run has no merged model, or
             one of another adapter, or the file is not the one that was written.
         """
-        file, weights = self.merged / "merged.json", self.adapter / "adapter_model.safetensors"
+        file, weights = self.merged / "merged.json", self.adapter_weights
         if not (file.is_file() and self.merged_codes.is_file() and weights.is_file()):
             return None
         with suppress(UsageError):
@@ -204,6 +225,12 @@ class RunFolder:
         report: dict[str, Any] = read_json(self.report_path)
         return report
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; none where there is no such file."""
+        if not self.metrics_path.is_file():
+            return []
+        return [json.loads(line) for line in read_utf8(self.metrics_path).splitlines()]
+
     def base(self) -> dict[str, Any]:
         """Read the identity of the base.
 
@@ -211,7 +238,7 @@ class RunFolder:
             `model`, `path`, `content_sha256`, `format`, `block_size`, `scales`, `calibration_rows`, `calibration`
             (figures of choosing int4 codes, or null) and `codes_sha256`.
         """
-        base: dict[str, Any] = read_json(self.path / "base.json")
+        base: dict[str, Any] = read_json(self.base_path)
         return base
 
     @property

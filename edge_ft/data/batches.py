@@ -70,6 +70,12 @@ class Example:
         """Number of labels that carry loss."""
         return sum(isinstance(label, float) or label != IGNORED for label in self.labels)
 
+    @property
+    def content(self) -> bytes:
+        """What the scores of the row depend on, for a hash: its ids and labels, each after their number, as float64."""
+        parts = (self.input_ids, self.labels, self.token_type_ids, self.pair_ids)
+        return b"".join(np.array([len(numbers), *numbers], np.float64).tobytes() for numbers in parts)
+
 
 class Batch(TypedDict):
     """Examples of one forward pass, padded on the right."""

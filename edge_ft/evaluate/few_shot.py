@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from edge_ft.data import (
+    IGNORED,
     Chat,
     Example,
     Filled,
@@ -60,7 +61,7 @@ def encode_few_shot(
         else:
             raise UsageError("--shots needs a chat template for rows of messages: give one with --chat-template FILE")
         example = encode_example(rendering, tokenizer, combined)
-        example.labels[: example.prompt_length] = [-100] * example.prompt_length
+        example.labels[: example.prompt_length] = [IGNORED] * example.prompt_length
         examples.append(example)
     return examples
 

@@ -19,6 +19,7 @@ from edge_ft.evaluate.metrics import (
     Statistic,
     correlation,
     estimate,
+    marks_spans,
     mean,
     micro_f1,
     ranks,
@@ -40,7 +41,6 @@ __all__ = [
     "evaluate_gate",
     "rows_needed",
     "task_metric_for",
-    "tax_interval",
     "vector_cosine",
 ]
 
@@ -123,9 +123,9 @@ def evaluate_gate(
         The figures for the manifest, and the reasons to refuse.
     """
     gain = base.mean_nll - trained.mean_nll
-    gained = mean((base.nll - trained.nll) / base.tokens, base.tokens)
+    gained = base.above(trained)
     tax = shipped.mean_nll - trained.mean_nll
-    lost = tax_interval(trained, shipped)
+    lost = shipped.above(trained)
     retained = (base.mean_nll - shipped.mean_nll) / gain if gain > 0 else None
     before, after = metric.value(trained), metric.value(shipped)
     before_of, after_of = metric.of(trained), metric.of(shipped)
@@ -192,11 +192,6 @@ def _loss_reasons(tax: float, lost: Metric, retained: float | None, limits: Limi
     return reasons
 
 
-def tax_interval(trained: RowScores, shipped: RowScores) -> Metric:
-    """Return shipped - trained in nats per target token with its 95% interval, paired over rows."""
-    return mean((shipped.nll - trained.nll) / trained.tokens, trained.tokens)
-
-
 def rows_needed(trained: RowScores, shipped: RowScores, available: int) -> int:
     """Return how many rows the gate scores: as many as make the tax's 95% interval `TAX_PRECISION` wide on each side.
 
@@ -208,7 +203,7 @@ def rows_needed(trained: RowScores, shipped: RowScores, available: int) -> int:
     Returns:
         At least `FEWEST_ROWS`, where there are as many.
     """
-    found, rows = tax_interval(trained, shipped), len(trained.nll)
+    found, rows = shipped.above(trained), len(trained.nll)
     wanted = rows * ((found["high"] - found["low"]) / (2 * TAX_PRECISION)) ** 2
     return min(available, max(FEWEST_ROWS, math.ceil(wanted)))
 
@@ -223,8 +218,7 @@ def task_metric_for(examples: Sequence[Example], task: str, labels: tuple[str, .
     if task == "feature-extraction":
         texts = [tuple(example.pair_ids) for example in examples]
         return TaskMetric("recall_at_1", lambda scores: _recall(scores, texts))
-    spans = any(label[:2] in ("B-", "I-") for label in labels) and find_spec("seqeval") is not None
-    if task == "token-classification" and spans:
+    if task == "token-classification" and marks_spans(labels):
         return TaskMetric("span_f1", lambda scores: _span_f1(scores, examples, labels))
     if examples and isinstance(examples[0].labels[0], float):
         gold = np.array([example.labels for example in examples])

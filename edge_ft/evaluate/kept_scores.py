@@ -41,7 +41,7 @@ def find_scores(file: Path, name: str, examples: Sequence[Example]) -> RowScores
         examples: The rows.
 
     Returns:
-        Their scores; None where those of one are not there.
+        Their scores; None where those of one are not there, or the file is not as `write_scores` writes it.
     """
     try:
         arrays = load_file(file)
@@ -55,6 +55,4 @@ def find_scores(file: Path, name: str, examples: Sequence[Example]) -> RowScores
 
 def _digest(example: Example) -> NDArray[np.uint8]:
     """Return a hash of what a row's scores depend on, uint8 [16]."""
-    parts = (example.input_ids, example.labels, example.token_type_ids, example.pair_ids)
-    data = b"".join(np.array([len(numbers), *numbers], np.float64).tobytes() for numbers in parts)
-    return np.frombuffer(sha256(data).digest()[:16], np.uint8)
+    return np.frombuffer(sha256(example.content).digest()[:16], np.uint8)

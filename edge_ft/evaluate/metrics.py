@@ -5,9 +5,10 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any, TypedDict
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = [
     "exact_match",
     "interval",
     "macro_f1",
+    "marks_spans",
     "mean",
     "micro_f1",
     "multi_label_f1",
@@ -179,6 +181,11 @@ def ranks(first: NDArray[np.float32], second: NDArray[np.float32], texts: Sequen
     return found
 
 
+def marks_spans(tags: Iterable[str]) -> bool:
+    """Return whether there are B- and I- tags, and seqeval is installed, which reads their spans."""
+    return find_spec("seqeval") is not None and any(tag[:2] in ("B-", "I-") for tag in tags)
+
+
 def span_metrics(predicted: list[list[str]], gold: list[list[str]]) -> dict[str, Metric]:
     """Return `span_f1` of the spans that B- and I- tags mark in each row, where seqeval is installed.
 
@@ -193,7 +200,7 @@ def span_counts(predicted: list[list[str]], gold: list[list[str]]) -> tuple[NDAr
 
     None without seqeval, or where no row has a span.
     """
-    if find_spec("seqeval") is None or not any(tag[:2] in ("B-", "I-") for row in gold for tag in row):
+    if not marks_spans(chain.from_iterable(gold)):
         return None
     entities = require("seqeval.metrics.sequence_labeling", "metrics").get_entities
     spans = [(set(entities(found)), set(entities(right))) for found, right in zip(predicted, gold, strict=True)]

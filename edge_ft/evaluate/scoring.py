@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,7 +14,9 @@ from edge_ft.errors import AuditRefused
 from edge_ft.evaluate.metrics import (
     UNDEFINED,
     MaybeMetric,
+    Metric,
     macro_f1,
+    marks_spans,
     mean,
     multi_label_f1,
     number_metrics,
@@ -120,8 +121,15 @@ class RowScores:
 
     def at(self, rows: Sequence[int]) -> "RowScores":
         """Return the scores of some rows, without their vectors."""
-        nll, tokens, correct = (getattr(self, name)[list(rows)] for name in ("nll", "tokens", "correct"))
-        return RowScores(nll, tokens, correct, [self.predicted[row] for row in rows])
+        scored = self.rows
+        return row_scores([scored[row] for row in rows])
+
+    def above(self, other: "RowScores") -> Metric:
+        """Return by how much the loss is above that of the same rows in `other`, in nats per target token.
+
+        The 95% interval is a paired bootstrap over rows, weighted by their targets.
+        """
+        return mean((self.nll - other.nll) / self.tokens, self.tokens)
 
     def agreement(self, other: "RowScores") -> float:
         """Return the share of targets for which both scores have the same likeliest token or class."""
@@ -271,8 +279,7 @@ def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: t
 
     Returns:
         `nll` (nats per target token), `perplexity` and their intervals, and `metrics`; a metric that these rows leave
-        undefined has the value None. For regression and
-        feature-extraction the perplexity and its interval are None.
+        undefined has the value None. For regression and feature-extraction the perplexity and its interval are None.
     """
     metrics: dict[str, MaybeMetric]
     right = scores.correct / scores.tokens
@@ -284,10 +291,9 @@ def summary(scores: RowScores, examples: Sequence[Example], task: str, labels: t
         metrics = {**recall(*scores.vectors, [tuple(example.pair_ids) for example in examples])}
     elif task == "token-classification":
         spans = span_metrics(*tag_names(scores, examples, labels))
-        marked = any(label[:2] in ("B-", "I-") for label in labels) and find_spec("seqeval") is not None
         metrics = {
             "accuracy": mean(right, scores.tokens),
-            **({"span_f1": UNDEFINED} if marked else {}),  # no row has a span
+            **({"span_f1": UNDEFINED} if marks_spans(labels) else {}),  # no row has a span
             **spans,
         }
     elif isinstance(examples[0].labels[0], float):

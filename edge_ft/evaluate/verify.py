@@ -23,7 +23,6 @@ from edge_ft.data import (
     trained_rendering,
 )
 from edge_ft.errors import BundleError, GateRefused
-from edge_ft.evaluate.metrics import mean
 from edge_ft.evaluate.scoring import Batching, RowScores, drop_unscorable, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.runtime import load
@@ -171,8 +170,8 @@ def _verify_rows(graphs: _Graphs, data: str, config: VerifyConfig) -> tuple[dict
         return result, _differences_from_export(graphs, level, scores)
     if manifest["lane"] != "adapter":
         return result, []
-    base = graphs.score("1", examples, "rows, base", adapter="none")
-    gain = mean((base.nll - scores.nll) / base.tokens, base.tokens)
+    base = graphs.score(level, examples, "rows, base", adapter="none")
+    gain = base.above(scores)
     reason = f"on these rows the adapter is no better than its base: {scores.mean_nll:.4f} nats per token"
     return {**result, "base_nll": base.mean_nll}, [reason] if gain["low"] <= 0 else []
 

@@ -17,10 +17,8 @@ from onnxruntime import OrtValue
 from edge_ft.artifacts import Bundle
 from edge_ft.config import ProblemType, Task
 from edge_ft.data import Batch
-from edge_ft.errors import BundleError
 from edge_ft.tune.block_graphs import BlockGraphs, Values, as_value
 from edge_ft.tune.bundle_heads import ClassHead, Loss, VocabularyHead
-from edge_ft.utf8 import read_json
 
 __all__ = ["BlockModel", "Pair", "Tokens"]
 
@@ -80,7 +78,7 @@ class BlockModel:
             threads: CPU threads.
             problem: What the logits of a text classifier are; None: one class.
         """
-        index = read_json(bundle.path / bundle.manifest["train"]["index"], BundleError)
+        index = bundle.train_index()
         self._graphs = graphs = BlockGraphs(bundle.path, index["tensors"], threads)
         self.task: Task = bundle.task  # type: ignore[assignment]
         self.head: VocabularyHead | ClassHead

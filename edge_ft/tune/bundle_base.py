@@ -8,9 +8,8 @@ from typing import Any
 from edge_ft.artifacts import Bundle
 from edge_ft.config import Pooling, ProblemType, Task
 from edge_ft.data import TextTokenizer
-from edge_ft.errors import BundleError, ModelError, UsageError
+from edge_ft.errors import ModelError, UsageError
 from edge_ft.families import Family, family_of
-from edge_ft.utf8 import read_json
 
 __all__ = ["BundleBase", "find_bundle_base"]
 
@@ -43,8 +42,7 @@ class BundleBase:
     @cached_property
     def index(self) -> dict[str, Any]:
         """What its training graphs are made of."""
-        index: dict[str, Any] = read_json(self.path / self.bundle.manifest["train"]["index"], BundleError)
-        return index
+        return self.bundle.train_index()
 
     @cached_property
     def content_sha256(self) -> str:

@@ -17,6 +17,7 @@ from edge_ft.system import Available, default_threads
 from edge_ft.tune.block_model import BlockModel
 from edge_ft.tune.bundle_answers import BundleAnswers
 from edge_ft.tune.bundle_base import BundleBase
+from edge_ft.tune.classes import join_classes
 from edge_ft.tune.loop import Fit
 from edge_ft.tune.onnx_backend import OnnxBackend, fresh_adapter
 from edge_ft.tune.opening import OpenedRun
@@ -32,9 +33,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "vocabulary": ("all",),
 }
 """Options of which a training over a bundle knows some values only."""
-
-SHOWN = 5
-"""Most classes that a message names."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +122,10 @@ class BundleEngine:
         config, base = job.config, job.base
         assert isinstance(base, BundleBase) and config.threads is not None
         rendering = job.prepared.rendering
-        if rendering.labels != base.labels(rendering.task):
+        if rendering.labels != (own := base.labels(rendering.task)):
             raise UsageError(
-                f"{config.data} has the classes {_named(rendering.labels)}, and the head of {base.name} has "
-                f"{_named(base.labels(rendering.task))}: name the rows' classes as the head does, or export the model "
+                f"{config.data} has the classes {join_classes(rendering.labels)}, and the head of {base.name} has "
+                f"{join_classes(own)}: name the rows' classes as the head does, or export the model "
                 "with --class-names"
             )
         model = BlockModel(base.bundle, config.threads, rendering.problem_type)
@@ -160,10 +158,6 @@ class BundleEngine:
     def settle_memory(self, job: Job, model: BundleModel) -> Job:
         """Return the job as it is."""
         return job
-
-
-def _named(labels: tuple[str, ...]) -> str:
-    return ", ".join(labels[:SHOWN]) + (f" and {len(labels) - SHOWN} more" if len(labels) > SHOWN else "")
 
 
 def _default(name: str) -> Any:

@@ -33,6 +33,7 @@ __all__ = [
     "find_answer_in_prompt",
     "find_class_problems",
     "find_too_many_classes",
+    "join_classes",
 ]
 
 SHOWN = 5
@@ -85,7 +86,7 @@ def choose_classes(
         unknown = [name for name in found if not columns.places and class_index(name, named) is None]
         if unknown or columns.places not in (0, len(named)):
             what = f"{columns.places} classes" if columns.places else f"the class {unknown[0]!r}"
-            raise UsageError(f"the column {columns.label} has {what} and --class-names gives {_join(named)}")
+            raise UsageError(f"the column {columns.label} has {what} and --class-names gives {join_classes(named)}")
     if labels is model_labels and not set(found) & set(labels) and is_unnamed(labels):
         labels = class_numbers(labels)  # LABEL_0 is no name
     if len(labels) < 2:
@@ -96,11 +97,11 @@ def choose_classes(
         )
     if model_labels:
         what = "the model's own head is trained further, for" if known else "a new head replaces the model's for"
-        progress.say(f"{what} {_join(model_labels)}")
+        progress.say(f"{what} {join_classes(model_labels)}")
     if columns.places or not set(found) <= set(labels):
         indices = [int(name) if columns.places else class_index(name, labels) for name in found]
         pairs = [f"{name} is {labels[at]}" for name, at in zip(found, indices, strict=True) if at is not None]
-        progress.say(f"classes in the rows: {_join(pairs)}")
+        progress.say(f"classes in the rows: {join_classes(pairs)}")
     return labels
 
 
@@ -233,5 +234,6 @@ def _count(rows: Sequence[Row], examples: Sequence[Example], rendering: Renderin
     return Counter(answer_of(row, rendering.columns) or "" for row in rows) if rendering.answers else Counter()
 
 
-def _join(names: Sequence[str]) -> str:
+def join_classes(names: Sequence[str]) -> str:
+    """Return the names of classes as a message lists them: the first few, and how many more there are."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

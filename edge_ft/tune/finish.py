@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import TuneConfig
 from edge_ft.errors import UsageError
-from edge_ft.evaluate.gate import tax_interval
 from edge_ft.evaluate.scoring import RowScores
 from edge_ft.files import atomic_folder, file_sha256, is_as_sealed, seal, write_json
 from edge_ft.models.loading import ModelSpec, load_model
@@ -98,7 +97,7 @@ def finish(run: RunFolder, job: "Job", model: TrainableModel, fitted: Fit, progr
     if left is not None and left <= 0:
         progress.say(f"no finishing steps: --max-minutes {config.max_minutes:g} are over; an export chooses the codes")
         return None
-    work, adapter = run.path / FINISH, file_sha256(run.adapter / "adapter_model.safetensors")
+    work, adapter = run.path / FINISH, file_sha256(run.adapter_weights)
     merged = _load_merged(run, adapter, job, model, progress)
     checkpoint = read_checkpoint(work)
     own = finishing_config(config, steps, left)
@@ -179,7 +178,7 @@ class _Callbacks(Callbacks):
 
 def _figures(finished: Fit, trained: RowScores, config: TuneConfig) -> dict[str, Any]:
     """Return `finish` of report.json."""
-    tax = tax_interval(trained, finished.best)
+    tax = finished.best.above(trained)
     return {
         "steps": finished.steps,
         "best_step": finished.best_step,

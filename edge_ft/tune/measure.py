@@ -56,7 +56,7 @@ class Measured:
     report: float
     """Seconds to score a batch for the report, in float32, over those during the training."""
     token: float
-    """Seconds of a generated token; of a model that gives no answers together, as many as make up for that."""
+    """Seconds of a generated token: `BATCH_COST` times these is what a token of each of `ANSWERS` answers takes."""
     memory: Curve
     """Resident bytes at the peak of a step; at 0 tokens, those before it."""
     loading: int

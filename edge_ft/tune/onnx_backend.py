@@ -1,6 +1,5 @@
 """The arithmetic of a training step in ONNX Runtime and numpy, over a bundle that can learn. No torch."""
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from safetensors.numpy import save_file
 
 from edge_ft.config import TuneConfig
 from edge_ft.data import Batch, target_mask
-from edge_ft.files import write_json
+from edge_ft.files import replaced_folder, write_json
 from edge_ft.runtime import Seq2SeqGenerator, TextGenerator
 from edge_ft.tune.block_graphs import Values
 from edge_ft.tune.block_model import BlockModel, Pair
@@ -182,15 +181,11 @@ class OnnxBackend:
         return True
 
     def save(self, folder: Path) -> None:
-        """Write the current weights in PEFT's format beside `folder`, which they then replace."""
-        neighbour = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(neighbour, ignore_errors=True)
-        neighbour.mkdir()
+        """Write the current weights as a PEFT adapter, whole or not at all."""
         arrays = {f"base_model.model.{name}": array for name, array in self.named.items()}
-        save_file(arrays, neighbour / "adapter_model.safetensors", {"format": "pt"})
-        write_json(neighbour / "adapter_config.json", dict(self._adapter_config))
-        shutil.rmtree(folder, ignore_errors=True)
-        neighbour.rename(folder)
+        with replaced_folder(folder) as neighbour:
+            save_file(arrays, neighbour / "adapter_model.safetensors", {"format": "pt"})
+            write_json(neighbour / "adapter_config.json", dict(self._adapter_config))
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return `parameters.N`, `best.N`, `optimizer.N.NAME` and `updates`; the arrays share memory."""

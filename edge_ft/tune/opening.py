@@ -51,7 +51,7 @@ class OpenedRun:
     @property
     def grid(self) -> Grid | None:
         """How the interrupted run rounds weights, if it has begun."""
-        return Grid.recorded(self.folder.base()) if (self.folder.path / "base.json").is_file() else None
+        return Grid.recorded(self.folder.base()) if self.folder.base_path.is_file() else None
 
     @property
     def resumed_from(self) -> int | None:
@@ -93,13 +93,13 @@ def open_run(config: TuneConfig) -> OpenedRun:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-    run.check_files("base.json", "codes.safetensors")
+    run.check_files(run.base_path.name, run.codes.name)
     checkpoint = read_checkpoint(out)
     if checkpoint is not None:
-        _check_metrics(out / "metrics.jsonl", checkpoint)
+        _check_metrics(run.metrics_path, checkpoint)
         return OpenedRun(run, _complete(config, checkpoint.config), checkpoint)
     # Stopped before its first checkpoint: what was learned is lost, the resolved settings are not.
-    run.check_files("config.yaml")
+    run.check_files(run.config_path.name)
     for folder in (run.adapter, out / "checkpoint"):
         shutil.rmtree(folder, ignore_errors=True)
     return OpenedRun(run, _complete(config, run.settings()))

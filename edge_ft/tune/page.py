@@ -1,13 +1,12 @@
 """The report of a run as one HTML page: what was learned, on what, and what it took."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from edge_ft.artifacts import RunFolder
+from edge_ft.config import TEXT_TASKS
 from edge_ft.page import NO_PLOTS, Plot, Section, Table, html_page, interval
 from edge_ft.plots import Curve, can_plot, curves
-from edge_ft.utf8 import read_utf8
 
 __all__ = ["losses_of_run", "page_of_run", "unit_of"]
 
@@ -50,23 +49,22 @@ def page_of_run(
 
 def losses_of_run(run: RunFolder) -> Section | None:
     """The curves of a finished run, for the page of its export; None of a run that has no log."""
-    log = run.path / "metrics.jsonl"
-    if not log.is_file() or not run.report_path.is_file() or "overfitting" not in (report := run.report()):
+    steps = run.metrics()
+    if not steps or not run.report_path.is_file() or "overfitting" not in (report := run.report()):
         return None
-    return _losses(report, [json.loads(line) for line in read_utf8(log).splitlines()])
+    return _losses(report, steps)
 
 
 def unit_of(task: str) -> str:
     """The unit of a loss: text is scored by token, other tasks by row."""
-    texts = ("text-generation", "text2text-generation", "fill-mask")
-    return "nats per target token" if task in texts else "nats per row"
+    return "nats per target token" if task in (*TEXT_TASKS, "fill-mask") else "nats per row"
 
 
 def _scores(report: dict[str, Any]) -> Section:
-    nll = report["nll"]
-    rows = [[f"validation loss, {unit_of(report['task'])}", f"{nll['base']:.4f}", f"{nll['best']:.4f}"]]
+    nll, unit = report["nll"], unit_of(report["task"])
+    rows = [[f"validation loss, {unit}", f"{nll['base']:.4f}", f"{nll['best']:.4f}"]]
     if nll["test"] is not None:
-        rows.append([f"test loss, {unit_of(report['task'])}", f"{nll['test_base']:.4f}", f"{nll['test']:.4f}"])
+        rows.append([f"test loss, {unit}", f"{nll['test_base']:.4f}", f"{nll['test']:.4f}"])
     for name, columns in report["metrics"].items():
         split = "test" if "test" in columns else "validation"
         rows.append([f"{split} {name}", interval(columns[f"{split}_base"]), interval(columns[split])])
@@ -88,7 +86,7 @@ def _losses(report: dict[str, Any], steps: Sequence[dict[str, Any]]) -> Section:
     validated = [(line["step"], line["validation_nll"]) for line in steps if line.get("validation_nll") is not None]
     rates = [(line["step"], line["learning_rate"]) for line in steps if line.get("learning_rate") is not None]
     rows = [[str(step), f"{loss:.4f}"] for step, loss in validated]
-    tables = [Table(["step", f"validation loss, {unit_of(report['task'])}"], rows)]
+    tables = [Table(["step", f"validation loss, {unit}"], rows)]
     overfitting = report["overfitting"]
     texts = [
         f"With the best weights the loss of train rows is {overfitting['train_nll']:.4f} and that of validation rows "

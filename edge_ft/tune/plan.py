@@ -41,7 +41,7 @@ FINISHING_BYTES = 1.3
 DEVICE_FRAGMENTATION = 1.1
 """Memory that a GPU's allocator holds over that of the tensors."""
 FINAL_SECONDS = 1.5
-"""Seconds for the plot and the report."""
+"""Seconds to write the report and its page."""
 
 
 def plan(config: TuneConfig, progress: Progress | None = None, available: Available | None = None) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def estimate(
     )
     if not choice["fits"]:
         raise WillNotFit(_does_not_fit(choice, available))
-    write_json(run.path / "plan.json", result)
+    write_json(run.plan_path, result)
 
 
 def _options(config: TuneConfig, base: "Base") -> list[TuneConfig]:

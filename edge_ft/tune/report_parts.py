@@ -127,7 +127,7 @@ def kept_parts(run: RunFolder, job: "Job") -> ReportParts:
         The parts.
     """
     config = {name: value for name, value in as_plain(job.config).items() if name not in NOT_COMPARED}
-    weights = file_sha256(run.adapter / "adapter_model.safetensors")
+    weights = file_sha256(run.adapter_weights)
     key = json.dumps([config, job.identity, weights], sort_keys=True)
     return ReportParts(run.path / REPORT_PARTS, sha256(key.encode()).hexdigest())
 

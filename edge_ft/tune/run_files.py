@@ -1,6 +1,5 @@
 """What a tune writes into its run folder before and after the training."""
 
-import json
 import platform
 import time
 from typing import Any
@@ -33,13 +32,13 @@ def begin(run: RunFolder, job: Job, model: TrainableModel) -> None:
         model: Its codes are written where they were chosen now.
     """
     config, base, prepared = job.config, job.base, job.prepared
-    known = run.base() if (run.path / "base.json").is_file() else {}
+    known = run.base() if run.base_path.is_file() else {}
     calibration = model.calibration.to_dict() if model.calibration is not None else known.get("calibration")
     for name, rows in prepared.rows.items():
         write_jsonl(run.split(name), [row.fields for row in rows])
     write_json(run.path / "rendering.json", prepared.rendering.to_dict())
     write_json(
-        run.path / "base.json",
+        run.base_path,
         {
             "model": base.name,
             "path": str(base.path.resolve()),
@@ -114,10 +113,8 @@ def write_report(
         "processes": processes.count,
         "machine": platform.platform(),
     }
-    log = run.path / "metrics.jsonl"
-    steps = [json.loads(line) for line in read_utf8(log).splitlines()] if log.is_file() else []
-    plan = read_json(run.path / "plan.json") if (run.path / "plan.json").is_file() else None
-    write_text(run.page_path, page_of_run(report, steps, plan, with_samples=job.config.include_samples))
+    plan = read_json(run.plan_path) if run.plan_path.is_file() else None
+    write_text(run.page_path, page_of_run(report, run.metrics(), plan, with_samples=job.config.include_samples))
     if job.config.compute == "fp32" and job.prepared.task != "feature-extraction":  # as the export computes
         scores = {"base": fitted.base, "tuned": fitted.best}
         write_scores(run.scores, job.prepared.examples["validation"], scores)

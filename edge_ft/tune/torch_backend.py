@@ -1,6 +1,5 @@
 """The arithmetic of a training step in torch, on the GPU or the CPU, in one process or several."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from edge_ft.config import Task, TuneConfig
 from edge_ft.data import Batch
 from edge_ft.families import Family
+from edge_ft.files import replaced_folder
 from edge_ft.models.chunked_loss import target_loss
 from edge_ft.models.compute import Compute
 from edge_ft.models.scorer import HEAD_INPUTS, LOSSES, TorchScorer
@@ -30,7 +30,7 @@ class TorchBackend(TorchScorer):
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over the trainable parameters of a PEFT model.
 
     Steps, scores and answers compute in the precision of `config.compute`, or in float32 inside `in_float32`. The
-    methods are those of `edge_ft.tune.loop.Backend`; where several processes train together, all of them
+    methods are those of `edge_ft.tune.engine.TrainingBackend`; where several processes train together, all of them
     call `gradient`, `update` and `token_nll` in the same order, and each computes its share of a batch.
     """
 
@@ -175,16 +175,13 @@ class TorchBackend(TorchScorer):
         self.best = current
 
     def save(self, folder: Path) -> None:
-        """Write the current weights beside `folder`, which they then replace: it is never half written."""
+        """Write the current weights as a PEFT adapter, whole or not at all; only the main process does."""
         if not self.processes.is_main:
             return
-        neighbour = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(neighbour, ignore_errors=True)
-        # The base is frozen and its codes are not PEFT's to save; "auto" would ask a hub for its config.
-        self.model.save_pretrained(neighbour, save_embedding_layers=False)  # type: ignore[operator]
-        (neighbour / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        shutil.rmtree(folder, ignore_errors=True)
-        neighbour.rename(folder)
+        with replaced_folder(folder) as neighbour:
+            # The base is frozen and its codes are not PEFT's to save; "auto" would ask a hub for its config.
+            self.model.save_pretrained(neighbour, save_embedding_layers=False)  # type: ignore[operator]
+            (neighbour / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
     def seed(self, seed: int) -> None:
         """Seed torch's random numbers, which dropout draws, differently in each process: each has other rows."""

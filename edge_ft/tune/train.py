@@ -46,7 +46,7 @@ def train(
     run, checkpoint, backend = opened.folder, opened.checkpoint, model.backend
     if checkpoint is not None:
         backend.restore(checkpoint.backend)
-    log = run.path / "metrics.jsonl" if processes.is_main else None
+    log = run.metrics_path if processes.is_main else None
     examples = job.prepared.examples
     rows = TrainingRows(examples["train"], examples["validation"], job.batching, job.watched)
     with Metrics(log, checkpoint.metrics_bytes if checkpoint else 0) as metrics, held():
