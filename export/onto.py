@@ -3,7 +3,6 @@
 All new files are written under names that no bundle holds yet; replacing manifest.json is the one moment of the change.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -112,8 +111,6 @@ def _find(source: Path, bundle: Bundle, config: ExportConfig) -> _Added:
         raise UsageError(f"--data is for an adapter from elsewhere: the run folder {source} has its own rows")
     bound = bind(bundle, source.absolute())
     tokenizer = TextTokenizer.of_bundle(path)
-    if run is not None and _vocabulary(run.tokenizer) != _vocabulary(path):
-        raise UsageError(f"{source} was trained with another tokenizer than that of {path}: export it with its model")
     rendering = Rendering.from_dict(bound.bundle.manifest["rendering"])
     if rendering.task != bundle.task:
         raise UsageError(f"{source} was trained for {rendering.task}, and {path} is for {bundle.task}")
@@ -148,10 +145,6 @@ def _name(source: Path, bundle: Bundle, config: ExportConfig) -> str:
             f"--name {config.name}: a name has up to 64 letters, digits, dots, hyphens and underscores, and is not none"
         )
     return name
-
-
-def _vocabulary(folder: Path) -> Any:
-    return json.loads((folder / "tokenizer.json").read_text("utf-8"))
 
 
 def _write(added: _Added) -> tuple[str, dict[str, Any]]:

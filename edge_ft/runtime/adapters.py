@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.errors import UsageError, did_you_mean
 from edge_ft.families import family_of
+from edge_ft.utf8 import read_json
 
 if TYPE_CHECKING:
     from edge_ft.adapter import Adapter
@@ -78,7 +79,7 @@ def _values(bundle: Bundle, adapter: str | Path, names: Mapping[str, Any]) -> tu
     """Return an adapter's values, how it reads rows, and its name for messages.
 
     Raises:
-        UsageError: there is none, or it is more than A and B.
+        UsageError: there is none, it is more than A and B, or it was trained with other tokens.
     """
     own: dict[str, Any] = bundle.manifest["rendering"]
     if adapter in names:
@@ -97,8 +98,27 @@ def _values(bundle: Bundle, adapter: str | Path, names: Mapping[str, Any]) -> tu
 
     found = find_adapter(RunFolder(folder).adapter if RunFolder(folder).adapter.is_dir() else folder)
     run = RunFolder(found.path.parent)
-    rendering = run.rendering() if (run.path / "rendering.json").is_file() else own
+    if not (run.path / "rendering.json").is_file():
+        return _values_of(found, bundle), own, f"the adapter {found.path}"
+    rendering = run.rendering()
+    if not _have_same_tokens(run.tokenizer, bundle.path):  # the rendering names tokens by id
+        raise UsageError(
+            f"{folder} was trained with other tokens than those of {bundle.path}: export it with its model, edge-ft "
+            f"export {folder} --lane adapter"
+        )
     return _values_of(found, bundle), rendering, f"the adapter {found.path}"
+
+
+def _have_same_tokens(one: Path, other: Path) -> bool:
+    """Whether the tokenizers of a run and a bundle have the same tokens under the same ids."""
+    files = [folder / "tokenizer.json" for folder in (one, other)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return True
+    found = [read_json(file) for file in files]
+    tokens = [
+        (each["model"]["vocab"], [(token["id"], token["content"]) for token in each["added_tokens"]]) for each in found
+    ]
+    return bool(tokens[0] == tokens[1])
 
 
 def _values_of(adapter: "Adapter", bundle: Bundle) -> Values:

@@ -108,6 +108,17 @@ def test_its_bundle_learns_on_the_device_and_takes_no_option_of_its_own(
         trained(bundle, sums, tmp_path / "again", **settings | {"vocabulary": "rows"})
 
 
+def test_an_adapter_of_other_tokens_is_refused_where_ids_would_mean_others(
+    bundles: dict[str, Bundle], run: RunFolder, llama_run: RunFolder, llama_adapter_bundle: Bundle
+) -> None:
+    for bundle, adapter in ((bundles["adapter"], llama_run), (llama_adapter_bundle, run)):
+        with pytest.raises(UsageError, match="was trained with other tokens than those of"):
+            load(bundle.path, threads=1, adapter=adapter.path)
+        with pytest.raises(UsageError, match="was trained with other tokens than those of"):
+            export(str(adapter.path), ExportConfig(onto=bundle.path))
+    load(bundles["adapter"].path, threads=1, adapter=run.path)
+
+
 def test_a_gguf_file_of_it_is_read_back_with_the_same_tokens(run: RunFolder, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     made = export_gguf(str(run.path), ExportConfig(out=file, format="gguf", threads=1, **LOOSE))
