@@ -74,7 +74,7 @@ class Vocabulary:
 
     def write(self, file: Path) -> None:
         """Write it as JSON."""
-        write_text(file, json.dumps(asdict(self)) + "\n")
+        write_json(file, asdict(self))
 
     @property
     def rows(self) -> list[int]:

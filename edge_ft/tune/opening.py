@@ -93,7 +93,7 @@ def open_run(config: TuneConfig) -> OpenedRun:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-    run.check_files(run.base_path.name, run.codes.name)
+    run.check_files(run.base_path.name, run.codes.name, run.vocabulary.name)
     checkpoint = read_checkpoint(out)
     if checkpoint is not None:
         _check_metrics(run.metrics_path, checkpoint)

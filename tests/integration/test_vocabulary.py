@@ -132,6 +132,12 @@ def test_a_stopped_run_goes_on_over_the_same_tokens(
     out = tmp_path / "run"
     settings = {**SETTINGS, "vocabulary": "rows", "threads": 1, "checkpoint_steps": 1}
     stopped_at(TuneConfig(model=str(model), data=str(sums), out=out, **settings), 6, monkeypatch)
+    file = RunFolder(out).vocabulary
+    text = file.read_text()
+    file.write_text(text.replace("11", "12", 1))
+    with pytest.raises(UsageError, match=r"vocabulary\.json is not the file that was written"):
+        trained(model, sums, out, resume=True)
+    file.write_text(text)
     monkeypatch.setattr(vocabulary, "GENERAL", 30)  # a later release may keep others
     resumed = trained(model, sums, out, resume=True)
     assert resumed.report()["resumed_from_step"] == 6
