@@ -91,11 +91,9 @@ def _from_run(run: RunFolder, config: ExportConfig, progress: Progress | None) -
     weights = config.weights or "int4"
     _check_size(config, weights, int(identity.get("calibration_rows") or 0), run.rendering()["task"])
     if config.lane == "adapter":
-        if trained_format == "nf4" or trained_format == "bf16":
-            raise UsageError(
-                f"{run.path} has a base of format {trained_format}, which no bundle can have: use --lane merged"
-            )
-        weights = config.weights or trained_format
+        if trained_format == "nf4":
+            raise UsageError(f"{run.path} has a base of format nf4, which no bundle can have: use --lane merged")
+        weights = config.weights or (trained_format if trained_format == "int8" else "int4")
     base = find_run_base(run, progress)
     _refuse_int8_activations(weights, base, config.lane)
     tokenizer = TextTokenizer.load(run.tokenizer, base.known_ids)

@@ -34,6 +34,8 @@ from edge_ft.quant.serialization import codes_sha256, stored_finer
 
 __all__ = ["ExportSource"]
 
+FLOATS: tuple[BaseFormat, ...] = ("bf16", "fp32")
+
 
 @dataclass(frozen=True)
 class ExportSource:
@@ -118,9 +120,18 @@ class ExportSource:
             return None
         identity = self.run.base()
         trained = (identity["format"], Grid.recorded(identity), identity["content_sha256"])
-        if model == "base" and trained != (self.weights, self.grid, self.base.content_sha256):
+        if model == "base" and trained != (self._untuned_format, self.grid, self.base.content_sha256):
             return None
         return find_scores(self.run.scores, model, examples)
+
+    @property
+    def _untuned_format(self) -> BaseFormat | Weights:
+        """Format of the base that the tuned model is compared with: that of the training, where that is float."""
+        return self.trained_format if self.run is not None and self.trained_format in FLOATS else self.weights
+
+    def load_untuned(self) -> Any:
+        """Return the base without its adapter, as it is compared with the tuned model."""
+        return self.load(self._untuned_format)
 
     def load_trained(self) -> Any:
         """Return the model as trained: the base in its training format, with the adapter beside it."""
@@ -144,14 +155,16 @@ class ExportSource:
         """
         if (finished := self._finished(progress)) is not None:
             return finished
+        beside = self.adapter is not None and self.lane == "adapter"
+        chooses = self.weights == "int4" and bool(self.rows.calibration) and not (beside and self.codes is not None)
         with heartbeat(progress, f"loading {self.base.name}"):
-            if self.lane != "merged" and self.weights not in INT8_ACTIVATIONS:
+            if self.lane != "merged" and self.weights not in INT8_ACTIVATIONS and not chooses:
                 model = self.load(self.weights, progress)
-                return model if self.adapter is None else load_adapter(model, self.adapter)
+                return load_adapter(model, self.adapter) if beside else model
             model = self.load("fp32", progress)
-            if self.adapter is not None:
+            if self.adapter is not None and not beside:
                 model = merge_adapter(model, self.adapter)
-        if self.weights == "int4" and self.rows.calibration:
+        if chooses:
             examples = self.rows.calibration
             rows = make_calibration(
                 examples, len(examples), self.tokenizer.pad_id, self.task, progress, packed=self.base.family.packs
@@ -166,7 +179,7 @@ class ExportSource:
         elif self.weights != "fp32":
             with heartbeat(progress, f"rounding the weights to {self.weights}"):
                 self._round(model, self.weights)
-        return model
+        return load_adapter(model, self.adapter) if beside else model
 
     def _finished(self, progress: Progress) -> Any | None:
         """Return the merged model that the run ended on, if that is what ships.

@@ -126,7 +126,7 @@ def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) ->
     if source.adapter is None and not validation:
         return TorchScores(shipped_probe, None, None, None)
     with heartbeat(progress, "loading the base"):
-        base_model = source.load(source.weights)
+        base_model = source.load_untuned()
     base = source.known_scores("base", validation) if validation else None
     if validation and base is None:
         base = scored(base_model, validation, "validation, base")
@@ -138,7 +138,11 @@ def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) ->
         whole = shipped_model.get_base_model() if hasattr(shipped_model, "get_base_model") else shipped_model
         for name in head:
             base_model.set_submodule(name, whole.get_submodule(name))
-    untuned_probe = scored(base_model, probes, "probe, base")
+    if source.lane == "adapter" and not head:  # the very model that ships, whose codes may be no others' than its own
+        with shipped_model.disable_adapter():
+            untuned_probe = scored(shipped_model, probes, "probe, base")
+    else:
+        untuned_probe = scored(base_model, probes, "probe, base")
     del base_model
     if not validation:
         return TorchScores(shipped_probe, untuned_probe, base, None)

@@ -116,7 +116,11 @@ def llama_run(work: Path, llama: Path, sums: Path) -> RunFolder:
     """A tiny decoder, tuned to a lower loss."""
 
     def run(out: Path) -> None:
-        tune(TuneConfig(model=str(llama), data=str(sums), out=out, epochs=30, batch_size=4, **LEARNING))
+        tune(
+            TuneConfig(
+                model=str(llama), data=str(sums), out=out, epochs=30, batch_size=4, base_format="int4", **LEARNING
+            )
+        )
 
     return RunFolder.open(once(work / "llama-run", run))
 

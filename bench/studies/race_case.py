@@ -149,7 +149,7 @@ def _write_weights(job: Job, file: Path) -> None:
     """Write the float weights that our codes stand for, so that the baseline trains over the very same function."""
     config, prepared = job.config, job.prepared
     model = load_model(
-        ModelSpec(job.base, prepared.task, config.base_format, Grid(config.block_size), prepared.rendering.labels, 0)
+        ModelSpec(job.base, prepared.task, config.frozen_format, Grid(config.block_size), prepared.rendering.labels, 0)
     )
     weights = {
         f"{name}.weight": dequantize(module.codes())

@@ -21,7 +21,6 @@ from edge_ft.bench.studies.curves import best_nll, compare, largest_difference, 
 from edge_ft.bench.studies.kept_jobs import KeptJobs
 from edge_ft.bench.studies.race_settings import Race, Trainings
 from edge_ft.bench.studies.whole_command import tune_command
-from edge_ft.config import TuneConfig
 from edge_ft.errors import BudgetFailed, UsageError, require
 from edge_ft.files import write_json
 from edge_ft.progress import Lines, Progress, Silent
@@ -66,8 +65,10 @@ class _Trainers:
         shared = {name: value for name, value in asdict(race).items() if name not in OURS_ALONE}
         self.jobs = KeptJobs(out, shared | {"threads": self.threads, "yardstick": YARDSTICK}, self.threads)
         rows = self.out / "rows"
-        self.tune = race.tune_settings(rows) | (SAME_RECIPE if same_recipe else {})
-        self.base_format = TuneConfig(**self.tune, out=Path("unused")).base_format
+        self.tune = race.tune_settings(rows)
+        if same_recipe:
+            self.tune = {"base_format": "int4"} | self.tune | SAME_RECIPE
+        self.base_format = self.tune.get("base_format", "default")
         self.epochs = race.epochs or (None if same_recipe else BASELINE_EPOCHS)  # None: as ours
         self.prefix = f"same-recipe-{self.base_format}-" if same_recipe else ""
         has_codes = same_recipe and self.base_format != "fp32"

@@ -33,7 +33,7 @@ class ExportConfig(RowsConfig):
     with --lane adapter the adapter beside it as FILE.lora.gguf."""
     weights: Annotated[Weights | None, Group.BUNDLE] = None
     """Weight format of the bundle; int8-dynamic and int8-static (encoders) compute in int8 too; default: int4, but
-    with --lane adapter the base format of the run."""
+    int8 with --lane adapter of a run over int8."""
     lane: Annotated[Literal["merged", "adapter"], Group.BUNDLE] = "merged"
     """merged: the adapter becomes part of the weights; adapter: the base keeps its codes and the adapter stays in
     float beside them."""

@@ -59,8 +59,10 @@ class TuneConfig(RowsConfig):
     """Linear layers to adapt: all-linear, or name suffixes, e.g. q_proj,v_proj."""
     layers: Annotated[str, Group.LORA] = "all"
     """Transformer layers to adapt: all, or last:K for the last K (in an encoder-decoder the last K of each stack)."""
-    base_format: Annotated[BaseFormat, Group.BASE] = "int4"
-    """Weight format of the frozen base: int4 or int8 (as in ONNX Runtime), nf4 (as in bitsandbytes), bf16, or fp32."""
+    base_format: Annotated[BaseFormat | None, Group.BASE] = None
+    """Weight format of the frozen base: int4 or int8 (as in ONNX Runtime), nf4 (as in bitsandbytes), bf16, or fp32;
+    default: for decoders bf16 or fp32, as the processor computes, if such weights take little of the memory; else int4.
+    The merged model that ships is int4 in both cases."""
     block_size: Annotated[Literal[16, 32, 64, 128], Group.BASE] = 32
     """Weights that share one scale in int4 and int8; in nf4 it is always 64."""
     vocabulary: Annotated[Literal["all", "rows"], Group.BASE] = "all"
@@ -86,7 +88,7 @@ class TuneConfig(RowsConfig):
     """Number of optimizer steps; overrides --epochs."""
     finish_steps: Annotated[int | None, Group.TRAINING, Minimum(0)] = None
     """Steps that train the scales of the merged int4 model after the adapter; 0: none; default: a tenth of the
-    training's steps."""
+    training's steps, but none if another --base-format than int4 is given."""
     max_minutes: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
     """Stop after this many minutes of training and validation."""
     batch_size: Annotated[int | None, Group.TRAINING, Minimum(1)] = None
@@ -125,8 +127,8 @@ class TuneConfig(RowsConfig):
             f"--split {' '.join(map(str, self.split))} must be three shares that sum to 1, as 0.8 0.1 0.1",
         )
         check(
-            not self.finish_steps or self.base_format == "int4",
-            f"--finish-steps {self.finish_steps} is for --base-format int4, and the base is {self.base_format}",
+            not self.finish_steps or self.base_format not in ("int8", "nf4"),
+            f"--finish-steps {self.finish_steps} makes an int4 model, and the base is {self.base_format}",
         )
         check(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
         check(0 <= self.warmup <= 1, "--warmup is a share of the steps: 0 to 1")
@@ -144,9 +146,14 @@ class TuneConfig(RowsConfig):
         return self.gradient_accumulation or 1
 
     @property
+    def frozen_format(self) -> BaseFormat:
+        """`base_format`; int4 where it is left open."""
+        return self.base_format or "int4"
+
+    @property
     def base_calibration_rows(self) -> int:
         """Training rows over which the codes of the base are chosen; 0 for all formats but int4."""
-        return self.calibration_rows if self.base_format == "int4" else 0
+        return self.calibration_rows if self.frozen_format == "int4" else 0
 
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> Self:

@@ -33,6 +33,7 @@ __all__ = [
     "calibrate",
     "gptq_quantize",
     "hessian_factor",
+    "input_factor",
     "make_calibration",
 ]
 
@@ -178,7 +179,7 @@ def calibrate(
     with _FirstCalls(layers, _token_masks(batch, task), read, dtype, calibration.progress):
         hidden = forward(model, batch)
     if hidden is not None and isinstance(head, QuantLinear) and only is None:
-        _calibrate_head(model, head, _input_factor(hidden, dtype, "the head"), read)
+        _calibrate_head(model, head, input_factor(hidden, dtype, "the head"), read)
 
 
 class _FirstCalls:
@@ -217,7 +218,7 @@ class _FirstCalls:
         if self._last_input is None or self._last_input[0] is not x:
             rows = x.reshape(-1, x.shape[-1])
             mask = self._masks.get(len(rows))
-            self._last_input = x, _input_factor(rows if mask is None else rows[mask], self._dtype, name)
+            self._last_input = x, input_factor(rows if mask is None else rows[mask], self._dtype, name)
         weight, nearest = self._read(f"{name}.weight", slice(None)), layer.codes()
         if nearest.fine is None:
             layer.set_codes(gptq_quantize(weight, self._last_input[1], nearest))
@@ -235,7 +236,7 @@ class _FirstCalls:
             handle.remove()
 
 
-def _input_factor(inputs: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def input_factor(inputs: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Return `hessian_factor` of a layer's inputs, float32 [inputs, K], rounded to `dtype`.
 
     Raises:

@@ -150,7 +150,7 @@ def _merge(run: RunFolder, spec: ModelSpec, job: "Job", model: TrainableModel, p
 
     It changes a weight by less than rounding does, so that scales, zero points and 8 bits stay those of the base.
     """
-    prepared, count = job.prepared, job.config.base_calibration_rows
+    prepared, count = job.prepared, job.config.calibration_rows
     calibration = make_calibration(
         prepared.examples["train"], count, job.tokenizer.pad_id, prepared.task, progress, packed=job.base.family.packs
     )

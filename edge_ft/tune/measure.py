@@ -20,10 +20,13 @@ from edge_ft.tune.backend import count_trained
 from edge_ft.tune.engine import TrainableModel
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.report import ANSWERS, BATCH_COST
+from edge_ft.tune.schedule import finishing_steps
 
 __all__ = ["Curve", "Measured", "measure"]
 
 
+CALIBRATION_TOKENS = 4096
+"""Most tokens that codes are chosen over."""
 PLENTY = 1 / 2
 """Share of the available memory up to which the longest batch's need is extrapolated from a typical one's."""
 
@@ -141,9 +144,23 @@ def measure(job: Job, model: TrainableModel, available: Available, loading: int)
         loading,
         answering,
         count_trained(model.backend),
-        None if model.calibration is None else model.calibration.again,
+        _choosing_seconds(job, model, evaluation),
         _card_curve(sizes, [card.bytes, *(point.device_bytes for point in points)]),
     )
+
+
+def _choosing_seconds(job: Job, model: TrainableModel, evaluation: Curve) -> float | None:
+    """`choosing` of `Measured`: as it took for the base, or an estimate where the base is float."""
+    if model.calibration is not None:
+        return model.calibration.again
+    config, train = job.config, job.prepared.examples["train"]
+    if config.frozen_format == "int4" or finishing_steps(config, job.steps) == 0:
+        return None
+    from edge_ft.tune.choosing import estimate_choosing
+
+    length = sum(len(example.input_ids) for example in train) / len(train)
+    tokens = min(CALIBRATION_TOKENS, round(config.calibration_rows * length))
+    return estimate_choosing(model.peft_model, tokens, config.block_size) + 2 * evaluation.at(tokens)
 
 
 def _card_curve(sizes: list[int], found: list[int | None]) -> Curve | None:

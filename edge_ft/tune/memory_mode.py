@@ -1,4 +1,4 @@
-"""The memory mode of a training by torch: cached weights where they fit and save time, and a base that is too large."""
+"""The base format and memory mode of a training by torch, by what fits; and a base that is too large."""
 
 import math
 import time
@@ -9,6 +9,7 @@ from edge_ft.data import collate
 from edge_ft.errors import WillNotFit
 from edge_ft.system import Available, resident_bytes
 from edge_ft.tune.prepare import Job
+from edge_ft.tune.schedule import finishing_steps
 from edge_ft.tune.units import megabytes
 
 if TYPE_CHECKING:
@@ -17,16 +18,56 @@ if TYPE_CHECKING:
     from edge_ft.models.base_model import Base
     from edge_ft.tune.trainable_model import TrainableModel
 
-__all__ = ["BYTES_PER_WEIGHT", "USABLE_SHARE", "count_weights", "refuse_large_base", "resolve_memory", "settle_memory"]
+__all__ = [
+    "BYTES_PER_WEIGHT",
+    "USABLE_SHARE",
+    "count_weights",
+    "refuse_large_base",
+    "resolve_base_format",
+    "resolve_memory",
+    "settle_memory",
+]
 
 WORTH_CACHING = 0.05
 """Share of a step's time that cached weights must save."""
 HIGH_MEMORY_SHARE = 1 / 8
-"""Share of the available memory that cached weights may take, in float32, unless --memory high is given."""
+"""Share of the available memory that weights may take in float32, unless --base-format or --memory high is given."""
 BYTES_PER_WEIGHT = {"int4": 0.65, "nf4": 1.3, "int8": 1.15, "bf16": 2.05, "fp32": 4.0}
 """Memory of a frozen weight, with its scale and zero point at a block size of 32."""
 USABLE_SHARE = 0.9
 """Share of the available memory and disk that a run may take."""
+
+
+def resolve_base_format(job: Job, available: Available, device: "torch.device", processes: int = 1) -> Job:
+    """The job with --base-format chosen if the user left it open: float for decoders if the weights take little memory.
+
+    An adapter that is trained over float weights loses less when it is merged and rounded than one that is trained over
+    the base's codes, and a step need not dequantize (docs/decisions/045). The merged model is int4 either way, and its
+    scales are trained either way.
+
+    Args:
+        job: Its settings leave nothing else open but the memory mode.
+        available: Shared by the processes.
+        device: Where the training runs.
+        processes: How many train together; each holds all weights.
+
+    Returns:
+        The job.
+    """
+    from edge_ft.quant.layers import has_bf16
+
+    config = job.config
+    if config.base_format is not None:
+        return job
+    float_is_cheap = (
+        device.type == "cpu"
+        and config.memory in (None, "high")
+        and 4 * count_weights(job.base) * processes <= HIGH_MEMORY_SHARE * available.memory_bytes
+    )
+    if not (float_is_cheap and job.prepared.task == "text-generation"):
+        return job.with_settings(base_format="int4")
+    narrow = config.compute != "fp32" and has_bf16(device)
+    return job.with_settings(base_format="bf16" if narrow else "fp32", finish_steps=finishing_steps(config, job.steps))
 
 
 def resolve_memory(job: Job, available: Available, device: "torch.device", processes: int = 1) -> Job:
@@ -46,7 +87,7 @@ def resolve_memory(job: Job, available: Available, device: "torch.device", proce
     config = job.config
     if config.memory is not None:
         return job
-    quantized = device.type == "cpu" and config.base_format in ("int4", "int8", "nf4")
+    quantized = device.type == "cpu" and config.frozen_format in ("int4", "int8", "nf4")
     fits = 4 * count_weights(job.base) * processes <= HIGH_MEMORY_SHARE * available.memory_bytes
     return job.with_settings(memory="high" if quantized and fits else "normal")
 
@@ -96,7 +137,7 @@ def refuse_large_base(base: "Base", config: TuneConfig, available: Available) ->
         WillNotFit: they do.
     """
     weights = count_weights(base)
-    size, held, advice = BYTES_PER_WEIGHT[config.base_format], str(config.base_format), "take a smaller model"
+    size, held, advice = BYTES_PER_WEIGHT[config.frozen_format], str(config.frozen_format), "take a smaller model"
     if config.memory == "high":
         size += BYTES_PER_WEIGHT["fp32" if config.compute == "fp32" else "bf16"]
         held, advice = f"{held} and dequantized", f"give --memory normal, or {advice}"

@@ -64,7 +64,7 @@ def _train_and_report(
     available = Available.here(run.path).on(processes.device)
     job = engine.choose_memory(job, available, processes)
     engine.refuse_large(job, available)
-    loading = heartbeat(progress, f"loading {job.base.name} as {job.config.base_format} on {processes.device}")
+    loading = heartbeat(progress, f"loading {job.base.name} as {job.config.frozen_format} on {processes.device}")
     with timings.stage("load"), loading:
         model = engine.load(job, processes, progress, opened, keep=processes.is_main)
         refuse_other(opened.identity, {"codes_sha256": model.codes_sha256}, str(run.path))

@@ -45,7 +45,7 @@ def begin(run: RunFolder, job: Job, model: TrainableModel) -> None:
             "model_type": base.family.name,
             "content_sha256": base.content_sha256,
             "class_names": config.class_names,
-            "format": config.base_format,
+            "format": config.frozen_format,
             **model.grid.to_dict(),
             "calibration_rows": config.calibration_rows,
             "calibration": calibration,

@@ -44,9 +44,11 @@ def planned_steps(rows: int, config: TuneConfig) -> int:
 
 def finishing_steps(config: TuneConfig, steps: int) -> int:
     """Return the steps of the finishing phase after a training of so many `steps`; 0 where it has none."""
-    if config.base_format != "int4" or config.task not in TEXT_TASKS:
+    if config.task not in TEXT_TASKS:
         return 0
-    return math.ceil(FINISHING_SHARE * steps) if config.finish_steps is None else config.finish_steps
+    if config.finish_steps is None:
+        return math.ceil(FINISHING_SHARE * steps) if config.frozen_format == "int4" else 0
+    return config.finish_steps
 
 
 def training_minutes(config: TuneConfig) -> float | None:

@@ -11,7 +11,7 @@ from edge_ft.system import Available, use_threads
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.finish import finish
 from edge_ft.tune.loop import Fit
-from edge_ft.tune.memory_mode import refuse_large_base, resolve_memory, settle_memory
+from edge_ft.tune.memory_mode import refuse_large_base, resolve_base_format, resolve_memory, settle_memory
 from edge_ft.tune.opening import OpenedRun
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.trainable_model import TrainableModel, load_trainable_model
@@ -41,7 +41,8 @@ class TorchEngine:
         return use_threads(threads)
 
     def choose_memory(self, job: Job, available: Available, processes: Processes) -> Job:
-        """Choose --memory high if the dequantized weights take little memory."""
+        """Choose the base format and --memory by what fits."""
+        job = resolve_base_format(job, available, processes.device, processes.count)
         return resolve_memory(job, available, processes.device, processes.count)
 
     def refuse_large(self, job: Job, available: Available) -> None:

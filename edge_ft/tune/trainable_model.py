@@ -102,7 +102,7 @@ def load_trainable_model(
     if kept is not None:
         progress.say("int4 codes of the same weights and rows were chosen before: they are read from the cache")
     found = codes or (kept[0] if kept is not None else calibration)
-    spec = ModelSpec.from_rendering(base, rendering, config.base_format, grid, config.seed, found)
+    spec = ModelSpec.from_rendering(base, rendering, config.frozen_format, grid, config.seed, found)
     began = time.monotonic()
     model = load_model(spec, progress)
     if calibration is not None:

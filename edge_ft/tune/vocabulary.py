@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_ft.artifacts import RunFolder
-from edge_ft.config import TEXT_TASKS, Task, TuneConfig
+from edge_ft.config import TEXT_TASKS, BaseFormat, Task, TuneConfig
 from edge_ft.data import IGNORED, Example, TextTokenizer, evenly_spaced
 from edge_ft.evaluate.scoring import Batching, score
 from edge_ft.progress import Progress
@@ -159,7 +159,8 @@ def _load(base: "Base", job: "Job") -> tuple[Any, int]:
     from edge_ft.models.scorer import TorchScorer
     from edge_ft.quant.devices import to_device
 
-    spec = ModelSpec.from_rendering(base, job.prepared.rendering, job.config.base_format, seed=job.config.seed)
+    ships: BaseFormat = "int8" if job.config.base_format == "int8" else "int4"
+    spec = ModelSpec.from_rendering(base, job.prepared.rendering, ships, seed=job.config.seed)
     model = to_device(load_model(spec), "cuda" if torch.cuda.is_available() else "cpu")
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
     return TorchScorer(model, job.prepared.task), sum(tensors.values())

@@ -23,8 +23,8 @@ from edge_ft.tune import tune
 LOOSE: dict[str, Any] = {"max_tax": 1.0, "min_retained": 0.0, "max_metric_drop": 1.0}
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=["int4", "fp32"])
+def settings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("finish")
     rows = [{"prompt": f"What is {i} and {i + 1}? ", "completion": f"seven and {i % 5}"} for i in range(60)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -36,6 +36,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "batch_size": 4,
         "learning_rate": 1e-2,
         "finish_steps": 6,
+        "base_format": request.param,
         "compute": "fp32",
     }
 

@@ -1,5 +1,6 @@
 """A plan estimates time, memory and disk of a training, recommends a choice that fits, and refuses what does not."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from edge_ft.config import PlanConfig
 from edge_ft.errors import AuditRefused, WillNotFit
 from edge_ft.models.base_model import find_base
 from edge_ft.progress import Silent
+from edge_ft.quant import layers
 from edge_ft.system import Available
 from edge_ft.tune import memory_mode
 from edge_ft.tune import plan as planning
 from edge_ft.tune.measure import Curve, Measured
-from edge_ft.tune.memory_mode import refuse_large_base, resolve_memory, settle_memory
+from edge_ft.tune.memory_mode import refuse_large_base, resolve_base_format, resolve_memory, settle_memory
 from edge_ft.tune.plan import plan
 from edge_ft.tune.prepare import Job, prepare_job
 from edge_ft.tune.report import BATCH_COST, SAMPLE_TOKENS
@@ -251,6 +253,40 @@ def test_memory_is_high_where_it_is_ample(
 ) -> None:
     job = prepare_job(PlanConfig(model=str(llama), data=str(sums), **settings), Silent())
     assert resolve_memory(job, available, torch.device("cpu")).config.memory == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "available", "expected"),
+    [
+        ({"compute": "fp32"}, AMPLE, "fp32"),
+        ({"compute": "fp32", "memory": "high"}, AMPLE, "fp32"),
+        ({"memory": "normal"}, AMPLE, "int4"),  # float weights take more of it
+        ({"memory": "low"}, AMPLE, "int4"),
+        ({}, SCARCE, "int4"),
+        ({"base_format": "int8"}, AMPLE, "int8"),
+    ],
+)
+def test_a_decoder_trains_over_float_weights_where_memory_is_ample(
+    settings: dict[str, Any], available: Available, expected: str, llama: Path, sums: Path
+) -> None:
+    job = prepare_job(PlanConfig(model=str(llama), data=str(sums), **settings), Silent())
+    chosen = resolve_base_format(job, available, torch.device("cpu")).config
+    assert chosen.base_format == expected
+    assert finishing_steps(chosen, job.steps) == (0 if expected == "int8" else math.ceil(job.steps / 10))
+
+
+def test_float_weights_are_bfloat16_where_the_processor_multiplies_those(
+    llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = prepare_job(PlanConfig(model=str(llama), data=str(sums)), Silent())
+    for narrow, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(layers, "has_bf16", lambda _, narrow=narrow: narrow)
+        assert resolve_base_format(job, AMPLE, torch.device("cpu")).config.base_format == expected
+
+
+def test_encoders_train_over_the_codes(bert: Path, reviews: Path) -> None:
+    job = prepare_job(PlanConfig(model=str(bert), data=str(reviews)), Silent())
+    assert resolve_base_format(job, AMPLE, torch.device("cpu")).config.base_format == "int4"
 
 
 @pytest.mark.parametrize(("dequantizing", "expected"), [(0.3, "high"), (0.2, "normal")])
