@@ -130,6 +130,10 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
                 fix = ". --weights int8 keeps embeddings closer to those of the training"
             elif lost and codes_are_held:
                 fix = f". --lane adapter ships the {opened.weights} weights of the training unchanged"
+            elif lost and config.lane == "adapter" and opened.run is not None:
+                fix = ". edge-ft tune --base-format int4 trains over the codes that this lane ships"
+            elif lost and opened.weights == "int4":
+                fix = ". --weights int8 loses less, in twice the size"
             raise GateRefused(f"export refused, bundle kept as {rejected}: {'; '.join(reasons)}{fix}")
 
 

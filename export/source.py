@@ -155,14 +155,15 @@ class ExportSource:
         """
         if (finished := self._finished(progress)) is not None:
             return finished
-        beside = self.adapter is not None and self.lane == "adapter"
-        chooses = self.weights == "int4" and bool(self.rows.calibration) and not (beside and self.codes is not None)
+        beside = self.adapter if self.lane == "adapter" else None
+        held = beside is not None and self.codes is not None
+        chooses = self.weights == "int4" and bool(self.rows.calibration) and not held
         with heartbeat(progress, f"loading {self.base.name}"):
             if self.lane != "merged" and self.weights not in INT8_ACTIVATIONS and not chooses:
                 model = self.load(self.weights, progress)
-                return load_adapter(model, self.adapter) if beside else model
+                return model if beside is None else load_adapter(model, beside)
             model = self.load("fp32", progress)
-            if self.adapter is not None and not beside:
+            if self.adapter is not None and beside is None:
                 model = merge_adapter(model, self.adapter)
         if chooses:
             examples = self.rows.calibration
@@ -179,7 +180,7 @@ class ExportSource:
         elif self.weights != "fp32":
             with heartbeat(progress, f"rounding the weights to {self.weights}"):
                 self._round(model, self.weights)
-        return load_adapter(model, self.adapter) if beside else model
+        return model if beside is None else load_adapter(model, beside)
 
     def _finished(self, progress: Progress) -> Any | None:
         """Return the merged model that the run ended on, if that is what ships.

@@ -24,6 +24,7 @@ LONG: dict[str, Any] = {
     "batch_size": 2,
     "gradient_accumulation": 2,
     "dropout": 0.1,
+    "base_format": "int4",
     "compute": "fp32",
 }
 SHORT = {**LONG, "max_steps": 12, "eval_steps": 4}

@@ -62,7 +62,7 @@ class TuneConfig(RowsConfig):
     base_format: Annotated[BaseFormat | None, Group.BASE] = None
     """Weight format of the frozen base: int4 or int8 (as in ONNX Runtime), nf4 (as in bitsandbytes), bf16, or fp32;
     default: for decoders bf16 or fp32, as the processor computes, if such weights take little of the memory; else int4.
-    The merged model that ships is int4 in both cases."""
+    What export writes is int4 in both cases; --lane adapter ships the codes of the training if int4 is given."""
     block_size: Annotated[Literal[16, 32, 64, 128], Group.BASE] = 32
     """Weights that share one scale in int4 and int8; in nf4 it is always 64."""
     vocabulary: Annotated[Literal["all", "rows"], Group.BASE] = "all"

@@ -47,6 +47,9 @@ class BundleModel:
     compute: Literal["fp32"] = "fp32"
     calibration: None = None
 
+    def estimate_choosing(self, tokens: int) -> None:
+        """Return nothing: a bundle's codes stay."""
+
     def untuned(self) -> AbstractContextManager[None]:
         """Answer and score as the base without the adapter, inside this block."""
         return self.backend.untuned()

@@ -47,6 +47,9 @@ class TrainableModel(Protocol):
     def calibration(self) -> Any:
         """Rows over which the int4 codes were chosen; None where they were not chosen now."""
 
+    def estimate_choosing(self, tokens: int) -> float | None:
+        """Return the seconds in which int4 codes would be chosen over so many tokens; None where none are."""
+
     @property
     def grid(self) -> Grid:
         """How the weights were rounded."""

@@ -156,11 +156,10 @@ def _choosing_seconds(job: Job, model: TrainableModel, evaluation: Curve) -> flo
     config, train = job.config, job.prepared.examples["train"]
     if config.frozen_format == "int4" or finishing_steps(config, job.steps) == 0:
         return None
-    from edge_ft.tune.choosing import estimate_choosing
-
     length = sum(len(example.input_ids) for example in train) / len(train)
     tokens = min(CALIBRATION_TOKENS, round(config.calibration_rows * length))
-    return estimate_choosing(model.peft_model, tokens, config.block_size) + 2 * evaluation.at(tokens)
+    seconds = model.estimate_choosing(tokens)
+    return None if seconds is None else seconds + 2 * evaluation.at(tokens)
 
 
 def _card_curve(sizes: list[int], found: list[int | None]) -> Curve | None:

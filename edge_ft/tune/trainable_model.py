@@ -18,6 +18,7 @@ from edge_ft.quant.calibration import Calibration, make_calibration
 from edge_ft.quant.devices import to_device
 from edge_ft.quant.kept_codes import codes_key, find_codes, keep_codes
 from edge_ft.quant.serialization import codes_sha256, frozen_layers, write_codes
+from edge_ft.tune.choosing import estimate_choosing
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.prepare import Job
 from edge_ft.tune.torch_backend import TorchBackend
@@ -49,6 +50,10 @@ class TrainableModel:
     def codes_sha256(self) -> str | None:
         """Hex sha256 of the rounded weights; None of a base in float32."""
         return codes_sha256(self.peft_model) if frozen_layers(self.peft_model) else None
+
+    def estimate_choosing(self, tokens: int) -> float:
+        """Return the seconds in which int4 codes of its weights would be chosen over so many tokens."""
+        return estimate_choosing(self.peft_model, tokens, self.grid.block_size)
 
     def untuned(self) -> AbstractContextManager[Any]:
         """Answer and score as the base without the adapter, inside this block."""

@@ -13,7 +13,7 @@ from tiny_models import write_llama
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import EvalConfig, ExportConfig, TuneConfig, VerifyConfig
 from edge_ft.data import Example, collate
-from edge_ft.errors import ModelError, UsageError
+from edge_ft.errors import GateRefused, ModelError, UsageError
 from edge_ft.evaluate import evaluate
 from edge_ft.evaluate.loading import open_run_model
 from edge_ft.evaluate.verify import verify
@@ -113,19 +113,28 @@ def test_the_adapter_lane_of_an_int8_run_ships_its_codes_byte_for_byte(
     assert bits["MatMulNBits"] == bits["GatherBlockQuantized"] == {8}
 
 
-def test_the_adapter_lane_ships_the_trained_format_by_default(
-    runs: dict[tuple[str, str], RunFolder], tmp_path: Path
+@pytest.mark.parametrize(
+    ("base_format", "weights", "bits"), [("fp32", "fp32", 32), ("fp32", None, 4), ("int8", None, 8)]
+)
+def test_the_adapter_lane_ships_the_quantized_format_of_the_training_by_default_else_int4(
+    base_format: str, weights: Any, bits: int, runs: dict[tuple[str, str], RunFolder], tmp_path: Path
 ) -> None:
-    own = export(str(runs["llama", "fp32"].path), ExportConfig(out=tmp_path / "own", lane="adapter"))
-    assert own.manifest["quantization"] == {"method": None, "bits": 32, "block_size": None, "symmetric": False}
+    settings = ExportConfig(out=tmp_path / "own", lane="adapter", weights=weights, **LOOSE)
+    assert export(str(runs["llama", base_format].path), settings).manifest["quantization"]["bits"] == bits
 
 
-@pytest.mark.parametrize("base_format", ["nf4", "bf16"])
-def test_a_base_format_that_no_bundle_has_is_refused_for_the_adapter_lane(
+@pytest.mark.parametrize("base_format", ["bf16", "fp32"])
+def test_an_adapter_trained_over_float_weights_is_refused_where_rounding_them_costs_too_much(
     base_format: str, runs: dict[tuple[str, str], RunFolder], tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=rf"a base of format {base_format}.*--lane merged"):
-        export(str(runs["llama", base_format].path), ExportConfig(out=tmp_path / "bundle", lane="adapter"))
+    with pytest.raises(GateRefused, match=r"tune --base-format int4 trains over the codes"):
+        settings = ExportConfig(out=tmp_path / "bundle", lane="adapter", max_tax=0.0)
+        export(str(runs["llama", base_format].path), settings)
+
+
+def test_nf4_is_refused_for_the_adapter_lane(runs: dict[tuple[str, str], RunFolder], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"a base of format nf4.*--lane merged"):
+        export(str(runs["llama", "nf4"].path), ExportConfig(out=tmp_path / "bundle", lane="adapter"))
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp16"])

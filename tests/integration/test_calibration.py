@@ -21,7 +21,10 @@ from edge_ft.tune import trainable_model, tune
 
 def short_tune(model: Path, sums: Path, out: Path, **settings: Any) -> RunFolder:
     return tune(
-        TuneConfig(model=str(model), data=str(sums), out=out, max_steps=2, eval_steps=2, compute="fp32", **settings)
+        TuneConfig(
+            **{"model": str(model), "data": str(sums), "out": out, "max_steps": 2, "eval_steps": 2},
+            **{"base_format": "int4", "compute": "fp32", **settings},  # type: ignore[arg-type]
+        )
     )
 
 
@@ -80,7 +83,8 @@ def chosen(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def run(**settings: Any) -> tuple[str, bool]:
         told, out = RecordedProgress(), tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        asked = {"max_steps": 1, "eval_steps": 1, "compute": "fp32", "calibration_rows": 8} | settings
+        short = {"max_steps": 1, "eval_steps": 1, "compute": "fp32"}
+        asked = short | {"base_format": "int4", "calibration_rows": 8} | settings
         found = tune(TuneConfig(model=str(llama), data=str(sums), out=out, **asked), told)
         assert found.codes.is_file()
         assert found.report()["calibration"]["rows"] == asked["calibration_rows"]

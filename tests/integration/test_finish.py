@@ -148,9 +148,12 @@ def test_another_block_size_chooses_codes_anew(run: RunFolder, tmp_path: Path) -
     assert bundle.manifest["quantization"]["block_size"] == 16
 
 
-def test_a_float_base_has_no_phase(settings: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--finish-steps 3 is for --base-format int4"):
-        TuneConfig(**{**settings, "finish_steps": 3}, out=tmp_path, base_format="fp32")
+@pytest.mark.parametrize("base_format", ["int8", "nf4"])
+def test_a_base_of_another_quantized_format_has_no_phase(
+    base_format: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"--finish-steps 3 makes an int4 model, and the base is {base_format}"):
+        TuneConfig(**{**settings, "finish_steps": 3, "base_format": base_format}, out=tmp_path)
 
 
 def test_a_run_whose_minutes_are_over_is_finished_without(
@@ -228,5 +231,8 @@ def test_the_lanes_come_from_one_run(run: RunFolder, tmp_path: Path) -> None:
         for lane in ("merged", "adapter")
     )
     assert isinstance(merged, Bundle)
-    assert abs(adapter.manifest["verification"]["quantization_tax"]) < 1e-4
+    held = run.base()["format"] == "int4"  # over float weights the codes of the base are chosen now
+    assert (abs(adapter.manifest["verification"]["quantization_tax"]) < 1e-4) == held
+    assert adapter.manifest["quantization"]["bits"] == 4
+    assert adapter.manifest["verification"]["adapter_changes_logits"]
     assert merged.manifest["verification"]["quantization_tax"] != 0

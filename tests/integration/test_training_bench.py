@@ -127,7 +127,7 @@ def test_a_race_sweeps_the_baseline_and_does_only_what_is_missing(
     again = run(settings, tmp_path / "race", trainings)
     assert not jobs
     assert again["ours"] == report["ours"]
-    (tmp_path / "race" / "results" / "ours-int4-s1.json").unlink()
+    (tmp_path / "race" / "results" / "ours-default-s1.json").unlink()
     run(settings, tmp_path / "race", Trainings(seeds=2, baseline_rates="1e-5,3e-2,5e-2", quick=True))
     assert ("ours", 1, None) in trained(jobs)
     assert ("baseline", 0, 5e-2) in trained(jobs)

@@ -26,7 +26,13 @@ from edge_ft.tune import tune
 from edge_ft.tune.prepare import prepare_job
 from edge_ft.tune.torch_backend import TorchBackend
 
-FAST: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2), "compute": "fp32"}
+FAST: dict[str, Any] = {
+    "max_steps": 3,
+    "learning_rate": 1e-2,
+    "split": (0.6, 0.2, 0.2),
+    "base_format": "int4",
+    "compute": "fp32",
+}
 
 
 def adapter(run: RunFolder) -> dict[str, bytes]:
