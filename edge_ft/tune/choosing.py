@@ -8,7 +8,8 @@ import torch
 
 from edge_ft.quant.blockwise import quantize
 from edge_ft.quant.calibration import gptq_quantize, input_factor
-from edge_ft.quant.layers import FrozenLinear, product_dtype
+from edge_ft.quant.devices import product_dtype
+from edge_ft.quant.layers import FrozenLinear
 
 __all__ = ["estimate_choosing"]
 

@@ -54,7 +54,7 @@ def resolve_base_format(job: Job, available: Available, device: "torch.device", 
     Returns:
         The job.
     """
-    from edge_ft.quant.layers import has_bf16
+    from edge_ft.quant.devices import has_bf16
 
     config = job.config
     if config.base_format is not None:

@@ -16,7 +16,7 @@ from edge_ft.config import PlanConfig
 from edge_ft.errors import AuditRefused, WillNotFit
 from edge_ft.models.base_model import find_base
 from edge_ft.progress import Silent
-from edge_ft.quant import layers
+from edge_ft.quant import devices
 from edge_ft.system import Available
 from edge_ft.tune import memory_mode
 from edge_ft.tune import plan as planning
@@ -280,7 +280,7 @@ def test_float_weights_are_bfloat16_where_the_processor_multiplies_those(
 ) -> None:
     job = prepare_job(PlanConfig(model=str(llama), data=str(sums)), Silent())
     for narrow, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(layers, "has_bf16", lambda _, narrow=narrow: narrow)
+        monkeypatch.setattr(devices, "has_bf16", lambda _, narrow=narrow: narrow)
         assert resolve_base_format(job, AMPLE, torch.device("cpu")).config.base_format == expected
 
 
