@@ -98,6 +98,7 @@ def finish(run: RunFolder, job: "Job", model: TrainableModel, fitted: Fit, progr
         progress.say(f"no finishing steps: --max-minutes {config.max_minutes:g} are over; an export chooses the codes")
         return None
     work, adapter = run.path / FINISH, file_sha256(run.adapter_weights)
+    release_memory()  # the merged model would come on top of what the steps took
     merged = _load_merged(run, adapter, job, model, progress)
     checkpoint = read_checkpoint(work)
     own = finishing_config(config, steps, left)

@@ -1,5 +1,6 @@
 """The arithmetic of a finishing step: a quantized model's scales are trained towards what another model computes."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from edge_ft.quant.serialization import write_codes
 from edge_ft.tune.torch_backend import TorchBackend
 
 __all__ = ["FinishBackend", "Teacher"]
+
+
+AT_ONCE = 512
+"""Tokens with padding of a forward and backward pass, unless one row has more."""
 
 
 class Teacher(TorchScorer):
@@ -54,6 +59,10 @@ class FinishBackend(TorchBackend):
 
     def gradient(self, batch: Batch, targets: int) -> float:
         """Accumulate the gradient of the distance of the batch's rows / `targets`, and return it (nats)."""
+        # Two models are in memory: the activations of a whole batch would be the peak of the run.
+        return sum(self._gradient(few, targets) for few in _parts(batch, AT_ONCE))
+
+    def _gradient(self, batch: Batch, targets: int) -> float:
         self.model.eval()  # no dropout: the other model computes without
         with torch.no_grad(), self.teacher.compute:
             self.teacher.model.eval()
@@ -83,3 +92,13 @@ class FinishBackend(TorchBackend):
     def save(self, folder: Path) -> None:
         """Write codes and scales to `codes.safetensors` in `folder`."""
         write_codes(folder / "codes.safetensors", self.model)
+
+
+def _parts(batch: Batch, tokens: int) -> Iterator[Batch]:
+    """Yield a batch in parts of as even numbers of rows as `tokens` each allow."""
+    arrays: Any = batch
+    rows, length = batch["input_ids"].shape
+    size = -(-rows // -(-rows // max(1, tokens // length)))
+    for start in range(0, rows, size):
+        part: Any = {name: values[start : start + size] for name, values in arrays.items()}
+        yield part

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from edge_ft.data import Batch
 from edge_ft.models import chunked_loss
 from edge_ft.models.distillation import distillation_loss
 from edge_ft.quant.blockwise import quantize
 from edge_ft.quant.layers import QuantLinear
 from edge_ft.quant.scales import TrainedScales
+from edge_ft.tune.finish_backend import _parts
 
 
 class Two(nn.Module):
@@ -104,3 +106,13 @@ def test_a_model_is_at_no_distance_from_itself() -> None:
     assert hidden.grad is not None
     assert abs(float(loss.detach())) < 1e-5
     assert float(hidden.grad.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(("tokens", "sizes"), [(1000, [7]), (40, [4, 3]), (25, [2, 2, 2, 1]), (3, [1] * 7)])
+def test_a_batch_is_passed_in_parts_of_few_tokens(tokens: int, sizes: list[int]) -> None:
+    ids = np.arange(70).reshape(7, 10)
+    batch = Batch(input_ids=ids, attention_mask=np.ones_like(ids), labels=ids, rows=[*range(7)])
+    parts = [*_parts(batch, tokens)]
+    assert [len(part["rows"]) for part in parts] == sizes
+    for name in batch:
+        assert np.array_equal(np.concatenate([part[name] for part in parts]), batch[name])  # type: ignore[literal-required]
