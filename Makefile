@@ -42,7 +42,7 @@ demo-device: install
 	rm -rf out/demo-device
 	$(BIN)/python -m edge_ft.bench.studies demo_device --python $(VENV)-device/bin/python --out out/demo-device
 
-# Measures the usual promises of fine-tuning and writes docs/claims.md; a stopped run resumes.
+# Measures the usual promises of fine-tuning on SmolLM2 and MiniLM and writes docs/claims.md, in some twenty CPU minutes; a stopped run resumes.
 claims: install
 	$(BIN)/python -m edge_ft.bench.studies claims --out out/claims --write docs/claims.md
 
@@ -56,7 +56,7 @@ shipping: install
 
 # Measures the bundles that `make claims` exported; tables and pages in out/bench, and a bundle measured before is not again.
 bench: install
-	$(BIN)/python -m edge_ft.bench.studies suite --bundles out/claims --out out/bench --into docs/results.md
+	$(BIN)/python -m edge_ft.bench.studies suite --bundles out/claims --out out/bench
 
 # All that guards a change, the short main job on real weights included.
 test: install

@@ -20,13 +20,11 @@ __all__ = [
     "finance_rows",
     "gpt2_files",
     "passages",
-    "question_rows",
     "sentence_rows",
     "story_rows",
     "sum_rows",
     "summary_rows",
     "support_rows",
-    "swedish_rows",
     "tag_rows",
     "transcript_of",
     "transcript_rows",
@@ -130,24 +128,6 @@ def support_rows() -> Rows:
     file = _file("zaragoza-construction-faq", "zaragoza_construction_faq/data/faq-en-alpaca.jsonl")
     found = {line["instruction"]: line["output"] for line in _lines(file)}
     return [{"instruction": question, "output": answer} for question, answer in found.items()]
-
-
-def swedish_rows() -> Rows:
-    """`question` (in Swedish) and `answer` (in English) of the same building firm."""
-    file = _file("zaragoza-construction-faq", "zaragoza_construction_faq/data/faq.jsonl")
-    answers = {line["id"]: line["a"] for line in _lines(file.with_name("faq-en.jsonl"))}
-    return [{"question": line["q"], "answer": answers[line["id"]]} for line in _lines(file)]
-
-
-def question_rows() -> Rows:
-    """`question`, `passage` and `label` (yes or no): BoolQ's questions that a passage of Wikipedia answers."""
-    rows: dict[tuple[str, str], str] = {}
-    for line in _lines("BoolQ/dev.jsonl"):
-        rows.setdefault((line["question"], line["passage"]), {"True": "yes", "False": "no"}[str(line["answer"])])
-    for line in _lines("BoolQ/combined.jsonl"):
-        if str(line.get("label")) in ("True", "False", "0", "1"):
-            rows.setdefault((line["question"], line["passage"]), "yes" if str(line["label"]) in ("True", "1") else "no")
-    return [{"question": question, "passage": passage, "label": label} for (question, passage), label in rows.items()]
 
 
 def sum_rows() -> Rows:

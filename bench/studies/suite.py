@@ -1,4 +1,4 @@
-"""The standard suite: SmolLM2, GPT-2, T5 and MiniLM as `make claims` exported them, each beside other engines."""
+"""The standard suite: SmolLM2 and MiniLM as `make claims` exported them, each beside other engines."""
 
 import json
 import time
@@ -19,7 +19,7 @@ from edge_ft.progress import Lines
 
 __all__ = ["main"]
 
-SUITE = ("smollm2-main", "gpt2-main", "t5-main", "minilm-main")
+SUITE = ("smollm2-main", "minilm-main")
 """Cases of `claim_cases`, whose bundles are measured."""
 MINUTES = 20
 """After so many no further bundle is begun; the next call goes on."""
@@ -28,7 +28,6 @@ PEERS = {
     "openvino": ("openvino", ("smollm2-main", "minilm-main")),
     "genai": ("onnxruntime_genai", ("smollm2-main",)),
     "llama.cpp": ("xllamacpp", ("smollm2-main",)),
-    "ctranslate2": ("ctranslate2", ("t5-main",)),
 }
 """By engine: its package, and the cases that it is measured on."""
 BEGIN, END = "<!-- from here to the next such line: make bench -->", "<!-- make bench, until here -->"

@@ -183,7 +183,7 @@ def test_figures_are_those_of_the_kept_results() -> None:
         "overfitting": {"train_nll": 0.4, "gap": 1.0},
     }  # fmt: skip
     kept = {"tune": report, "export-int4": manifest, "export-fp32": whole}
-    found = tables({"minilm-main": kept, "minilm-tiny": {"tune": report}})
+    found = tables({"minilm-main": kept, "minilm-rows-32": {"tune": report}})
     accuracy, macro = found["understanding"][:2]
     assert accuracy[3:] == [
         *("accuracy", "0.050 [0.030, 0.070]", "0.610 [0.590, 0.630]", "0.600 [0.580, 0.620]", "better")
@@ -191,7 +191,8 @@ def test_figures_are_those_of_the_kept_results() -> None:
     assert macro[-1] == "no difference shown"
     assert found["size"][0][1:4] == ["int4", "30.0", "25%"]
     assert found["overfitting"][0][3:] == ["200", "0.400", "1.400", "1.900", "+1.000", "1.500", "1.5"]
-    assert found["compute"][0][2:] == ["0.49", "2000", "200", "1.5", "812", "1.10"]
+    main = next(row for row in found["compute"] if row[0] == "minilm-main")
+    assert main[2:] == ["0.49", "2000", "200", "1.5", "812", "1.10"]
     assert found["recipe"][0][1] == "LoRA on all layers (default)"
     refused = {"verification": {"test": test, "refused": ["too much was lost"]}, "files": {}}
     found = tables({"minilm-main": kept | {"export-int4": refused}})
@@ -207,9 +208,9 @@ def test_a_lower_loss_is_better_and_a_metric_without_phrases_is_a_dash() -> None
         "answers-tuned": answers(1.0, eos_rate=metric(0.9)),
         "answers-shipped": answers(1.1, eos_rate=metric(0.05)),
     }
-    rows = tables({"gpt2-main": kept})["coherence"]
-    loss, eos, *phrases = [row[2:] for row in rows[:5]]
+    rows = tables({"smollm2-main": kept})["coherence"]
+    loss, eos, phrases = [row[2:] for row in rows[:3]]
     assert loss[0] == "held-out loss"
     assert loss[-1] == "better"
     assert eos[-1] == "worse"
-    assert {tuple(row[1:]) for row in phrases} == {("-", "-", "-", "-")}
+    assert phrases[1:] == ["-", "-", "-", "-"]
