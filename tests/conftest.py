@@ -176,28 +176,37 @@ def smollm2_rows(work: Path) -> dict[str, Path]:
     return splits_of(transcript_rows, work / "transcripts", train=160, validation=40, test=40)
 
 
+def tune_smollm2(rows: dict[str, Path], out: Path, **settings: Any) -> None:
+    """Tune SmolLM2 over transcripts for about a minute."""
+    data, validation, test = (str(rows[name]) for name in ("train", "validation", "test"))
+    tune(
+        TuneConfig(
+            model=str(decoder_weights()),
+            data=data,
+            validation=validation,
+            test=test,
+            prompt="Transcript: {transcript}\\nWritten:",
+            completion=" {written}",
+            out=out,
+            max_steps=20,
+            eval_steps=10,
+            learning_rate=2e-3,
+            **settings,
+        )
+    )
+
+
 @pytest.fixture(scope="session")
 def smollm2_run(work: Path, smollm2_rows: dict[str, Path]) -> RunFolder:
-    """SmolLM2 tuned over transcripts for about a minute."""
-    data, validation, test = (str(smollm2_rows[name]) for name in ("train", "validation", "test"))
+    """SmolLM2 tuned with the defaults: over float weights where memory is ample."""
+    return RunFolder.open(once(work / "smollm2-run", lambda out: tune_smollm2(smollm2_rows, out)))
 
-    def run(out: Path) -> None:
-        tune(
-            TuneConfig(
-                model=str(decoder_weights()),
-                data=data,
-                validation=validation,
-                test=test,
-                prompt="Transcript: {transcript}\\nWritten:",
-                completion=" {written}",
-                out=out,
-                max_steps=20,
-                eval_steps=10,
-                learning_rate=2e-3,
-            )
-        )
 
-    return RunFolder.open(once(work / "smollm2-run", run))
+@pytest.fixture(scope="session")
+def smollm2_int4_run(work: Path, smollm2_rows: dict[str, Path]) -> RunFolder:
+    """SmolLM2 tuned over the codes that the adapter lane ships."""
+    settings: dict[str, Any] = {"base_format": "int4", "finish_steps": 0}
+    return RunFolder.open(once(work / "smollm2-int4", lambda out: tune_smollm2(smollm2_rows, out, **settings)))
 
 
 @pytest.fixture(scope="session")
@@ -206,8 +215,8 @@ def smollm2_bundle(work: Path, smollm2_run: RunFolder) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def smollm2_adapter_bundle(work: Path, smollm2_run: RunFolder) -> Bundle:
-    return exported(smollm2_run, work / "smollm2-adapter", lane="adapter")
+def smollm2_adapter_bundle(work: Path, smollm2_int4_run: RunFolder) -> Bundle:
+    return exported(smollm2_int4_run, work / "smollm2-adapter", lane="adapter")
 
 
 @pytest.fixture(scope="session")

@@ -161,7 +161,7 @@ def test_tune_export_run_eval_and_verify_by_command(llama: Path, sums: Path, tmp
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     tuned = edge_ft(
         *("tune", "--model", llama, "--data", sums, "--out", run, "--epochs", "8", "--learning-rate", "0.01"),
-        *("--split", "0.6", "0.2", "0.2", "--json", "-"),
+        *("--base-format", "int4", "--split", "0.6", "0.2", "0.2", "--json", "-"),
     )
     assert json.loads(tuned.stdout) == RunFolder(run).report()
     assert "step" in tuned.stderr

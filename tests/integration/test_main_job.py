@@ -48,10 +48,10 @@ def test_the_adapter_lane_ships_exactly_what_was_trained(smollm2_adapter_bundle:
 
 
 def test_the_graph_agrees_with_torch_on_held_out_prompts(
-    smollm2_run: RunFolder, smollm2_adapter_bundle: Bundle, smollm2_rows: dict[str, Path]
+    smollm2_int4_run: RunFolder, smollm2_adapter_bundle: Bundle, smollm2_rows: dict[str, Path]
 ) -> None:
     """Teacher-forced over 20 prompts, every position, at accuracy level 1."""
-    model, _base = open_run_model(smollm2_run)
+    model, _base = open_run_model(smollm2_int4_run)
     generator = load(smollm2_adapter_bundle, accuracy_level=1)
     examples = encode_rows(generator.rendering, generator.tokenizer, read_rows(str(smollm2_rows["test"])))[:20]
     for example in examples:
