@@ -15,7 +15,6 @@ from edge_ft.bench.studies.usual_formats import FORMATS, round_weights
 from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.data import Example
 from edge_ft.errors import GateRefused
-from edge_ft.evaluate.loading import open_run_model
 from edge_ft.evaluate.scoring import Batching, Scorer, score
 from edge_ft.export import export
 from edge_ft.export.bundle_weights import bundle_weights
@@ -126,14 +125,13 @@ def score_ours(job: dict[str, Any]) -> dict[str, Any]:
     prepared, bundle = _prepare(job, {}), Bundle.open(Path(job["bundle"]))
     graph = _rows(load(bundle.path, accuracy_level=1, threads=job["threads"]), prepared)
     with silence_libraries():
+        model: Any = AutoModelForCausalLM.from_pretrained(prepared.base.path, dtype=torch.float32)
+        parameters = dict(model.named_parameters())
+        for name, weight in bundle_weights(bundle.graph(), ModelDims(model.config)).items():
+            floats = dequantize(weight) if isinstance(weight, Codes) else weight
+            parameters[name].data = torch.from_numpy(floats.copy())
         if job["lane"] == "adapter":
-            model, _ = open_run_model(RunFolder.open(Path(job["run"])))
-        else:
-            model = AutoModelForCausalLM.from_pretrained(prepared.base.path, dtype=torch.float32)
-            parameters = dict(model.named_parameters())
-            for name, weight in bundle_weights(bundle.graph(), ModelDims(model.config)).items():
-                floats = dequantize(weight) if isinstance(weight, Codes) else weight
-                parameters[name].data = torch.from_numpy(floats.copy())
+            model = PeftModel.from_pretrained(model, RunFolder.open(Path(job["run"])).adapter)
     tokenizer = ("tokenizer", "vocab", "merges", "special_tokens", "chat_template", "spiece")
     files = bundle.manifest["files"]
     size = sum(entry["bytes"] for name, entry in files.items() if not Path(name).name.startswith(tokenizer))
