@@ -67,9 +67,9 @@ def test_the_graph_agrees_with_torch_on_held_out_prompts(
     assert agreed / total >= 0.99
 
 
-def test_the_adapters_load_with_plain_peft(smollm2_run: RunFolder, minilm_run: RunFolder) -> None:
+def test_the_adapters_load_with_plain_peft(smollm2_int4_run: RunFolder, minilm_run: RunFolder) -> None:
     for run, model_class in (
-        (smollm2_run, AutoModelForCausalLM),
+        (smollm2_int4_run, AutoModelForCausalLM),
         (minilm_run, AutoModelForSequenceClassification),
     ):
         labels = len(run.rendering()["labels"])
@@ -91,8 +91,8 @@ def test_the_bundle_answers_with_the_expected_sentences(smollm2_bundle: Bundle, 
 
 
 def test_an_adapter_bundle_scores_as_its_base_without_the_adapter(
-    smollm2_adapter_bundle: Bundle, smollm2_rows: dict[str, Path], smollm2_run: RunFolder
+    smollm2_adapter_bundle: Bundle, smollm2_rows: dict[str, Path], smollm2_int4_run: RunFolder
 ) -> None:
     config = EvalConfig(data=str(smollm2_rows["test"]), adapter="none", generate=False)
     base = evaluate(str(smollm2_adapter_bundle.path), config)
-    assert base["nll"] == pytest.approx(smollm2_run.report()["nll"]["test_base"], abs=1e-3)
+    assert base["nll"] == pytest.approx(smollm2_int4_run.report()["nll"]["test_base"], abs=1e-3)
