@@ -121,7 +121,7 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
         if reasons := verification["refused"]:
             shutil.rmtree(rejected, ignore_errors=True)
             folder.rename(rejected)
-            lost = (verification["quantization_tax"] or 0) > config.max_tax
+            lost = (verification["quantization_tax"] or 0) > verification["limits"]["max_tax"]
             codes_are_held = opened.trained_format == opened.weights and opened.weights in ("int4", "int8")
             fix, gain = "", verification.get("gain")
             if gain is not None and gain["low"] <= 0:

@@ -209,7 +209,7 @@ def _verify(
         As a manifest's `verification`.
     """
     validation = source.rows.validation
-    limits = Limits(config.max_tax, config.min_retained, config.max_metric_drop)
+    limits = Limits.of(config, over_float=source.rounds_what_was_float)
     probes = probe_examples(source.tokenizer, source.rendering)
     probe = score_rows(source, scorer, probes, progress, "probe, GGUF")
     untuned = torch_scores.untuned_probe

@@ -203,7 +203,7 @@ def _verify(
         The manifest's `verification`, in which `refused` lists why the adapter is refused; and the accuracy levels
         whose graph passed.
     """
-    limits = Limits(config.max_tax, config.min_retained, config.max_metric_drop)
+    limits = Limits.of(config)
 
     def scored(bundle: Bundle, what: str, **options: Any) -> _Scores:
         scorer = load(bundle, threads=config.threads, **options)

@@ -129,6 +129,11 @@ class ExportSource:
         """Format of the base that the tuned model is compared with: that of the training, where that is float."""
         return self.trained_format if self.run is not None and self.trained_format in FLOATS else self.weights
 
+    @property
+    def rounds_what_was_float(self) -> bool:
+        """Whether int4 ships of an adapter that was trained over float weights."""
+        return self.adapter is not None and self.weights == "int4" and self.trained_format in FLOATS
+
     def load_untuned(self) -> Any:
         """Return the base without its adapter, as it is compared with the tuned model."""
         return self.load(self._untuned_format)

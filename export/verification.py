@@ -184,7 +184,7 @@ def verify_graphs(
         graph passed; and the one that runs by default.
     """
     bundle = Bundle(folder, make_manifest(source, graphs, 1))
-    limits = Limits(config.max_tax, config.min_retained, config.max_metric_drop)
+    limits = Limits.of(config, over_float=source.rounds_what_was_float)
     # A level that may ship is left out if it fails; the one that was requested by its weights is refused.
     may_ship = {4} if source.weights in INT8_ACTIVATIONS else set(graphs)
     requested = min(may_ship)

@@ -51,8 +51,9 @@ class ExportConfig(RowsConfig):
     genai_graph: Annotated[Literal["exact", "fast"], Group.BUNDLE] = "exact"
     """Graph that genai_config.json names for onnxruntime-genai: exact is the manifest's model, fast the one with int8
     activations if it passed with nearly the same loss."""
-    max_tax: Annotated[float, Group.GATE, Minimum(0)] = 0.02
-    """Refuse a bundle whose loss exceeds that of the trained model by more than this, in nats per target token."""
+    max_tax: Annotated[float | None, Group.GATE, Minimum(0)] = None
+    """Refuse a bundle whose loss exceeds that of the trained model by more than this, in nats per target token;
+    default: 0.05 where an adapter that was trained over float weights ships in int4, and 0.02 elsewhere."""
     min_retained: Annotated[float, Group.GATE] = 0.95
     """Refuse a bundle that keeps less than this share of the improvement in loss over the base."""
     max_metric_drop: Annotated[float, Group.GATE, Minimum(0)] = 0.02

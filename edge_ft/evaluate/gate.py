@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_ft.config import TEXT_TASKS
+from edge_ft.config import TEXT_TASKS, ExportConfig
 from edge_ft.data import Example
 from edge_ft.evaluate.metrics import (
     UNDEFINED,
@@ -54,6 +54,11 @@ FEWEST_ROWS = 200
 """Rows that the gate scores where there are as many: 60 rows of one export showed a tax of 0.004, 200 one of 0.0125."""
 
 
+MAX_TAX, MAX_WHOLE_TAX = 0.02, 0.05
+"""Default limits of the tax, nats per target token: the second where the training was over float weights, so that the
+tax is all that int4 costs; a training over codes has a part of that in its own loss (docs/decisions/045)."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What an export may lose before it is refused."""
@@ -64,6 +69,13 @@ class Limits:
     """Share of the learned gain (base - trained) that must be retained; usually 0 to 1."""
     max_metric_drop: float
     """Largest drop of the task metric (0 to 1), and of the mean cosine of embeddings below 1."""
+
+    @classmethod
+    def of(cls, config: ExportConfig, *, over_float: bool = False) -> "Limits":
+        """Return the limits of an export; `over_float`: an adapter trained over float weights ships in int4."""
+        default = MAX_WHOLE_TAX if over_float else MAX_TAX
+        max_tax = default if config.max_tax is None else config.max_tax
+        return cls(max_tax, config.min_retained, config.max_metric_drop)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The gate computes its figures correctly and refuses for each of its reasons."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from scipy.stats import spearmanr
 from seqeval.metrics import f1_score as seqeval_f1
 from sklearn.metrics import f1_score
 
+from edge_ft.config import ExportConfig
 from edge_ft.data import Example
 from edge_ft.evaluate.gate import FEWEST_ROWS, Limits, evaluate_gate, rows_needed, task_metric_for
 from edge_ft.evaluate.scoring import RowScores
@@ -23,6 +25,17 @@ def scores(nll_per_token: float, right: float = 0.8, spread: float = 0.1, seed: 
     per_token = nll_per_token + noise - noise.mean()
     predicted = [np.where(np.arange(10) < right * 10, 1, 0) for _ in range(ROWS)]
     return RowScores(per_token * 10, np.full(ROWS, 10), np.full(ROWS, int(right * 10)), predicted)
+
+
+@pytest.mark.parametrize(
+    ("given", "over_float", "expected"), [(None, False, 0.02), (None, True, 0.05), (0.0, True, 0.0), (0.1, False, 0.1)]
+)
+def test_a_training_over_float_weights_may_lose_more_by_default(
+    given: float | None, over_float: bool, expected: float
+) -> None:
+    """Its tax is all that int4 costs; one over codes has a part of that in its own loss."""
+    config = ExportConfig(out=Path("bundle"), max_tax=given)
+    assert Limits.of(config, over_float=over_float) == Limits(expected, 0.95, 0.02)
 
 
 def test_a_good_export_passes_and_its_figures_add_up() -> None:
