@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_ft.artifacts import Bundle, RunFolder, kind_of
 from edge_ft.config import ExportConfig
@@ -14,6 +14,9 @@ from edge_ft.progress import Progress, Silent, heartbeat
 from edge_ft.system import use_threads
 from edge_ft.tune.stopwatch import Timings
 from edge_ft.utf8 import read_json
+
+if TYPE_CHECKING:
+    from edge_ft.export.source import ExportSource
 
 __all__ = ["GgufExport", "export", "export_gguf"]
 
@@ -121,20 +124,25 @@ def _export(source: str, config: ExportConfig, progress: Progress) -> None:
         if reasons := verification["refused"]:
             shutil.rmtree(rejected, ignore_errors=True)
             folder.rename(rejected)
-            lost = (verification["quantization_tax"] or 0) > verification["limits"]["max_tax"]
-            codes_are_held = opened.trained_format == opened.weights and opened.weights in ("int4", "int8")
-            fix, gain = "", verification.get("gain")
-            if gain is not None and gain["low"] <= 0:
-                fix = ". Train with more rows, more --epochs or another --learning-rate, then export again"
-            elif "cosine" in verification and opened.weights == "int4":
-                fix = ". --weights int8 keeps embeddings closer to those of the training"
-            elif lost and codes_are_held:
-                fix = f". --lane adapter ships the {opened.weights} weights of the training unchanged"
-            elif lost and config.lane == "adapter" and opened.run is not None:
-                fix = ". edge-ft tune --base-format int4 trains over the codes that this lane ships"
-            elif lost and opened.weights == "int4":
-                fix = ". --weights int8 loses less, in twice the size"
+            fix = _way_out(opened, verification)
             raise GateRefused(f"export refused, bundle kept as {rejected}: {'; '.join(reasons)}{fix}")
+
+
+def _way_out(opened: "ExportSource", verification: dict[str, Any]) -> str:
+    """Return what helps against a refusal, as a sentence to add to it; "" if nothing is known."""
+    lost = (verification["quantization_tax"] or 0) > verification["limits"]["max_tax"]
+    gain = verification.get("gain")
+    if gain is not None and gain["low"] <= 0:
+        return ". Train with more rows, more --epochs or another --learning-rate, then export again"
+    if "cosine" in verification and opened.weights == "int4":
+        return ". --weights int8 keeps embeddings closer to those of the training"
+    if lost and opened.trained_format == opened.weights and opened.weights in ("int4", "int8"):
+        return f". --lane adapter ships the {opened.weights} weights of the training unchanged"
+    if lost and opened.lane == "adapter" and opened.run is not None:
+        return ". edge-ft tune --base-format int4 trains over the codes that this lane ships"
+    if lost and opened.weights == "int4":
+        return ". --weights int8 loses less, in twice the size"
+    return ""
 
 
 @dataclass(frozen=True)

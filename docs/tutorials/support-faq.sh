@@ -21,13 +21,14 @@ if [ -n "${LONG:-}" ]; then STEPS="--epochs 2"; fi
 edge-ft plan --model "$MODEL" $ROWS $STEPS --show 1
 # ## Train
 #
-# The base is rounded to 4 bits and stays as it is; a LoRA adapter is trained over these very codes. Stop it when you like: `--resume` goes on.
+# The base stays as it is, and a LoRA adapter is trained beside it. At the end the adapter is merged and the model rounded to the 4 bits that ship. Stop it when you like:
+# `--resume` goes on.
 edge-ft tune --model "$MODEL" $ROWS $STEPS --out faq-run
 # `faq-run/report.html` shows how the loss fell, what was dropped, and what the time went to. It has no row of yours in it unless you add `--include-samples`.
 #
 # ## Ship
 #
-# The export merges the adapter, rounds again, and scores what will ship on the validation rows. If that lost too much, it refuses (exit code 3).
+# The export writes the 4-bit model, and scores what will ship on the validation rows. If that lost too much, it refuses (exit code 3).
 edge-ft export faq-run --out faq-bundle
 # ## Ask
 #

@@ -48,7 +48,7 @@ def test_the_command_of_the_report_gives_the_same_adapter_bundle_and_answer(
     assert edge_ft == "edge-ft"
     python(2, "-m", "edge_ft", *arguments, "--quiet")
     again = RunFolder(tmp_path / "run-again")
-    for file in ("adapter/adapter_model.safetensors", "codes.safetensors"):
+    for file in ("adapter/adapter_model.safetensors", "merged/codes.safetensors"):
         assert (first.path / file).read_bytes() == (again.path / file).read_bytes()
 
     answers = [

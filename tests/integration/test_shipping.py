@@ -68,7 +68,9 @@ def test_files_of_both_ways_are_scored_and_kept(here: list[str], tmp_path: Path)
     losses = {record["file"]: record for record in records}
     assert losses["float"]["shipped"] == losses["float"]["trained"] != losses["Q4_0, 8-bit head"]["shipped"]
     assert abs(losses["merged"]["shipped"] - losses["merged"]["graph"]) < 1e-3, "the scorer and the exact graph"
-    assert losses["adapter"]["shipped"] == pytest.approx(losses["adapter"]["trained"], abs=1e-4)
+    assert abs(losses["adapter"]["shipped"] - losses["adapter"]["graph"]) < 1e-3, (
+        "by its own weights, not the training's"
+    )
     assert losses["float"]["bytes"] > 3 * losses["merged"]["bytes"] / 2
     assert (tmp_path / "out" / "shipping.md").read_text().count("| **ours** |") == 2
     for theme in ("", "-dark"):

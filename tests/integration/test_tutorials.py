@@ -68,7 +68,13 @@ def run_program(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) 
         own = ["--compute", "fp32"]  # to compile bfloat16 kernels takes longer
     elif arguments[0] == "export" and "--trainable" not in arguments:
         # A tiny model loses more when merged weights are rounded again.
-        own = ["--min-retained", "0.5", *(() if "--max-tax" in arguments else ("--max-tax", "1"))]
+        own = [
+            "--min-retained",
+            "0.5",
+            "--max-metric-drop",
+            "1",
+            *(() if "--max-tax" in arguments else ("--max-tax", "1")),
+        ]
     return run_cli(monkeypatch, *arguments, *own)
 
 
