@@ -42,7 +42,7 @@ demo-device: install
 	rm -rf out/demo-device
 	$(BIN)/python -m edge_ft.bench.studies demo_device --python $(VENV)-device/bin/python --out out/demo-device
 
-# Measures the usual promises of fine-tuning on SmolLM2 and MiniLM and writes docs/claims.md, in some twenty CPU minutes; a stopped run resumes.
+# Measures the usual promises of fine-tuning on SmolLM2 and MiniLM and writes docs/claims.md, in some fifteen CPU minutes; a stopped run resumes.
 claims: install
 	$(BIN)/python -m edge_ft.bench.studies claims --out out/claims --write docs/claims.md
 

@@ -102,10 +102,11 @@ def _departments(name: str, train: int, *tune: str, weights: tuple[str, ...] = (
 CASES = {
     case.name: case
     for case in (
-        # The answers to test rows have at most 98 tokens: a shorter limit would count right answers as endless ones.
+        # The gate refuses int4: its merge loses 0.041 nats on long answers. The right answers to test rows have at most
+        # 98 tokens: a limit below counts right answers as endless ones.
         Case(
             *("smollm2-support", "smollm2", "support", 400, 40, 32, ("--max-length", "128", *_FEW_STEPS)),
-            answer_tokens=128,
+            *(("int8",), 128),
         ),
         _departments("main", 2000, "--eval-steps", "20", weights=_EVERY),
         Case("minilm-tags", "minilm", "tags", 129, 30, 60, ("--max-length", "64", "--epochs", "12")),

@@ -27,14 +27,15 @@ INTRODUCTION = """# Base, tuned and shipped models compared
 this page. A stopped run resumes, and `--only NAME` measures one claim.
 
 - *Base* is the model before tuning (a classifier's head is untrained then), *tuned* is the model as trained, in torch,
-  and *shipped* is the int4 ONNX bundle.
+  and *shipped* is the ONNX bundle: int4, and int8 for support, whose int4 the gate refuses
+  ([decision 046](decisions/046-claims.md)).
 - Figures are on test rows unless a column says otherwise, with 95% intervals over rows in brackets. Test rows were not
   used to choose weights or settings. Losses are in nats per target token.
 - *Better* and *worse* mean that the intervals of base and shipped do not overlap; a dash, that the figure has no
   interval or no value.
 - *Refused by the [gate](glossary.md#gate)*: export refused the bundle because of its scores on validation rows. It was
   scored on the test rows all the same.
-- Times are of a machine with {cores} cores that may have been busy with other work.
+- Minutes are CPU minutes of one training, on a machine with {cores} cores.
 - *Not run*: the case was not finished when this page was written.
 """
 
@@ -62,7 +63,7 @@ def coherence(results: Results) -> Iterator[Row]:
     yield ("model", "task", "figure", *COLUMNS, "shipped against base")
     for case in _cases("coherence"):
         yield (_model(case), _task(case), "held-out loss", *_compared(case, results, "nll"))
-        for metric in ("eos_rate", "repetition_4"):
+        for metric in ("eos_rate", "distinct_1", "distinct_2", "repetition_4"):
             yield (_model(case), _task(case), metric, *_compared(case, results, metric))
 
 
@@ -105,7 +106,7 @@ def overfitting(results: Results) -> Iterator[Row]:
     """The gap between train and validation loss on few rows."""
     yield (
         *("model", "train rows", "early stopping", "steps", "train loss", "best validation loss"),
-        *("last validation loss", "best validation loss − train loss", "test loss", "minutes"),
+        *("last validation loss", "best validation loss − train loss", "test loss", "CPU minutes"),
     )
     for case in _cases("overfitting"):
         report = _found(results, case, "tune")
@@ -117,7 +118,7 @@ def overfitting(results: Results) -> Iterator[Row]:
         yield (
             *(_model(case), str(case.train), stopping, str(report["steps"]), f"{found['train_nll']:.3f}"),
             *(f"{loss['best']:.3f}", _number(loss["last"], "{:.3f}"), f"{found['gap']:+.3f}"),
-            *(_number(loss["test"], "{:.3f}"), f"{report['seconds'] / 60:.1f}"),
+            *(_number(loss["test"], "{:.3f}"), f"{report['cpu_seconds'] / 60:.1f}"),
         )
 
 
@@ -132,19 +133,28 @@ def rows(results: Results) -> Iterator[Row]:
 
 def compute(results: Results) -> Iterator[Row]:
     """What each training took."""
-    yield ("case", "model", "trained weights (M)", "train rows", "steps", "minutes", "tokens/s", "peak memory (GB)")
+    yield ("case", "model", "trained weights (M)", "train rows", "steps", "CPU minutes", "peak memory (GB)")
     for case in _cases("compute"):
         found = _found(results, case, "tune") or {}
         yield (
             *(case.name, _model(case), _number(found.get("trainable_parameters"), "{:.2f}", 1e-6), str(case.train)),
-            *(_number(found.get("steps"), "{}"), _number(found.get("seconds"), "{:.1f}", 1 / 60)),
-            *(_number(found.get("tokens_per_second"), "{:.0f}"), _number(found.get("peak_rss_bytes"), "{:.2f}", 1e-9)),
+            *(_number(found.get("steps"), "{}"), _number(found.get("cpu_seconds"), "{:.1f}", 1 / 60)),
+            _number(found.get("peak_rss_bytes"), "{:.2f}", 1e-9),
         )
 
 
 def recipe(results: Results) -> Iterator[Row]:
     """Final layers against all layers."""
-    yield ("model", "recipe", "trained weights (M)", "metric", *COLUMNS[1:], "test loss", "minutes", "peak memory (GB)")
+    yield (
+        "model",
+        "recipe",
+        "trained weights (M)",
+        "metric",
+        *COLUMNS[1:],
+        "test loss",
+        "CPU minutes",
+        "peak memory (GB)",
+    )
     for case in _cases("recipe"):
         found = _found(results, case, "tune") or {}
         metric = _accuracy(case)
@@ -153,7 +163,7 @@ def recipe(results: Results) -> Iterator[Row]:
             *(_model(case), "--preset final-layers" if "--preset" in case.tune else "LoRA on all layers (default)"),
             *(_number(found.get("trainable_parameters"), "{:.2f}", 1e-6), metric),
             *(_interval(scores[column].get(metric)) for column in COLUMNS[1:]),
-            *(_number(found.get("nll", {}).get("test"), "{:.3f}"), _number(found.get("seconds"), "{:.1f}", 1 / 60)),
+            *(_number(found.get("nll", {}).get("test"), "{:.3f}"), _number(found.get("cpu_seconds"), "{:.1f}", 1 / 60)),
             _number(found.get("peak_rss_bytes"), "{:.2f}", 1e-9),
         )
 
@@ -168,14 +178,15 @@ TABLES: dict[str, tuple[str, str, Callable[[Results], Iterator[Row]]]] = {
     "coherence": (
         "Coherence",
         "eos_rate is the share of answers that end by themselves within the requested length: 32 tokens for sentences,"
-        " 128 for support, whose right answers have up to 98. repetition_4 is the share of"
-        " repeated phrases among an answer's phrases of four words.",
+        " 128 for support, whose right answers have up to 98. distinct_n is the share of"
+        " different phrases among an answer's phrases of n words; repetition_4 is the share of repeated phrases among"
+        " its phrases of four words. The right answers of support have 0.89, 0.99 and 0.00.",
         coherence,
     ),
     "domains": (
         "Customisation to healthcare and technical support",
-        "Healthcare is a classification, support are questions with written answers. Finance (Fiqa) is compared with"
-        " other tools' 4-bit files in [shipping.md](shipping.md).",
+        "Healthcare is a classification, support are questions with written answers, and ships in int8. Finance (Fiqa)"
+        " is in [shipping.md](shipping.md), beside other tools' 4-bit files.",
         domains,
     ),
     "size": (
@@ -185,7 +196,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Results], Iterator[Row]]]] = {
     ),
     "overfitting": (
         "Over-fitting",
-        "The fewer rows, the wider the gap between train and validation loss. The weights with the best validation loss"
+        "Where rows are few, the validation loss stays above the train loss. The weights with the best validation loss"
         " are kept with or without early stopping, so stopping early saves only time. *Last* is the validation loss of"
         " the weights at the end.",
         overfitting,
@@ -198,9 +209,9 @@ TABLES: dict[str, tuple[str, str, Callable[[Results], Iterator[Row]]]] = {
     ),
     "compute": (
         "Compute",
-        "Times include loading, validation and the report; memory is the peak of the process. A case is named after its"
-        " model and its rows or settings: main is the model's main task, final-layers uses that preset, and rows-N"
-        " has N rows.",
+        "Times include loading, validation, the finishing phase and the report; memory is the peak of the process. A"
+        " case is named after its model and its rows or settings: main is the model's main task, final-layers uses that"
+        " preset, and rows-N has N rows. Speeds are in [training.md](training.md).",
         compute,
     ),
     "recipe": (

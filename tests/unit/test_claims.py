@@ -178,7 +178,7 @@ def test_figures_are_those_of_the_kept_results() -> None:
     manifest = {"verification": {"test": test, "refused": []}, "files": {"a": {"bytes": 30_000_000}}}
     whole = {"verification": {"test": test, "refused": []}, "files": {"a": {"bytes": 120_000_000}}}
     report = {
-        "trainable_parameters": 490_000, "steps": 200, "seconds": 90.0, "tokens_per_second": 812.4,
+        "trainable_parameters": 490_000, "steps": 200, "cpu_seconds": 90.0,
         "peak_rss_bytes": 1_100_000_000, "nll": {"best": 1.4, "last": 1.9, "test": 1.5},
         "overfitting": {"train_nll": 0.4, "gap": 1.0},
     }  # fmt: skip
@@ -192,7 +192,7 @@ def test_figures_are_those_of_the_kept_results() -> None:
     assert found["size"][0][1:4] == ["int4", "30.0", "25%"]
     assert found["overfitting"][0][3:] == ["200", "0.400", "1.400", "1.900", "+1.000", "1.500", "1.5"]
     main = next(row for row in found["compute"] if row[0] == "minilm-main")
-    assert main[2:] == ["0.49", "2000", "200", "1.5", "812", "1.10"]
+    assert main[2:] == ["0.49", "2000", "200", "1.5", "1.10"]
     assert found["recipe"][0][1] == "LoRA on all layers (default)"
     refused = {"verification": {"test": test, "refused": ["too much was lost"]}, "files": {}}
     found = tables({"minilm-main": kept | {"export-int4": refused}})
@@ -209,8 +209,8 @@ def test_a_lower_loss_is_better_and_a_metric_without_phrases_is_a_dash() -> None
         "answers-shipped": answers(1.1, eos_rate=metric(0.05)),
     }
     rows = tables({"smollm2-main": kept})["coherence"]
-    loss, eos, phrases = [row[2:] for row in rows[:3]]
+    loss, eos, *phrases = [row[2:] for row in rows[:5]]
     assert loss[0] == "held-out loss"
     assert loss[-1] == "better"
     assert eos[-1] == "worse"
-    assert phrases[1:] == ["-", "-", "-", "-"]
+    assert {tuple(row[1:]) for row in phrases} == {("-", "-", "-", "-")}
