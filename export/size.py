@@ -15,6 +15,8 @@ __all__ = ["bundle_bytes", "fit", "refuse_larger"]
 
 GRAPHS = 1_000_000
 """Bytes of graphs, manifest and settings."""
+JOINING = 0.025
+"""Bytes of the operators that add further bits to a product, over those of the bits: 4 kB for a small model's layer."""
 LARGER_BLOCKS = (64, 128)
 """Blocks that are tried where those of the training are too large a file."""
 
@@ -69,7 +71,7 @@ def fit(model: Any, grid: Grid, keep: tuple[str, ...], files: list[Path], size: 
     for block_size in sizes:
         tried = replace(grid, block_size=block_size)
         if (needed := bundle_bytes(model, tried, keep, files)) <= size:
-            return tried, int(size - needed)
+            return tried, int((size - needed) / (1 + JOINING))
     raise UsageError(
         f"--size-mb {size / 1e6:g}: with 4 bits for every weight, in blocks of {sizes[-1]}, the bundle takes "
         f"{needed / 1e6:.0f} MB: give more, or tune a smaller model"

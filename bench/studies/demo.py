@@ -136,7 +136,7 @@ def short_decoder(out: Path, minutes: float | None) -> Job:
     cost = (f"{speed['size_bytes'] / 1e6:.0f}", f"{speed['decode_tps']:.0f}", f"{speed['peak_rss_bytes'] / 1e6:.0f}")
     header = ("", "loss (nats/token)", "token accuracy", "exactly right", "size MB", "decode tok/s", "peak RSS MB")
     table: Table = [header]
-    for name, column in (("base, int4", "base"), ("tuned, as trained", "trained"), ("tuned, shipped", "shipped")):
+    for name, column in (("base", "base"), ("tuned, as trained", "trained"), ("tuned, shipped", "shipped")):
         right = percent(answers["metrics"]["verbatim_match"]) if column == "shipped" else "-"
         figures = (right, *cost) if column == "shipped" else ("-",) * 4
         table.append((name, f"{test['nll'][column]:.3f}", percent(test["metrics"]["token_accuracy"][column]), *figures))
