@@ -4,9 +4,7 @@ The conversion is a checkpoint folder as every other: config.json, float weights
 """
 
 import hashlib
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_ft.config import Task
-from edge_ft.errors import ModelError, WillNotFit
+from edge_ft.errors import ModelError
 from edge_ft.families import family_of
-from edge_ft.files import atomic_folder, cache_folder, locked, write_json, write_text
+from edge_ft.files import cache_folder, write_json, write_text
+from edge_ft.models.cached_model import Words, write_once
 from edge_ft.models.dims import ModelDims, check_supported, read_config
 from edge_ft.models.gguf_config import config_settings
 from edge_ft.models.gguf_files import GgufModel, open_gguf
@@ -104,24 +103,13 @@ def convert_gguf(file: Path, task: Task | None = None, progress: Progress | None
     family_of(architecture_of(model.header.architecture, file).model_type, task)
     plan = plan_conversion(model.header)
     folder = cache_folder() / f"gguf-{_key(model.files, progress)}-{CONVERTER}"
-    if folder.is_dir():
-        return folder
-    _check_writable(folder.parent)
-    if folder.with_name(f".{folder.name}.lock").exists():
-        progress.say("another process may be converting the same GGUF file: waiting for it to end")
-    with locked(folder, wait=True):
-        if folder.is_dir():  # another process was faster
-            return folder
-        free = shutil.disk_usage(folder.parent).free
-        if plan.size > free:
-            raise WillNotFit(
-                f"the float weights of {file} take {plan.size / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB "
-                "free: free some, or set EDGE_FT_CACHE to a folder on a larger disk"
-            )
-        progress.say(f"converting {model.files[0]} into the cache, once")
-        with atomic_folder(folder) as temporary:
-            write_checkpoint(model, plan, temporary, progress)
-    return folder
+    words = Words(
+        doing=f"converting {model.files[0]} into the cache",
+        waiting="converting the same GGUF file",
+        holds=f"the float weights of {file} take",
+        place="GGUF files are converted",
+    )
+    return write_once(folder, plan.size, words, lambda to: write_checkpoint(model, plan, to, progress), progress)
 
 
 def plan_conversion(header: GgufHeader) -> Plan:
@@ -225,21 +213,6 @@ def _key(files: tuple[Path, ...], progress: Progress) -> str:
                 progress.advance(stage, done // 2**20, -(-total // 2**20), "MB")
         hashes.append(digest.hexdigest())
     return (hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())[:16]
-
-
-def _check_writable(cache: Path) -> None:
-    """Make the cache's folder, before anything is converted.
-
-    Raises:
-        ModelError: this user may not write there.
-    """
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        writable = os.access(cache, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise ModelError(f"{cache} cannot be written, where GGUF files are converted: set EDGE_FT_CACHE to a folder")
 
 
 def write_checkpoint(model: GgufModel, plan: Plan, folder: Path, progress: Progress) -> None:

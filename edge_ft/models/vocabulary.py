@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 
 from edge_ft.config import Task
 from edge_ft.data import KnownIds, TextTokenizer, cut_ids, cut_settings, cut_tokenizer, kept_tokens
-from edge_ft.errors import ModelError, WillNotFit
-from edge_ft.files import atomic_folder, cache_folder, locked, write_json, write_text
+from edge_ft.errors import ModelError
+from edge_ft.files import cache_folder, write_json, write_text
 from edge_ft.models.base_model import Base, find_base
+from edge_ft.models.cached_model import Words, write_once
 from edge_ft.models.loading import model_class
 from edge_ft.models.stored import Stored
 from edge_ft.models.tensor_file import BYTES, FileTensor, write_tensors
@@ -97,15 +97,11 @@ def choose_vocabulary(base: Base, used: Collection[int]) -> Vocabulary:
     """
     size, tokenizer = base.dims.vocabulary, base.open_tokenizer()
     settings = (base.dims.config.to_dict(), _read(tokenizer.folder / "generation_config.json"))
-    named = {at for found in settings for value in cut_ids(found, range_of(size)).values() for at in _numbers(value)}
+    same = {at: at for at in range(size)}
+    named = {at for found in settings for value in cut_ids(found, same).values() for at in _numbers(value)}
     if base.family.positions_after_pad:  # a text's positions begin after the id of the padding, which must not change
         named |= set(range((base.dims.config.pad_token_id or 0) + 1))
     return Vocabulary(base.content_sha256, size, tuple(kept_tokens(tokenizer.to_json(), {*used, *named}, GENERAL)))
-
-
-def range_of(size: int) -> dict[int, int]:
-    """Return the ids below a size, each as its own new id."""
-    return {at: at for at in range(size)}
 
 
 def cut_base(base: Base, vocabulary: Vocabulary, task: Task, progress: Progress | None = None) -> Base:
@@ -140,17 +136,20 @@ def cut_base(base: Base, vocabulary: Vocabulary, task: Task, progress: Progress 
     digest = sha256(json.dumps([*parts, task], sort_keys=True).encode()).hexdigest()
     folder = cache_folder() / f"vocabulary-{digest[:16]}"
     if not folder.is_dir():
-        with locked(folder, wait=True):
-            if not folder.is_dir():  # else another process was faster
-                tensors = _tensors(base, vocabulary, task)
-                _refuse_full(folder.parent, tensors, base)
-                progress.say(f"cutting the vocabulary of {base.name} to {len(vocabulary.rows)} tokens, once")
-                with atomic_folder(folder) as temporary:
-                    _write_tokenizer(base, tokenizer, vocabulary, temporary)
-                    write_tensors(
-                        temporary / "model.safetensors", tensors, partial(progress.advance, "tensors written")
-                    )
-                    vocabulary.write(temporary / RECORD)
+        tensors = _tensors(base, vocabulary, task)
+
+        def write(target: Path) -> None:
+            _write_tokenizer(base, tokenizer, vocabulary, target)
+            write_tensors(target / "model.safetensors", tensors, partial(progress.advance, "tensors written"))
+            vocabulary.write(target / RECORD)
+
+        words = Words(
+            doing=f"cutting the vocabulary of {base.name} to {len(vocabulary.rows)} tokens",
+            waiting="cutting the same vocabulary",
+            holds=f"{base.name} with fewer tokens takes",
+            place="cut models are kept",
+        )
+        write_once(folder, sum(tensor.size for tensor in tensors), words, write, progress)
     return replace(find_base(str(folder), task), name=base.name)
 
 
@@ -218,24 +217,6 @@ def _meta_model(base: Base, task: Task, tokens: int) -> Any:
         model = model_class(task).from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
     return model
-
-
-def _refuse_full(cache: Path, tensors: list[FileTensor], base: Base) -> None:
-    """Make the cache's folder, and refuse one without room for the tensors.
-
-    Raises:
-        ModelError: this user may not write there.
-        WillNotFit: the disk is too small.
-    """
-    cache.mkdir(parents=True, exist_ok=True)
-    if not os.access(cache, os.W_OK):
-        raise ModelError(f"{cache} cannot be written, where cut models are kept: set EDGE_FT_CACHE to a folder")
-    size, free = sum(tensor.size for tensor in tensors), shutil.disk_usage(cache).free
-    if size > free:
-        raise WillNotFit(
-            f"{base.name} with fewer tokens takes {size / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB free: free "
-            "some, or set EDGE_FT_CACHE to a folder on a larger disk"
-        )
 
 
 def _read(file: Path) -> Mapping[str, Any]:

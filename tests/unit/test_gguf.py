@@ -296,7 +296,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_conversion(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_gguf(llama, tmp_path / "model.gguf")
-    monkeypatch.setattr(gguf.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(WillNotFit, match="set EDGE_FT_CACHE"):
         convert_gguf(file)
 
