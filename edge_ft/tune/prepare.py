@@ -199,7 +199,7 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
             base = _cut(config, whole, before, progress, saved)
             tokenizer = base.open_tokenizer()
             prepared = prepare(config, base, tokenizer, Silent())
-            cut = compare_tokens(whole, base, before, prepared, progress)
+            cut = compare_tokens(whole, base, before.examples, prepared.examples, progress)
     if config.class_names and len(config.class_names) == len(base.labels(prepared.task)):
         base = base.with_class_names(config.class_names)
     job = Job(config, base, tokenizer, prepared, cut)
@@ -250,7 +250,7 @@ def _cut(
 
     found = {"data_fingerprint": whole.fingerprint, "rows": whole.counts}
     refuse_other(saved, found, str(config.out))
-    vocabulary = find_vocabulary(config, base, whole, resumed=saved is not None)
+    vocabulary = find_vocabulary(config, base, whole.examples["train"], whole.task, resumed=saved is not None)
     before = None if saved is None else {**saved, "content_sha256": vocabulary.content_sha256}
     refuse_other(before, {"content_sha256": base.content_sha256}, str(config.out))
     return cut_base(base, vocabulary, whole.task, progress)

@@ -21,7 +21,7 @@ from edge_ft.tune.report_parts import ReportParts, kept_parts
 from edge_ft.tune.run_files import begin, write_report
 from edge_ft.tune.stopwatch import Timings
 from edge_ft.tune.train import train
-from edge_ft.tune.vocabulary import measure_cut
+from edge_ft.tune.vocabulary_cost import measure_cut
 
 __all__ = ["run_steps"]
 
