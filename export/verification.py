@@ -125,23 +125,26 @@ def score_torch(source: ExportSource, shipped_model: Any, progress: Progress) ->
         )
     if source.adapter is None and not validation:
         return TorchScores(shipped_probe, None, None, None)
-    with heartbeat(progress, "loading the base"):
-        base_model = source.load_untuned()
     base = source.known_scores("base", validation) if validation else None
+    own_test = source.rows.test if source.run is None else []
+    head = source.base.family.trained_head(source.task)
+    switched_off = source.lane == "adapter" and not head  # then the base is what ships, its adapter switched off
+    base_model: Any = None
+    if not switched_off or own_test or (validation and base is None):
+        with heartbeat(progress, "loading the base"):
+            base_model = source.load_untuned()
     if validation and base is None:
         base = scored(base_model, validation, "validation, base")
-    own_test = source.rows.test if source.run is None else []
     test = {"base": scored(base_model, own_test, "test rows, base")} if own_test else {}
     if source.adapter is None:
         return TorchScores(shipped_probe, None, base, None, test)
-    if head := source.base.family.trained_head(source.task):
-        whole = shipped_model.get_base_model() if hasattr(shipped_model, "get_base_model") else shipped_model
-        for name in head:
-            base_model.set_submodule(name, whole.get_submodule(name))
-    if source.lane == "adapter" and not head:  # the very model that ships, whose codes may be no others' than its own
+    if switched_off:
         with shipped_model.disable_adapter():
             untuned_probe = scored(shipped_model, probes, "probe, base")
     else:
+        whole = shipped_model.get_base_model() if hasattr(shipped_model, "get_base_model") else shipped_model
+        for name in head:
+            base_model.set_submodule(name, whole.get_submodule(name))
         untuned_probe = scored(base_model, probes, "probe, base")
     del base_model
     if not validation:
