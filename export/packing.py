@@ -15,7 +15,7 @@ ALIGNMENT = 64
 # Smaller tensors stay in the graph file.
 EXTERNAL_BYTES = 1024
 # ONNX Runtime's accuracy level of products whose activations are int8; it multiplies 8-bit codes fast only there.
-INT8_ACTIVATIONS = 4
+INT8_LEVEL = 4
 
 
 def write_graphs(
@@ -64,7 +64,7 @@ def write_graphs(
     paths: dict[int, str] = {}
     for name, packed in graphs.items():
         for level in accuracy_levels:
-            if level == INT8_ACTIVATIONS:
+            if level == INT8_LEVEL:
                 join_further_bits(packed.graph)
             for node in packed.graph:
                 if node.op_type == "MatMulNBits":

@@ -1,6 +1,6 @@
 """Training over a bundle, by ONNX Runtime and numpy: the base install alone is enough."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -47,7 +47,7 @@ class BundleModel:
     compute: Literal["fp32"] = "fp32"
     calibration: None = None
 
-    def estimate_choosing(self, tokens: int) -> None:
+    def estimate_choosing(self, tokens: int, forward: Callable[[float], float]) -> None:
         """Return nothing: a bundle's codes stay."""
 
     def untuned(self) -> AbstractContextManager[None]:

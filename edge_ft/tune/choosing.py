@@ -2,12 +2,13 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from edge_ft.quant.blockwise import quantize
-from edge_ft.quant.calibration import gptq_quantize, input_factor
+from edge_ft.quant.calibration import MAX_TOKENS, gptq_quantize, input_factor
 from edge_ft.quant.devices import product_dtype
 from edge_ft.quant.layers import FrozenLinear
 
@@ -19,19 +20,23 @@ SHARED_INPUTS = 2
 """Layers that read the same input, on average: query, key and value, or the two that widen."""
 FURTHER_BITS = 1.2
 """Time with the choice of weights that get 8 bits, over that without (docs/decisions/041)."""
+PASSES = 2
+"""Passes through the model: of the calibration, and about as much for the 8 bits."""
 
 
-def estimate_choosing(model: Any, tokens: int, block_size: int) -> float:
+def estimate_choosing(model: Any, tokens: int, block_size: int, forward: Callable[[float], float]) -> float:
     """Round a few rows of random weights of each width that the model's layers have, and extrapolate.
 
     Args:
         model: Its frozen linear layers count.
-        tokens: Those that GPTQ is calibrated on.
+        tokens: Of the rows that GPTQ is calibrated on.
         block_size: Weights per scale.
+        forward: Tokens -> seconds in which they pass through the model.
 
     Returns:
-        Seconds, without the passes of the tokens through the model.
+        Seconds.
     """
+    tokens = min(MAX_TOKENS, tokens)
     heights: Counter[int] = Counter()
     layers: Counter[int] = Counter()
     for layer in model.modules():
@@ -47,4 +52,4 @@ def estimate_choosing(model: Any, tokens: int, block_size: int) -> float:
         gptq_quantize(weight, factor, quantize(weight.numpy(), block_size))
         seconds += (time.perf_counter() - factored) * height / len(weight)
         seconds += (factored - began) * layers[width] / SHARED_INPUTS
-    return FURTHER_BITS * seconds
+    return FURTHER_BITS * seconds + PASSES * forward(tokens)

@@ -1,5 +1,6 @@
 """What trains a model: torch, or ONNX Runtime over a bundle. The steps of a tune ask it where the two differ."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -47,8 +48,13 @@ class TrainableModel(Protocol):
     def calibration(self) -> Any:
         """Rows over which the int4 codes were chosen; None where they were not chosen now."""
 
-    def estimate_choosing(self, tokens: int) -> float | None:
-        """Return the seconds in which int4 codes would be chosen over so many tokens; None where none are."""
+    def estimate_choosing(self, tokens: int, forward: Callable[[float], float]) -> float | None:
+        """Return the seconds in which int4 codes would be chosen over so many tokens of rows; None where none are.
+
+        Args:
+            tokens: As far as they are used.
+            forward: Tokens -> seconds in which they pass through the model.
+        """
 
     @property
     def grid(self) -> Grid:

@@ -147,9 +147,10 @@ def _load_merged(run: RunFolder, adapter: str, job: "Job", model: TrainableModel
 
 
 def _merge(run: RunFolder, spec: ModelSpec, job: "Job", model: TrainableModel, progress: Progress) -> Any:
-    """Return the merged model: the adapter is added to the float weights, and the layers that it changes are rounded.
+    """Return the merged model: the adapter is added to the float weights, and codes are chosen.
 
-    It changes a weight by less than rounding does, so that scales, zero points and 8 bits stay those of the base.
+    Over int4 they are of the layers that the adapter changes, by less than rounding does: scales, zero points and
+    8 bits stay those of the base.
     """
     prepared, count = job.prepared, job.config.calibration_rows
     calibration = make_calibration(

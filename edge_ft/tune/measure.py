@@ -25,8 +25,6 @@ from edge_ft.tune.schedule import finishing_steps
 __all__ = ["Curve", "Measured", "measure"]
 
 
-CALIBRATION_TOKENS = 4096
-"""Most tokens that codes are chosen over."""
 PLENTY = 1 / 2
 """Share of the available memory up to which the longest batch's need is extrapolated from a typical one's."""
 
@@ -157,9 +155,7 @@ def _choosing_seconds(job: Job, model: TrainableModel, evaluation: Curve) -> flo
     if config.frozen_format == "int4" or finishing_steps(config, job.steps) == 0:
         return None
     length = sum(len(example.input_ids) for example in train) / len(train)
-    tokens = min(CALIBRATION_TOKENS, round(config.calibration_rows * length))
-    seconds = model.estimate_choosing(tokens)
-    return None if seconds is None else seconds + 2 * evaluation.at(tokens)
+    return model.estimate_choosing(round(config.calibration_rows * length), evaluation.at)
 
 
 def _card_curve(sizes: list[int], found: list[int | None]) -> Curve | None:

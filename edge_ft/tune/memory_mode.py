@@ -59,12 +59,8 @@ def resolve_base_format(job: Job, available: Available, device: "torch.device", 
     config = job.config
     if config.base_format is not None:
         return job
-    float_is_cheap = (
-        device.type == "cpu"
-        and config.memory in (None, "high")
-        and 4 * count_weights(job.base) * processes <= HIGH_MEMORY_SHARE * available.memory_bytes
-    )
-    if not (float_is_cheap and job.prepared.task == "text-generation"):
+    wanted = job.prepared.task == "text-generation" and device.type == "cpu" and config.memory in (None, "high")
+    if not (wanted and _floats_are_cheap(job, available, processes)):
         return job.with_settings(base_format="int4")
     narrow = config.compute != "fp32" and has_bf16(device)
     return job.with_settings(base_format="bf16" if narrow else "fp32", finish_steps=finishing_steps(config, job.steps))
@@ -88,8 +84,12 @@ def resolve_memory(job: Job, available: Available, device: "torch.device", proce
     if config.memory is not None:
         return job
     quantized = device.type == "cpu" and config.frozen_format in ("int4", "int8", "nf4")
-    fits = 4 * count_weights(job.base) * processes <= HIGH_MEMORY_SHARE * available.memory_bytes
-    return job.with_settings(memory="high" if quantized and fits else "normal")
+    return job.with_settings(memory="high" if quantized and _floats_are_cheap(job, available, processes) else "normal")
+
+
+def _floats_are_cheap(job: Job, available: Available, processes: int) -> bool:
+    """Whether the weights in float32, once for each process, take little of the memory."""
+    return 4 * count_weights(job.base) * processes <= HIGH_MEMORY_SHARE * available.memory_bytes
 
 
 def settle_memory(job: Job, model: "TrainableModel") -> Job:

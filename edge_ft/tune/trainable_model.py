@@ -1,6 +1,7 @@
 """The torch model that a tune trains: the frozen base, an adapter on top, and what trains and scores the two."""
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,9 +52,9 @@ class TrainableModel:
         """Hex sha256 of the rounded weights; None of a base in float32."""
         return codes_sha256(self.peft_model) if frozen_layers(self.peft_model) else None
 
-    def estimate_choosing(self, tokens: int) -> float:
-        """Return the seconds in which int4 codes of its weights would be chosen over so many tokens."""
-        return estimate_choosing(self.peft_model, tokens, self.grid.block_size)
+    def estimate_choosing(self, tokens: int, forward: Callable[[float], float]) -> float:
+        """See `edge_ft.tune.engine.TrainableModel`."""
+        return estimate_choosing(self.peft_model, tokens, self.grid.block_size, forward)
 
     def untuned(self) -> AbstractContextManager[Any]:
         """Answer and score as the base without the adapter, inside this block."""
