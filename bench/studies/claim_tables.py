@@ -27,8 +27,7 @@ INTRODUCTION = """# Base, tuned and shipped models compared
 this page. A stopped run resumes, and `--only NAME` measures one claim.
 
 - *Base* is the model before tuning (a classifier's head is untrained then), *tuned* is the model as trained, in torch,
-  and *shipped* is the ONNX bundle: int4, and int8 for support, whose int4 the gate refuses
-  ([decision 046](decisions/046-claims.md)).
+  and *shipped* is the int4 ONNX bundle.
 - Figures are on test rows unless a column says otherwise, with 95% intervals over rows in brackets. Test rows were not
   used to choose weights or settings. Losses are in nats per target token.
 - *Better* and *worse* mean that the intervals of base and shipped do not overlap; a dash, that the figure has no
@@ -185,7 +184,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Results], Iterator[Row]]]] = {
     ),
     "domains": (
         "Customisation to healthcare and technical support",
-        "Healthcare is a classification, support are questions with written answers, and ships in int8. Finance (Fiqa)"
+        "Healthcare is a classification, support are questions with written answers. Finance (Fiqa)"
         " is in [shipping.md](shipping.md), beside other tools' 4-bit files.",
         domains,
     ),
