@@ -25,8 +25,10 @@ T = TypeVar("T")
 
 IGNORED = -100
 """Label of a token that carries no loss (PyTorch's ignore_index)."""
-WINDOW = 50
-"""Number of batches whose rows are sorted by length together: enough for even lengths, few enough to stay random."""
+LARGEST_WINDOW = 50
+"""Largest number of batches whose rows are sorted by length together."""
+WINDOWS = 4
+"""Smallest number of windows of an epoch: if one held all rows, every epoch would have the same batches."""
 
 
 @dataclass(slots=True)
@@ -184,12 +186,16 @@ def target_mask(labels: NDArray[Any], task: str) -> NDArray[np.bool_]:
 
 
 def train_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the indices of one epoch in batches of similar `lengths`, in random order; each index occurs once."""
+    """Return the indices of one epoch in batches of similar `lengths`, in random order; each index occurs once.
+
+    Source: the size of a window is that of transformers' `LengthGroupedSampler`.
+    """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
+    size = batch_size * max(1, min(LARGEST_WINDOW, len(lengths) // (WINDOWS * batch_size)))
     batches = []
-    for start in range(0, len(order), WINDOW * batch_size):
-        window = sorted(order[start : start + WINDOW * batch_size].tolist(), key=lengths.__getitem__)
+    for start in range(0, len(order), size):
+        window = sorted(order[start : start + size].tolist(), key=lengths.__getitem__)
         batches += _chunks(window, batch_size)
     return [batches[index] for index in random.permutation(len(batches))]
 

@@ -46,6 +46,13 @@ def test_batches_pad_little_and_epochs_differ() -> None:
     assert batches != train_batches(lengths, 8, seed=1, epoch=0)
 
 
+def test_epochs_of_few_rows_have_other_batches() -> None:
+    """Sorted as a whole, 240 rows would be the same 30 batches in every epoch."""
+    lengths = list(range(240))
+    epochs = [{tuple(sorted(batch)) for batch in train_batches(lengths, 8, 0, epoch)} for epoch in range(2)]
+    assert not epochs[0] & epochs[1]
+
+
 @given(lengths, st.integers(1, 9))
 def test_evaluation_goes_from_short_to_long(lengths: list[int], batch_size: int) -> None:
     batches = eval_batches(lengths, batch_size)
