@@ -102,7 +102,7 @@ def estimate(
     """Estimate the training that `tune` is about to begin, report the estimate and write it to plan.json.
 
     Args:
-        run: The run folder; its codes are written.
+        run: The run folder.
         job: The training.
         measured: What its batches take.
         available: Memory and disk to plan for.
@@ -112,8 +112,7 @@ def estimate(
     Raises:
         WillNotFit: it takes more memory or disk than is available.
     """
-    codes = run.codes.stat().st_size if run.codes.is_file() else 0
-    choice = _choice(job, measured, spent, codes, available)
+    choice = _choice(job, measured, spent, available)
     for text in job.prepared.shown:
         progress.say(text)
     result = _result(job, available, [choice], choice)
@@ -195,23 +194,19 @@ def _measure_choices(
             measured = measure(measured_job, model, available, peaks[option.memory])
         choosing = measured.choosing if choosing is None else choosing
         seconds = timings.seconds | first | measuring.seconds
-        codes = int(count_weights(job.base) * BYTES_PER_WEIGHT["int4"]) if option.base_calibration_rows else 0
-        choices.append(_choice(measured_job, replace(measured, choosing=choosing), seconds, codes, available))
+        choices.append(_choice(measured_job, replace(measured, choosing=choosing), seconds, available))
         del model
         release_memory()
     return choices
 
 
-def _choice(
-    job: Job, measured: Measured, spent: dict[str, float], codes_bytes: int, available: Available
-) -> dict[str, Any]:
-    """One of the `choices` of a plan, after these seconds of the stages before training and with codes of this size."""
+def _choice(job: Job, measured: Measured, spent: dict[str, float], available: Available) -> dict[str, Any]:
+    """One of the `choices` of a plan, after these seconds of the stages before training."""
     stages = spent | _seconds(job, measured)
     if "finish" in stages:
         stages["finish"] += spent.get("load", 0.0) if measured.choosing is None else measured.choosing
-        codes_bytes *= 2
     stages["write"] = stages.get("write", 0.0) + FINAL_SECONDS
-    peak, disk = _peak_bytes(job, measured), codes_bytes + _disk_bytes(job, measured)
+    peak, disk = _peak_bytes(job, measured), _disk_bytes(job, measured)
     card = _device_bytes(job, measured)
     fits = peak <= USABLE_SHARE * available.memory_bytes and disk <= USABLE_SHARE * available.disk_bytes
     batch = job.config.rows_at_once
@@ -250,7 +245,7 @@ def _seconds(job: Job, measured: Measured) -> dict[str, float]:
     if config.max_minutes is not None and training + validating > config.max_minutes * 60:
         training = max(0.0, config.max_minutes * 60 - validating)
     seconds = {"train": training, "validation": validating}
-    if steps := 0 if job.base.dims.shares_layers else finishing_steps(config, job.steps):
+    if steps := _finishing_steps(job):
         seconds["finish"] = FINISHING_STEP * steps * training / job.steps + 2 * evaluation(watched)
     compared = train[: min(len(validation), OVERFITTING_ROWS)]
     seconds["scores"] = 2 * measured.report * evaluation(examples["test"]) + evaluation(compared)
@@ -263,11 +258,14 @@ def _seconds(job: Job, measured: Measured) -> dict[str, float]:
     return seconds
 
 
+def _finishing_steps(job: Job) -> int:
+    return 0 if job.base.dims.shares_layers else finishing_steps(job.config, job.steps)
+
+
 def _peak_bytes(job: Job, measured: Measured) -> int:
     """Peak of the resident memory: of loading, of a step (the last ones are the merged model's), or of the report."""
     # The last steps have the merged model beside the trained one; what they take is released before the report is made.
-    finishes = finishing_steps(job.config, job.steps) and not job.base.dims.shares_layers
-    merged = FINISHING_BYTES * count_weights(job.base) if finishes else 0.0
+    merged = FINISHING_BYTES * count_weights(job.base) if _finishing_steps(job) else 0.0
     stepping = measured.memory.at(max(job.batch_tokens)) + merged
     most = max(stepping, measured.memory.values[0] + measured.answering)
     # The two moments of AdamW and the best weights come on top of what was measured.
@@ -290,11 +288,13 @@ def _device_bytes(job: Job, measured: Measured, tokens: int | None = None) -> in
 
 
 def _disk_bytes(job: Job, measured: Measured) -> int:
-    """Size of the run folder without its codes."""
+    """Largest size of the run folder: the merged codes as they were chosen lie beside those that are written."""
+    copies = bool(job.config.base_calibration_rows) + (2 if _finishing_steps(job) else 0)
+    codes = round(copies * BYTES_PER_WEIGHT["int4"] * count_weights(job.base)) if copies else 0
     rows = sum(len(json.dumps(row.fields, default=str)) for name in SPLITS for row in job.prepared.rows[name])
     tokenizer = sum(file.stat().st_size for file in job.tokenizer.files())
     # Adapter and checkpoint are written beside those that they replace.
-    return rows + tokenizer + 2 * (1 + CHECKPOINT_STATES) * 4 * measured.trainable + 1_000_000
+    return codes + rows + tokenizer + 2 * (1 + CHECKPOINT_STATES) * 4 * measured.trainable + 1_000_000
 
 
 def _result(

@@ -114,13 +114,13 @@ def test_a_card_must_hold_what_a_step_takes_there(job: Job) -> None:
     card = measured(device=Curve([0, longest], [1e9, 2e9]))
     needed = round((2e9 + 2 * 4 * 1000) * planning.DEVICE_FRAGMENTATION)
     roomy, tight = (replace(AMPLE, device_bytes=size) for size in (10 * 10**9, 2 * 10**9))
-    fitting = planning._choice(job, card, {}, 0, roomy)
+    fitting = planning._choice(job, card, {}, roomy)
     assert (fitting["peak_device_bytes"], fitting["fits"], fitting["largest_batch"]) == (needed, True, 28)
-    refused = planning._choice(job, card, {}, 0, tight)
+    refused = planning._choice(job, card, {}, tight)
     assert (refused["fits"], refused["largest_batch"]) == (False, 2)
     message = planning._does_not_fit(refused, tight)
     assert "takes 2200 MB of the GPU and 2000 MB are free: give --memory low, or --batch-size 2 or a smaller" in message
-    assert planning._choice(job, measured(), {}, 0, AMPLE)["peak_device_bytes"] is None
+    assert planning._choice(job, measured(), {}, AMPLE)["peak_device_bytes"] is None
 
 
 def test_a_base_that_a_card_cannot_hold_is_refused_before_it_is_loaded(job: Job) -> None:
@@ -130,10 +130,23 @@ def test_a_base_that_a_card_cannot_hold_is_refused_before_it_is_loaded(job: Job)
 
 
 def test_the_disk_holds_rows_tokenizer_adapter_and_checkpoint_each_twice(job: Job) -> None:
-    fixed = planning._disk_bytes(job, measured(trainable=0))
+    alone = with_settings(job, finish_steps=0, calibration_rows=0)
+    fixed = planning._disk_bytes(alone, measured(trainable=0))
     tokenizer = sum(file.stat().st_size for file in job.tokenizer.files())
     assert 1_000_000 + tokenizer < fixed < 1_100_000 + tokenizer
-    assert planning._disk_bytes(job, measured(trainable=1000)) - fixed == 2 * 5 * 4 * 1000
+    assert planning._disk_bytes(alone, measured(trainable=1000)) - fixed == 2 * 5 * 4 * 1000
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [({"base_format": "int4"}, 3), ({"base_format": "bf16", "finish_steps": 6}, 2), ({"base_format": "bf16"}, 0)],
+)
+def test_the_disk_holds_codes_of_the_base_and_twice_those_of_the_merged_model(
+    job: Job, settings: dict[str, Any], copies: int
+) -> None:
+    without = planning._disk_bytes(with_settings(job, finish_steps=0, calibration_rows=0), measured())
+    codes = copies * planning.BYTES_PER_WEIGHT["int4"] * planning.count_weights(job.base)
+    assert planning._disk_bytes(with_settings(job, **settings), measured()) - without == round(codes)
 
 
 @pytest.mark.parametrize(
@@ -141,16 +154,16 @@ def test_the_disk_holds_rows_tokenizer_adapter_and_checkpoint_each_twice(job: Jo
     [(AMPLE, True), (Available(10**9, 2**50), False), (Available(2**50, 10**6), False)],
 )
 def test_a_choice_fits_into_memory_and_disk(job: Job, available: Available, fits: bool) -> None:
-    choice = planning._choice(job, measured(), {"load": 7.0}, 5000, available)
+    choice = planning._choice(job, measured(), {"load": 7.0}, available)
     assert choice["fits"] is fits
     assert (choice["layers"], choice["memory"], choice["trainable_parameters"]) == ("all", "normal", 1000)
     stages = {"load": 7.0, **planning._seconds(job, measured()), "write": planning.FINAL_SECONDS}
     stages["finish"] += 7.0  # the merged model is loaded as the base was
     assert choice["stages"] == pytest.approx(stages) and choice["seconds"] == pytest.approx(sum(stages.values()))
-    known = planning._choice(job, measured(choosing=3.0), {"load": 7.0, "calibrate": 9.0}, 0, AMPLE)
+    known = planning._choice(job, measured(choosing=3.0), {"load": 7.0, "calibrate": 9.0}, AMPLE)
     # codes that were read from a cache took less to load
     assert known["stages"]["finish"] == pytest.approx(stages["finish"] - 7.0 + 3.0)
-    assert choice["disk_bytes"] == 2 * 5000 + planning._disk_bytes(job, measured())
+    assert choice["disk_bytes"] == planning._disk_bytes(job, measured())
 
 
 def options(llama: Path, **settings: Any) -> list[tuple[str, str | None]]:
