@@ -94,7 +94,7 @@ class Trainings:
     """With --same-recipe also train a bundle of the model, by ONNX Runtime, and ours in float32 where it computes in
     bfloat16."""
     quick: bool = False
-    """Train the baseline once, on seed 0 with the default learning rate of transformers' Trainer."""
+    """Do not train the baseline with the default learning rate of transformers' Trainer."""
 
     def __post_init__(self) -> None:
         """Refuse rates that are not numbers, and numbers that are not positive."""

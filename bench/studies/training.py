@@ -245,14 +245,13 @@ def _swept(trainers: _Trainers, trainings: Trainings) -> _Done:
     done.sweep.append(trainers.baseline(0, first))
     done.ours.append(trainers.ours(0))
     done.sweep.extend(trainers.baseline(0, rate) for rate in rates)
-    done.unswept.append(trainers.baseline(0, LIBRARY_RATE))
     best = min(done.sweep, key=lambda result: best_nll(result["curve"]))
     done.baseline.append(best)
     for seed in range(1, trainings.seeds):
         done.baseline.append(trainers.baseline(seed, best["learning_rate"]))
         done.ours.append(trainers.ours(seed))
-        if not trainings.quick:
-            done.unswept.append(trainers.baseline(seed, LIBRARY_RATE))
+    if not trainings.quick:
+        done.unswept.extend(trainers.baseline(seed, LIBRARY_RATE) for seed in range(trainings.seeds))
     return done
 
 
