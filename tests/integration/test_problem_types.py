@@ -21,17 +21,8 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 def shipped(model: Path, data: Path, out: Path, **settings: Any) -> tuple[TextClassifier, dict[str, Any], Path]:
     """What is learned of rows, opened, with the run's report."""
-    config = TuneConfig(
-        model=str(model),
-        data=str(data),
-        out=out / "run",
-        epochs=10,
-        learning_rate=1e-2,
-        split=(0.6, 0.2, 0.2),
-        compute="fp32",
-        **settings,
-    )
-    run = tune(config)
+    chosen: dict[str, Any] = {"epochs": 10, "learning_rate": 1e-2, "split": (0.6, 0.2, 0.2), "compute": "fp32"}
+    run = tune(TuneConfig(model=str(model), data=str(data), out=out / "run", **chosen | settings))
     bundle = export(str(run.path), ExportConfig(out=out / "b", max_tax=1, min_retained=0.3, max_metric_drop=1))
     assert bundle.manifest["verification"]["by_accuracy_level"]["1"]["shipped_minus_last_evaluated"] < 1e-4
     opened = load(bundle, engine="exact")
@@ -49,16 +40,17 @@ def test_a_regression_is_trained_and_exported(bert: Path, tmp_path: Path) -> Non
         }
         for n in range(64)
     ]
-    opened, report, test = shipped(bert, write(tmp_path / "rows.jsonl", lines), tmp_path, label="stars")
+    rows = write(tmp_path / "rows.jsonl", lines)
+    opened, report, test = shipped(bert, rows, tmp_path, label="stars", epochs=20, learning_rate=3e-3)
     assert report["nll"]["test"] < 0.3 * report["nll"]["test_base"]
     assert report["metrics"]["spearman"]["test"]["value"] > 0.8
-    rows = read_rows(str(test))
-    found = opened.classify([row.fields["text"] for row in rows])
+    tested = read_rows(str(test))
+    found = opened.classify([row.fields["text"] for row in tested])
     assert list(found[0].scores) == ["stars"]
     assert [one.label for one in found] == [one.scores["stars"] for one in found]
-    examples = encode_rows(opened.rendering, opened.tokenizer, rows)
+    examples = encode_rows(opened.rendering, opened.tokenizer, tested)
     nll, numbers = opened.token_nll(collate(examples, opened.tokenizer.pad_id, "text-classification"))
-    gold = np.array([row.fields["stars"] for row in rows])
+    gold = np.array([row.fields["stars"] for row in tested])
     assert nll[:, 0] == pytest.approx((numbers[:, 0] - gold) ** 2 / 2, rel=1e-4), "half the squared error"
 
 

@@ -165,7 +165,7 @@ def test_answers_that_are_perfect_before_training_or_all_the_same() -> None:
     same = [("hm", text, True) for text in ("a cat", "a dog", "an owl")]
     (found,) = answered(*same, tokens=8)
     assert found["code"] == "constant-answers"
-    assert "the model answers 'hm' to all 3 test rows" in found["message"]
+    assert "the model answers the same text to all 3 test rows" in found["message"]
 
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}assistant: "
