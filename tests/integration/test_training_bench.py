@@ -287,13 +287,19 @@ def test_the_standard_cases_make_one_table_and_go_on_where_they_were_stopped(
     trainings = Trainings(seeds=1, quick=True, baseline_rates="1e-3")
     case = races.Case(lambda: rows, "{passage} {question}", " {answer}", 16, 4, trainings)
     monkeypatch.setattr(races, "CASES", {"few": case, "more": replace(case, train=20)})
-    races.main(out=tmp_path, cases="few", model=str(llama), threads=1, quiet=True)
+    races.main(chosen=races.Chosen(cases="few"), out=tmp_path, model=str(llama), threads=1, quiet=True)
     assert trained(jobs) == [("baseline", 0, 1e-3), ("ours", 0, None)]
     jobs.clear()
-    races.main(out=tmp_path, cases="few", seeds=2, rates="1e-3,1e-5", model=str(llama), threads=1, quiet=True)
+    races.main(
+        chosen=races.Chosen(cases="few", seeds=2, rates="1e-3,1e-5"),
+        out=tmp_path,
+        model=str(llama),
+        threads=1,
+        quiet=True,
+    )
     assert {("baseline", 0, 1e-5), ("ours", 1, None)} < set(trained(jobs))
     jobs.clear()
-    races.main(out=tmp_path, cases="more", model=str(llama), threads=1, quiet=True)
+    races.main(chosen=races.Chosen(cases="more"), out=tmp_path, model=str(llama), threads=1, quiet=True)
     assert {job["tune"]["data"] for job in jobs if job["do"] == "baseline"} == {f"{tmp_path}/more/rows/train.jsonl"}
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert [line.split(" | ")[0] for line in text.splitlines() if line.startswith(("| few", "| more"))] == [
@@ -304,7 +310,7 @@ def test_the_standard_cases_make_one_table_and_go_on_where_they_were_stopped(
     assert report["case"]["rows"] == {"train": 16, "validation": 4, "test": 4}
     assert (tmp_path / "few" / "report.png").is_file()
     with pytest.raises(UsageError, match=r"--cases fewer: there is no such case \(did you mean 'few'\?\)"):
-        races.main(out=tmp_path, cases="fewer", model=str(llama))
+        races.main(chosen=races.Chosen(cases="fewer"), out=tmp_path, model=str(llama))
 
 
 def test_the_machine_is_measured_in_a_process_of_its_own() -> None:
