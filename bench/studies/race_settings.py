@@ -93,8 +93,9 @@ class Trainings:
     bundle: bool = False
     """With --same-recipe also train a bundle of the model, by ONNX Runtime, and ours in float32 where it computes in
     bfloat16."""
-    quick: bool = False
-    """Do not train the baseline with the default learning rate of transformers' Trainer."""
+    library_seeds: int | None = None
+    """Of how many seeds the baseline is also trained with the default learning rate of transformers' Trainer; default:
+    all."""
 
     def __post_init__(self) -> None:
         """Refuse rates that are not numbers, and numbers that are not positive."""
@@ -104,6 +105,8 @@ class Trainings:
             raise UsageError(f"--baseline-rates {self.baseline_rates}: give numbers with commas between") from error
         if self.seeds < 1 or min(rates) <= 0:
             raise UsageError("--seeds and --baseline-rates must be above 0")
+        if self.library_seeds is not None and self.library_seeds < 0:
+            raise UsageError("--library-seeds must be at least 0")
         if self.bundle and not self.same_recipe:
             raise UsageError("--bundle compares trainings of --same-recipe: give both")
 

@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +34,8 @@ class Case:
     train: int
     held_out: int
     """As many validation rows and as many held-out rows."""
-    trainings: Trainings
+    seeds: int = 3
+    """Number of trainings of each trainer."""
     max_minutes: float | None = None
 
 
@@ -50,15 +51,12 @@ _LONG = {
     "completion": " {answer}",
     "held_out": 50,
 }
-_RATES = "1e-3,2e-3,4e-3"
-_THREE = Trainings(seeds=3, quick=True, baseline_rates=_RATES)
-_ONE = Trainings(seeds=1, quick=True, baseline_rates=_RATES)
 
 CASES: dict[str, Case] = {
-    "short-240": Case(train=240, trainings=_THREE, **_SHORT),  # type: ignore[arg-type]
-    "long-240": Case(train=240, trainings=_THREE, **_LONG),  # type: ignore[arg-type]
-    "short-2000": Case(train=2000, trainings=_THREE, **_SHORT),  # type: ignore[arg-type]
-    "long-2000": Case(train=2000, trainings=_ONE, max_minutes=30.0, **_LONG),  # type: ignore[arg-type]
+    "short-240": Case(train=240, **_SHORT),  # type: ignore[arg-type]
+    "long-240": Case(train=240, **_LONG),  # type: ignore[arg-type]
+    "short-2000": Case(train=2000, **_SHORT),  # type: ignore[arg-type]
+    "long-2000": Case(train=2000, seeds=1, max_minutes=30.0, **_LONG),  # type: ignore[arg-type]
 }
 """The cheapest first."""
 
@@ -132,8 +130,8 @@ class Chosen:
     """Which cases, with commas between: short-240, long-240, short-2000, long-2000."""
     seeds: int | None = None
     """Number of trainings of each trainer; default: three, and one of long-2000."""
-    rates: str | None = None
-    """Learning rates of the baseline's sweep on seed 0, with commas between; default: 1e-3,2e-3,4e-3."""
+    rates: str = "1e-3,2e-3,4e-3"
+    """Learning rates of the baseline's sweep on seed 0, with commas between."""
 
 
 def main(
@@ -179,11 +177,8 @@ def main(
             memory=memory,
             threads=threads,
         )
-        trainings = replace(
-            case.trainings,
-            seeds=chosen.seeds or case.trainings.seeds,
-            baseline_rates=chosen.rates or case.trainings.baseline_rates,
-        )
+        seeds = case.seeds if chosen.seeds is None else chosen.seeds
+        trainings = Trainings(seeds=seeds, baseline_rates=chosen.rates, library_seeds=0)
         report = run(race, folder, trainings, progress)
         write_json(folder / f"{variant}.json", report)
         write_text(folder / f"{variant}.md", text_of(report) + "\n")

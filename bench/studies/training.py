@@ -250,8 +250,8 @@ def _swept(trainers: _Trainers, trainings: Trainings) -> _Done:
     for seed in range(1, trainings.seeds):
         done.baseline.append(trainers.baseline(seed, best["learning_rate"]))
         done.ours.append(trainers.ours(seed))
-    if not trainings.quick:
-        done.unswept.extend(trainers.baseline(seed, LIBRARY_RATE) for seed in range(trainings.seeds))
+    unswept = trainings.seeds if trainings.library_seeds is None else trainings.library_seeds
+    done.unswept.extend(trainers.baseline(seed, LIBRARY_RATE) for seed in range(unswept))
     return done
 
 

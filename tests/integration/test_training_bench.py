@@ -129,7 +129,7 @@ def test_a_race_sweeps_the_baseline_and_does_only_what_is_missing(
     assert not jobs
     assert again["ours"] == report["ours"]
     (tmp_path / "race" / "results" / "ours-default-s1.json").unlink()
-    run(settings, tmp_path / "race", Trainings(seeds=2, baseline_rates="1e-5,3e-2,5e-2", quick=True))
+    run(settings, tmp_path / "race", Trainings(seeds=2, baseline_rates="1e-5,3e-2,5e-2", library_seeds=1))
     assert ("ours", 1, None) in trained(jobs)
     assert ("baseline", 0, 5e-2) in trained(jobs)
     assert ("baseline", 0, 1e-5) not in trained(jobs)
@@ -237,7 +237,12 @@ def test_gpt2s_dropout_and_its_layers_have_other_names(sums: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("option", "named"), [({"baseline_rates": "fast"}, "--baseline-rates fast"), ({"seeds": 0}, "--seeds")]
+    ("option", "named"),
+    [
+        ({"baseline_rates": "fast"}, "--baseline-rates fast"),
+        ({"seeds": 0}, "--seeds"),
+        ({"library_seeds": -1}, "--lib"),
+    ],
 )
 def test_seeds_and_rates_are_positive_numbers(option: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
@@ -261,8 +266,8 @@ def test_minutes_end_both_trainings_before_their_epochs(
     jobs: list[dict[str, Any]], llama: Path, sums: Path, tmp_path: Path
 ) -> None:
     settings = Race(model=str(llama), data=str(sums), train_rows=16, eval_rows=4, epochs=1000.0, max_minutes=0.01)
-    report = run(settings, tmp_path / "race", Trainings(seeds=1, baseline_rates="1e-3", quick=True))
-    for name in ("baseline", "ours"):
+    report = run(settings, tmp_path / "race", Trainings(seeds=1, baseline_rates="1e-3"))
+    for name in ("baseline", "baseline_unswept", "ours"):
         assert report[name][0]["steps"] < 2000
         assert report[name][0]["seconds_steps"] < 10
         assert report[name][0]["stopped"] == "minutes"
@@ -284,10 +289,9 @@ def test_the_standard_cases_make_one_table_and_go_on_where_they_were_stopped(
     jobs: list[dict[str, Any]], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"passage": f"hello {n}", "question": "the answer", "answer": "seven"} for n in range(30)]
-    trainings = Trainings(seeds=1, quick=True, baseline_rates="1e-3")
-    case = races.Case(lambda: rows, "{passage} {question}", " {answer}", 16, 4, trainings)
+    case = races.Case(lambda: rows, "{passage} {question}", " {answer}", 16, 4, seeds=1)
     monkeypatch.setattr(races, "CASES", {"few": case, "more": replace(case, train=20)})
-    races.main(chosen=races.Chosen(cases="few"), out=tmp_path, model=str(llama), threads=1, quiet=True)
+    races.main(chosen=races.Chosen(cases="few", rates="1e-3"), out=tmp_path, model=str(llama), threads=1, quiet=True)
     assert trained(jobs) == [("baseline", 0, 1e-3), ("ours", 0, None)]
     jobs.clear()
     races.main(
@@ -299,7 +303,7 @@ def test_the_standard_cases_make_one_table_and_go_on_where_they_were_stopped(
     )
     assert {("baseline", 0, 1e-5), ("ours", 1, None)} < set(trained(jobs))
     jobs.clear()
-    races.main(chosen=races.Chosen(cases="more"), out=tmp_path, model=str(llama), threads=1, quiet=True)
+    races.main(chosen=races.Chosen(cases="more", rates="1e-3"), out=tmp_path, model=str(llama), threads=1, quiet=True)
     assert {job["tune"]["data"] for job in jobs if job["do"] == "baseline"} == {f"{tmp_path}/more/rows/train.jsonl"}
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert [line.split(" | ")[0] for line in text.splitlines() if line.startswith(("| few", "| more"))] == [
@@ -311,6 +315,8 @@ def test_the_standard_cases_make_one_table_and_go_on_where_they_were_stopped(
     assert (tmp_path / "few" / "report.png").is_file()
     with pytest.raises(UsageError, match=r"--cases fewer: there is no such case \(did you mean 'few'\?\)"):
         races.main(chosen=races.Chosen(cases="fewer"), out=tmp_path, model=str(llama))
+    with pytest.raises(UsageError, match="--seeds and --baseline-rates must be above 0"):
+        races.main(chosen=races.Chosen(cases="few", seeds=0), out=tmp_path, model=str(llama), quiet=True)
 
 
 def test_the_machine_is_measured_in_a_process_of_its_own() -> None:
