@@ -88,7 +88,7 @@ def finish(run: RunFolder, job: "Job", model: TrainableModel, fitted: Fit, progr
         KeyboardInterrupt: a signal came; a checkpoint was saved.
     """
     config, steps = job.config, finishing_steps(job.config, fitted.planned)
-    if steps == 0 or job.base.dims.shares_layers or fitted.best_step == 0:
+    if steps == 0 or fitted.best_step == 0:
         return None
     if (known := run.finished()) is not None:
         figures: dict[str, Any] = known["figures"]
