@@ -40,6 +40,7 @@ from edge_ft.data.encoding import (
     show_example,
     unread_by,
 )
+from edge_ft.data.filled import Filled
 from edge_ft.data.readers import Row, Rows, column_names, read_rows, split_names
 from edge_ft.data.records import (
     Record,
@@ -63,7 +64,7 @@ from edge_ft.data.rendering import (
 )
 from edge_ft.data.special_ids import SpecialIds, stop_ids
 from edge_ft.data.split import fingerprint, overlap, split_rows
-from edge_ft.data.tokenizer import SLOW_FILES, Filled, Framed, KnownIds, TextTokenizer
+from edge_ft.data.tokenizer import SLOW_FILES, Framed, KnownIds, TextTokenizer
 from edge_ft.data.vocabulary import cut_ids, cut_settings, cut_tokenizer, kept_tokens
 
 __all__ = [

@@ -12,9 +12,10 @@ from edge_ft.data.chat import render_chat
 from edge_ft.data.class_audit import find_odd_classes
 from edge_ft.data.columns import ANSWERS, Columns
 from edge_ft.data.conversations import Chat, exchange
+from edge_ft.data.filled import Filled
 from edge_ft.data.readers import Row
 from edge_ft.data.records import Record
-from edge_ft.data.tokenizer import Filled, TextTokenizer
+from edge_ft.data.tokenizer import TextTokenizer
 from edge_ft.data.values import is_blank
 
 __all__ = ["CODES", "Finding", "audit", "find_unused", "format_rows", "preview", "shorten", "template_marks"]

@@ -11,8 +11,8 @@ from typing import Literal
 
 from edge_ft.config import ProblemType, RowsConfig, Task, unescape
 from edge_ft.data.classes import count_places, guess_problem
+from edge_ft.data.filled import Filled
 from edge_ft.data.readers import Row
-from edge_ft.data.tokenizer import Filled
 from edge_ft.data.values import column_of
 from edge_ft.errors import DataError, did_you_mean
 from edge_ft.families import Kind

@@ -15,8 +15,8 @@ from edge_ft.data.conversations import (
     read_tools,
     read_turns,
 )
+from edge_ft.data.filled import Filled
 from edge_ft.data.readers import Row
-from edge_ft.data.tokenizer import Filled
 from edge_ft.data.values import as_text, find_value, is_blank, is_missing
 from edge_ft.errors import DataError
 

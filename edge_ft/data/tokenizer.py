@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +10,12 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
+from edge_ft.data.filled import Filled
 from edge_ft.data.tokenizer_settings import check_charsmaps, clean_up, complete, named_tokens
 from edge_ft.errors import DataError, ModelError
 from edge_ft.utf8 import read_json, read_utf8
 
-__all__ = ["SLOW_FILES", "Filled", "Framed", "KnownIds", "TextTokenizer"]
+__all__ = ["SLOW_FILES", "Framed", "KnownIds", "TextTokenizer"]
 
 CUT = "\ufdd0"
 """Marks where a text is tokenized in two parts: a noncharacter, which Unicode reserves for internal use."""
@@ -43,32 +44,6 @@ SLOW_FILES = (
     "added_tokens.json",
 )
 """Files that define a tokenizer without tokenizer.json."""
-
-
-class Filled(str):
-    """A filled text template that keeps its parts: only the template's literal text may hold control tokens."""
-
-    parts: tuple[str, ...]
-    """The template's literal texts and the values in turn; the first and the last are literal."""
-
-    def __new__(cls, parts: Sequence[str]) -> "Filled":
-        """Return the parts as one text; slices and sums of it are ordinary text again."""
-        filled = super().__new__(cls, "".join(parts))
-        filled.parts = tuple(parts)
-        return filled
-
-    @classmethod
-    def concat(cls, texts: Sequence[str]) -> "Filled":
-        """Return the texts joined; a text that is not `Filled` becomes a value."""
-        joined = [""]
-        for text in texts:
-            first, *rest = text.parts if isinstance(text, Filled) else ("", text, "")
-            joined[-1] += first
-            joined += rest
-        return cls(joined)
-
-    def __getnewargs__(self) -> tuple[tuple[str, ...]]:  # type: ignore[override]  # a copy is made from the parts
-        return (self.parts,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from small_tokenizers import write_bpe
 from edge_ft.config import TuneConfig
 from edge_ft.data import Example, Finding, Record, TextTokenizer, audit, template_marks
 from edge_ft.data.audit import CODES
-from edge_ft.data.tokenizer import Filled
+from edge_ft.data.filled import Filled
 from edge_ft.errors import AuditRefused, UsageError
 from edge_ft.families import family_of
 from edge_ft.models.base_model import Base
