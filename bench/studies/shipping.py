@@ -18,7 +18,8 @@ from edge_ft.artifacts import RunFolder
 from edge_ft.bench.studies.datasets import Rows, decoder_weights, finance_rows, sum_rows, summary_rows, write_splits
 from edge_ft.bench.studies.kept_jobs import KeptJobs, chosen_cases
 from edge_ft.bench.studies.off_grid import off_grid_model
-from edge_ft.bench.studies.shipping_page import Seed, Shipped, write_page
+from edge_ft.bench.studies.shipping_page import write_page
+from edge_ft.bench.studies.shipping_records import Seed, Shipped, keep_seed, kept_cases
 from edge_ft.bench.studies.usual_formats import FORMATS
 from edge_ft.bench.studies.whole_command import tune_command
 from edge_ft.progress import Lines, Progress, Silent
@@ -172,23 +173,24 @@ def main(
         out: Folder of results; what has a result there is not done again.
         ours: Name of our results in `out`; default: the revision of this checkout.
         threads: CPU threads of every process; default: all CPUs that the process may use.
-        write: Page to write, with records and plots beside it; default: shipping.md in `out`.
+        write: Page to write, with plots and a folder of records beside it; default: shipping.md in `out`. It holds all
+            cases and seeds that the records hold, those of other machines too.
         quiet: Do not report progress.
 
     Raises:
         UsageError: there is no such case.
     """
     progress: Progress = Silent() if quiet else Lines()
-    chosen, rates = chosen_cases(trainings.cases, CASES), trainings.rates
-    ours, page = ours or revision(), write or out / "shipping.md"
-    done: dict[str, list[Seed]] = {}
+    chosen, rates = chosen_cases(trainings.cases, CASES), [float(rate) for rate in trainings.rates.split(",")]
+    ours, page, threads = ours or revision(), write or out / "shipping.md", threads or default_threads()
+    records = page.parent / "records" / page.stem
     for seed in range(trainings.seeds):
         for name in chosen:
-            trainer = _Trainer(name, out / name, threads or default_threads(), ours, progress)
-            swept = [trainer.trained(0, float(rate)) for rate in rates.split(",")]
+            trainer = _Trainer(name, out / name, threads, ours, progress)
+            swept = [trainer.trained(0, rate) for rate in rates]
             best = min(swept, key=lambda result: result["validation_nll"])["learning_rate"]
             trained = trainer.trained(seed, best)
-            found = Seed(seed, best, trainer.usual(trained), trainer.ours(seed))
-            done.setdefault(name, []).append(found)
+            found = Seed(seed, rates, best, ours, threads, trainer.usual(trained), trainer.ours(seed))
             # After every case, so that a stopped study has a page of what it did.
-            write_page(done, ours, rates.replace(",", ", "), page)
+            keep_seed(records, name, found)
+            write_page(kept_cases(records, CASES), page)

@@ -20,6 +20,7 @@ from edge_ft.export import export
 from edge_ft.export.bundle_weights import bundle_weights
 from edge_ft.models.dims import ModelDims
 from edge_ft.models.logging import silence_libraries
+from edge_ft.models.products import choose_library
 from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
 from edge_ft.quant.blockwise import Codes, dequantize
@@ -72,6 +73,7 @@ def score_usual(job: dict[str, Any]) -> dict[str, Any]:
         As `_rows`, with `bytes` and `seconds` of the rounding.
     """
     torch.set_num_threads(job["threads"])
+    choose_library(torch)
     prepared = _prepare(job, {})
     with silence_libraries():
         model: Any = AutoModelForCausalLM.from_pretrained(prepared.base.path, dtype=torch.float32)
@@ -122,6 +124,7 @@ def score_ours(job: dict[str, Any]) -> dict[str, Any]:
         As `_rows`, with `bytes` of all files but the tokenizer's, and `graph`, as `_rows`, of the exact graph.
     """
     torch.set_num_threads(job["threads"])
+    choose_library(torch)
     prepared, bundle = _prepare(job, {}), Bundle.open(Path(job["bundle"]))
     graph = _rows(load(bundle.path, accuracy_level=1, threads=job["threads"]), prepared)
     with silence_libraries():

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +55,8 @@ def _gguf(kind: str, weight: NDArray[np.float32]) -> Rounded:
     return Rounded(quants.dequantize(packed, GGMLQuantizationType[kind]).astype(np.float32), packed.nbytes)
 
 
-def _onnx(algorithm: str, bits: int, symmetric: bool, weight: NDArray[np.float32]) -> Rounded:
-    """Round by ONNX Runtime's quantizer of weights, one matrix at a time: no algorithm here looks at another one."""
+def _round_to_nearest(bits: int, weight: NDArray[np.float32]) -> Rounded:
+    """Round by ONNX Runtime's quantizer of weights, symmetric, one matrix at a time: it looks at no other one."""
     from onnx import TensorProto, helper, numpy_helper
     from onnxruntime.quantization import matmul_nbits_quantizer as tool
 
@@ -68,12 +67,7 @@ def _onnx(algorithm: str, bits: int, symmetric: bool, weight: NDArray[np.float32
     node = helper.make_node("MatMul", ["x", "w"], ["y"], name="matmul")
     graph = helper.make_graph([node], "matrix", [x], [y], [initializer])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    own: Any = {
-        "rtn": lambda: None,
-        "hqq": lambda: tool.HQQWeightOnlyQuantConfig(block_size=BLOCK, bits=bits),
-        "k_quant": lambda: tool.KQuantWeightOnlyQuantConfig(customized_weight_config={"matmul": {"bits": bits}}),
-    }[algorithm]()
-    quantizer = tool.MatMulNBitsQuantizer(model, bits=bits, block_size=BLOCK, is_symmetric=symmetric, algo_config=own)
+    quantizer = tool.MatMulNBitsQuantizer(model, bits=bits, block_size=BLOCK, is_symmetric=True)
     logging.getLogger(tool.__name__).setLevel(logging.WARNING)  # a line a matrix
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():  # a progress bar, and how it reads initializers
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -81,25 +75,12 @@ def _onnx(algorithm: str, bits: int, symmetric: bool, weight: NDArray[np.float32
     found = quantizer.model.model.graph
     held = {tensor.name: numpy_helper.to_array(tensor) for tensor in found.initializer}
     (product,) = (node for node in found.node if node.op_type == "MatMulNBits")
-    arrays = [held[name] for name in product.input[1:] if name]
-    size = sum(array.nbytes for array in arrays)
-    return Rounded(_multiplied(arrays, bits, rows, columns), size)
-
-
-def _multiplied(arrays: list[NDArray[Any]], bits: int, rows: int, columns: int) -> NDArray[np.float32]:
-    """The weight [N, K] of MatMulNBits' inputs: codes, scales, and zero points of integers (packed), floats or none."""
-    codes, scales = arrays[0].reshape(rows, -1, BLOCK * bits // 8), arrays[1].reshape(rows, -1).astype(np.float32)
-    blocks = scales.shape[1]
-    nothing = np.zeros((rows, -(-blocks * bits // 8)), np.uint8)
-    if len(arrays) == 2:  # symmetric
-        zero_points = np.full_like(scales, 2 ** (bits - 1))
-    elif arrays[2].dtype == np.uint8:
-        packed = Codes(codes, scales, arrays[2].reshape(rows, -1), columns, 4 if bits == 4 else 8)
-        return dequantize(packed)
-    else:
-        zero_points = arrays[2].reshape(rows, -1)
-    weight = dequantize(Codes(codes, scales, nothing, columns, 4 if bits == 4 else 8))
-    return weight - np.repeat(scales * zero_points, BLOCK, axis=1)[:, :columns]
+    packed, scales = (held[name] for name in product.input[1:3])
+    scales = scales.reshape(rows, -1).astype(np.float32)
+    nothing = np.zeros((rows, -(-scales.shape[1] * bits // 8)), np.uint8)
+    codes = Codes(packed.reshape(rows, -1, BLOCK * bits // 8), scales, nothing, columns, 4 if bits == 4 else 8)
+    middle = np.repeat(scales * 2 ** (bits - 1), BLOCK, axis=1)[:, :columns]  # the zero point of all its blocks
+    return Rounded(dequantize(codes) - middle, packed.nbytes + scales.nbytes)
 
 
 def _nf4(weight: NDArray[np.float32]) -> Rounded:
@@ -115,28 +96,14 @@ def _half(weight: NDArray[np.float32]) -> Rounded:
     return Rounded(weight.astype(np.float16).astype(np.float32), weight.size * 2)
 
 
-def _onnx_formats() -> dict[str, Format]:
-    found = {}
-    for name, algorithm, symmetric in (
-        ("RTN", "rtn", True),
-        ("RTN asymmetric", "rtn", False),
-        ("HQQ", "hqq", False),
-        ("k_quant", "k_quant", False),
-    ):
-        matrices = partial(_onnx, algorithm, 4, symmetric)
-        for bits in (4, 8):
-            head = partial(_onnx, algorithm if (bits == 4 or algorithm == "k_quant") else "rtn", bits, symmetric)
-            found[f"{name}, {bits}-bit head"] = Format("ONNX Runtime", matrices, head)
-    return found
-
-
 FORMATS: dict[str, Format] = {
     "Q4_0, 8-bit head": Format("llama.cpp", partial(_gguf, "Q4_0"), partial(_gguf, "Q8_0")),
     "Q4_0, 4-bit head": Format("llama.cpp", partial(_gguf, "Q4_0"), partial(_gguf, "Q4_0")),
-    **_onnx_formats(),
+    "RTN, 8-bit head": Format("ONNX Runtime", partial(_round_to_nearest, 4), partial(_round_to_nearest, 8)),
     "nf4, 16-bit head": Format("bitsandbytes", _nf4, _half),
 }
-"""By name. bitsandbytes leaves the head alone; its embedding is counted in float16."""
+"""By name. bitsandbytes leaves the head alone; its embedding is counted in float16. Those that lost are in
+docs/decisions/048."""
 
 
 def round_weights(

@@ -68,7 +68,7 @@ class TuneConfig(RowsConfig):
     vocabulary: Annotated[Literal["all", "rows"], Group.BASE] = "all"
     """Tokens of the base: all, or rows for those that the training rows and a general text need, which makes the
     embedding smaller; every text can still be written, some with more tokens."""
-    calibration_rows: Annotated[int, Group.BASE, Minimum(0)] = 64
+    calibration_rows: Annotated[int, Group.BASE, Minimum(0)] = 256
     """Maximum number of training rows that calibrate GPTQ (arXiv:2210.17323), the int4 quantization of the base and of
     a merged export; 0 rounds to nearest instead."""
     learning_rate: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
@@ -86,9 +86,8 @@ class TuneConfig(RowsConfig):
     """Passes over the training rows; default: 2 for decoders, 3 for others."""
     max_steps: Annotated[int | None, Group.TRAINING, Minimum(1)] = None
     """Number of optimizer steps; overrides --epochs."""
-    finish_steps: Annotated[int | None, Group.TRAINING, Minimum(0)] = None
-    """Steps that train the scales of the merged int4 model after the adapter; 0: none; default: a tenth of the
-    training's steps, but none if another --base-format than int4 is given."""
+    finish_steps: Annotated[int, Group.TRAINING, Minimum(0)] = 0
+    """Steps that train the scales of the merged int4 model after the adapter; 0: an export chooses its codes."""
     max_minutes: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
     """Stop after this many minutes of training and validation."""
     batch_size: Annotated[int | None, Group.TRAINING, Minimum(1)] = None

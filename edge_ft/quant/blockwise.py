@@ -17,6 +17,7 @@ __all__ = [
     "Bits",
     "Codes",
     "Grid",
+    "as_half",
     "dequantize",
     "pack_nibbles",
     "quantize",
@@ -161,7 +162,7 @@ def quantize_finely(weight: NDArray[np.float32], block_size: int) -> Codes:
     low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
     scales = (high - low) / np.float32(15)
     if _fits_half(weight):
-        scales = _as_half(scales)
+        scales = as_half(scales)
     scales[high == low] = 1
     zero_points = np.clip(np.rint(-low / scales), 0, 15)
     steps = np.rint((blocks / scales[..., None] + zero_points[..., None]) * FINE_STEPS) + FINE_ZERO
@@ -192,7 +193,7 @@ def _fits_half(weight: NDArray[np.float32]) -> bool:
     return largest == 0 or 15 * 16 * float(np.finfo(np.float16).smallest_normal) < largest < _HALF_RANGE[1]
 
 
-def _as_half(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+def as_half(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the nearest positive numbers of float16."""
     return np.clip(scales, *_HALF_RANGE).astype(np.float16).astype(np.float32)
 
@@ -220,7 +221,7 @@ def _round_blocks(
         """Take these where their error is smaller; return codes - zero point."""
         nonlocal scales, zero_points, least_error
         if half_scales:
-            scale = _as_half(scale)
+            scale = as_half(scale)
         round_to(scale, zero_point)
         step = np.subtract(code, zero_point, out=code)
         np.multiply(step, scale, out=difference)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -23,31 +22,26 @@ from edge_ft.config import Task
 from edge_ft.data import IGNORED, Batch, Example, collate, evenly_spaced, pack
 from edge_ft.errors import ModelError
 from edge_ft.progress import Progress, Silent, track
-from edge_ft.quant.blockwise import Codes, pack_nibbles, quantize_finely, unpack_nibbles
+from edge_ft.quant.blockwise import Codes, quantize_finely
 from edge_ft.quant.conversion import ReadWeight
 from edge_ft.quant.devices import product_dtype
+from edge_ft.quant.gptq import Curvature, gptq_quantize
 from edge_ft.quant.layers import BUFFERS, QuantEmbedding, QuantLinear
 
 __all__ = [
+    "MAX_TOKENS",
     "Calibration",
     "calibrate",
-    "gptq_quantize",
-    "hessian_factor",
-    "input_factor",
+    "input_curvature",
     "make_calibration",
 ]
 
-MAX_TOKENS = 4096
-"""Tokens of the calibration batch with padding: it passes through the model at once. Twice as many gained nothing
-(docs/decisions/015)."""
+MAX_TOKENS = 8192
+"""Tokens of the calibration batch with padding: it passes through the model at once (docs/decisions/048)."""
 PACKED = 128
 """Tokens of the sequences that short rows of a decoder share, so that few positions are padding."""
 _HEAD_ROWS = 4096
 """Rows of a head's weight that are float at a time."""
-DAMPING = (0.01, 0.09, 0.9)
-"""Multiples of the mean diagonal that are added to the diagonal, one after the other until the factorisation succeeds:
-the first is the paper's; more is needed where float32 is too coarse for it."""
-_LARGEST = 15
 _GRAM_PARTS = 6
 """Parts in which a product with the own transpose is computed: of p parts, (p + 1) / 2p of the products are left."""
 
@@ -126,19 +120,19 @@ def make_calibration(
     if rows == 0:
         return None
 
-    def select(count: int) -> tuple[list[Example], int]:
+    def make(count: int) -> Batch:
         selected = evenly_spaced(examples, count)
-        return selected, max(len(ids) for e in selected for ids in (e.input_ids, e.labels, e.pair_ids))
+        if task == "text-generation":  # the head is calibrated on prompts too: short answers have few tokens
+            longest = max(len(example.input_ids) for example in selected)
+            return pack(selected, pad_id, max(longest, PACKED) if packed else 0)
+        if task == "feature-extraction":  # only first texts pass through: half of the second ones become first
+            selected[1::2] = [replace(e, input_ids=e.pair_ids, pair_ids=e.input_ids) for e in selected[1::2]]
+        return collate(selected, pad_id, task)
 
-    selected, longest = select(rows)
-    while len(selected) > 1 and len(selected) * longest > MAX_TOKENS:
-        selected, longest = select(max(1, min(len(selected) - 1, MAX_TOKENS // longest)))
-    if task == "feature-extraction":  # only first texts pass through the model: half of the second ones become first
-        selected[1::2] = [replace(e, input_ids=e.pair_ids, pair_ids=e.input_ids) for e in selected[1::2]]
-    if task == "text-generation":  # the head is calibrated on prompts too: short answers have few tokens
-        batch = pack(selected, pad_id, max(longest, PACKED) if packed else 0)
-    else:
-        batch = collate(selected, pad_id, task)
+    batch, count = make(rows), min(rows, len(examples))
+    while count > 1 and (size := max(batch["input_ids"].size, batch["labels"].size)) > MAX_TOKENS:
+        count = max(1, min(count - 1, count * MAX_TOKENS // size))
+        batch = make(count)
     return Calibration(batch, progress or Silent())
 
 
@@ -179,7 +173,7 @@ def calibrate(
     with _FirstCalls(layers, _token_masks(batch, task), read, dtype, calibration.progress):
         hidden = forward(model, batch)
     if hidden is not None and isinstance(head, QuantLinear) and only is None:
-        _calibrate_head(model, head, input_factor(hidden, dtype, "the head"), read)
+        _calibrate_head(model, head, input_curvature(hidden, dtype, "the head"), read)
 
 
 class _FirstCalls:
@@ -195,8 +189,8 @@ class _FirstCalls:
     ) -> None:
         self._masks, self._read, self._dtype = masks, read, dtype
         self._steps = iter(track(progress, "GPTQ calibration", range(len(layers)), len(layers)))
-        self._last_input: tuple[Tensor, Tensor] | None = None
-        """Input and factor of the last layer: several projections have the same input."""
+        self._last_input: tuple[Tensor, Curvature] | None = None
+        """Input and curvature of the last layer: several projections have the same input."""
         self._handles: dict[str, list[RemovableHandle]] = {
             name: [
                 layer.register_forward_pre_hook(lambda layer, x, name=name: self._before(name, layer, x[0])),
@@ -218,7 +212,7 @@ class _FirstCalls:
         if self._last_input is None or self._last_input[0] is not x:
             rows = x.reshape(-1, x.shape[-1])
             mask = self._masks.get(len(rows))
-            self._last_input = x, input_factor(rows if mask is None else rows[mask], self._dtype, name)
+            self._last_input = x, input_curvature(rows if mask is None else rows[mask], self._dtype, name)
         weight, nearest = self._read(f"{name}.weight", slice(None)), layer.codes()
         if nearest.fine is None:
             layer.set_codes(gptq_quantize(weight, self._last_input[1], nearest))
@@ -236,8 +230,8 @@ class _FirstCalls:
             handle.remove()
 
 
-def input_factor(inputs: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Return `hessian_factor` of a layer's inputs, float32 [inputs, K], rounded to `dtype`.
+def input_curvature(inputs: Tensor, dtype: torch.dtype, name: str) -> Curvature:
+    """Return the curvature of a layer's output error from its inputs, float32 [inputs, K], rounded to `dtype`.
 
     Raises:
         ModelError: an input is not finite.
@@ -246,14 +240,14 @@ def input_factor(inputs: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     # Products of bfloat16 numbers are exact and are added in float32 at this precision, three times as fast.
     torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
     try:
-        return hessian_factor(_gram(inputs))
+        return Curvature.of(_gram(inputs))
     except ValueError as error:
         raise ModelError(f"the input of {name} is not finite: the model's weights are damaged") from error
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def _calibrate_head(model: Any, head: QuantLinear, factor: Tensor, read: ReadWeight) -> None:
+def _calibrate_head(model: Any, head: QuantLinear, curvature: Curvature, read: ReadWeight) -> None:
     """Choose the codes of the output layer, and of the embedding that is tied to it, a few rows at a time."""
     embedding = model.get_input_embeddings()
     tied = isinstance(embedding, QuantEmbedding) and embedding.qweight is head.qweight
@@ -261,7 +255,7 @@ def _calibrate_head(model: Any, head: QuantLinear, factor: Tensor, read: ReadWei
     name = next(name for name, module in model.named_modules() if module is source)
     nearest = head.codes()
     parts = (slice(start, start + _HEAD_ROWS) for start in range(0, head.out_features, _HEAD_ROWS))
-    codes = [gptq_quantize(read(f"{name}.weight", rows), factor, nearest.rows(rows)) for rows in parts]
+    codes = [gptq_quantize(read(f"{name}.weight", rows), curvature, nearest.rows(rows)) for rows in parts]
     head.set_codes(Codes.concatenate(codes))
     if tied:
         for buffer in BUFFERS:
@@ -280,88 +274,6 @@ def _token_masks(batch: Batch, task: Task) -> dict[int, Tensor]:
         answers = torch.from_numpy(batch["labels"] != IGNORED).flatten()
         masks[len(answers)] = answers | masks.get(len(answers), torch.zeros_like(answers))
     return masks
-
-
-def hessian_factor(hessian: Tensor) -> Tensor:
-    """Factorise the Hessian of a layer's output error, damped as in the paper.
-
-    Args:
-        hessian: float32 [K, K], the sum (or mean) of x xᵀ over the inputs x of a layer; its diagonal is overwritten.
-
-    Returns:
-        float32 [K, K], upper triangular: R with R Rᵀ = H + damping.
-
-    Raises:
-        ValueError: the Hessian has entries that are not finite.
-    """
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1  # an input that is always 0
-    mean = float(diagonal.mean())
-    for share in DAMPING:
-        diagonal += share * mean
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))  # in reversed order R is lower triangular
-        if failed:
-            continue
-        roots = lower.diagonal()
-        if torch.isfinite(roots).all() and (roots > 0).all():  # what is not finite reaches the diagonal
-            return lower.flip(0, 1)
-    raise ValueError("the inputs of the layer are not finite")
-
-
-def gptq_quantize(weight: Tensor, factor: Tensor, nearest: Codes) -> Codes:
-    """Quantize a weight to 4 bits so that the layer's output changes as little as possible.
-
-    Columns are rounded one after the other, and each column's error is compensated for in the columns that follow.
-    With H = R Rᵀ and d = weight - rounded, the output error is |Rᵀd|²; its part i is Rᵢᵢdᵢ + Σⱼ Rⱼᵢdⱼ over the columns
-    j before i, so column i is rounded from wᵢ + Σⱼ dⱼRⱼᵢ/Rᵢᵢ. That is GPTQ (Chen et al., arXiv:2507.18553) without the
-    inverse of the Hessian.
-
-    Scales and zero points stay those of `nearest`: choosing them again as the weight changes took half of the time
-    and gained nothing (docs/decisions/015).
-
-    Args:
-        weight: float32 [N, K].
-        factor: [K, K], of `hessian_factor`.
-        nearest: The weight as `quantize` rounds it.
-
-    Returns:
-        The codes.
-    """
-    rows, columns = weight.shape
-    block_size, blocks = nearest.block_size, nearest.scales.shape[1]
-    scales = torch.from_numpy(np.ascontiguousarray(nearest.scales.T))
-    zero_points = np.ascontiguousarray(unpack_nibbles(nearest.zero_points, blocks).T)
-    codes = np.repeat(zero_points, block_size, axis=0)  # the code of 0, in the last block's padding
-    # [K, N]: each step below runs along the rows of the weight, in full vectors
-    compensated = weight.T.clone(memory_format=torch.contiguous_format)  # of one row the transpose is contiguous itself
-    lost = compensated.clone()  # of columns that are not rounded yet, the weight
-    relative = factor / factor.diagonal()
-    compensation, lowest, highest = np.empty(rows, np.float32), np.float32(0), np.float32(_LARGEST)
-
-    def round_block(block: int) -> None:
-        start, end = block * block_size, min((block + 1) * block_size, columns)
-        # in units of the scale and from the zero point, where a code is the nearest whole number
-        scale, zero_point = scales[block], torch.from_numpy(zero_points[block].astype(np.float32))
-        wanted = compensated[start:end].div_(scale).add_(zero_point).numpy()
-        scaled = lost[start:end].div_(scale).add_(zero_point)
-        errors, shares = scaled.numpy(), relative[start:end, start:end].T.contiguous().numpy()
-        for column, (code, error) in enumerate(zip(wanted, errors, strict=True)):
-            code += np.dot(shares[column, :column], errors[:column], out=compensation)
-            np.minimum(np.maximum(np.rint(code, out=code), lowest, out=code), highest, out=code)
-            error -= code
-        codes[start:end] = wanted
-        scaled.mul_(scale)
-
-    for block in range(blocks):
-        round_block(block)
-        # Each pair of columns meets in one product, of as many blocks before it as after it: few and large products.
-        done, together = block + 1, (block + 1) & -(block + 1)
-        before = slice((done - together) * block_size, done * block_size)
-        after = slice(done * block_size, (done + together) * block_size)
-        if done < blocks:
-            compensated[after].addmm_(relative[before, after].T, lost[before])
-    qweight = np.ascontiguousarray(codes.T).reshape(rows, blocks, block_size)
-    return replace(nearest, qweight=pack_nibbles(qweight))
 
 
 def _gram(inputs: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from edge_ft.quant.blockwise import quantize
-from edge_ft.quant.calibration import MAX_TOKENS, gptq_quantize, input_factor
+from edge_ft.quant.calibration import MAX_TOKENS, input_curvature
 from edge_ft.quant.devices import product_dtype
+from edge_ft.quant.gptq import gptq_quantize
 from edge_ft.quant.layers import FrozenLinear
 
 __all__ = ["estimate_choosing"]
@@ -47,9 +48,9 @@ def estimate_choosing(model: Any, tokens: int, block_size: int, forward: Callabl
     for width, height in heights.items():
         inputs, weight = (torch.randn(rows, width, generator=generator) for rows in (tokens, min(ROWS, height)))
         began = time.perf_counter()
-        factor = input_factor(inputs, product_dtype(), "")
+        curvature = input_curvature(inputs, product_dtype(), "")
         factored = time.perf_counter()
-        gptq_quantize(weight, factor, quantize(weight.numpy(), block_size))
+        gptq_quantize(weight, curvature, quantize(weight.numpy(), block_size))
         seconds += (time.perf_counter() - factored) * height / len(weight)
         seconds += (factored - began) * layers[width] / SHARED_INPUTS
     return FURTHER_BITS * seconds + PASSES * forward(tokens)

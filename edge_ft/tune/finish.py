@@ -87,7 +87,7 @@ def finish(run: RunFolder, job: "Job", model: TrainableModel, fitted: Fit, progr
     Raises:
         KeyboardInterrupt: a signal came; a checkpoint was saved.
     """
-    config, steps = job.config, finishing_steps(job.config, fitted.planned)
+    config, steps = job.config, finishing_steps(job.config)
     if steps == 0 or fitted.best_step == 0:
         return None
     if (known := run.finished()) is not None:

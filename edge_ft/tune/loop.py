@@ -223,7 +223,7 @@ class _Loop:
         refuse_odd_base(base, [validation[row] for row in self.rows.watched] or validation)
         self.backend.keep_best()
         steps = planned_steps(len(self.rows.train), self.config)
-        if (minutes := training_minutes(self.config)) is not None:
+        if (minutes := training_minutes(self.config, steps)) is not None:
             steps = int(self.callbacks.agree(self._steps_in_time(steps, minutes)))
         return Fit(steps, base, base, base.mean_nll)
 
@@ -247,7 +247,7 @@ class _Loop:
             self.backend.discard()
         read = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         state.steps, state.tokens = step, state.tokens + read
-        minutes = training_minutes(config)
+        minutes = training_minutes(config, planned_steps(len(self.rows.train), config))
         out_of_time = minutes is not None and bool(self.callbacks.agree(self.watch.elapsed > minutes * 60))
         state.evaluation_due = step % every == 0 or step == state.planned or out_of_time
         if out_of_time:

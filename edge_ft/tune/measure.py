@@ -152,7 +152,7 @@ def _choosing_seconds(job: Job, model: TrainableModel, evaluation: Curve) -> flo
     if model.calibration is not None:
         return model.calibration.again
     config, train = job.config, job.prepared.examples["train"]
-    if config.frozen_format == "int4" or finishing_steps(config, job.steps) == 0:
+    if config.frozen_format == "int4" or finishing_steps(config) == 0:
         return None
     length = sum(len(example.input_ids) for example in train) / len(train)
     return model.estimate_choosing(round(config.calibration_rows * length), evaluation.at)

@@ -9,7 +9,6 @@ from edge_ft.data import collate
 from edge_ft.errors import WillNotFit
 from edge_ft.system import Available, resident_bytes
 from edge_ft.tune.prepare import Job
-from edge_ft.tune.schedule import finishing_steps
 from edge_ft.tune.units import megabytes
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def resolve_base_format(job: Job, available: Available, device: "torch.device", 
     if not (wanted and _floats_are_cheap(job, available, processes)):
         return job.with_settings(base_format="int4")
     narrow = config.compute != "fp32" and has_bf16(device)
-    return job.with_settings(base_format="bf16" if narrow else "fp32", finish_steps=finishing_steps(config, job.steps))
+    return job.with_settings(base_format="bf16" if narrow else "fp32")
 
 
 def resolve_memory(job: Job, available: Available, device: "torch.device", processes: int = 1) -> Job:

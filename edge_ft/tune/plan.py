@@ -245,7 +245,7 @@ def _seconds(job: Job, measured: Measured) -> dict[str, float]:
     if config.max_minutes is not None and training + validating > config.max_minutes * 60:
         training = max(0.0, config.max_minutes * 60 - validating)
     seconds = {"train": training, "validation": validating}
-    if steps := finishing_steps(job.config, job.steps):
+    if steps := finishing_steps(job.config):
         seconds["finish"] = FINISHING_STEP * steps * training / job.steps + 2 * evaluation(watched)
     compared = train[: min(len(validation), OVERFITTING_ROWS)]
     seconds["scores"] = 2 * measured.report * evaluation(examples["test"]) + evaluation(compared)
@@ -261,7 +261,7 @@ def _seconds(job: Job, measured: Measured) -> dict[str, float]:
 def _peak_bytes(job: Job, measured: Measured) -> int:
     """Peak of the resident memory: of loading, of a step (the last ones are the merged model's), or of the report."""
     # The last steps have the merged model beside the trained one; what they take is released before the report is made.
-    merged = FINISHING_BYTES * count_weights(job.base) if finishing_steps(job.config, job.steps) else 0.0
+    merged = FINISHING_BYTES * count_weights(job.base) if finishing_steps(job.config) else 0.0
     stepping = measured.memory.at(max(job.batch_tokens)) + merged
     most = max(stepping, measured.memory.values[0] + measured.answering)
     # The two moments of AdamW and the best weights come on top of what was measured.
@@ -285,7 +285,7 @@ def _device_bytes(job: Job, measured: Measured, tokens: int | None = None) -> in
 
 def _disk_bytes(job: Job, measured: Measured) -> int:
     """Largest size of the run folder: the merged codes as they were chosen lie beside those that are written."""
-    copies = bool(job.config.base_calibration_rows) + (2 if finishing_steps(job.config, job.steps) else 0)
+    copies = bool(job.config.base_calibration_rows) + (2 if finishing_steps(job.config) else 0)
     codes = round(copies * BYTES_PER_WEIGHT["int4"] * count_weights(job.base)) if copies else 0
     rows = sum(len(json.dumps(row.fields, default=str)) for name in SPLITS for row in job.prepared.rows[name])
     tokenizer = sum(file.stat().st_size for file in job.tokenizer.files())

@@ -15,8 +15,6 @@ __all__ = [
 
 EVALUATIONS = 5
 """Evaluations of the validation rows in a run, unless --eval-steps says otherwise."""
-FINISHING_SHARE = 0.1
-"""Steps of the finishing phase, as a share of those of the training, unless --finish-steps says otherwise."""
 FINISHING_STEP = 2.1
 """Time of a finishing step, in steps of the training: it computes a gradient of the weights, and the model as trained
 beside."""
@@ -42,17 +40,13 @@ def planned_steps(rows: int, config: TuneConfig) -> int:
     return max(1, round(config.epochs * rows / (config.rows_at_once * config.passes)))
 
 
-def finishing_steps(config: TuneConfig, steps: int) -> int:
-    """Return the steps of the finishing phase after a training of so many `steps`; 0 where it has none."""
-    if config.task not in TEXT_TASKS:
-        return 0
-    if config.finish_steps is None:
-        return math.ceil(FINISHING_SHARE * steps) if config.frozen_format == "int4" else 0
-    return config.finish_steps
+def finishing_steps(config: TuneConfig) -> int:
+    """Return the steps of the finishing phase; 0 where it has none."""
+    return config.finish_steps if config.task in TEXT_TASKS else 0
 
 
-def training_minutes(config: TuneConfig) -> float | None:
-    """Return what the training may take of --max-minutes: the finishing phase takes the rest."""
-    if config.max_minutes is None or finishing_steps(config, 1) == 0:
-        return config.max_minutes
-    return config.max_minutes / (1 + FINISHING_STEP * FINISHING_SHARE)
+def training_minutes(config: TuneConfig, steps: int) -> float | None:
+    """Return what the training of so many steps may take of --max-minutes: the finishing phase takes the rest."""
+    if config.max_minutes is None:
+        return None
+    return config.max_minutes / (1 + FINISHING_STEP * finishing_steps(config) / steps)

@@ -143,7 +143,7 @@ def test_a_change_is_rounded_on_the_grid_of_the_codes_before(
         assert (layer in changes) == (not np.array_equal(codes, codes_after)), layer
         assert len(grid) == len(grid_after)  # 8 bits where there were
         if len(grid) == 2:
-            assert all(np.array_equal(a, b) for a, b in zip(grid, grid_after, strict=True)), layer
+            np.testing.assert_array_equal(grid[1], grid_after[1])  # zero points; scales are fitted to the codes
     assert len(finer_layers(before)) > 0 or task != "text-generation"
 
 

@@ -1,6 +1,5 @@
 """A plan estimates time, memory and disk of a training, recommends a choice that fits, and refuses what does not."""
 
-import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from edge_ft.tune.memory_mode import refuse_large_base, resolve_base_format, res
 from edge_ft.tune.plan import plan
 from edge_ft.tune.prepare import Job, prepare_job
 from edge_ft.tune.report import BATCH_COST, SAMPLE_TOKENS
-from edge_ft.tune.schedule import FINISHING_STEP, finishing_steps
+from edge_ft.tune.schedule import FINISHING_STEP
 from edge_ft.tune.units import duration
 
 AMPLE = Available(memory_bytes=2**50, disk_bytes=2**50)
@@ -64,13 +63,14 @@ def test_the_time_is_that_of_all_steps_evaluations_and_the_report(job: Job) -> N
     # 12 steps; five evaluations of one batch, before the first step and every third; the test rows twice, and the
     # prompts of the answers, in float32; train rows.
     found = planning._seconds(job, measured())
-    finishing = finishing_steps(job.config, 12) * FINISHING_STEP * 2.0 + 2 * 0.5  # validation rows before and after
     # as many as there are validation rows: one batch of the three that the train rows make
     report = {"scores": 3 * 2 * 0.5 + 0.5, "answers": 3 * 2 * 0.5}
-    assert found == pytest.approx({"train": 24.0, "validation": 2.5, "finish": finishing, **report})
+    assert found == pytest.approx({"train": 24.0, "validation": 2.5, **report})
     accumulated = with_settings(job, gradient_accumulation=2, max_steps=12)
-    twice = {"train": 48.0, "finish": 2 * finishing - 2 * 0.5}
-    assert planning._seconds(accumulated, measured()) == pytest.approx({**found, **twice})
+    assert planning._seconds(accumulated, measured()) == pytest.approx({**found, "train": 48.0})
+    finish = 3 * FINISHING_STEP * 2.0 + 2 * 0.5  # validation rows before and after
+    finished = planning._seconds(with_settings(job, finish_steps=3), measured())
+    assert finished == pytest.approx({**found, "finish": finish})
     frequent = with_settings(job, eval_steps=1)
     assert planning._seconds(frequent, measured()) == {**found, "validation": 13 * 0.5}
     generating = planning._seconds(job, measured(token=0.1))["answers"] - found["answers"]
@@ -100,9 +100,9 @@ def test_the_peak_is_that_of_loading_of_the_longest_batch_beside_the_merged_mode
     longest = max(job.batch_tokens)
     step = measured(memory=Curve([0, longest], [1e9, 2e9]))
     merged = planning.FINISHING_BYTES * planning.count_weights(job.base)
-    assert planning._peak_bytes(job, step) == round((2e9 + merged + state) * planning.FRAGMENTATION)
-    alone = with_settings(job, finish_steps=0)
-    assert planning._peak_bytes(alone, step) == round((2e9 + state) * planning.FRAGMENTATION)
+    assert planning._peak_bytes(job, step) == round((2e9 + state) * planning.FRAGMENTATION)
+    finished = with_settings(job, finish_steps=3)
+    assert planning._peak_bytes(finished, step) == round((2e9 + merged + state) * planning.FRAGMENTATION)
     report = replace(step, answering=3 * 10**9)
     assert planning._peak_bytes(job, report) == round((4e9 + state) * planning.FRAGMENTATION)
     assert planning._peak_bytes(job, replace(step, loading=5 * 10**9)) == 5 * 10**9
@@ -139,7 +139,7 @@ def test_the_disk_holds_rows_tokenizer_adapter_and_checkpoint_each_twice(job: Jo
 
 @pytest.mark.parametrize(
     ("settings", "copies"),
-    [({"base_format": "int4"}, 3), ({"base_format": "bf16", "finish_steps": 6}, 2), ({"base_format": "bf16"}, 0)],
+    [({"base_format": "int4"}, 1), ({"finish_steps": 6}, 3), ({"base_format": "bf16", "finish_steps": 6}, 2)],
 )
 def test_the_disk_holds_codes_of_the_base_and_twice_those_of_the_merged_model(
     job: Job, settings: dict[str, Any], copies: int
@@ -154,6 +154,7 @@ def test_the_disk_holds_codes_of_the_base_and_twice_those_of_the_merged_model(
     [(AMPLE, True), (Available(10**9, 2**50), False), (Available(2**50, 10**6), False)],
 )
 def test_a_choice_fits_into_memory_and_disk(job: Job, available: Available, fits: bool) -> None:
+    job = with_settings(job, finish_steps=3)
     choice = planning._choice(job, measured(), {"load": 7.0}, available)
     assert choice["fits"] is fits
     assert (choice["layers"], choice["memory"], choice["trainable_parameters"]) == ("all", "normal", 1000)
@@ -285,7 +286,6 @@ def test_a_decoder_trains_over_float_weights_where_memory_is_ample(
     job = prepare_job(PlanConfig(model=str(llama), data=str(sums), **settings), Silent())
     chosen = resolve_base_format(job, available, torch.device("cpu")).config
     assert chosen.base_format == expected
-    assert finishing_steps(chosen, job.steps) == (0 if expected == "int8" else math.ceil(job.steps / 10))
 
 
 def test_float_weights_are_bfloat16_where_the_processor_multiplies_those(
