@@ -141,7 +141,8 @@ def _way_out(opened: "ExportSource", verification: dict[str, Any]) -> str:
     if lost and opened.lane == "adapter" and opened.run is not None:
         return ". edge-ft tune --base-format int4 trains over the codes that this lane ships"
     if lost and opened.weights == "int4":
-        return ". --weights int8 loses less, in twice the size"
+        bits = opened.run is not None and opened.lane == "merged" and opened.task == "text-generation"
+        return f". {'--size-mb with more megabytes loses less, ' * bits}--weights int8 least, in twice the size"
     return ""
 
 

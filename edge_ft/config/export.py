@@ -54,8 +54,9 @@ class ExportConfig(RowsConfig):
     max_tax: Annotated[float | None, Group.GATE, Minimum(0)] = None
     """Refuse a bundle whose loss exceeds that of the trained model by more than this, in nats per target token;
     default: 0.05 where an adapter that was trained over float weights ships in int4, and 0.02 elsewhere."""
-    min_retained: Annotated[float, Group.GATE] = 0.95
-    """Refuse a bundle that keeps less than this share of the improvement in loss over the base."""
+    min_retained: Annotated[float | None, Group.GATE] = None
+    """Refuse a bundle that keeps less than this share of the improvement in loss over the base; default: 0.5 where an
+    adapter that was trained over float weights ships in int4, and 0.95 elsewhere."""
     max_metric_drop: Annotated[float, Group.GATE, Minimum(0)] = 0.02
     """Refuse a bundle whose task metric (0 to 1) is lower by more than this, unless the 95% interval of the drop
     includes 0; embeddings also if their mean cosine with those as trained is further below 1."""

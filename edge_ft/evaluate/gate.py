@@ -54,9 +54,11 @@ FEWEST_ROWS = 200
 """Rows that the gate scores where there are as many: 60 rows of one export showed a tax of 0.004, 200 one of 0.0125."""
 
 
-MAX_TAX, MAX_WHOLE_TAX = 0.02, 0.05
-"""Default limits of the tax, nats per target token: the second where the training was over float weights, so that the
-tax is all that int4 costs; a training over codes has a part of that in its own loss (docs/decisions/045)."""
+MAX_TAX, MIN_RETAINED = 0.02, 0.95
+"""Default limits of the tax, nats per target token, and of the share of the gain that is left."""
+MAX_WHOLE_TAX, MIN_WHOLE_RETAINED = 0.05, 0.5
+"""The same where the training was over float weights, so that the tax is all that int4 costs, and the gain is that over
+a base in float; a training over codes has a part of that in its own losses (docs/decisions/045 and 048)."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,12 @@ class Limits:
     @classmethod
     def of(cls, config: ExportConfig, *, over_float: bool = False) -> "Limits":
         """Return the limits of an export; `over_float`: an adapter trained over float weights ships in int4."""
-        default = MAX_WHOLE_TAX if over_float else MAX_TAX
-        max_tax = default if config.max_tax is None else config.max_tax
-        return cls(max_tax, config.min_retained, config.max_metric_drop)
+        tax, retained = (MAX_WHOLE_TAX, MIN_WHOLE_RETAINED) if over_float else (MAX_TAX, MIN_RETAINED)
+        return cls(
+            tax if config.max_tax is None else config.max_tax,
+            retained if config.min_retained is None else config.min_retained,
+            config.max_metric_drop,
+        )
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,20 @@ def scores(nll_per_token: float, right: float = 0.8, spread: float = 0.1, seed: 
 
 
 @pytest.mark.parametrize(
-    ("given", "over_float", "expected"), [(None, False, 0.02), (None, True, 0.05), (0.0, True, 0.0), (0.1, False, 0.1)]
+    ("given", "over_float", "expected"),
+    [
+        ((None, None), False, (0.02, 0.95)),
+        ((None, None), True, (0.05, 0.5)),
+        ((0.0, 0.0), True, (0.0, 0.0)),
+        ((0.1, 0.2), False, (0.1, 0.2)),
+    ],
 )
 def test_a_training_over_float_weights_may_lose_more_by_default(
-    given: float | None, over_float: bool, expected: float
+    given: tuple[float | None, float | None], over_float: bool, expected: tuple[float, float]
 ) -> None:
     """Its tax is all that int4 costs; one over codes has a part of that in its own loss."""
-    config = ExportConfig(out=Path("bundle"), max_tax=given)
-    assert Limits.of(config, over_float=over_float) == Limits(expected, 0.95, 0.02)
+    config = ExportConfig(out=Path("bundle"), max_tax=given[0], min_retained=given[1])
+    assert Limits.of(config, over_float=over_float) == Limits(*expected, 0.02)
 
 
 def test_a_good_export_passes_and_its_figures_add_up() -> None:
