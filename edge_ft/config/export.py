@@ -53,7 +53,7 @@ class ExportConfig(RowsConfig):
     activations if it passed with nearly the same loss."""
     max_tax: Annotated[float | None, Group.GATE, Minimum(0)] = None
     """Refuse a bundle whose loss exceeds that of the trained model by more than this, in nats per target token;
-    default: 0.05 where an adapter that was trained over float weights ships in int4, and 0.02 elsewhere."""
+    default: 0.1 where an adapter that was trained over float weights ships in int4, and 0.02 elsewhere."""
     min_retained: Annotated[float | None, Group.GATE] = None
     """Refuse a bundle that keeps less than this share of the improvement in loss over the base; default: 0.5 where an
     adapter that was trained over float weights ships in int4, and 0.95 elsewhere."""

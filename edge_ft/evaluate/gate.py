@@ -56,7 +56,7 @@ FEWEST_ROWS = 200
 
 MAX_TAX, MIN_RETAINED = 0.02, 0.95
 """Default limits of the tax, nats per target token, and of the share of the gain that is left."""
-MAX_WHOLE_TAX, MIN_WHOLE_RETAINED = 0.05, 0.5
+MAX_WHOLE_TAX, MIN_WHOLE_RETAINED = 0.1, 0.5
 """The same where the training was over float weights, so that the tax is all that int4 costs, and the gain is that over
 a base in float; a training over codes has a part of that in its own losses (docs/decisions/045 and 048)."""
 

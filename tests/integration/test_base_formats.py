@@ -1,6 +1,7 @@
 """Every format of a base is tuned and exported through the gate, and every format of weights ships and runs."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from edge_ft.evaluate import evaluate
 from edge_ft.evaluate.loading import open_run_model
 from edge_ft.evaluate.verify import verify
 from edge_ft.export import export
+from edge_ft.quant import calibration
 from edge_ft.quant.layers import QuantEmbedding, QuantLinear
 from edge_ft.runtime import load
 from edge_ft.tune import tune
@@ -125,8 +127,9 @@ def test_the_adapter_lane_ships_the_quantized_format_of_the_training_by_default_
 
 @pytest.mark.parametrize("base_format", ["bf16", "fp32"])
 def test_an_adapter_trained_over_float_weights_is_refused_where_rounding_them_costs_too_much(
-    base_format: str, runs: dict[tuple[str, str], RunFolder], tmp_path: Path
+    base_format: str, runs: dict[tuple[str, str], RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(calibration, "gptq_quantize", lambda _, __, codes: replace(codes, scales=codes.scales * 2))
     with pytest.raises(GateRefused, match=r"tune --base-format int4 trains over the codes"):
         settings = ExportConfig(out=tmp_path / "bundle", lane="adapter", max_tax=0.0)
         export(str(runs["llama", base_format].path), settings)

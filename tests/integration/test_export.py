@@ -252,7 +252,7 @@ def test_nothing_learned_is_refused(llama: Path, sums: Path, tmp_path: Path) -> 
 def bad_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Merged weights get codes that are far from them: a tax well above 0 and a fallen metric on any processor."""
 
-    def reversed_codes(weight: Any, factor: Any, nearest: Codes) -> Codes:
+    def reversed_codes(weight: Any, curvature: Any, nearest: Codes) -> Codes:
         return replace(nearest, qweight=nearest.qweight[:, ::-1])
 
     monkeypatch.setattr(calibrating, "gptq_quantize", reversed_codes)

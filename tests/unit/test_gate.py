@@ -31,7 +31,7 @@ def scores(nll_per_token: float, right: float = 0.8, spread: float = 0.1, seed: 
     ("given", "over_float", "expected"),
     [
         ((None, None), False, (0.02, 0.95)),
-        ((None, None), True, (0.05, 0.5)),
+        ((None, None), True, (0.1, 0.5)),
         ((0.0, 0.0), True, (0.0, 0.0)),
         ((0.1, 0.2), False, (0.1, 0.2)),
     ],
