@@ -129,7 +129,7 @@ def test_the_adapter_lane_ships_the_quantized_format_of_the_training_by_default_
 def test_an_adapter_trained_over_float_weights_is_refused_where_rounding_them_costs_too_much(
     base_format: str, runs: dict[tuple[str, str], RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "gptq_quantize", lambda _, __, codes: replace(codes, scales=codes.scales * 2))
+    monkeypatch.setattr(calibration, "gptq_quantize", lambda _, __, codes: replace(codes, scales=codes.scales / 4))
     with pytest.raises(GateRefused, match=r"tune --base-format int4 trains over the codes"):
         settings = ExportConfig(out=tmp_path / "bundle", lane="adapter", max_tax=0.0)
         export(str(runs["llama", base_format].path), settings)
