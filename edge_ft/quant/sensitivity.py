@@ -23,8 +23,8 @@ from edge_ft.quant.serialization import frozen_layers
 
 __all__ = ["finer_layers", "refine", "saved_bytes", "spend"]
 
-TOKENS = 256
-"""Tokens of the sequences that costs are estimated on, in one pass (docs/decisions/042)."""
+TOKENS = 512
+"""Tokens that costs are estimated on, in one pass (docs/decisions/042 and 048); of a longer sequence its beginning."""
 LOGITS = 2**25
 """Logits in all: they bound the number of targets."""
 _LOGITS_AT_ONCE = 2**22
@@ -126,7 +126,7 @@ def _units(
     """Return what can get further bits: layers of one input, and parts of the head in their order."""
     arrays: Any = batch
     rows = max(1, TOKENS // batch["input_ids"].shape[1])
-    longest = int(batch["attention_mask"][:rows].sum(1).max())
+    longest = min(TOKENS, int(batch["attention_mask"][:rows].sum(1).max()))
     few: Any = {name: array[:rows] for name, array in arrays.items()}
     few = {name: array[:, :longest] if np.ndim(array) == 2 else array for name, array in few.items()}
     head = model.get_output_embeddings()

@@ -123,3 +123,17 @@ def test_stored_codes_hold_the_further_bits(rounded: Any, tmp_path: Path) -> Non
     np.testing.assert_array_equal(dequantize(found), dequantize(model.lm_head.codes()))
     refine(model, read, stored)  # by the embedding's name, as they are stored
     assert finer_layers(model) == {"lm_head": 16, "model.layers.0.mlp.up_proj": stored["model.layers.0.mlp.up_proj"]}
+
+
+def test_of_long_sequences_only_the_beginning_counts(rounded: Any, batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the pass keeps for its gradient would be the peak of an export's memory."""
+    _, model, read = rounded
+    monkeypatch.setattr(sensitivity, "TOKENS", 12)
+    seen = []
+
+    def watched(model: Any, few: Batch) -> Tensor:
+        seen.append(few["input_ids"].shape)
+        return forward(model, few)
+
+    assert spend(model, batch, read, watched, EVERYTHING)
+    assert seen == [(1, 12)]
