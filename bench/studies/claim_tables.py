@@ -208,7 +208,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Results], Iterator[Row]]]] = {
     ),
     "compute": (
         "Compute",
-        "Times include loading, validation, the finishing phase and the report; memory is the peak of the process. A"
+        "Times include loading, validation and the report; memory is the peak of the process. A"
         " case is named after its model and its rows or settings: main is the model's main task, final-layers uses that"
         " preset, and rows-N has N rows. Speeds are in [training.md](training.md).",
         compute,

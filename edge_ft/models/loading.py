@@ -217,6 +217,7 @@ def _calibrate(
         if only is None and task == "text-generation" and grid.half_scales:
             budget = saved_bytes(model) if finer is None else finer
             if isinstance(budget, int):
+                release_memory()  # what a whole pass took: this one keeps its activations, for a gradient
                 with calibration.first_time():
                     budget = spend(model, calibration.batch, read, forward, budget)
             refine(model, read, budget)
