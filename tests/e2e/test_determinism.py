@@ -42,6 +42,7 @@ def test_the_command_of_the_report_gives_the_same_adapter_bundle_and_answer(
     python(
         1,
         *("-m", "edge_ft", "tune", "--model", llama, "--data", sums, "--out", first.path, "--max-steps", 12),
+        *("--finish-steps", 2),
         *("--learning-rate", 1e-2, "--dropout", 0.1, "--threads", 1, "--compute", "fp32", "--quiet"),
     )
     edge_ft, *arguments = shlex.split(first.report()["command"])

@@ -261,7 +261,7 @@ def test_openvino_decodes_the_tokens_that_the_bundle_decodes(llama_bundle: Bundl
     ours = cache.extend(ids)
     for _ in range(3):
         ours = cache.extend([int(ours.argmax())])
-    assert np.abs(logits - ours.reshape(-1)).max() < 0.1  # it may compute in bfloat16
+    assert np.abs(logits - ours.reshape(-1)).max() < 0.1 * np.abs(ours).max()  # it may compute in bfloat16
 
 
 def test_a_peers_own_clock_agrees_with_ours(llama_bundle: Bundle) -> None:

@@ -41,7 +41,8 @@ def adapter(run: RunFolder) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def plain_run(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return tune(TuneConfig(model=str(llama), data=str(sums), out=tmp_path_factory.mktemp("plain") / "run", **FAST))
+    out = tmp_path_factory.mktemp("plain") / "run"
+    return tune(TuneConfig(model=str(llama), data=str(sums), out=out, finish_steps=1, **FAST))
 
 
 def test_the_run_folder_holds_what_the_documentation_lists(plain_run: RunFolder) -> None:
