@@ -141,8 +141,9 @@ def _way_out(opened: "ExportSource", verification: dict[str, Any]) -> str:
     if lost and opened.lane == "adapter" and opened.run is not None:
         return ". edge-ft tune --base-format int4 trains over the codes that this lane ships"
     if lost and opened.weights == "int4":
-        bits = opened.run is not None and opened.lane == "merged" and opened.task == "text-generation"
-        return f". {'--size-mb with more megabytes loses less, ' * bits}--weights int8 least, in twice the size"
+        takes_size = opened.run is not None and opened.task == "text-generation"  # no adapter lane: see above
+        bits = "--size-mb with more megabytes loses less, " if takes_size else ""
+        return f". {bits}--weights int8 loses least, in twice the size"
     return ""
 
 

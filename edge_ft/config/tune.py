@@ -86,8 +86,9 @@ class TuneConfig(RowsConfig):
     """Passes over the training rows; default: 2 for decoders, 3 for others."""
     max_steps: Annotated[int | None, Group.TRAINING, Minimum(1)] = None
     """Number of optimizer steps; overrides --epochs."""
-    finish_steps: Annotated[int, Group.TRAINING, Minimum(0)] = 0
-    """Steps that train the scales of the merged int4 model after the adapter; 0: an export chooses its codes."""
+    finish_steps: Annotated[int | None, Group.TRAINING, Minimum(0)] = None
+    """Steps that train the scales of the merged int4 model after the adapter; default: none, an export chooses its
+    codes."""
     max_minutes: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
     """Stop after this many minutes of training and validation."""
     batch_size: Annotated[int | None, Group.TRAINING, Minimum(1)] = None

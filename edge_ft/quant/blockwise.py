@@ -18,6 +18,7 @@ __all__ = [
     "Codes",
     "Grid",
     "as_half",
+    "code_steps",
     "dequantize",
     "pack_nibbles",
     "quantize",
@@ -246,15 +247,20 @@ def _round_blocks(
     return scales, zero_points, code.T
 
 
-def dequantize(codes: Codes) -> NDArray[np.float32]:
-    """Return the weight [N, K] of the codes: scale · (code - zero_point)."""
-    rows, blocks = codes.scales.shape
+def code_steps(codes: Codes) -> NDArray[np.float32]:
+    """Return code - zero point of each weight, [N, K_blocks, block_size], with what further bits add."""
     values, zero_points = codes.qweight, codes.zero_points
     if codes.bits == 4:
-        values, zero_points = unpack_nibbles(values, codes.block_size), unpack_nibbles(zero_points, blocks)
-    differences = values.astype(np.float32) - zero_points.astype(np.float32)[..., None]
+        values = unpack_nibbles(values, codes.block_size)
+        zero_points = unpack_nibbles(zero_points, codes.scales.shape[1])
+    steps: NDArray[np.float32] = values.astype(np.float32) - zero_points.astype(np.float32)[..., None]
     if codes.fine is not None:
         fine = unpack_nibbles(codes.fine, codes.block_size).astype(np.float32)
-        differences[: len(fine)] += (fine - FINE_ZERO) / FINE_STEPS
-    weight = differences * codes.scales[..., None]
-    return weight.reshape(rows, -1)[:, : codes.in_features]
+        steps[: len(fine)] += (fine - FINE_ZERO) / FINE_STEPS
+    return steps
+
+
+def dequantize(codes: Codes) -> NDArray[np.float32]:
+    """Return the weight [N, K] of the codes: scale · (code - zero_point)."""
+    weight = code_steps(codes) * codes.scales[..., None]
+    return weight.reshape(len(weight), -1)[:, : codes.in_features]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_ft.quant.blockwise import Codes, as_half, pack_nibbles, unpack_nibbles
+from edge_ft.quant.blockwise import Codes, as_half, code_steps, pack_nibbles, unpack_nibbles
 from edge_ft.quant.layers import are_half
 
 __all__ = ["Curvature", "fit_scales", "gptq_quantize", "hessian_factor"]
@@ -174,18 +174,11 @@ def fit_scales(weight: Tensor, hessian: Tensor, codes: Codes) -> Codes:
     for start in range(0, rows, together):
         part = slice(start, start + together)
         whole = nn.functional.pad(weight[part], (0, padding)) if padding else weight[part]
-        steps = _steps(codes.rows(part))
+        steps = torch.from_numpy(code_steps(codes.rows(part)))
         found[part] = _solve(whole, curvature, steps, scales[part])
     if are_half(scales):
         return replace(codes, scales=as_half(found.numpy()))
     return replace(codes, scales=found.numpy())
-
-
-def _steps(codes: Codes) -> Tensor:
-    """Return code - zero point, float32 [N, blocks, block_size]."""
-    values = unpack_nibbles(codes.qweight, codes.block_size).astype(np.float32)
-    zero_points = unpack_nibbles(codes.zero_points, codes.scales.shape[1]).astype(np.float32)
-    return torch.from_numpy(values - zero_points[..., None])
 
 
 def _solve(weight: Tensor, hessian: Tensor, steps: Tensor, scales: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def _choosing_seconds(job: Job, model: TrainableModel, evaluation: Curve) -> flo
     if config.frozen_format == "int4" or finishing_steps(config) == 0:
         return None
     length = sum(len(example.input_ids) for example in train) / len(train)
-    return model.estimate_choosing(round(config.calibration_rows * length), evaluation.at)
+    return model.estimate_choosing(round(min(config.calibration_rows, len(train)) * length), evaluation.at)
 
 
 def _card_curve(sizes: list[int], found: list[int | None]) -> Curve | None:

@@ -42,7 +42,7 @@ def planned_steps(rows: int, config: TuneConfig) -> int:
 
 def finishing_steps(config: TuneConfig) -> int:
     """Return the steps of the finishing phase; 0 where it has none."""
-    return config.finish_steps if config.task in TEXT_TASKS else 0
+    return (config.finish_steps or 0) if config.task in TEXT_TASKS else 0
 
 
 def training_minutes(config: TuneConfig, steps: int) -> float | None:

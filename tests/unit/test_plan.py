@@ -24,7 +24,7 @@ from edge_ft.tune.memory_mode import refuse_large_base, resolve_base_format, res
 from edge_ft.tune.plan import plan
 from edge_ft.tune.prepare import Job, prepare_job
 from edge_ft.tune.report import BATCH_COST, SAMPLE_TOKENS
-from edge_ft.tune.schedule import FINISHING_STEP
+from edge_ft.tune.schedule import FINISHING_STEP, finishing_steps
 from edge_ft.tune.units import duration
 
 AMPLE = Available(memory_bytes=2**50, disk_bytes=2**50)
@@ -247,6 +247,11 @@ def test_a_base_whose_weights_exceed_the_memory_is_refused(llama: Path, monkeypa
 def test_rows_that_train_nothing_are_refused_by_a_plan_too(llama: Path, sums: Path) -> None:
     with pytest.raises(AuditRefused):
         plan(PlanConfig(model=str(llama), data=str(sums), max_length=10), available=AMPLE)
+
+
+def test_settings_of_an_earlier_release_have_no_finishing_steps(job: Job) -> None:
+    """It wrote `finish_steps: null` for a share of the steps; a stopped run goes on without."""
+    assert finishing_steps(with_settings(job, finish_steps=None).config) == 0
 
 
 @pytest.mark.parametrize(
