@@ -13,8 +13,6 @@ __all__ = ["CLASSIFIERS", "FAMILIES", "Family", "Kind", "family_of"]
 
 RATE_WIDTH = 576
 """Hidden size of the model on which the decoders' learning rate was chosen."""
-RATE_TARGETS = 80
-"""Tokens with a loss in a step up to which it is the lowest; from four times as many on it is twice that."""
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 
@@ -36,8 +34,8 @@ class Family:
     kind: Kind
     """decoder: causal, with a KV cache; encoder: bidirectional, one pass; encoder-decoder: one of each."""
     learning_rate: float
-    """Default peak learning rate, of a decoder the lowest at a hidden size of at most `RATE_WIDTH`; chosen by
-    measurement, like the next two (docs/decisions/010 and 029)."""
+    """Default peak learning rate, of a decoder at a hidden size of at most `RATE_WIDTH`; chosen by measurement, like
+    the next two (docs/decisions/010, 029 and 049)."""
     epochs: float = 3.0
     """Default passes over the training rows."""
     batch_size: int = 8
@@ -69,27 +67,31 @@ class Family:
         """Possible names of a classifier's weight [classes, hidden]: of one linear layer, or of the last of several."""
         return f"{self.heads[task][-1]}.weight", f"{self.heads[task][-1]}.out_proj.weight"
 
-    def resolve(self, config: TuneConfig) -> TuneConfig:
-        """The settings, with the family's epochs and batch size if the user gave none."""
-        return replace(config, epochs=config.epochs or self.epochs, batch_size=config.batch_size or self.batch_size)
-
-    def rate(self, hidden: int, targets: float) -> float:
-        """Return the default peak learning rate of AdamW.
-
-        The best rate of LoRA falls with the width to the power of 0.78 (Schulman et al., "LoRA Without Regret", 2025).
-        It rises with the square root of the batch, of which the tokens with a loss count (docs/decisions/029).
+    def resolve(self, config: TuneConfig, hidden: int) -> TuneConfig:
+        """The settings, with the family's epochs, batch size and learning rate where the user gave none.
 
         Args:
+            config: The settings.
             hidden: Width of the model.
-            targets: Tokens with a loss in an optimizer step.
 
         Returns:
-            The rate.
+            The settings.
+        """
+        return replace(
+            config,
+            epochs=config.epochs or self.epochs,
+            batch_size=config.batch_size or self.batch_size,
+            learning_rate=config.learning_rate or self.rate(hidden),
+        )
+
+    def rate(self, hidden: int) -> float:
+        """Return the default peak learning rate of AdamW at a hidden size.
+
+        The best rate of LoRA falls with the width to the power of 0.78 (Schulman et al., "LoRA Without Regret", 2025).
         """
         if not self.decoder:
             return self.learning_rate
-        width, batch = max(1.0, hidden / RATE_WIDTH), min(4.0, max(1.0, targets / RATE_TARGETS))
-        return float(f"{self.learning_rate * batch**0.5 / width**0.78:.2g}")
+        return float(f"{self.learning_rate / max(1.0, hidden / RATE_WIDTH) ** 0.78:.2g}")
 
     @property
     def decoder(self) -> bool:

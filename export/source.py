@@ -25,10 +25,10 @@ from edge_ft.export.size import fit
 from edge_ft.models.adapted import load_adapter, merge_adapter, take_vocabulary
 from edge_ft.models.base_model import Base
 from edge_ft.models.dims import ModelDims
-from edge_ft.models.loading import BITS, Finer, ModelSpec, load_model, quantize_calibrated
+from edge_ft.models.loading import BITS, Changes, Finer, ModelSpec, load_model, quantize_calibrated
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.quant.blockwise import Grid
-from edge_ft.quant.calibration import make_calibration
+from edge_ft.quant.calibration import Calibration, make_calibration
 from edge_ft.quant.conversion import is_within, quantize_model, restore_conv1d
 from edge_ft.quant.serialization import codes_sha256, stored_finer
 
@@ -163,6 +163,13 @@ class ExportSource:
         beside = self.adapter if self.lane == "adapter" else None
         held = beside is not None and self.codes is not None
         chooses = self.weights == "int4" and bool(self.rows.calibration) and not held
+        changes = self._plain_changes(beside) if chooses and self.size_mb is None else None
+        if changes is not None:
+            with heartbeat(progress, f"loading {self.base.name}, quantizing to int4 with GPTQ"):
+                rows, finer = self._calibration(progress), self._run_finer
+                spec = ModelSpec.from_rendering(self.base, self.rendering, "int4", self.grid, self.seed, rows, changes)
+                model = load_model(replace(spec, finer=finer), progress)
+            return model if beside is None else load_adapter(model, beside)
         with heartbeat(progress, f"loading {self.base.name}"):
             if self.lane != "merged" and self.weights not in INT8_ACTIVATIONS and not chooses:
                 model = self.load(self.weights, progress)
@@ -171,13 +178,7 @@ class ExportSource:
             if self.adapter is not None and beside is None:
                 model = merge_adapter(model, self.adapter)
         if chooses:
-            examples = self.rows.calibration
-            rows = make_calibration(
-                examples, len(examples), self.tokenizer.pad_id, self.task, progress, packed=self.base.family.packs
-            )
-            assert rows is not None
-            grid, keep = self.grid, self._float_modules
-            finer: Finer = None if self.codes is None else stored_finer(self.codes)
+            rows, grid, keep, finer = self._calibration(progress), self.grid, self._float_modules, self._run_finer
             if self.size_mb is not None:
                 grid, finer = fit(model, grid, keep, self.tokenizer.files(), self.size_mb * 1e6)
             with heartbeat(progress, "quantizing to int4 with GPTQ"):
@@ -186,6 +187,38 @@ class ExportSource:
             with heartbeat(progress, f"rounding the weights to {self.weights}"):
                 self._round(model, self.weights)
         return model if beside is None else load_adapter(model, beside)
+
+    def _plain_changes(self, beside: Adapter | None) -> Changes | None:
+        """Return what the adapter adds to each layer's weight, if that is all that distinguishes what ships.
+
+        Then codes are chosen while weights are read one after the other, without the float model in memory.
+
+        Args:
+            beside: The adapter, where it stays beside the weights.
+
+        Returns:
+            A and B by layer; None for what else an adapter can hold: a vocabulary, a head, whole modules, variants.
+        """
+        if self.dims.vocabulary != self.base.dims.vocabulary:
+            return None
+        if self.adapter is None or beside is not None:
+            return {}
+        if self.run is None or self.adapter.beyond_lora_inputs(()) is not None:
+            return None
+        pairs, whole = self.adapter.read()
+        return None if whole or not all(is_within(name, self.base.family.stacks) for name in pairs) else pairs
+
+    def _calibration(self, progress: Progress) -> Calibration:
+        """Return the rows that codes are chosen on."""
+        examples, packs = self.rows.calibration, self.base.family.packs
+        rows = make_calibration(examples, len(examples), self.tokenizer.pad_id, self.task, progress, packed=packs)
+        assert rows is not None
+        return rows
+
+    @property
+    def _run_finer(self) -> Finer:
+        """The rows with 8 bits of the run's base, where it has codes."""
+        return None if self.codes is None else stored_finer(self.codes)
 
     def _finished(self, progress: Progress) -> Any | None:
         """Return the merged model that the run ended on, if that is what ships.

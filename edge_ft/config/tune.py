@@ -72,8 +72,8 @@ class TuneConfig(RowsConfig):
     """Maximum number of training rows that calibrate GPTQ (arXiv:2210.17323), the int4 quantization of the base and of
     a merged export; 0 rounds to nearest instead."""
     learning_rate: Annotated[float | None, Group.TRAINING, ABOVE_0] = None
-    """Peak learning rate of AdamW; default: 1e-3 for encoders, 2e-3 for others; for decoders up to twice that where
-    answers are long, and less if they are wider than 576."""
+    """Peak learning rate of AdamW; default: 1e-3 for encoders, 2e-3 for others, and less for decoders wider than
+    576."""
     schedule: Annotated[Literal["cosine", "constant"], Group.TRAINING] = "cosine"
     """Learning rate after the warm-up: a cosine down to 0, or constant."""
     warmup: Annotated[float, Group.TRAINING] = 0.05

@@ -38,7 +38,7 @@ from edge_ft.quant.sensitivity import refine, saved_bytes, spend
 from edge_ft.quant.serialization import read_codes
 from edge_ft.system import release_memory
 
-__all__ = ["BITS", "Finer", "ModelSpec", "load_model", "model_class", "quantize_calibrated"]
+__all__ = ["BITS", "Changes", "Finer", "ModelSpec", "load_model", "model_class", "quantize_calibrated"]
 
 GRID = Grid()
 Finer = Mapping[str, int] | int | None
@@ -259,6 +259,8 @@ def _load(spec: ModelSpec, progress: Progress) -> tuple[Any, ReadWeight]:
     with init_empty_weights(include_buffers=False):
         model = model_class(spec.task).from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
+    if strangers := sorted(spec.changes.keys() - dict(model.named_modules()).keys()):
+        raise ModelError(f"{spec.base.path} has no layer {strangers[0]}, which the adapter changes: copy both again")
     names = match_names(model, checkpoint, spec.trained_head)
     _refuse_missing(names, model, spec)
     _untie(model, names.untied)

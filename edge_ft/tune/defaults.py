@@ -1,9 +1,9 @@
-"""Settings that the user left open and that depend on the rows: passes of a step, learning rate, evaluated rows.
+"""Settings that the user left open and that depend on the rows: passes of a step, evaluated rows.
 
 The reasons are in docs/decisions/029.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +27,6 @@ def chosen_by_rows(
     given: TuneConfig,
     examples: Mapping[str, Sequence[Example]],
     task: Task,
-    rate: Callable[[float], float],
     *,
     resumed: bool,
 ) -> TuneConfig:
@@ -38,7 +37,6 @@ def chosen_by_rows(
         given: The settings as the user gave them, or as an interrupted run saved them.
         examples: The encoded rows of each split.
         task: What is trained.
-        rate: Tokens with a loss in a step -> the family's default rate.
         resumed: The run was interrupted; one of an earlier release evaluated all validation rows.
 
     Returns:
@@ -48,9 +46,6 @@ def chosen_by_rows(
     config = replace(config, gradient_accumulation=config.passes)
     if given.batch_size is None and given.gradient_accumulation is None:
         config = _in_passes(config, train, task)
-    if given.learning_rate is None:
-        rows = config.rows_at_once * config.passes
-        config = replace(config, learning_rate=rate(rows * sum(row.targets for row in train) / len(train)))
     if given.eval_rows is None:
         affordable = len(validation) if resumed else _affordable_rows(config, train, validation, task)
         config = replace(config, eval_rows=affordable)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import sha256
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -191,7 +191,7 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     if config.vocabulary == "all":
         refuse_other(saved, {"content_sha256": base.content_sha256}, str(config.out))
     given, tokenizer = config, base.open_tokenizer()
-    config = base.family.resolve(given)
+    config = base.family.resolve(given, base.dims.hidden)
     with clock_at((saved or {}).get("rendered_at")):
         prepared = prepare(config, base, tokenizer, progress)
         if config.vocabulary == "rows":
@@ -205,8 +205,7 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
     job = Job(config, base, tokenizer, prepared, cut)
     refuse_other(saved, job.identity, str(config.out))
     job = job.with_settings(task=prepared.task, max_length=prepared.rendering.max_length)
-    rate = partial(base.family.rate, base.dims.hidden)
-    chosen = chosen_by_rows(job.config, given, prepared.examples, prepared.task, rate, resumed=bool(saved))
+    chosen = chosen_by_rows(job.config, given, prepared.examples, prepared.task, resumed=bool(saved))
     return replace(job, config=chosen)
 
 

@@ -4,18 +4,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from recorded_progress import RecordedProgress
+from tiny_models import write_decoder
 
 from edge_ft.artifacts import RunFolder
 from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.errors import ModelError
 from edge_ft.evaluate.loading import open_run_model
-from edge_ft.export import export
+from edge_ft.export import export, source
+from edge_ft.export.opening import open_export_source
+from edge_ft.export.source import ExportSource
 from edge_ft.models.base_model import find_base
 from edge_ft.models.loading import ModelSpec, load_model
+from edge_ft.progress import Silent
 from edge_ft.quant import kept_codes
-from edge_ft.quant.serialization import codes_sha256
+from edge_ft.quant.serialization import codes_sha256, frozen_layers
 from edge_ft.tune import trainable_model, tune
 
 
@@ -70,6 +75,37 @@ def test_the_manifest_has_the_calibration_of_the_codes(lane: Any, llama: Path, s
         bundle = export(str(run.path), ExportConfig(out=tmp_path / f"{lane}{rows}", lane=lane, **loose))
         methods[rows] = bundle.manifest["quantization"]["method"]
     assert methods == {0: "rtn", 8: "gptq"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_export_chooses_the_codes_of_the_merged_weights_and_never_holds_the_float_model(
+    name: str, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_decoder(tmp_path / "model", name)
+    run = short_tune(model, sums, tmp_path / "run", base_format="fp32", learning_rate=1e-2)
+    opened = open_export_source(str(run.path), ExportConfig(out=tmp_path / "unused"))
+    trained = open_run_model(run)[0].merge_and_unload()
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "merge_adapter", None)
+        patch.setattr(source, "quantize_calibrated", None)
+        shipped = opened.load_shipped(Silent())
+    with monkeypatch.context() as patch:
+        patch.setattr(ExportSource, "_plain_changes", lambda *_: None)
+        merged_first = opened.load_shipped(Silent())
+    layers, others = frozen_layers(shipped), frozen_layers(merged_first)
+    assert layers.keys() == others.keys()
+    for layer, module in layers.items():
+        weight = trained.get_submodule(layer).weight.float()
+        weight = weight.T if weight.shape != module.dequantize().shape else weight
+        found, expected = (float((one[layer].dequantize() - weight).norm()) for one in (layers, others))
+        assert found == pytest.approx(expected, rel=0.02), layer  # PEFT adds in another order: a code may differ
+
+
+def test_a_change_of_a_layer_that_the_model_lacks_is_refused(llama: Path) -> None:
+    pair = np.zeros((1, 4), np.float32), np.zeros((4, 1), np.float32)
+    spec = ModelSpec(find_base(str(llama)), "text-generation", "int4", changes={"model.layers.9.mlp.up_proj": pair})
+    with pytest.raises(ModelError, match=r"has no layer model\.layers\.9\.mlp\.up_proj"):
+        load_model(spec)
 
 
 Chosen = Callable[..., tuple[str, bool]]

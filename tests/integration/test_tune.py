@@ -99,26 +99,17 @@ def test_the_saved_config_gives_the_same_run(plain_run: RunFolder, tmp_path: Pat
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_what_is_left_open_is_the_familys_recipe(family: Family) -> None:
     asked: dict[str, Any] = {"model": "m", "data": "d", "out": Path("o")}
-    found = family.resolve(TuneConfig(**asked))
+    found = family.resolve(TuneConfig(**asked), 576)
     assert (found.epochs, found.batch_size) == (2.0 if family.decoder else 3.0, 8)
+    assert found.learning_rate == (1e-3 if family.kind == "encoder" else 2e-3)
     given = TuneConfig(**asked, epochs=0.5, batch_size=2, learning_rate=1e-4)
-    assert family.resolve(given) == given
+    assert family.resolve(given, 576) == given
 
 
-def test_the_rate_of_a_decoder_rises_with_the_targets_of_a_step_and_falls_with_its_width() -> None:
+def test_the_rate_of_a_decoder_falls_with_its_width() -> None:
     decoder, encoder = FAMILIES["llama"], FAMILIES["bert"]
-    assert [decoder.rate(576, targets) for targets in (8, 80, 180, 320, 5000)] == [2e-3, 2e-3, 3e-3, 4e-3, 4e-3]
-    assert [decoder.rate(hidden, 80) for hidden in (64, 896, 2048)] == [2e-3, 1.4e-3, 7.4e-4]
-    assert encoder.rate(2048, 5000) == 1e-3
-
-
-@pytest.mark.parametrize(("settings", "expected"), [({"batch_size": 4}, 2e-3), ({"batch_size": 64}, 2.8e-3)])
-def test_the_default_rate_counts_the_targets_of_a_step(
-    settings: dict[str, Any], expected: float, llama: Path, sums: Path
-) -> None:
-    asked = {"model": str(llama), "data": str(sums), "out": Path("unused")}
-    assert prepare_job(TuneConfig(**asked, **settings), Silent()).config.learning_rate == expected
-    assert prepare_job(TuneConfig(**asked, **settings, learning_rate=5e-4), Silent()).config.learning_rate == 5e-4
+    assert [decoder.rate(hidden) for hidden in (64, 576, 896, 2048)] == [2e-3, 2e-3, 1.4e-3, 7.4e-4]
+    assert encoder.rate(2048) == 1e-3
 
 
 @pytest.mark.parametrize(
