@@ -112,6 +112,13 @@ def test_the_rate_of_a_decoder_falls_with_its_width() -> None:
     assert encoder.rate(2048) == 1e-3
 
 
+@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"batch_size": 64}])
+def test_the_default_rate_is_known_from_the_model_alone(settings: dict[str, Any], llama: Path, sums: Path) -> None:
+    asked = {"model": str(llama), "data": str(sums), "out": Path("unused")}
+    assert prepare_job(TuneConfig(**asked, **settings), Silent()).config.learning_rate == 2e-3
+    assert prepare_job(TuneConfig(**asked, **settings, learning_rate=5e-4), Silent()).config.learning_rate == 5e-4
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
