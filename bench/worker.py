@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from edge_ft.bench.report import BATCHES, classifier_lengths
 from edge_ft.config import TEXT_TASKS
 from edge_ft.errors import EdgeFTError, UsageError, require
+from edge_ft.openmp import WAITING
 from edge_ft.system import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -28,7 +29,15 @@ if TYPE_CHECKING:
     from edge_ft.data import TextTokenizer
     from edge_ft.runtime import TextClassifier, TextGenerator
 
-__all__ = ["answer_job", "at_depths", "classifier_ids", "main", "measure_decoder", "prompt_ids"]
+__all__ = [
+    "answer_job",
+    "at_depths",
+    "classifier_ids",
+    "leave_openmp_alone",
+    "main",
+    "measure_decoder",
+    "prompt_ids",
+]
 
 _TEXT = (
     "The pump in the cellar runs at night, when power is cheap. It lifts water from a well of forty metres into "
@@ -164,12 +173,16 @@ def _find(job: dict[str, Any]) -> dict[str, Any]:
     return {"found": found}
 
 
+def leave_openmp_alone() -> None:
+    """Let OpenMP's threads wait as users of other engines have it, before one is imported: they spin, and long."""
+    for name in WAITING:
+        os.environ.pop(name, None)
+
+
 def _starter(job: dict[str, Any]) -> Callable[[], Any]:
     """What opens the job's subject, its engine imported."""
     if job["do"] in _OPENMP:
-        # By edge-ft's own setting threads sleep at once where they wait. Users of these engines have OpenMP's default,
-        # by which they spin first; llama.cpp's wait for each other after each operator.
-        os.environ.pop("OMP_WAIT_POLICY", None)
+        leave_openmp_alone()
     if job["do"] == "ctranslate2":
         from edge_ft.bench.ctranslate2_peer import Translator
 

@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
+from edge_ft.openmp import set_waiting
+
 __all__ = ["__version__"]
 __version__ = "0.1.0"
 
-# Read by OpenMP when torch is imported: threads that spin at every barrier make two threads several times slower
-# than one as soon as a neighbour is busy (docs/decisions/006).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+set_waiting(os.environ)
 # Read by oneDNN, and by torch about what it keeps of it: the code made for each of the last 1024 shapes of a product,
 # and batches are of many lengths. 200 batches of MiniLM left 1,262 MiB with the process when only the first of the
 # two was bounded, and 1,045 with both, in the same time.

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edge_ft.bench.worker import answer_job
+from edge_ft.bench.worker import answer_job, leave_openmp_alone
 from edge_ft.config import TuneConfig
 from edge_ft.errors import require
 from edge_ft.progress import Silent
@@ -90,6 +90,7 @@ def _gflops(shape: list[int], dtype: Any) -> float:
 
 
 def _baseline(job: dict[str, Any]) -> dict[str, Any]:
+    leave_openmp_alone()
     import torch
 
     from edge_ft.bench.studies.baseline import Plain, train_baseline
@@ -101,7 +102,7 @@ def _baseline(job: dict[str, Any]) -> dict[str, Any]:
     prepared = prepare_job(TuneConfig(out=Path("unused"), **settings), Silent())
     config = prepared.config
     if config.eval_steps and not job["same_recipe"]:  # evaluated after as many rows as ours
-        eval_steps = max(1, round(config.eval_steps * config.rows_at_once / job["batch_size"]))
+        eval_steps = max(1, round(config.eval_steps * config.passes * config.rows_at_once / job["batch_size"]))
         prepared = replace(prepared, config=replace(config, eval_steps=eval_steps))
     plain = Plain(**{name: job[name] for name in ("learning_rate", "batch_size", "max_minutes")})
     with silence_libraries():
@@ -132,6 +133,8 @@ def _trained(job: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shipping(job: dict[str, Any]) -> dict[str, Any]:
+    if job["do"] == "train_usual":
+        leave_openmp_alone()
     _require_libraries()
     from edge_ft.bench.studies import shipping_jobs
 

@@ -152,7 +152,7 @@ class Trainings:
     cases: str = ",".join(CASES)
     """Which cases, with commas between: asdiv, fiqa or xsum, with -on-grid or -off-grid."""
     seeds: int = 3
-    """Number of trainings of each way."""
+    """Number of trainings of each way; 0: write the page of the records that are there."""
     rates: str = "5e-4,1e-3,2e-3"
     """Learning rates of the usual way, swept on seed 0 by the loss of the validation rows."""
 
@@ -194,3 +194,5 @@ def main(
             # After every case, so that a stopped study has a page of what it did.
             keep_seed(records, name, found)
             write_page(kept_cases(records, CASES), page)
+    if trainings.seeds == 0:
+        write_page(kept_cases(records, CASES), page)

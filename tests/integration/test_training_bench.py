@@ -20,7 +20,7 @@ from edge_ft.bench.studies.whole_command import Ran, tune_command
 from edge_ft.bench.subprocess_job import run_worker
 from edge_ft.config import TuneConfig
 from edge_ft.errors import BudgetFailed, EdgeFTError, UsageError
-from edge_ft.tune import tune
+from edge_ft.tune import defaults, tune
 
 RATIOS = {
     *("time_to_baseline_best", "cpu_time_to_baseline_best", "peak_rss", "same_recipe_speed"),
@@ -63,6 +63,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         kept = {line["step"]: str(run.adapter / "adapter_model.safetensors") for line in lines if line["step"]}
         return Ran(time.monotonic() - began, 1.0, 0.5, stamped, kept)
 
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # the baseline takes it away
     monkeypatch.setattr(kept_jobs, "run_worker", here)
     monkeypatch.setattr(training, "tune_command", tuned_here)
     monkeypatch.setattr(race_worker, "SGEMM_SECONDS", 0.01)
@@ -142,6 +143,17 @@ def test_a_race_sweeps_the_baseline_and_does_only_what_is_missing(
     assert [row["curve"] for row in other["baseline"]] == [row["curve"] for row in again["baseline"]]
     with pytest.raises(UsageError, match="holds results with train_rows 16, not 8"):
         run(Race(model=str(llama), data=str(sums), train_rows=8), tmp_path / "race", Trainings(seeds=1))
+
+
+def test_the_baseline_is_scored_after_as_many_rows_where_a_step_of_ours_has_several_passes(
+    jobs: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(defaults, "PASS_TOKENS", 1)
+    settings = Race(model=str(llama), data=str(sums), train_rows=16, eval_rows=4, eval_steps=2, epochs=2.0)
+    report = run(settings, tmp_path / "race", Trainings(seeds=1, baseline_rates="1e-3", library_seeds=0))
+    assert report["ours"][0]["config"]["gradient_accumulation"] > 1
+    for name in ("baseline", "ours"):
+        assert [point["step"] for point in report[name][0]["curve"]] == [0, 2, 4]
 
 
 @pytest.mark.parametrize("base_format", ["fp32", "int4"])

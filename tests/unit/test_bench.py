@@ -365,7 +365,9 @@ def test_a_quota_is_written_where_the_cgroup_has_the_controller(
 def test_threads_of_a_peer_wait_as_its_users_have_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str, found: str | None
 ) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as edge-ft sets it
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as edge-ft sets them
+    monkeypatch.setenv("GOMP_SPINCOUNT", "2000")
     paths = {"bundle": str(tmp_path), "file": "model.gguf"}
     _starter({"do": engine, "threads": 1, "prompt_tokens": 8, "new_tokens": 2, **paths})
     assert os.environ.get("OMP_WAIT_POLICY") == found
+    assert ("GOMP_SPINCOUNT" in os.environ) == (found is not None)
