@@ -28,22 +28,20 @@ def set_waiting(environment: MutableMapping[str, str], load: Path = _LOAD) -> No
     if "OMP_WAIT_POLICY" in environment:
         return
     environment["OMP_WAIT_POLICY"] = "PASSIVE"
-    if _idle_processors(load) >= _usable_processors():
+    if _enough_are_idle(load):
         environment.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-def _idle_processors(load: Path) -> int:
-    """Count the processors that nothing but this process keeps busy, the most of three samples."""
-    found = 0
-    for _ in range(3):
+def _enough_are_idle(load: Path) -> bool:
+    """Return whether as many processors as this process may use have nothing else to do, in one of three samples."""
+    processors = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else processors
+    for wait in (0.002, 0.002, 0.0):
         try:
             running = int(load.read_text(encoding="ascii").split()[3].partition("/")[0])
         except (OSError, ValueError, IndexError):
-            return 0
-        found = max(found, (os.cpu_count() or 1) - max(0, running - 1))
-        time.sleep(0.002)
-    return found
-
-
-def _usable_processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            return False
+        if processors - max(0, running - 1) >= usable:
+            return True
+        time.sleep(wait)
+    return False
