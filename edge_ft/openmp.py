@@ -5,6 +5,8 @@ import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from edge_ft.system import usable_cpus
+
 __all__ = ["WAITING", "set_waiting"]
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -35,13 +37,12 @@ def set_waiting(environment: MutableMapping[str, str], load: Path = _LOAD) -> No
 def _enough_are_idle(load: Path) -> bool:
     """Return whether as many processors as this process may use have nothing else to do, in one of three samples."""
     processors = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else processors
     for wait in (0.002, 0.002, 0.0):
         try:
             running = int(load.read_text(encoding="ascii").split()[3].partition("/")[0])
         except (OSError, ValueError, IndexError):
             return False
-        if processors - max(0, running - 1) >= usable:
+        if processors - max(0, running - 1) >= usable_cpus():
             return True
         time.sleep(wait)
     return False

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from edge_ft import openmp
 from edge_ft.openmp import set_waiting
 
 
 @pytest.fixture(autouse=True)
 def four_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(openmp, "usable_cpus", lambda: 4)
 
 
 def waiting(tmp_path: Path, running: int, given: dict[str, str] | None = None) -> dict[str, str]:
@@ -30,7 +31,7 @@ def test_threads_sleep_beside_a_busy_process(tmp_path: Path) -> None:
 
 
 def test_threads_spin_where_enough_other_processors_are_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(openmp, "usable_cpus", lambda: 2)
     assert "GOMP_SPINCOUNT" in waiting(tmp_path, running=3)
     assert "GOMP_SPINCOUNT" not in waiting(tmp_path, running=4)
 
