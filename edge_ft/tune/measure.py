@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_ft.config import TEXT_TASKS
-from edge_ft.data import Batch, batch_tokens, collate
+from edge_ft.data import Batch, Example, batch_tokens, collate
 from edge_ft.evaluate.generation import BatchAnswerer
 from edge_ft.system import Available, DevicePeak, PeakMemory, release_memory, resident_bytes
 from edge_ft.tune.backend import count_trained
 from edge_ft.tune.engine import TrainableModel
 from edge_ft.tune.prepare import Job
-from edge_ft.tune.report import ANSWERS, BATCH_COST
+from edge_ft.tune.report import ANSWERS, BATCH_COST, answer_limit
 from edge_ft.tune.schedule import finishing_steps
 
 __all__ = ["Curve", "Measured", "measure"]
@@ -187,24 +187,49 @@ def _collated(batch: list[int], job: Job) -> Batch:
 
 def _measure_report(batch: list[int], job: Job, model: TrainableModel, more: float) -> tuple[float, float, int]:
     """Seconds to score a batch in float32, `token` of `Measured`, and its `answering` with `more` times the tokens."""
-    token, collated = 0.0, _collated(batch, job)
+    collated = _collated(batch, job)
     with model.backend.in_float32():
         model.backend.token_nll(_collated(batch[:1], job))  # the first pass also pays for what later ones find ready
-        report, answering = _timed(lambda: model.backend.token_nll(collated))
-        if job.prepared.task in TEXT_TASKS:
-            example = job.prepared.examples["train"][batch[0]]
-            answers: list[list[int]] = []
-            prompt = example.input_ids[: example.prompt_length]
-            _, opened = _timed(lambda: model.backend.answer(prompt, 1))  # the first answer may open what gives it
-            seconds, extra = _timed(lambda: answers.append(model.backend.answer(prompt, 4)))
-            reading = report * len(prompt) / batch_tokens(batch, job.prepared.examples["train"], job.prepared.task)
-            steps = len(answers[0]) + 1  # the first one reads the prompt, too
-            alone = 1 if isinstance(model.backend, BatchAnswerer) else ANSWERS / BATCH_COST
-            token, answering = (
-                alone * max(seconds - reading, seconds / 10) / steps,
-                max(round(more * answering), opened + extra),
-            )
-    return report, token, answering
+        report, scoring = _timed(lambda: model.backend.token_nll(collated))
+        if job.prepared.task not in TEXT_TASKS:
+            return report, 0.0, round(more * scoring)
+        train = job.prepared.examples["train"]
+        reading = report / batch_tokens(batch, train, job.prepared.task)
+        token, answering = _measure_answers(train[batch[0]], reading, job, model)
+    return report, token, max(round(more * scoring), answering)
+
+
+def _measure_answers(example: Example, reading: float, job: Job, model: TrainableModel) -> tuple[float, int]:
+    """Answer the prompt of a row.
+
+    Args:
+        example: The row.
+        reading: Seconds to read a token of a prompt.
+        job: Has the rows that the report answers.
+        model: In float32.
+
+    Returns:
+        `token` of `Measured`, and the bytes that the report's answers need: a batch keeps keys and values of each.
+    """
+    backend, prompt = model.backend, example.input_ids[: example.prompt_length]
+    answers: list[list[int]] = []
+    _, opened = _timed(lambda: backend.answer(prompt, 1))  # the first answer may open what gives it
+    seconds, extra = _timed(lambda: answers.append(backend.answer(prompt, 4)))
+    steps = len(answers[0]) + 1  # the first one reads the prompt, too
+    token = max(seconds - reading * len(prompt), seconds / 10) / steps
+    if not isinstance(backend, BatchAnswerer):
+        return token * ANSWERS / BATCH_COST, opened + extra
+    answered = (job.prepared.examples["test"] or job.prepared.examples["validation"])[:ANSWERS]
+    longest = max(row.prompt_length for row in answered) + answer_limit(answered)
+    more = len(answered) * longest - len(prompt) - steps  # not measured: eight long prompts take seconds to read
+    return token, opened + extra + max(more, 0) * _answered_token_bytes(job)
+
+
+def _answered_token_bytes(job: Job) -> int:
+    """Bytes of a token of prompt or answer: keys and values of all layers, and what one layer computes from it."""
+    dims = job.base.dims
+    kept = 2 * dims.layers * dims.kv_heads * dims.head_dim
+    return 4 * (kept + 3 * dims.intermediate + 4 * dims.hidden)
 
 
 def _timed(work: Callable[[], object]) -> tuple[float, int]:

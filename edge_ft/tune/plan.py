@@ -241,14 +241,15 @@ def _seconds(job: Job, measured: Measured) -> dict[str, float]:
     training = job.steps * config.passes * statistics.fmean(map(measured.step.at, job.batch_tokens))
     evaluations = math.ceil(job.steps / (config.eval_steps or math.ceil(job.steps / EVALUATIONS))) - 1
     watched = [validation[index] for index in job.watched] or validation
-    validating = 2 * evaluation(validation) + evaluations * evaluation(watched)  # the base and the last on all rows
+    others = [row for index, row in enumerate(validation) if job.watched and index not in job.watched]
+    validating = (1 + evaluations) * evaluation(watched) + evaluation(validation)  # first the base, the last on all
     if config.max_minutes is not None and training + validating > config.max_minutes * 60:
         training = max(0.0, config.max_minutes * 60 - validating)
     seconds = {"train": training, "validation": validating}
     if steps := finishing_steps(job.config):
         seconds["finish"] = FINISHING_STEP * steps * training / job.steps + 2 * evaluation(watched)
     compared = train[: min(len(validation), OVERFITTING_ROWS)]
-    seconds["scores"] = 2 * measured.report * evaluation(examples["test"]) + evaluation(compared)
+    seconds["scores"] = 2 * measured.report * evaluation(examples["test"]) + evaluation(compared) + evaluation(others)
     if task in TEXT_TASKS:
         answered = (examples["test"] or validation)[:ANSWERS]
         longest = answer_limit(answered)

@@ -68,7 +68,7 @@ def complete_base(
         fitted: The loop's result.
         progress: Gets the rows that are done.
         parts: What an earlier process of the run has found already; gets what is found.
-        timings: Gets the seconds of `validation`.
+        timings: Gets the seconds of `scores`: the report needs them, the training does not.
 
     Returns:
         The same result, with the base's scores of all validation rows.
@@ -81,7 +81,7 @@ def complete_base(
         return fitted
     others = sorted(set(range(len(validation))) - set(job.watched))
     scorer = _KeptScorer(model.backend, parts, job.batching, progress)
-    with timings.stage("validation"), model.backend.unshared(), model.untuned():
+    with timings.stage("scores"), model.backend.unshared(), model.untuned():
         rest = scorer.score([validation[row] for row in others], "validation rows, base")
     rows = dict(zip(job.watched, watched, strict=True)) | dict(zip(others, rest.rows, strict=True))
     scores = row_scores([rows[row] for row in range(len(validation))])

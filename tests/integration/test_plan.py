@@ -22,6 +22,7 @@ from edge_ft.tune import tune
 from edge_ft.tune.distributed import Processes
 from edge_ft.tune.plan import plan
 from edge_ft.tune.prepare import prepare_job
+from edge_ft.tune.report import ANSWERS
 
 AMPLE = Available(memory_bytes=2**50, disk_bytes=2**50)
 
@@ -135,6 +136,28 @@ def test_the_longest_answers_of_an_encoder_decoder_are_measured(
     model = write_t5(tmp_path / "t5")
     plan(PlanConfig(model=str(model), data=str(rows), batch_size=2, memory="low", layers="last:1"), available=AMPLE)
     assert max(lengths) > 2 * min(lengths)
+
+
+def test_the_answers_of_the_report_need_memory_for_the_keys_and_values_of_each(
+    llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that is measured takes 1,000 bytes."""
+    monkeypatch.setattr(measuring, "_timed", lambda work: (work(), (1.0, 1000))[1])
+    job = prepare_job(PlanConfig(model=str(llama), data=str(sums), batch_size=2, compute="fp32"), Silent())
+    model = loading.load_trainable_model(job, Processes(torch.device("cpu")), Silent())
+    row = job.prepared.examples["test"][0]
+
+    def answering(rows: int, prompt_length: int) -> int:
+        answered = [replace(row, prompt_length=prompt_length)] * rows
+        prepared = replace(job.prepared, examples={**job.prepared.examples, "test": answered})
+        return measuring.measure(replace(job, prepared=prepared), model, AMPLE, 0).answering
+
+    dims = job.base.dims
+    a_token = 4 * 2 * dims.layers * dims.kv_heads * dims.head_dim
+    few, more, longer = answering(2, 100), answering(4, 100), answering(4, 1000)
+    assert more - few > 2 * 100 * a_token
+    assert longer - more > 4 * 900 * a_token
+    assert answering(ANSWERS, 100) == answering(2 * ANSWERS, 100)  # the report has no more
 
 
 def test_a_plan_of_a_classifier(bert: Path, reviews: Path) -> None:

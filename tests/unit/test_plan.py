@@ -84,7 +84,11 @@ def test_most_evaluations_take_the_time_of_the_watched_rows(job: Job) -> None:
     assert len(watching.watched) == 2
     growing = measured(evaluation=Curve([0, 1000], [0.0, 1000.0]))
     whole, part = 8 * max(lengths), 2 * max(lengths[row] for row in watching.watched)
-    assert planning._seconds(watching, growing)["validation"] == pytest.approx(2 * whole + 3 * part)
+    seconds, every = planning._seconds(watching, growing), planning._seconds(job, growing)
+    assert seconds["validation"] == pytest.approx(whole + 4 * part)
+    # the report needs the base's loss of the others, too
+    rest = [length for row, length in enumerate(lengths) if row not in watching.watched]
+    assert seconds["scores"] - every["scores"] == pytest.approx(len(rest) * max(rest))
 
 
 def test_max_minutes_limits_the_estimated_time(job: Job) -> None:
