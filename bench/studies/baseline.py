@@ -65,6 +65,8 @@ class Plain:
     """Peak rate."""
     batch_size: int
     """Rows a step."""
+    passes: int = 1
+    """Passes that a step takes its rows in (`gradient_accumulation_steps`)."""
     max_minutes: float | None = None
     """Train so many steps less that they fit, by one measured step; the schedule ends there."""
 
@@ -123,8 +125,9 @@ def usual_arguments(plain: Plain) -> dict[str, Any]:
     """Of `TrainingArguments`: the rate and the rows of a step, and an evaluation after each epoch."""
     return {
         "learning_rate": plain.learning_rate,
-        "per_device_train_batch_size": plain.batch_size,
-        "per_device_eval_batch_size": plain.batch_size,
+        "per_device_train_batch_size": plain.batch_size // plain.passes,
+        "per_device_eval_batch_size": plain.batch_size // plain.passes,
+        "gradient_accumulation_steps": plain.passes,
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
         "save_total_limit": 1,

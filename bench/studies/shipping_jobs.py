@@ -34,8 +34,8 @@ def train_usual(job: dict[str, Any]) -> dict[str, Any]:
     """Train PEFT LoRA over the float base with transformers' Trainer, and save the adapter.
 
     Args:
-        job: `tune` (model and rows), `seed`, `epochs`, `learning_rate`, `batch_size`, `threads`, `started` and `out`,
-            a folder for the adapter of the best epoch.
+        job: `tune` (model and rows), `seed`, `epochs`, `learning_rate`, `batch_size`, `passes`, `threads`, `started`
+            and `out`, a folder for the adapter of the best epoch.
 
     Returns:
         `validation_nll` (nats per target, of what is saved), `steps`, `learning_rate` and the seconds of the process.
@@ -43,7 +43,7 @@ def train_usual(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     settings = {"seed": job["seed"], "epochs": job["epochs"]}
     prepared = _prepare(job, settings)
-    plain = Plain(job["learning_rate"], job["batch_size"])
+    plain = Plain(job["learning_rate"], job["batch_size"], job["passes"])
     arguments = {
         "num_train_epochs": prepared.config.epochs,
         "train_sampling_strategy": "group_by_length",
