@@ -28,6 +28,9 @@ __all__ = ["Curve", "Measured", "measure"]
 PLENTY = 1 / 2
 """Share of the available memory up to which the longest batch's need is extrapolated from a typical one's."""
 
+SHORT = 3.0
+"""Seconds of a step up to which it is timed once more: the first of its size also waits for memory, and is watched."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -169,7 +172,9 @@ def _measure_batch(batch: list[int], job: Job, model: TrainableModel) -> _Point:
     before = resident_bytes()
     with DevicePeak(model.backend.device) as card:
         seconds, extra = _timed(lambda: _step(batch, job, model))
-    evaluation, _ = _timed(lambda: model.backend.token_nll(_collated(batch, job)))
+    if seconds < SHORT:
+        seconds = min(seconds, _seconds(lambda: _step(batch, job, model)))
+    evaluation = _seconds(lambda: model.backend.token_nll(_collated(batch, job)))
     train, task = job.prepared.examples["train"], job.prepared.task
     return _Point(batch, batch_tokens(batch, train, task), seconds, evaluation, before + extra, card.bytes)
 
@@ -236,7 +241,11 @@ def _timed(work: Callable[[], object]) -> tuple[float, int]:
     """Seconds of `work`, and the resident bytes at its peak on top of those before it."""
     before = resident_bytes()
     with PeakMemory() as peak:
-        began = time.perf_counter()
-        work()
-        seconds = time.perf_counter() - began
+        seconds = _seconds(work)
     return seconds, peak.bytes - before
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

@@ -1,6 +1,7 @@
 """The plan that a tune makes before its first step."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,28 @@ def test_the_answers_of_the_report_need_memory_for_the_keys_and_values_of_each(
     assert more - few > 2 * 100 * a_token
     assert longer - more > 4 * 900 * a_token
     assert answering(ANSWERS, 100) == answering(2 * ANSWERS, 100)  # the report has no more
+
+
+def test_a_short_step_is_timed_again_since_the_first_of_its_size_waits_for_memory(
+    llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = prepare_job(PlanConfig(model=str(llama), data=str(sums), compute="fp32"), Silent())
+    model = loading.load_trainable_model(job, Processes(torch.device("cpu")), Silent())
+
+    def longest_step() -> float:
+        sizes: set[int] = set()
+
+        def step(batch: list[int], *_: Any) -> None:
+            if len(batch) not in sizes:
+                time.sleep(0.2)
+            sizes.add(len(batch))
+
+        monkeypatch.setattr(measuring, "_step", step)
+        return max(measuring.measure(job, model, AMPLE, 0).step.values)
+
+    assert longest_step() < 0.1
+    monkeypatch.setattr(measuring, "SHORT", 0.1)
+    assert longest_step() >= 0.2
 
 
 def test_a_plan_of_a_classifier(bert: Path, reviews: Path) -> None:
