@@ -158,8 +158,8 @@ def fit_scales(weight: Tensor, hessian: Tensor, codes: Codes) -> Codes:
     Args:
         weight: float32 [N, K].
         hessian: float32 [K, K], damped.
-        codes: Of 4 bits. A scale that has no positive solution stays; where all are numbers of float16, they become
-            such numbers again.
+        codes: Of 4 bits. A row whose solution is not all positive keeps its scales; where all are numbers of float16,
+            they become such numbers again.
 
     Returns:
         The codes with other scales.
@@ -196,4 +196,6 @@ def _solve(weight: Tensor, hessian: Tensor, steps: Tensor, scales: Tensor) -> Te
     diagonal += ridge
     lower, failed = torch.linalg.cholesky_ex(pairs)
     solved = torch.cholesky_solve(wanted[..., None], lower)[..., 0]
-    return solved.where((failed == 0)[:, None] & solved.isfinite() & (solved > 0), scales)
+    # One that is not positive cannot be kept, and the others of its row are the best ones only beside it.
+    usable = (failed == 0) & (solved.isfinite() & (solved > 0)).all(1)
+    return solved.where(usable[:, None], scales)
