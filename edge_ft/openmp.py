@@ -36,13 +36,13 @@ def set_waiting(environment: MutableMapping[str, str], load: Path = _LOAD) -> No
 
 def _enough_are_idle(load: Path) -> bool:
     """Return whether as many processors as this process may use have nothing else to do, in one of three samples."""
-    processors = os.cpu_count() or 1
+    processors, needed = os.cpu_count() or 1, usable_cpus()
     for wait in (0.002, 0.002, 0.0):
         try:
             running = int(load.read_text(encoding="ascii").split()[3].partition("/")[0])
         except (OSError, ValueError, IndexError):
             return False
-        if processors - max(0, running - 1) >= usable_cpus():
+        if processors - max(0, running - 1) >= needed:
             return True
         time.sleep(wait)
     return False

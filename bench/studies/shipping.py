@@ -89,12 +89,10 @@ class _Trainer:
     def trained(self, seed: int, rate: float) -> dict[str, Any]:
         """Train the usual way."""
         name = f"usual-s{seed}-lr{rate:g}"
-        job = {"do": "train_usual", "seed": seed, "epochs": EPOCHS, "learning_rate": rate, "batch_size": BATCH_SIZE}
-        folder = self.out.resolve() / "adapters" / name
-        return self.once(name, job | {"passes": self.case.passes, "out": str(folder)}) | {
-            "adapter": str(folder),
-            "name": name,
-        }
+        folder = str(self.out.resolve() / "adapters" / name)
+        recipe = {"epochs": EPOCHS, "learning_rate": rate, "batch_size": BATCH_SIZE, "passes": self.case.passes}
+        job = {"do": "train_usual", "seed": seed, "out": folder, **recipe}
+        return self.once(name, job) | {"adapter": folder, "name": name}
 
     def usual(self, trained: dict[str, Any]) -> dict[str, Shipped]:
         """Ship it in every usual format; `float` is what was trained."""

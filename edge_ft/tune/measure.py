@@ -19,7 +19,7 @@ from edge_ft.system import Available, DevicePeak, PeakMemory, release_memory, re
 from edge_ft.tune.backend import count_trained
 from edge_ft.tune.engine import TrainableModel
 from edge_ft.tune.prepare import Job
-from edge_ft.tune.report import ANSWERS, BATCH_COST, answer_limit
+from edge_ft.tune.report import ANSWERS, BATCH_COST, answer_limit, answered_rows
 from edge_ft.tune.schedule import finishing_steps
 
 __all__ = ["Curve", "Measured", "measure"]
@@ -224,17 +224,12 @@ def _measure_answers(example: Example, reading: float, job: Job, model: Trainabl
     token = max(seconds - reading * len(prompt), seconds / 10) / steps
     if not isinstance(backend, BatchAnswerer):
         return token * ANSWERS / BATCH_COST, opened + extra
-    answered = (job.prepared.examples["test"] or job.prepared.examples["validation"])[:ANSWERS]
+    answered, dims = answered_rows(job.prepared.examples), job.base.dims
     longest = max(row.prompt_length for row in answered) + answer_limit(answered)
     more = len(answered) * longest - len(prompt) - steps  # not measured: eight long prompts take seconds to read
-    return token, opened + extra + max(more, 0) * _answered_token_bytes(job)
-
-
-def _answered_token_bytes(job: Job) -> int:
-    """Bytes of a token of prompt or answer: keys and values of all layers, and what one layer computes from it."""
-    dims = job.base.dims
-    kept = 2 * dims.layers * dims.kv_heads * dims.head_dim
-    return 4 * (kept + 3 * dims.intermediate + 4 * dims.hidden)
+    # Of each token: keys and values of all layers, and what one layer computes from it.
+    values = 2 * dims.layers * dims.kv_heads * dims.head_dim + 3 * dims.intermediate + 4 * dims.hidden
+    return token, opened + extra + max(more, 0) * 4 * values
 
 
 def _timed(work: Callable[[], object]) -> tuple[float, int]:

@@ -21,7 +21,7 @@ from edge_ft.tune.measure import Measured, measure
 from edge_ft.tune.memory_mode import BYTES_PER_WEIGHT, USABLE_SHARE, count_weights
 from edge_ft.tune.prepare import Job, prepare_job
 from edge_ft.tune.processes import Processes
-from edge_ft.tune.report import ANSWERS, BATCH_COST, OVERFITTING_ROWS, answer_limit
+from edge_ft.tune.report import BATCH_COST, OVERFITTING_ROWS, answer_limit, answered_rows
 from edge_ft.tune.schedule import EVALUATIONS, FINISHING_STEP, finishing_steps
 from edge_ft.tune.splits import SPLITS
 from edge_ft.tune.stopwatch import Timings
@@ -241,7 +241,7 @@ def _seconds(job: Job, measured: Measured) -> dict[str, float]:
     training = job.steps * config.passes * statistics.fmean(map(measured.step.at, job.batch_tokens))
     evaluations = math.ceil(job.steps / (config.eval_steps or math.ceil(job.steps / EVALUATIONS))) - 1
     watched = [validation[index] for index in job.watched] or validation
-    others = [row for index, row in enumerate(validation) if job.watched and index not in job.watched]
+    unwatched = [validation[index] for index in job.unwatched]
     validating = (1 + evaluations) * evaluation(watched) + evaluation(validation)  # first the base, the last on all
     if config.max_minutes is not None and training + validating > config.max_minutes * 60:
         training = max(0.0, config.max_minutes * 60 - validating)
@@ -249,9 +249,10 @@ def _seconds(job: Job, measured: Measured) -> dict[str, float]:
     if steps := finishing_steps(job.config):
         seconds["finish"] = FINISHING_STEP * steps * training / job.steps + 2 * evaluation(watched)
     compared = train[: min(len(validation), OVERFITTING_ROWS)]
-    seconds["scores"] = 2 * measured.report * evaluation(examples["test"]) + evaluation(compared) + evaluation(others)
+    seconds["scores"] = 2 * measured.report * evaluation(examples["test"]) + evaluation(compared)
+    seconds["scores"] += evaluation(unwatched)  # by the base
     if task in TEXT_TASKS:
-        answered = (examples["test"] or validation)[:ANSWERS]
+        answered = answered_rows(examples)
         longest = answer_limit(answered)
         ended = min(longest, statistics.median(example.targets for example in train))
         prompts = 2 * measured.report * evaluation(answered)

@@ -154,6 +154,12 @@ class Job:
         by_length = sorted(range(len(validation)), key=lambda index: len(validation[index].input_ids))
         return sorted(evenly_spaced(by_length, count)) if count < len(validation) else []
 
+    @property
+    def unwatched(self) -> list[int]:
+        """Indices of the validation rows that only the last evaluation scores; []: all are watched."""
+        watched = set(self.watched)
+        return [row for row in range(len(self.prepared.examples["validation"])) if watched and row not in watched]
+
     @cached_property
     def batches(self) -> list[list[int]]:
         """The batches of the first three epochs, as indices of train rows; those of later epochs are alike."""

@@ -1,6 +1,6 @@
 """The results of a run: losses, metrics, over-fitting, guards, and a few answers before and after."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from edge_ft.tune.engine import TrainableModel
     from edge_ft.tune.prepare import Job, Prepared
 
-__all__ = ["answer_limit", "complete_base", "results"]
+__all__ = ["answer_limit", "answered_rows", "complete_base", "results"]
 
 SAMPLES = 3
 SLICES = 4
@@ -79,11 +79,10 @@ def complete_base(
     validation, watched = job.prepared.examples["validation"], fitted.base.rows
     if len(watched) == len(validation):
         return fitted
-    others = sorted(set(range(len(validation))) - set(job.watched))
     scorer = _KeptScorer(model.backend, parts, job.batching, progress)
     with timings.stage("scores"), model.backend.unshared(), model.untuned():
-        rest = scorer.score([validation[row] for row in others], "validation rows, base")
-    rows = dict(zip(job.watched, watched, strict=True)) | dict(zip(others, rest.rows, strict=True))
+        rest = scorer.score([validation[row] for row in job.unwatched], "validation rows, base")
+    rows = dict(zip(job.watched, watched, strict=True)) | dict(zip(job.unwatched, rest.rows, strict=True))
     scores = row_scores([rows[row] for row in range(len(validation))])
     refuse_odd_base(scores, validation)
     return replace(fitted, base=scores)
@@ -263,7 +262,7 @@ def _answers(
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Greedy answers of the base and of the tuned model to rows of a split: a few as samples, and metrics of all."""
     tokenizer, model_limit, progress, parts = job.tokenizer, job.base.max_length, scorer.progress, scorer.parts
-    first = job.prepared.examples[split][:ANSWERS]
+    first = answered_rows(job.prepared.examples)
     examples = [row for row in first if row.prompt_length and row.shared_positions < model_limit]
     if not examples:
         return [], None
@@ -299,6 +298,11 @@ def _answers(
         findings += answer_findings(Scored(split, name, examples, values), texts, longest, CUT_ADVICE)
     figures = {"rows": len(examples), "max_new_tokens": longest, "metrics": metrics, "findings": findings}
     return samples, figures
+
+
+def answered_rows(examples: Mapping[str, Sequence[Example]]) -> Sequence[Example]:
+    """Rows whose generated answers are scored: the first `ANSWERS` test rows, without any the first validation rows."""
+    return (examples["test"] or examples["validation"])[:ANSWERS]
 
 
 def answer_limit(examples: Sequence[Example]) -> int:

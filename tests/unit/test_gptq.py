@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_ft.quant import gptq
@@ -99,6 +99,7 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 24), st.sampled_from([64, 80, 33]), st.sampled_from([16, 32]), st.booleans(), st.integers(0, 99))
+@example(3, 33, 16, False, 70)  # a negative solution, beside which the others were kept
 def test_scales_fitted_to_codes_lose_less(rows: int, columns: int, block_size: int, half: bool, seed: int) -> None:
     weight, inputs = a_layer(rows, columns, seed)
     curvature = Curvature.of(inputs.T @ inputs)
@@ -111,7 +112,7 @@ def test_scales_fitted_to_codes_lose_less(rows: int, columns: int, block_size: i
 
     assert damped(fitted) <= damped(nearest)
     if columns > 33:  # a last block of one column may have no positive scale: the row keeps what it had
-        assert damped(fitted) < damped(nearest)
+        assert lost(fitted, weight, inputs) < lost(nearest, weight, inputs)
     np.testing.assert_array_equal(fitted.qweight, nearest.qweight)
     np.testing.assert_array_equal(fitted.zero_points, nearest.zero_points)
     assert (fitted.scales > 0).all()
