@@ -30,7 +30,8 @@ and ours, makes 4-bit files of both, and scores those on the same 200 held-out r
 and writes this page; [studies.md](studies.md#shipping) describes the method.
 
 - *Usual*: PEFT LoRA and transformers' `Trainer` over the float model, at the best of the learning rates that the
-  tables name by validation loss, best epoch, merged in float, then rounded by the tool of the row. *Ours*:
+  tables name by validation loss, best epoch, merged in float, then rounded by the tool of the row. The single rate of
+  `fiqa-on-grid` and `xsum-on-grid` is the one that their validation rows chose off the grid. *Ours*:
   `edge-ft tune` and `edge-ft export` with their defaults, at the revision that the tables name.
 - *Loss* is in nats per target token (completion and end of text). One scorer in torch reads the weights of every file
   as float32, so that kernels do not differ; *exact graph* is ours once more in ONNX Runtime.
