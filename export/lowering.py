@@ -259,7 +259,8 @@ def take_over(old: ir.Value, new: ir.Value) -> None:
     """Replace `old` by `new` wherever it is read, also as an output of the graph."""
     new.shape, new.type = old.shape, old.type
     if old.is_graph_output():
-        new.name, old.name = old.name, None
+        # `old` may stay in the graph, and a clone that names it could choose a name that the graph has.
+        new.name, old.name = old.name, f"{old.name}.before"
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from checkpoints_table import dequantized, record_checkpoint
@@ -12,8 +13,12 @@ from once import once
 from tiny_models import write_bert, write_decoder, write_llama, write_t5
 
 from edge_ft.config import ExportConfig
+from edge_ft.data import Batch
+from edge_ft.export import export
 from edge_ft.export.opening import open_export_source
+from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Silent
+from edge_ft.runtime import load
 
 BASES: dict[str, Callable[[Path], Path]] = {
     "llama, tied": write_llama,
@@ -153,3 +158,20 @@ def test_a_foreign_adapter_computes_what_peft_computes(name: str, bases: Callabl
         cells[weights] = float((plain_logits(model, seq2seq) - reference).abs().max())
         assert cells[weights] < 1e-4 * float(reference.abs().max())
     record_checkpoint("adapters", name, **cells)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "weights"), [("llama, tied", "int4"), ("llama, untied", "fp32"), ("t5", "int4")])
+def test_an_adapter_on_the_head_stays_beside_the_graph_of_a_bundle(
+    name: str, weights: Any, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base, task = bases(name), TASKS.get(name, "CAUSAL_LM")
+    layers = ["q", "lm_head"] if task == "SEQ_2_SEQ_LM" else ["q_proj", "lm_head"]
+    folder = save_foreign(base, tmp_path / "adapter", task, target_modules=layers)
+    config = ExportConfig(out=tmp_path / "bundle", adapter=folder, lane="adapter", weights=weights)
+    graph = load(export(str(base), config), accuracy_level=1)
+    ids = np.array([[3, 5, 7, 9, 11, 4, 6, 8]])
+    batch = Batch(input_ids=ids, attention_mask=np.ones_like(ids), labels=ids[:, ::-1].copy(), rows=[0])
+    whole = with_peft(base, folder, task) if weights == "fp32" else ours(base, folder, "adapter", weights)
+    expected = TorchScorer(whole, graph.bundle.task).token_nll(batch)[0]
+    np.testing.assert_allclose(graph.token_nll(batch)[0], expected, atol=1e-4)
