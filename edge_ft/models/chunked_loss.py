@@ -102,7 +102,8 @@ def logit_tiles(hidden: Tensor, head: Any, dtype: torch.dtype) -> Iterator[tuple
         Positions, first entry of the vocabulary, logits float32 [positions, entries] and weights [hidden, entries].
     """
     plain = isinstance(head, FrozenLinear) or type(head) is nn.Linear
-    device, size = hidden.device.type, int(head.out_features)
+    # PEFT's layer around a head of which some tokens are trained has no sizes, but the head inside has.
+    device, size = hidden.device.type, int(getattr(head, "original_module", head).out_features)
     columns = min(VOCABULARY_CHUNK[device], size) if plain else size
     height = max(1, MAX_LOGITS[device] // columns)
     for start in range(0, size, columns):

@@ -90,6 +90,9 @@ CASES: dict[str, Case] = {
     "trained tokens, untied": Case(
         "llama, untied", {"trainable_token_indices": {"embed_tokens": [3, 9]}}, lanes=MERGED
     ),
+    "trained tokens of the head, untied": Case(
+        "llama, untied", {"trainable_token_indices": {"lm_head": [3, 9]}}, lanes=MERGED
+    ),
     "resized vocabulary, trained tokens": Case(
         "llama, tied", {"trainable_token_indices": [3, 285, 286, 287]}, 3, MERGED
     ),
@@ -158,6 +161,35 @@ def test_a_foreign_adapter_computes_what_peft_computes(name: str, bases: Callabl
         cells[weights] = float((plain_logits(model, seq2seq) - reference).abs().max())
         assert cells[weights] < 1e-4 * float(reference.abs().max())
     record_checkpoint("adapters", name, **cells)
+
+
+HEADS = [
+    "trained tokens, tied",
+    "trained tokens of the head, untied",
+    "LoRA on lm_head, tied",
+    "modules_to_save, untied",
+]
+SCORED = {name: CASES[name] for name in HEADS} | {
+    "T5, trained tokens": Case("t5", {"target_modules": ["q", "v"], "trainable_token_indices": [3, 9]})
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SCORED)
+def test_the_model_as_trained_scores_rows(name: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whatever PEFT has made of its head."""
+    case, base = SCORED[name], bases(SCORED[name].base)
+    task = TASKS.get(case.base, "CAUSAL_LM")
+    folder = save_foreign(base, tmp_path / "adapter", task, **case.settings)
+    source = open_export_source(str(base), ExportConfig(out=tmp_path / "none", adapter=folder))
+    ids = np.array([[3, 5, 7, 9, 11, 4, 6, 8]])
+    nll, _ = TorchScorer(source.load_trained(), source.task).token_nll(
+        Batch(input_ids=ids, attention_mask=np.ones_like(ids), labels=ids, rows=[0])
+    )
+    with torch.inference_mode():
+        loss = with_peft(base, folder, task)(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss
+    targets = ids.size if task == "SEQ_2_SEQ_LM" else ids.size - 1
+    assert nll.sum() / targets == pytest.approx(float(loss), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

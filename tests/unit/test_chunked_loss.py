@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from recorded_operators import RecordedOperators
 from torch import nn
 
@@ -55,3 +56,13 @@ def test_a_head_with_an_adapter_is_supported() -> None:
     hidden, labels = torch.randn(5, 8), torch.randint(20, (5,))
     expected = nn.functional.cross_entropy(adapted(hidden), labels, reduction="none")
     torch.testing.assert_close(score_targets(hidden, adapted, labels).nll, expected)
+
+
+def test_a_head_with_trained_tokens_is_supported() -> None:
+    torch.manual_seed(0)
+    head = TrainableTokensWrapper(nn.Linear(8, 20, bias=False), "default", [3, 9])
+    head.set_adapter("default")
+    head.token_adapter.trainable_tokens_delta["default"].data += 1
+    hidden, labels = torch.randn(5, 8), torch.randint(20, (5,))
+    expected = nn.functional.cross_entropy(head(hidden), labels, reduction="none")
+    torch.testing.assert_close(score_targets(hidden, head, labels).nll, expected)
