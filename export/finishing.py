@@ -67,4 +67,4 @@ def _finish(source: ExportSource, model: Any, config: ExportConfig, progress: Pr
     watched = evenly_spaced(source.rows.validation, WATCHED)
     rows = TrainingRows(source.rows.train, watched, Batching(task, source.tokenizer.pad_id))
     fit(backend, rows, settings, progress, _Finishing())
-    backend.scales.release()
+    backend.release()

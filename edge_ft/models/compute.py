@@ -15,6 +15,7 @@ A PEFT model computes the same with `Compute` as without, up to rounding, in les
 import ctypes
 import platform
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -45,7 +46,10 @@ class Compute:
     """A context in which a PEFT model computes in `dtype`, fused, and recomputes its layers with memory `low`."""
 
     def __init__(self, model: Any, family: Family, dtype: torch.dtype, memory: Memory) -> None:
-        """Wrap the layers of `model`, with or without PEFT, in place: outside of the context they compute as before."""
+        """Wrap the layers of `model`, with or without PEFT, in place.
+
+        Outside of the context they compute the same as before, and after `release` they are as before.
+        """
         self.dtype = dtype
         self.active = False
         self._last_norm: tuple[Tensor, Recomputable] | None = None
@@ -56,14 +60,17 @@ class Compute:
         self.cache_weights(dtype)
         set_malloc_thresholds(memory == "low")
         task_model = task_model_of(model)
+        self._wrapping = ExitStack()
+        """Removes what is wrapped around the layers."""
+        self._wrapping.callback(task_model.set_attn_implementation, task_model.config._attn_implementation)
         use_short_attention(task_model)
         for name in layer_stacks(task_model, family):
             layers = task_model.get_submodule(name)
             for layer in layers:
-                layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True)
+                self._wrapping.callback(layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True).remove)
                 if memory == "low":
-                    layer.forward = partial(self._checkpoint, layer.forward)
-            layers[-1].register_forward_hook(self._leave_layers)
+                    self._replace_forward(layer, partial(self._checkpoint, layer.forward))
+            self._wrapping.callback(layers[-1].register_forward_hook(self._leave_layers).remove)
             for module in layers.modules():
                 self._wrap(module)
 
@@ -84,6 +91,11 @@ class Compute:
         """Cache no weights from now on, as with memory `normal`."""
         self.cache_weights(None)
         self._frozen = []
+
+    def release(self) -> None:
+        """Leave the layers as they were, for good: a trace sees what is wrapped around them."""
+        self.stop_caching()
+        self._wrapping.close()
 
     def dequantize(self) -> None:
         """With memory `high`: dequantize each frozen weight once; without, both passes of a step do that."""
@@ -106,7 +118,13 @@ class Compute:
     def _while_active(self, module: Any, forward: Callable[..., Any]) -> None:
         """Replace the forward function of a module by `forward` while inside the context."""
         plain = module.forward
-        module.forward = lambda *xs, **keywords: (forward if self.active else plain)(*xs, **keywords)
+        self._replace_forward(module, lambda *xs, **keywords: (forward if self.active else plain)(*xs, **keywords))
+
+    def _replace_forward(self, module: Any, forward: Callable[..., Any]) -> None:
+        """Give a module a forward function of its own until `release`."""
+        own = vars(module).get("forward")
+        self._wrapping.callback(*((setattr, module, "forward", own) if own else (delattr, module, "forward")))
+        module.forward = forward
 
     def _enter_layer(self, _: nn.Module, arguments: Any, keywords: Any) -> Any:
         return (_cast(arguments, self.dtype), _cast(keywords, self.dtype)) if self.active else None
@@ -170,7 +188,7 @@ class Compute:
             recomputable = self._last_norm[1] if self._last_norm is not None and self._last_norm[0] is x else None
             return lora_matmul(x, *adapter, layer.base_layer, recomputable)
 
-        layer.forward = forward
+        self._replace_forward(layer, forward)
 
     def _adapter(self, layer: Any) -> tuple[Tensor, Tensor, float] | None:
         """Return A, B and scaling of a layer, if they are all that it adds to its frozen product now."""

@@ -116,7 +116,7 @@ def finish(run: RunFolder, job: "Job", model: TrainableModel, fitted: Fit, progr
         except UsageError as error:  # too little time is left, or a loss is not finite: an export chooses the codes
             progress.say(f"no finishing steps: {error}")
             return None
-    backend.scales.release()
+    backend.release()
     figures = _figures(finished, trained, own)
     with heartbeat(progress, "writing the merged model"):
         shutil.rmtree(run.merged, ignore_errors=True)

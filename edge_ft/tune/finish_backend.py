@@ -89,6 +89,11 @@ class FinishBackend(TorchBackend):
         super().restore(state)
         self.scales.apply()
 
+    def release(self) -> None:
+        """Leave the model as it was, but for its scales."""
+        self.compute.release()
+        self.scales.release()
+
     def save(self, folder: Path) -> None:
         """Write codes and scales to `codes.safetensors` in `folder`."""
         write_codes(folder / "codes.safetensors", self.model)

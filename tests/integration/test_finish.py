@@ -10,12 +10,17 @@ import pytest
 from foreign_adapters import save_foreign
 from recorded_progress import RecordedProgress
 from safetensors.numpy import load_file
-from tiny_models import write_llama
+from tiny_models import write_decoder, write_llama
 
 from edge_ft.artifacts import Bundle, RunFolder
 from edge_ft.config import ExportConfig, TuneConfig
 from edge_ft.errors import UsageError
 from edge_ft.export import export
+from edge_ft.export.finishing import load_finished
+from edge_ft.export.lowering import lower
+from edge_ft.export.opening import open_export_source
+from edge_ft.export.trace import trace
+from edge_ft.progress import Silent
 from edge_ft.quant import calibration
 from edge_ft.tune import finish as finishing
 from edge_ft.tune import tune
@@ -194,6 +199,20 @@ def test_an_export_of_an_adapter_that_was_trained_over_float_loses_less_with_tra
     assert before["rows_split"] == [0.8, 0.1, 0.1]
     assert (after["rows"], after["test"]["rows"]) == (30, 30)
     assert None not in after["test"]["nll"].values()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_trained_scales_leave_the_graph_its_operators(name: str, sums: Path, tmp_path: Path) -> None:
+    base = write_decoder(tmp_path / "base", name)
+    adapter = save_foreign(base, tmp_path / "adapter")
+    graphs = []
+    for finish in (0, 1):
+        config = ExportConfig(out=tmp_path / "none", adapter=adapter, data=str(sums), finish=finish)
+        source = open_export_source(str(base), config)
+        graph = trace(load_finished(source, config, Silent()), source.base.family)
+        lower(graph)
+        graphs.append([node.op_type for node in graph.graph])
+    assert graphs[0] == graphs[1]
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,29 @@ def test_a_norm_of_another_form_computes_as_before() -> None:
         torch.testing.assert_close(peft_model(input_ids=ids).logits, expected)
 
 
+@pytest.mark.parametrize("memory", ["high", "normal", "low"])
+def test_a_released_model_is_as_it_was_before(memory: Any, llama: Path) -> None:
+    """Nothing is left around its layers that a trace would see."""
+
+    def state() -> dict[str, Any]:
+        own = {name: vars(module).get("forward") for name, module in model.named_modules()}
+        hooks = {name: (*m._forward_hooks, *m._forward_pre_hooks) for name, m in model.named_modules()}
+        return {"forward": own, "hooks": hooks, "attention": model.config._attn_implementation}
+
+    model = adapted(llama, config())
+    layer = model.get_base_model().model.layers[0].input_layernorm
+    layer.forward = layer.forward  # of its own already
+    before, nll = state(), TorchScorer(model, "text-generation").token_nll(decoder_batch())[0]
+    compute = Compute(model, family_of("llama"), torch.float32, memory)
+    assert state() != before
+    with compute:
+        TorchScorer(model, "text-generation").token_nll(decoder_batch())
+    compute.release()
+    assert state() == before
+    assert not any(module.cached for module in model.modules() if isinstance(module, QuantLinear))
+    assert np.array_equal(TorchScorer(model, "text-generation").token_nll(decoder_batch())[0], nll)
+
+
 @pytest.mark.parametrize(
     ("hardware", "confident", "expected"), [(True, False, "bf16"), (True, True, "fp32"), (False, False, "fp32")]
 )
