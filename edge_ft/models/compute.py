@@ -196,9 +196,10 @@ class Compute:
             return None
         name = layer.active_adapters[0]
         dropout = layer.training and getattr(layer.lora_dropout[name], "p", 0)
-        if layer.disable_adapters or layer.merged or layer.lora_variant or dropout:
+        up = layer.lora_B[name]
+        if layer.disable_adapters or layer.merged or layer.lora_variant or dropout or up.bias is not None:
             return None
-        return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        return layer.lora_A[name].weight, up.weight, layer.scaling[name]
 
     def _cast_weights(self, layer: Any) -> None:
         """Let a float layer compute in its input's dtype; PEFT's LoRA layers wrap such layers too."""

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from recorded_operators import RecordedOperators
+from tiny_models import write_llama
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -268,6 +270,20 @@ def test_a_norm_of_another_form_computes_as_before() -> None:
     expected = peft_model(input_ids=ids).logits
     with Compute(peft_model, family_of("llama"), torch.float32, "normal"):
         torch.testing.assert_close(peft_model(input_ids=ids).logits, expected)
+
+
+def test_biases_of_an_adapter_count(tmp_path: Path) -> None:
+    """Those of its own (lora_bias), which adapters from elsewhere may have."""
+    folder = write_llama(tmp_path, attention_bias=True, mlp_bias=True)
+    lora = LoraConfig(target_modules=["q_proj", "up_proj", "down_proj"], lora_bias=True, init_lora_weights=False)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(folder), lora).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B.default.bias"):
+            nn.init.normal_(parameter)
+    ids = torch.arange(3, 12)[None]
+    expected = model(input_ids=ids).logits
+    with Compute(model, family_of("llama"), torch.float32, "normal"):
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize("memory", ["high", "normal", "low"])
