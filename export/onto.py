@@ -23,7 +23,7 @@ from edge_ft.files import file_sha256
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.runtime import load
 from edge_ft.runtime.adapters import Bound, adapter_inputs, bind, given_inputs, neutral_shape
-from edge_ft.runtime.probes import SAME, probe_examples
+from edge_ft.runtime.probes import SAME, probe_examples, score_scale
 from edge_ft.runtime.session import open_session
 
 __all__ = ["add_adapter"]
@@ -245,7 +245,7 @@ def _compare(
     added: _Added, base: _Scores, exact: _Scores, found: _Scores, limits: Limits
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the gate's figures for a graph, and why it fails."""
-    changes = largest_difference(found.probe, base.probe.nll) > SAME
+    changes = largest_difference(found.probe, base.probe.nll) > SAME * score_scale(added.rendering, found.probe.nll)
     if base.validation is None or exact.validation is None or found.validation is None:
         lost = () if changes else ("the adapter does not change the logits of the graph, which answers as the base",)
         return {"adapter_changes_logits": changes}, lost

@@ -5,7 +5,16 @@ from pathlib import Path
 
 from edge_ft.adapter import Adapter, find_adapter
 from edge_ft.artifacts import RunFolder, kind_of
-from edge_ft.config import INT8_ACTIVATIONS, TEXT_TASKS, BaseFormat, ExportConfig, Task, TuneConfig, Weights
+from edge_ft.config import (
+    INT8_ACTIVATIONS,
+    TEXT_TASKS,
+    BaseFormat,
+    ExportConfig,
+    ProblemType,
+    Task,
+    TuneConfig,
+    Weights,
+)
 from edge_ft.data import (
     Example,
     Rendering,
@@ -31,7 +40,7 @@ from edge_ft.evaluate.scoring import scorable
 from edge_ft.export.figures import ExportRows
 from edge_ft.export.foreign import check_adapter, open_tokenizer
 from edge_ft.export.source import ExportSource
-from edge_ft.families import CLASSIFIERS
+from edge_ft.families import CLASSIFIERS, family_of
 from edge_ft.models.base_model import Base, find_base
 from edge_ft.progress import Progress
 from edge_ft.quant.blockwise import Grid
@@ -46,6 +55,8 @@ FEWEST_SPLIT = 30
 """Rows of --data that are split; fewer all gate, and choose no codes."""
 MOST_READ = 20480
 """Rows of --data that are split."""
+FEW_ROWS = 10
+"""With fewer rows an export says that they say little."""
 
 
 def open_export_source(source: str, config: ExportConfig, progress: Progress | None = None) -> ExportSource:
@@ -171,9 +182,10 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
         raise UsageError("--weights int8-static measures ranges of activations on rows: give --data")
     tokenizer = base.open_tokenizer() if adapter is None else open_tokenizer(adapter, base)
     task = config.task or (adapter.task if adapter is not None else None) or base.task
+    family_of(base.family.name, task)  # refuses a task that the family does not have
     notes = () if adapter is None else check_adapter(adapter, base, task, config.lane, tokenizer)
     if adapter is not None and config.problem_type is None:
-        config = replace(config, problem_type=adapter.model_config.get("problem_type"))
+        config = replace(config, problem_type=_problem_type(base, task, adapter))
     _refuse_finish(config, weights, task)
     chooses = weights == "int8-static" or (weights == "int4" and adapter is not None and config.lane == "merged")
     rows = read_rows(config.data)[: MOST_READ if chooses else MOST_ROWS] if config.data is not None else []
@@ -187,15 +199,20 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
     unused = find_unused(rows, rendering.columns, {example.row: example.unread for example in encoded})
     notes = (*notes, *(f"{config.data}: {finding.message} [{finding.code}]" for finding in unused))
     rendering = replace(rendering, labels=labels)  # rows may name classes by number; the bundle names them by name
-    if rows and not scorable(encoded):
-        raise DataError(f"{config.data}: no row has an answer to score")
     given = ExportRows(scorable(encoded), [], [], rows)
+    if rows and not given.validation:
+        raise DataError(f"{config.data}: no row has an answer to score")
+    if task == "feature-extraction" and len(given.validation) == 1:
+        raise DataError(f"{config.data}: each text is compared with those of other rows: give at least 2")
     if chooses and len(given.validation) >= FEWEST_SPLIT:
         given = _split(rows, encoded, CALIBRATED[weights])
+        notes = (*notes, *_check_split(given, config))
     elif weights == "int8-static":
         given = replace(given, calibration=given.validation)
     if config.finish and not given.train:
         raise UsageError(f"--finish trains on rows: {config.data} has fewer than {FEWEST_SPLIT} with an answer")
+    if adapter is not None and 0 < len(given.validation) < FEW_ROWS:
+        notes = (*notes, f"{config.data}: the gate goes by {len(given.validation)} row(s), too few to know the loss by")
     return ExportSource(
         base=base,
         adapter=adapter,
@@ -230,6 +247,20 @@ def _split(rows: list[Row], encoded: list[Example], calibrated: int) -> ExportRo
     train, validation, test = (scorable([by_number[row.number] for row in splits[name]]) for name in splits)
     calibration = evenly_spaced(train, calibrated)
     return ExportRows(validation, test, calibration, splits["validation"], train, shares).first(MOST_ROWS)
+
+
+def _check_split(given: ExportRows, config: ExportConfig) -> tuple[str, ...]:
+    """Return what there is to say of split rows. Equal rows stay together, so that a part may get none.
+
+    Raises:
+        DataError: no row is left to score.
+    """
+    if not given.validation:
+        raise DataError(
+            f"{config.data}: nearly all of its rows are equal, and the split of 8 : 1 : 1, which keeps these together, "
+            f"leaves none to score: give more different rows, or fewer than {FEWEST_SPLIT}"
+        )
+    return () if given.test else (f"{config.data}: too few different rows for test rows beside those of the gate",)
 
 
 def _refuse_finish(config: ExportConfig, weights: Weights, task: Task) -> None:
@@ -271,6 +302,13 @@ def _head_size(base: Base, task: Task, adapter: Adapter | None) -> int:
         return 0
     endings = base.family.class_weights(task)
     return next((shape[0] for name, shape in adapter.shapes.items() if name.endswith(endings)), 0)
+
+
+def _problem_type(base: Base, task: Task, adapter: Adapter) -> ProblemType | None:
+    """Return what the logits of an adapter's head are: what is said beside it, a number of a single one, else None."""
+    found: ProblemType | None = adapter.model_config.get("problem_type")
+    single = task == "text-classification" and _head_size(base, task, adapter) == 1
+    return found or ("regression" if single else None)
 
 
 def _labels(base: Base, task: Task, config: ExportConfig, rows: list[Row], adapter: Adapter | None) -> tuple[str, ...]:

@@ -13,8 +13,10 @@ from edge_ft.quant.conversion import is_within
 
 __all__ = ["bundle_bytes", "fit", "refuse_larger"]
 
-GRAPHS = 1_000_000
-"""Bytes of graphs, manifest and settings."""
+SETTINGS = 60_000
+"""Bytes of manifest and settings, and of what graphs have beside layers."""
+LAYER = 30_000
+"""Bytes of a layer in the three graphs; those of SmolLM2 have 22,000."""
 JOINING = 0.025
 """Bytes of the operators that add further bits to a product, over those of the bits: 4 kB for a small model's layer."""
 LARGER_BLOCKS = (64, 128)
@@ -40,7 +42,8 @@ def bundle_bytes(model: Any, grid: Grid, keep: tuple[str, ...], files: list[Path
         if (isinstance(module, nn.Linear) and not is_within(name, keep))
         or (module is embedding and embedding.embedding_dim % grid.block_size == 0)
     }
-    total = GRAPHS + sum(file.stat().st_size for file in files) + 4 * dims.positions * dims.rotary_dim
+    total = sum(file.stat().st_size for file in files) + 4 * dims.positions * dims.rotary_dim
+    total += SETTINGS + LAYER * dims.layers
     for parameter in model.parameters():  # a tied one once
         if id(parameter) not in rounded:
             total += 4 * parameter.numel()
@@ -68,13 +71,14 @@ def fit(model: Any, grid: Grid, keep: tuple[str, ...], files: list[Path], size: 
         UsageError: the bundle does not fit.
     """
     sizes = (grid.block_size, *(larger for larger in LARGER_BLOCKS if larger > grid.block_size))
-    for block_size in sizes:
-        tried = replace(grid, block_size=block_size)
-        if (needed := bundle_bytes(model, tried, keep, files)) <= size:
-            return tried, int((size - needed) / (1 + JOINING))
+    needed = {each: bundle_bytes(model, replace(grid, block_size=each), keep, files) for each in sizes}
+    for block_size, taken in needed.items():
+        if taken <= size:
+            return replace(grid, block_size=block_size), int((size - taken) / (1 + JOINING))
+    smallest = min(sizes, key=lambda each: needed[each])
     raise UsageError(
-        f"--size-mb {size / 1e6:g}: with 4 bits for every weight, in blocks of {sizes[-1]}, the bundle takes "
-        f"{needed / 1e6:.0f} MB: give more, or tune a smaller model"
+        f"--size-mb {size / 1e6:g}: with 4 bits for every weight, in blocks of {smallest}, the bundle takes about "
+        f"{needed[smallest] / 1e6:.3g} MB: give more, or tune a smaller model"
     )
 
 

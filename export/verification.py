@@ -31,7 +31,7 @@ from edge_ft.models.scorer import TorchScorer
 from edge_ft.progress import Progress, heartbeat
 from edge_ft.runtime import load
 from edge_ft.runtime.engine import MAX_LOSS
-from edge_ft.runtime.probes import SAME, probe_examples
+from edge_ft.runtime.probes import SAME, probe_examples, score_scale
 
 __all__ = ["TorchScores", "genai_level", "score_torch", "verify_graphs", "with_rows_needed"]
 
@@ -193,7 +193,8 @@ def verify_graphs(
     requested = min(may_ship)
     scores = {level: _score_graph(bundle, source, level, config.threads, progress) for level in sorted(graphs)}
     untuned = torch_scores.untuned_probe
-    changes = None if untuned is None else largest_difference(untuned, scores[1].probe.nll) > SAME
+    same = SAME * score_scale(source.rendering, torch_scores.shipped_probe.nll)
+    changes = None if untuned is None else largest_difference(untuned, scores[1].probe.nll) > same
     results = {
         level: _check_level(source, found, scores[1], torch_scores, limits, bool(changes))
         for level, found in scores.items()
@@ -205,7 +206,7 @@ def verify_graphs(
             progress.say(f"accuracy level {level} is left out: {results[level].problem}")
     reasons = []
     difference = results[1].figures["shipped_minus_last_evaluated"]
-    if difference > SAME:
+    if difference > same:
         reasons.append(f"the graph differs from the torch model it was traced from by {difference:.4f} nats per token")
     if results[requested].problem:
         reasons.append(results[requested].problem)

@@ -25,9 +25,9 @@ CLASSES: dict[str | None, Any] = {
 }
 
 
-def plain_model(base: Path, task: str | None, vocabulary: int | None = None) -> Any:
-    """The transformers model, with a resized vocabulary if one is given; a classifier has three classes."""
-    settings: dict[str, Any] = {"num_labels": 3} if task == "SEQ_CLS" else {}
+def plain_model(base: Path, task: str | None, vocabulary: int | None = None, num_labels: int = 3) -> Any:
+    """The transformers model, with a resized vocabulary if one is given; `num_labels` are of a classifier."""
+    settings: dict[str, Any] = {"num_labels": num_labels} if task == "SEQ_CLS" else {}
     torch.manual_seed(0)
     model = CLASSES[task].from_pretrained(base, dtype=torch.float32, **settings)
     if vocabulary is not None:
@@ -46,7 +46,7 @@ def save_foreign(
     **settings: Any,
 ) -> Path:
     """Save an adapter whose trained parameters are random, in `dtype`."""
-    model = plain_model(base, task, vocabulary)
+    model = plain_model(base, task, vocabulary, settings.pop("num_labels", 3))
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **settings}
     wrapped = get_peft_model(model, LoraConfig(task_type=task, **settings))  # type: ignore[arg-type]
     torch.manual_seed(1)

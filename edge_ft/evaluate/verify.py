@@ -26,7 +26,7 @@ from edge_ft.errors import BundleError, GateRefused
 from edge_ft.evaluate.scoring import Batching, RowScores, drop_unscorable, score, summary
 from edge_ft.progress import Progress, Silent
 from edge_ft.runtime import load
-from edge_ft.runtime.probes import probe_examples, probe_tolerance
+from edge_ft.runtime.probes import probe_examples, score_tolerance
 
 __all__ = ["VERIFY_ROWS", "largest_difference", "verify"]
 
@@ -55,9 +55,10 @@ class _Graphs:
         scorer = load(self.bundle, accuracy_level=int(level), threads=self.threads, adapter=adapter)  # type: ignore[arg-type]
         return score(scorer, examples, Batching(self.rendering.task, self.tokenizer.pad_id), self.progress, stage)
 
-    def tolerance(self, level: str) -> float:
-        """Return by how many nats per token scores of one level may differ between machines."""
-        return probe_tolerance(level, self.max_tax)
+    def tolerance(self, level: str, name: str) -> float:
+        """Return by how many nats per token scores of one level may differ from the export's `probe_nll` or `nll`."""
+        exported = np.atleast_1d(self.bundle.verification["by_accuracy_level"][level][name])
+        return score_tolerance(level, self.max_tax, self.rendering, exported)
 
 
 def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def verify(path: Path, config: VerifyConfig, progress: Progress | None = None) -
     reasons = [
         f"level {level} scores the probe texts {difference:.4f} nats per token off its export"
         for level, difference in differences.items()
-        if difference > graphs.tolerance(level)
+        if difference > graphs.tolerance(level, "probe_nll")
     ]
     result: dict[str, Any] = {
         "bundle": str(path),
@@ -183,7 +184,7 @@ def _differences_from_export(graphs: _Graphs, level: str, scores: RowScores) -> 
     if exported is None:
         return [f"the manifest names the export's rows and has no score of level {level} on them"]
     reasons = []
-    if abs(scores.mean_nll - exported) > graphs.tolerance(level):
+    if abs(scores.mean_nll - exported) > graphs.tolerance(level, "nll"):
         reasons.append(f"the export's rows score {scores.mean_nll:.4f} here and {exported:.4f} there")
     # The gate measured an embedder by its vectors: its loss counts only where a limit is given here.
     by_vectors = "cosine" in recorded and graphs.max_tax == recorded["limits"]["max_tax"]

@@ -236,7 +236,7 @@ def _compare(adapter: Adapter, model: nn.Module, embeddings: set[str], expected:
         elif any(part in name for part in TRAINING_NAMES):
             reasons.append(f"has {name}, a name inside a training: save it with PEFT's save_pretrained")
         elif _module_of(model, name) is None:
-            reasons.append(f"has {name}, which this model lacks: it is of another model{trained}")
+            reasons.append(f"has {name}, which this model lacks: it is of another model{trained} or --task")
         else:
             reasons.append(f"has {name}, which adapter_config.json does not name as trained: copy both again")
     if not reasons:

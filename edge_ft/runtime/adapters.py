@@ -181,7 +181,7 @@ def adapter_inputs(sessions: Sequence[ort.InferenceSession], bound: Bound) -> li
     known = {name: shape for each in shapes for name, shape in each.items()}
     for name, value in bound.values.items():
         if name not in known:
-            last = sorted({known_name.rpartition(".")[2] for known_name in known})
+            last = sorted({layer.rpartition(".")[2] for layer in known if not layer.startswith(HEAD)})
             raise UsageError(
                 f"{bound.name} has {name.partition('.')[2]}, which takes no adapter in {bound.bundle.path}: it takes "
                 f"one on {', '.join(last)}; export the model with this adapter, edge-ft export MODEL --adapter DIR"

@@ -21,10 +21,11 @@ from edge_ft.data import (
 )
 from edge_ft.families import CLASSIFIERS
 
-__all__ = ["SAME", "probe_examples", "probe_tolerance", "score_probes"]
+__all__ = ["SAME", "probe_examples", "score_probes", "score_scale", "score_tolerance"]
 
 SAME = 1e-3
-"""Nats per target token: two runs of the same weights differ by less, an adapter must change the scores by more."""
+"""Nats per target token, of a number the share of its half square: two runs of the same weights differ by less, an
+adapter must change the scores by more."""
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -42,10 +43,20 @@ class Scorer(Protocol):
         """See `edge_ft.runtime.TextGenerator.token_nll`."""
 
 
-def probe_tolerance(level: str, max_tax: float) -> float:
-    """Return by how many nats per token scores of one accuracy level may differ between machines."""
+def score_scale(rendering: Rendering, nll: NDArray[np.float64]) -> float:
+    """Return the size by which differences of scores `nll` [rows] are measured.
+
+    Logits of classes and tokens are of one size in all models; a predicted number has that of its targets, 0.01 or
+    2000, and half its square is its score.
+    """
+    return float(np.abs(nll).max()) if rendering.problem_type == "regression" else 1.0
+
+
+def score_tolerance(level: str, max_tax: float, rendering: Rendering, exported: NDArray[np.float64]) -> float:
+    """Return by how much scores of one accuracy level may differ from those `exported` [rows] on another machine."""
+    scale = score_scale(rendering, exported)
     # The int8 kernels of level 4 round differently on different processors, so the tax is its only limit.
-    return SAME if level == "1" else max_tax
+    return SAME * scale if level == "1" else max_tax * max(1.0, scale)
 
 
 def probe_examples(tokenizer: TextTokenizer, rendering: Rendering) -> list[Example]:

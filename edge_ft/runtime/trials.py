@@ -11,7 +11,7 @@ import numpy as np
 from edge_ft.artifacts import Bundle
 from edge_ft.errors import BundleError
 from edge_ft.runtime.open_bundle import GenerativeBundle
-from edge_ft.runtime.probes import probe_examples, probe_tolerance, score_probes
+from edge_ft.runtime.probes import probe_examples, score_probes, score_tolerance
 from edge_ft.runtime.ways import Way
 
 __all__ = ["Trial", "agrees", "measure_ways"]
@@ -101,7 +101,8 @@ def agrees(opened: Any, level: int) -> bool:
     if exported.shape != (len(examples),):
         return False
     nll, targets = score_probes(opened, examples, opened.tokenizer.pad_id, bundle.task)
-    tolerance = probe_tolerance(str(level), verification.get("limits", {}).get("max_tax", 0.0))
+    max_tax = verification.get("limits", {}).get("max_tax", 0.0)
+    tolerance = score_tolerance(str(level), max_tax, opened.rendering, exported)
     return bool((np.abs(nll - exported) <= tolerance * targets).all())
 
 

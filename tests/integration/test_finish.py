@@ -232,6 +232,11 @@ def test_finish_refuses_what_it_cannot_train(
         export(settings["model"], ExportConfig(out=tmp_path / "bundle", **given))
 
 
+def test_a_model_that_writes_no_text_has_no_phase(bert: Path, reviews: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--finish-steps is for models that write text"):
+        tune(TuneConfig(model=str(bert), data=str(reviews), finish_steps=2, out=tmp_path / "run"))
+
+
 def test_finish_is_not_for_a_run(run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--finish is for a model: the run folder"):
         export(str(run.path), ExportConfig(out=tmp_path / "bundle", finish=2))

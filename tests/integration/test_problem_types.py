@@ -6,9 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from foreign_adapters import save_foreign
+from tiny_bundle import reseal
 
-from edge_ft.config import ExportConfig, TuneConfig
+from edge_ft.config import ExportConfig, TuneConfig, VerifyConfig
 from edge_ft.data import collate, encode_rows, read_rows
+from edge_ft.errors import GateRefused
+from edge_ft.evaluate.verify import verify
 from edge_ft.export import export
 from edge_ft.runtime import TextClassifier, load
 from edge_ft.tune import tune
@@ -52,6 +56,29 @@ def test_a_regression_is_trained_and_exported(bert: Path, tmp_path: Path) -> Non
     nll, numbers = opened.token_nll(collate(examples, opened.tokenizer.pad_id, "text-classification"))
     gold = np.array([row.fields["stars"] for row in tested])
     assert nll[:, 0] == pytest.approx((numbers[:, 0] - gold) ** 2 / 2, rel=1e-4), "half the squared error"
+
+
+@pytest.mark.parametrize("scale", [0.003, 2000.0])
+def test_numbers_of_any_size_are_compared_by_their_size(bert: Path, tmp_path: Path, scale: float) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    adapter = save_foreign(bert, tmp_path / "adapter", "SEQ_CLS", target_modules=["query", "value"], num_labels=1)
+    weights = load_file(file := adapter / "adapter_model.safetensors")
+    head = {name: scale * value for name, value in weights.items() if ".classifier." in name}
+    save_file({**weights, **head}, file, {"format": "pt"})
+    bundle = export(str(bert), ExportConfig(out=tmp_path / "bundle", adapter=adapter, weights="fp32"))
+    found = bundle.manifest["verification"]
+    assert found["refused"] == []
+    assert found["adapter_changes_logits"]
+    verify(bundle.path, VerifyConfig())
+
+    def elsewhere(manifest: dict[str, Any]) -> None:
+        level = manifest["verification"]["by_accuracy_level"]["1"]
+        level["probe_nll"] = [1.02 * nll for nll in level["probe_nll"]]
+
+    reseal(bundle.path, elsewhere)
+    with pytest.raises(GateRefused, match="level 1 scores the probe texts"):
+        verify(bundle.path, VerifyConfig())
 
 
 def test_a_multi_label_classifier_is_trained_and_exported(bert: Path, tmp_path: Path) -> None:

@@ -164,6 +164,47 @@ def test_class_names_that_nobody_knows_are_asked_for(bert: Path, classifier: Pat
     assert opened(bert, classifier, data=numbers).rendering.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
+def test_a_head_of_one_output_predicts_a_number(bert: Path, tmp_path: Path) -> None:
+    adapter = save_foreign(bert, tmp_path / "number", "SEQ_CLS", target_modules=["query"], num_labels=1)
+    data = rows(tmp_path / "rows.jsonl", *({"text": "good film", "label": stars} for stars in (1, 4)))
+    source = opened(bert, adapter, data=data)
+    assert source.rendering.problem_type == "regression"
+    assert [example.labels for example in source.rows.validation] == [[1.0], [4.0]]
+    assert opened(bert, adapter).rendering.problem_type == "regression", "without rows, too"
+
+
+def test_a_task_that_the_family_does_not_have_is_refused(llama: Path, tmp_path: Path) -> None:
+    adapter = save_foreign(llama, tmp_path / "classifier", "SEQ_CLS")
+    with pytest.raises(ModelError, match=r"llama.*text-classification"):
+        opened(llama, adapter)
+
+
+SUMS = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(40)]
+
+
+def test_rows_that_are_all_equal_leave_none_for_the_gate(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nearly all of its rows are equal.*leaves none to score"):
+        opened(llama, adapter, data=rows(tmp_path / "rows.jsonl", *SUMS[:1] * 40))
+    two = opened(llama, adapter, data=rows(tmp_path / "two.jsonl", *SUMS[:2] * 20))
+    assert two.rows.validation
+    assert not two.rows.test
+    assert any("too few different rows for test rows" in note for note in two.notes)
+
+
+def test_a_gate_that_goes_by_few_rows_says_so(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    few = opened(llama, adapter, data=rows(tmp_path / "few.jsonl", *SUMS[:3]))
+    assert few.notes[-1].endswith("the gate goes by 3 row(s), too few to know the loss by")
+    enough = opened(llama, adapter, data=rows(tmp_path / "rows.jsonl", *SUMS[:29]))
+    assert not any("the gate goes by" in note for note in enough.notes)
+
+
+def test_a_single_text_cannot_be_told_from_others(bert: Path, tmp_path: Path) -> None:
+    adapter = save_foreign(bert, tmp_path / "embedder", "FEATURE_EXTRACTION", target_modules=["query"])
+    pair = {"anchor": "good film", "positive": "bad film"}
+    with pytest.raises(DataError, match="give at least 2"):
+        opened(bert, adapter, data=rows(tmp_path / "rows.jsonl", pair))
+
+
 def test_a_head_module_that_nobody_saved_is_refused(classifier: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
