@@ -91,7 +91,6 @@ ROWS = {
 _EVERY = ("int4", "int8", "fp32")
 _TUNE = ("--max-length", "96", "--batch-size", "16", "--max-steps", "120")
 """The same number of steps for every case on departments, so that recipes and sizes can be compared."""
-_FEW_STEPS = ("--batch-size", "8", "--max-steps", "40", "--eval-steps", "20")
 _SIZES = (32, 64, 128)
 
 
@@ -104,13 +103,13 @@ CASES = {
     for case in (
         # The right answers to test rows have at most 98 tokens: a limit below counts right answers as endless ones.
         Case(
-            *("smollm2-support", "smollm2", "support", 400, 40, 32, ("--max-length", "128", *_FEW_STEPS)),
+            *("smollm2-support", "smollm2", "support", 400, 40, 32, ("--max-length", "128")),
             *(("int4",), 128),
         ),
         _departments("main", 2000, "--eval-steps", "20", weights=_EVERY),
         Case("minilm-tags", "minilm", "tags", 129, 30, 60, ("--max-length", "64", "--epochs", "12")),
         Case(
-            *("smollm2-main", "smollm2", "transcripts", 400, 48, 32, ("--max-length", "96", *_FEW_STEPS)),
+            *("smollm2-main", "smollm2", "transcripts", 400, 48, 32, ("--max-length", "96")),
             *(_EVERY, 32),
         ),
         *(_departments(f"rows-{size}", size, "--eval-steps", "10", "--patience", "2") for size in _SIZES),

@@ -212,6 +212,7 @@ class _FirstCalls:
         if self._last_input is None or self._last_input[0] is not x:
             rows = x.reshape(-1, x.shape[-1])
             mask = self._masks.get(len(rows))
+            self._last_input = None  # its matrices are as large as those that follow
             self._last_input = x, input_curvature(rows if mask is None else rows[mask], self._dtype, name)
         weight, nearest = self._read(f"{name}.weight", slice(None)), layer.codes()
         if nearest.fine is None:
