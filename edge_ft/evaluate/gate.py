@@ -148,16 +148,17 @@ def evaluate_gate(
     before_of, after_of = metric.of(trained), metric.of(shipped)
     drop = estimate(lambda rows: before_of(rows) - after_of(rows), len(trained.nll))
     cosine = vector_cosine(trained, shipped)
+    unit = "nats per token" if metric.name == "token_accuracy" else "nats per target"
     reasons = []
     if not adapter_changes_logits:
         reasons.append("the adapter does not change the logits of the graph, which answers as the base")
     if gained["low"] <= 0:
         reasons.append(
-            f"nothing was learned (loss of the base - loss as trained: {gain:+.4f} nats per token, 95% interval "
+            f"nothing was learned (loss of the base - loss as trained: {gain:+.4f} {unit}, 95% interval "
             f"[{gained['low']:+.4f}, {gained['high']:+.4f}] on {len(base.nll)} validation rows)"
         )
     if cosine is None:
-        reasons += _loss_reasons(tax, lost, retained, limits)
+        reasons += _loss_reasons(tax, lost, retained, limits, unit)
     else:
         reasons += cosine_reasons(cosine, limits)
     if metric.defined and drop["value"] > limits.max_metric_drop and drop["low"] > 0:
@@ -199,11 +200,11 @@ def cosine_reasons(cosine: Metric, limits: Limits) -> list[str]:
     ]
 
 
-def _loss_reasons(tax: float, lost: Metric, retained: float | None, limits: Limits) -> list[str]:
+def _loss_reasons(tax: float, lost: Metric, retained: float | None, limits: Limits, unit: str) -> list[str]:
     reasons = []
     if tax > limits.max_tax:
         known = f"95% interval [{lost['low']:+.4f}, {lost['high']:+.4f}]"
-        reasons.append(f"quantization tax {tax:+.4f} nats per token ({known}) is above --max-tax {limits.max_tax:g}")
+        reasons.append(f"quantization tax {tax:+.4f} {unit} ({known}) is above --max-tax {limits.max_tax:g}")
     if retained is not None and retained < limits.min_retained:
         reasons.append(f"retained gain {retained:.1%} is under --min-retained {limits.min_retained:.0%}")
     return reasons

@@ -72,6 +72,20 @@ def test_each_reason_to_refuse_refuses(
     assert any(message in reason for reason in reasons), reasons
 
 
+@pytest.mark.parametrize(
+    ("task", "unit"), [("text-generation", "nats per token"), ("text-classification", "nats per target")]
+)
+def test_a_reason_says_what_a_loss_is_of(task: str, unit: str) -> None:
+    metric = task_metric_for([], task, ("a", "b"))
+    untaught, costly = (
+        evaluate_gate(scores(3.0), scores(trained), scores(trained + 0.5), LIMITS, True, metric).reasons[0]
+        for trained in (3.0, 1.0)
+    )
+    assert unit in untaught
+    assert "nothing was learned" in untaught
+    assert f"+0.5000 {unit}" in costly
+
+
 def test_the_tax_has_a_paired_interval_and_its_mean_decides() -> None:
     """Both models find the same rows hard: only the differences count, and one above the limit does not refuse."""
     trained = scores(1.0, spread=1.0)
