@@ -17,9 +17,11 @@ from edge_ft.config import (
 )
 from edge_ft.data import (
     Example,
+    Finding,
     Rendering,
     Row,
     TextTokenizer,
+    audit,
     class_numbers,
     column_names,
     encode_rows,
@@ -31,6 +33,7 @@ from edge_ft.data import (
     is_unnamed,
     plain_rendering,
     read_rows,
+    record,
     split_rows,
 )
 from edge_ft.errors import DataError, ModelError, UsageError
@@ -196,8 +199,8 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
         base = base.with_class_names(labels)  # its own head stays, with these names
     rendering = plain_rendering(base, config, rows, tokenizer, task, labels)
     encoded = encode_rows(rendering, tokenizer, rows)
-    unused = find_unused(rows, rendering.columns, {example.row: example.unread for example in encoded})
-    notes = (*notes, *(f"{config.data}: {finding.message} [{finding.code}]" for finding in unused))
+    findings = _find_what_misleads(rows, encoded, rendering)
+    notes = (*notes, *(f"{config.data}: {finding.message} [{finding.code}]" for finding in findings))
     rendering = replace(rendering, labels=labels)  # rows may name classes by number; the bundle names them by name
     given = ExportRows(scorable(encoded), [], [], rows)
     if rows and not given.validation:
@@ -228,6 +231,14 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
         seed=0,
         notes=notes,
     )
+
+
+def _find_what_misleads(rows: list[Row], encoded: list[Example], rendering: Rendering) -> list[Finding]:
+    """Return what a user should know of rows that are scored: what is not read of them, and answers without text."""
+    unread = {example.row: example.unread for example in encoded}
+    audited = audit([record(row, rendering.columns) for row in rows], encoded, rendering.max_length)
+    empty = [finding for finding in audited if finding.code == "empty-completion"]
+    return find_unused(rows, rendering.columns, unread) + empty
 
 
 def _split(rows: list[Row], encoded: list[Example], calibrated: int) -> ExportRows:

@@ -198,6 +198,12 @@ def test_a_gate_that_goes_by_few_rows_says_so(llama: Path, adapter: Path, tmp_pa
     assert not any("the gate goes by" in note for note in enough.notes)
 
 
+def test_answers_without_text_are_said(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    empty = [{**row, "completion": ""} for row in SUMS[:2]]
+    source = opened(llama, adapter, data=rows(tmp_path / "rows.jsonl", *SUMS[2:20], *empty))
+    assert "2 of 20 rows have an empty answer (rows 19, 20) [empty-completion]" in source.notes[-1]
+
+
 def test_a_single_text_cannot_be_told_from_others(bert: Path, tmp_path: Path) -> None:
     adapter = save_foreign(bert, tmp_path / "embedder", "FEATURE_EXTRACTION", target_modules=["query"])
     pair = {"anchor": "good film", "positive": "bad film"}
