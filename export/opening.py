@@ -21,12 +21,12 @@ from edge_ft.data import (
     Rendering,
     Row,
     TextTokenizer,
-    audit,
     class_numbers,
     column_names,
     encode_rows,
     evenly_spaced,
     find_columns,
+    find_empty_answers,
     find_labels,
     find_problem,
     find_unused,
@@ -236,8 +236,7 @@ def _from_model(source: str, config: ExportConfig, progress: Progress | None) ->
 def _find_what_misleads(rows: list[Row], encoded: list[Example], rendering: Rendering) -> list[Finding]:
     """Return what a user should know of rows that are scored: what is not read of them, and answers without text."""
     unread = {example.row: example.unread for example in encoded}
-    audited = audit([record(row, rendering.columns) for row in rows], encoded, rendering.max_length)
-    empty = [finding for finding in audited if finding.code == "empty-completion"]
+    empty = find_empty_answers([record(row, rendering.columns) for row in rows], encoded)
     return find_unused(rows, rendering.columns, unread) + empty
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from edge_ft.config import TEXT_TASKS
+from edge_ft.config import TOKEN_TASKS
 
 __all__ = [
     "evaluation_lines",
@@ -156,7 +156,7 @@ def _warnings(result: dict[str, Any]) -> list[str]:
 
 def _unit(task: str) -> str:
     """Unit of the loss: a target is a token only where tokens are predicted."""
-    return "nats/token" if task in (*TEXT_TASKS, "fill-mask") else "nats/target"
+    return "nats/token" if task in TOKEN_TASKS else "nats/target"
 
 
 def _figure(value: float | None) -> str:

@@ -12,6 +12,7 @@ from edge_ft.config.run import RunConfig
 from edge_ft.config.shared import (
     INT8_ACTIVATIONS,
     TEXT_TASKS,
+    TOKEN_TASKS,
     BaseFormat,
     Group,
     Memory,
@@ -29,6 +30,7 @@ from edge_ft.config.tune import PlanConfig, TuneConfig, last_layers, preset_file
 __all__ = [
     "INT8_ACTIVATIONS",
     "TEXT_TASKS",
+    "TOKEN_TASKS",
     "BaseFormat",
     "BenchConfig",
     "EvalConfig",

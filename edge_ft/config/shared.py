@@ -13,6 +13,7 @@ __all__ = [
     "ABOVE_0",
     "INT8_ACTIVATIONS",
     "TEXT_TASKS",
+    "TOKEN_TASKS",
     "BaseFormat",
     "Group",
     "Maximum",
@@ -88,6 +89,8 @@ ProblemType = Literal["single_label_classification", "multi_label_classification
 Pooling = Literal["mean", "cls"]
 TEXT_TASKS: tuple[Task, ...] = ("text-generation", "text2text-generation")
 """Tasks whose answer is generated text; the loss is over its tokens."""
+TOKEN_TASKS: tuple[Task, ...] = (*TEXT_TASKS, "fill-mask")
+"""Tasks whose loss is a mean over tokens; of others over targets, which are classes, numbers or texts."""
 BaseFormat = Literal["int4", "int8", "nf4", "bf16", "fp32"]
 Memory = Literal["high", "normal", "low"]
 Weights = Literal["int4", "int8", "int8-dynamic", "int8-static", "fp16", "fp32"]

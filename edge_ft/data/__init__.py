@@ -1,6 +1,16 @@
 """From rows to token ids and loss masks: the same in training and at run time, without torch."""
 
-from edge_ft.data.audit import CODES, Finding, audit, find_unused, format_rows, preview, shorten, template_marks
+from edge_ft.data.audit import (
+    CODES,
+    Finding,
+    audit,
+    find_empty_answers,
+    find_unused,
+    format_rows,
+    preview,
+    shorten,
+    template_marks,
+)
 from edge_ft.data.batches import (
     IGNORED,
     Batch,
@@ -115,6 +125,7 @@ __all__ = [
     "fill_text",
     "find_answers",
     "find_columns",
+    "find_empty_answers",
     "find_labels",
     "find_problem",
     "find_unused",

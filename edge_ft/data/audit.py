@@ -18,7 +18,17 @@ from edge_ft.data.records import Record
 from edge_ft.data.tokenizer import TextTokenizer
 from edge_ft.data.values import is_blank
 
-__all__ = ["CODES", "Finding", "audit", "find_unused", "format_rows", "preview", "shorten", "template_marks"]
+__all__ = [
+    "CODES",
+    "Finding",
+    "audit",
+    "find_empty_answers",
+    "find_unused",
+    "format_rows",
+    "preview",
+    "shorten",
+    "template_marks",
+]
 
 CODES = (
     "nothing-to-learn",
@@ -167,6 +177,16 @@ def find_unused(
     ]
 
 
+def find_empty_answers(records: Sequence[Record], examples: Sequence[Example]) -> list[Finding]:
+    """Return a finding of the rows whose answer has no text, if there are any; see `audit`."""
+    rows = _Rows(records, examples)
+    # Labels are floats for several classes, of which a row may have none, and for numbers.
+    empty = rows.where(
+        lambda record, example: not isinstance(example.labels[0], float) and _has_empty_answer(record, example)
+    )
+    return rows.finding("empty-completion", empty, "have an empty answer")
+
+
 def template_marks(template: str | None, tokenizer: TextTokenizer) -> tuple[str, ...]:
     """Return texts that only a chat template should write.
 
@@ -228,14 +248,7 @@ def _find_lost_tokens(rows: _Rows, max_length: int) -> list[Finding]:
 def _find_empty_texts(rows: _Rows) -> list[Finding]:
     return [
         *rows.finding("empty-prompt", rows.where(lambda record, _: _has_empty_prompt(record)), "have an empty prompt"),
-        *rows.finding(
-            "empty-completion",
-            # Labels are floats for several classes, of which a row may have none, and for numbers.
-            rows.where(
-                lambda record, example: not isinstance(example.labels[0], float) and _has_empty_answer(record, example)
-            ),
-            "have an empty answer",
-        ),
+        *find_empty_answers(rows.records, rows.examples),
         *rows.finding(
             "unlearned-turns",
             rows.where(lambda _, example: example.unlearned_turns > 0),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_ft.config import TEXT_TASKS, ExportConfig
+from edge_ft.config import TEXT_TASKS, TOKEN_TASKS, ExportConfig
 from edge_ft.data import Example
 from edge_ft.evaluate.metrics import (
     UNDEFINED,
@@ -100,6 +100,8 @@ class TaskMetric:
     """Scores of rows -> their metric as a statistic: row numbers [samples, rows] -> [samples]."""
     defined: bool = True
     """False for a correlation with equal numbers and for F1 of rows without a class: it drops nowhere."""
+    unit: str = "target"
+    """What the loss beside it is a mean of: token or target."""
 
     def value(self, scores: RowScores) -> float:
         """Return the metric over all rows."""
@@ -148,7 +150,7 @@ def evaluate_gate(
     before_of, after_of = metric.of(trained), metric.of(shipped)
     drop = estimate(lambda rows: before_of(rows) - after_of(rows), len(trained.nll))
     cosine = vector_cosine(trained, shipped)
-    unit = "nats per token" if metric.name == "token_accuracy" else "nats per target"
+    unit = f"nats per {metric.unit}"
     reasons = []
     if not adapter_changes_logits:
         reasons.append("the adapter does not change the logits of the graph, which answers as the base")
@@ -249,7 +251,8 @@ def task_metric_for(examples: Sequence[Example], task: str, labels: tuple[str, .
         return TaskMetric(
             "micro_f1", lambda scores: micro_f1(np.stack(scores.predicted) > 0, gold > 0), bool(gold.any())
         )
-    return TaskMetric("token_accuracy", ACCURACY.of) if task in TEXT_TASKS else ACCURACY
+    name = "token_accuracy" if task in TEXT_TASKS else ACCURACY.name
+    return TaskMetric(name, ACCURACY.of, unit="token" if task in TOKEN_TASKS else "target")
 
 
 def _span_f1(scores: RowScores, examples: Sequence[Example], labels: tuple[str, ...]) -> Statistic:

@@ -122,8 +122,10 @@ class Compute:
 
     def _replace_forward(self, module: Any, forward: Callable[..., Any]) -> None:
         """Give a module a forward function of its own until `release`."""
-        own = vars(module).get("forward")
-        self._wrapping.callback(*((setattr, module, "forward", own) if own else (delattr, module, "forward")))
+        if own := vars(module).get("forward"):
+            self._wrapping.callback(setattr, module, "forward", own)
+        else:
+            self._wrapping.callback(delattr, module, "forward")
         module.forward = forward
 
     def _enter_layer(self, _: nn.Module, arguments: Any, keywords: Any) -> Any:

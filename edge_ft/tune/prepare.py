@@ -206,7 +206,7 @@ def prepare_job(config: TuneConfig, progress: Progress, saved: Mapping[str, Any]
             tokenizer = base.open_tokenizer()
             prepared = prepare(config, base, tokenizer, Silent())
             cut = compare_tokens(whole, base, before.examples, prepared.examples, progress)
-    if config.finish_steps and prepared.task not in TEXT_TASKS:
+    if saved is None and config.finish_steps and prepared.task not in TEXT_TASKS:
         raise UsageError(f"--finish-steps is for models that write text, and the task is {prepared.task}: leave it out")
     if config.class_names and len(config.class_names) == len(base.labels(prepared.task)):
         base = base.with_class_names(config.class_names)

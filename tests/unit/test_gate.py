@@ -73,7 +73,12 @@ def test_each_reason_to_refuse_refuses(
 
 
 @pytest.mark.parametrize(
-    ("task", "unit"), [("text-generation", "nats per token"), ("text-classification", "nats per target")]
+    ("task", "unit"),
+    [
+        ("text-generation", "nats per token"),
+        ("fill-mask", "nats per token"),
+        ("text-classification", "nats per target"),
+    ],
 )
 def test_a_reason_says_what_a_loss_is_of(task: str, unit: str) -> None:
     metric = task_metric_for([], task, ("a", "b"))
